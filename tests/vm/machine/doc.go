@@ -1,0 +1,19 @@
+// Package machine boots a stock Debian kernel in QEMU on the file tree of the host and runs one command in it.
+//
+//	host                                   guest
+//	/ ────────── virtiofs, read-only ────> lower layer ┐
+//	                                       tmpfs       ┴ overlay ─> /   (the host's programs and the working tree,
+//	VM_OUT ───── virtiofs, writable ─────> VM_OUT                        at their own paths; writes are lost)
+//	disk images  virtio-blk ─────────────> /dev/disk/by-vm/NAME
+//	stdout, stderr, status <─ virtio-serial ports, one each; the kernel's own messages go elsewhere (the console log)
+//
+// So a program, script or compiled test of the host runs in the guest unchanged, as root, with the kernel that the
+// test asks for. The guest has no network, no init system and, unless asked for, no udev.
+//
+// A guest that is killed loses what its kernel had not yet handed to the disk: the page cache of the guest, and any
+// write still in flight. What the guest's disk had already taken, flushed or not, lies in the page cache of the host
+// and survives. A kill is therefore a power failure of a machine whose disks have no volatile cache.
+//
+// Nothing outlives Machine.Wait, and nothing outlives the calling process either, even if that one is killed:
+// everything is started with a parent-death signal, and the sockets in between have no name in the file tree.
+package machine
