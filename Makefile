@@ -7,4 +7,5 @@ vm: bin/vm
 .PHONY: bin/vm
 bin/vm:
 	@go build -o $@ ./tests/vm
+override CMD := $(value CMD)
 export CMD
