@@ -1,0 +1,442 @@
+package blockdev
+
+import (
+	"container/heap"
+	"fmt"
+	"math/bits"
+
+	"golang.org/x/sys/unix"
+)
+
+// Sched plays the threads and the disks of a process in one goroutine: it has
+// any number of Queues, and Step lets one thing happen. What happens next is
+// decided by a seed, so a run can be repeated exactly.
+//
+// An operation on a Memory file takes effect at some moment between Submit and
+// Done, a longer one in pieces with other things in between. So overlapping
+// operations come out in any order and readers see writes half done, as the
+// package allows.
+//
+// With seed 0 nothing is chosen: everything takes effect and completes in the
+// order of submission, which is what a simple unit test wants.
+type Sched struct {
+	// OnSubmit, OnEffect and OnComplete look at every operation: as it is
+	// submitted, before n of its bytes from off take effect, before Done runs.
+	OnSubmit   func(q *SchedQueue, op *Op)
+	OnEffect   func(q *SchedQueue, op *Op, off, n int64)
+	OnComplete func(q *SchedQueue, op *Op)
+
+	random Random
+	orders bool // seed is not 0
+	now    uint64
+	events eventHeap
+	seq    uint64
+	steps  uint64
+	slow   map[*Memory]uint
+	stuck  map[*Memory][]*event
+	flight map[*Op]*event
+}
+
+// Random is a small generator of choices whose sequence is part of what a seed
+// means: it does not change with the Go version.
+type Random struct{ state uint64 }
+
+// NewRandom makes a generator; equal seeds make equal choices.
+func NewRandom(seed uint64) Random { return Random{state: seed} }
+
+// Uint64 is the next 64 bits (splitmix64).
+func (r *Random) Uint64() uint64 {
+	r.state += 0x9e3779b97f4a7c15
+	z := r.state
+	z = (z ^ z>>30) * 0xbf58476d1ce4e5b9
+	z = (z ^ z>>27) * 0x94d049bb133111eb
+	return z ^ z>>31
+}
+
+// Intn is a choice of 0 … n-1.
+func (r *Random) Intn(n int) int {
+	hi, _ := bits.Mul64(r.Uint64(), uint64(n))
+	return int(hi)
+}
+
+// OneIn is true once in n times.
+func (r *Random) OneIn(n int) bool { return r.Intn(n) == 0 }
+
+// event is one operation in flight, or one posted task.
+type event struct {
+	at     uint64
+	seq    uint64
+	queue  *SchedQueue
+	posted bool   // the first of queue.tasks is due; or:
+	call   func() // this is; or:
+
+	op     *Op
+	was    Op // op as submitted
+	file   *Memory
+	pieces []int64 // where the pieces that have not taken effect end
+	from   int64   // what has
+	by     landing
+	mark   uint64
+	errno  unix.Errno
+	dead   bool // nobody waits for it: the process was killed
+}
+
+type eventHeap []*event
+
+func (h eventHeap) Len() int { return len(h) }
+func (h eventHeap) Less(i, j int) bool {
+	if h[i].at != h[j].at {
+		return h[i].at < h[j].at
+	}
+	return h[i].seq < h[j].seq
+}
+func (h eventHeap) Swap(i, j int) { h[i], h[j] = h[j], h[i] }
+func (h *eventHeap) Push(x any)   { *h = append(*h, x.(*event)) }
+func (h *eventHeap) Pop() any {
+	old := *h
+	e := old[len(old)-1]
+	*h = old[:len(old)-1]
+	return e
+}
+
+// NewSched makes a world without queues.
+func NewSched(seed uint64) *Sched {
+	return &Sched{
+		random: NewRandom(seed),
+		orders: seed != 0,
+		slow:   make(map[*Memory]uint),
+		stuck:  make(map[*Memory][]*event),
+		flight: make(map[*Op]*event),
+	}
+}
+
+// SchedQueue is a Queue of a Sched: one simulated thread.
+type SchedQueue struct {
+	s      *Sched
+	name   string
+	tasks  []*Task // posted, in order
+	paused uint64  // the thread does nothing before
+	dead   bool
+}
+
+// NewQueue adds a thread.
+func (s *Sched) NewQueue(name string) *SchedQueue {
+	return &SchedQueue{s: s, name: name}
+}
+
+// NewMemoryQueue is the one queue of a world of its own in which everything
+// happens in order: for unit tests, with Run.
+func NewMemoryQueue() *SchedQueue { return NewSched(0).NewQueue("q") }
+
+// Name is the name given at creation.
+func (q *SchedQueue) Name() string { return q.name }
+
+// Sched is the world that q is part of.
+func (q *SchedQueue) Sched() *Sched { return q.s }
+
+// Run lets everything happen that is under way in q's world.
+func (q *SchedQueue) Run() { q.s.Run() }
+
+// delay is a choice of when the next thing happens to something: mostly soon,
+// now and then much later.
+func (s *Sched) delay(slow uint) uint64 {
+	if !s.orders {
+		return 0
+	}
+	return 1 + s.random.Uint64()&(1<<(uint(s.random.Intn(9))+slow)-1)
+}
+
+func (s *Sched) push(e *event, at uint64) {
+	e.at = at
+	e.seq = s.seq
+	s.seq++
+	heap.Push(&s.events, e)
+}
+
+// Submit starts op. It panics when op breaks the contract of Op.
+func (q *SchedQueue) Submit(op *Op) {
+	s := q.s
+	if q.dead {
+		panic("blockdev: submit on a killed queue")
+	}
+	if s.flight[op] != nil {
+		panic("blockdev: operation submitted while in flight")
+	}
+	m, ok := op.File.(*Memory)
+	if !ok {
+		panic(fmt.Sprintf("blockdev: operation on a %T", op.File))
+	}
+	if op.Done == nil {
+		panic("blockdev: operation without Done")
+	}
+	op.Err = 0
+	e := &event{queue: q, op: op, was: *op, file: m}
+	e.errno = m.check(op)
+	if op.Kind == Flush {
+		e.mark = m.begun()
+	}
+	s.flight[op] = e
+	if s.OnSubmit != nil {
+		s.OnSubmit(q, op)
+	}
+	if e.errno == 0 {
+		e.pieces = s.cut(op)
+	}
+	s.push(e, s.now+s.delay(s.slow[m]))
+}
+
+// cut chooses the pieces in which op takes effect.
+func (s *Sched) cut(op *Op) []int64 {
+	if op.Kind == Flush {
+		return nil
+	}
+	sectors := op.Len / SectorSize
+	if s.orders && sectors > 1 && op.Kind != Allocate && s.random.OneIn(4) {
+		at := (1 + int64(s.random.Intn(int(sectors-1)))) * SectorSize
+		return []int64{at, op.Len}
+	}
+	return []int64{op.Len}
+}
+
+// Post runs t on q.
+func (q *SchedQueue) Post(t *Task) {
+	if q.dead {
+		panic("blockdev: post to a killed queue")
+	}
+	q.tasks = append(q.tasks, t)
+	q.s.push(&event{queue: q, posted: true}, q.s.now+q.s.delay(0))
+}
+
+// After runs f on q at a time to come, later the larger slow is; not in any
+// order with posted tasks. For what is not part of the engine.
+func (q *SchedQueue) After(slow uint, f func()) {
+	q.s.push(&event{queue: q, call: f}, q.s.now+q.s.delay(slow))
+}
+
+// Pause keeps q from running for a time that grows with slow, as a thread that
+// the kernel does not schedule.
+func (q *SchedQueue) Pause(slow uint) { q.paused = q.s.now + q.s.delay(slow) }
+
+// SetSlow makes operations on m take up to 2^slow times as long.
+func (s *Sched) SetSlow(m *Memory, slow uint) { s.slow[m] = slow }
+
+// Stick keeps operations on m from taking effect and completing until Unstick.
+func (s *Sched) Stick(m *Memory) {
+	if s.stuck[m] == nil {
+		s.stuck[m] = []*event{}
+	}
+}
+
+// Unstick lets m go on.
+func (s *Sched) Unstick(m *Memory) {
+	for _, e := range s.stuck[m] {
+		s.push(e, s.now+s.delay(0))
+	}
+	delete(s.stuck, m)
+}
+
+// Steps is how many things have happened.
+func (s *Sched) Steps() uint64 { return s.steps }
+
+// Now is the simulated time, in no particular unit.
+func (s *Sched) Now() uint64 { return s.now }
+
+// Random is the world's generator, for choices that shall follow its seed.
+func (s *Sched) Random() *Random { return &s.random }
+
+// InFlight is how many operations of living queues have not completed.
+func (s *Sched) InFlight() int { return len(s.flight) }
+
+// Run steps until nothing is under way; what is stuck stays.
+func (s *Sched) Run() {
+	for s.Step() {
+	}
+}
+
+// Step lets one thing happen; false when nothing is under way.
+func (s *Sched) Step() bool {
+	for len(s.events) > 0 {
+		e := heap.Pop(&s.events).(*event)
+		s.now = max(s.now, e.at)
+		switch {
+		case e.op != nil && s.stuck[e.file] != nil:
+			s.stuck[e.file] = append(s.stuck[e.file], e)
+			continue
+		case len(e.pieces) > 0:
+			s.steps++
+			s.effect(e)
+			return true
+		case e.queue.dead:
+			continue
+		case e.queue.paused > s.now:
+			s.push(e, e.queue.paused)
+			continue
+		}
+		s.steps++
+		switch {
+		case e.posted:
+			t := e.queue.tasks[0]
+			e.queue.tasks = e.queue.tasks[1:]
+			t.Run()
+		case e.call != nil:
+			e.call()
+		default:
+			s.complete(e)
+		}
+		return true
+	}
+	return false
+}
+
+func (s *Sched) effect(e *event) {
+	// What was checked at Submit may have changed meanwhile.
+	if e.errno = e.file.check(&e.was); e.errno != 0 {
+		e.pieces = nil
+	} else {
+		s.land(e)
+	}
+	s.push(e, s.now+s.delay(s.slow[e.file]))
+}
+
+func (s *Sched) complete(e *event) {
+	op := e.op
+	if op.Kind != e.was.Kind || op.Off != e.was.Off || op.Len != e.was.Len || op.Buf != e.was.Buf || op.File != e.was.File {
+		panic(fmt.Sprintf("blockdev: %v of %s changed while in flight", e.was.Kind, e.file.Name()))
+	}
+	if e.errno == 0 {
+		e.file.completed(op, &e.by, e.mark)
+	}
+	op.Err = e.errno
+	delete(s.flight, op)
+	if s.OnComplete != nil {
+		s.OnComplete(e.queue, op)
+	}
+	op.Done(op)
+}
+
+// Kill ends threads at this instant, as the death of their process does.
+// Their operations in flight may still take effect, now or much later, wholly,
+// in part or not at all; nothing runs on the queues any more.
+func (s *Sched) Kill(queues ...*SchedQueue) {
+	for _, q := range queues {
+		q.dead = true
+		q.tasks = nil
+	}
+	kept := s.events[:0]
+	for _, e := range s.events {
+		if e.queue.dead && len(e.pieces) == 0 {
+			delete(s.flight, e.op)
+			continue
+		}
+		kept = append(kept, e)
+	}
+	clear(s.events[len(kept):])
+	s.events = kept
+	for _, e := range s.events {
+		s.orphan(e)
+	}
+	heap.Init(&s.events)
+	for _, m := range s.stuckFiles() {
+		for _, e := range s.stuck[m] {
+			s.orphan(e)
+		}
+	}
+}
+
+// orphan decides what becomes of an operation whose queue was killed.
+func (s *Sched) orphan(e *event) {
+	if !e.queue.dead || e.dead {
+		return
+	}
+	e.dead = true
+	delete(s.flight, e.op)
+	switch s.random.Intn(4) {
+	case 0: // it never got so far
+		e.pieces = nil
+	case 1: // it gets half way
+		sectors := (e.was.Len - e.from) / SectorSize
+		if e.was.Kind != Allocate && sectors > 0 {
+			e.pieces = []int64{e.from + SectorSize*int64(s.random.Intn(int(sectors)))}
+		}
+	}
+	e.at = s.now + s.delay(uint(s.random.Intn(4)))
+}
+
+// stuckFiles is the stuck files in the order of their first event, for a run
+// must not depend on the order of a map.
+func (s *Sched) stuckFiles() []*Memory {
+	var files []*Memory
+	for m, es := range s.stuck {
+		if len(es) == 0 {
+			continue
+		}
+		i := 0
+		for i < len(files) && s.stuck[files[i]][0].seq < es[0].seq {
+			i++
+		}
+		files = append(files[:i], append([]*Memory{m}, files[i:]...)...)
+	}
+	return files
+}
+
+// Settle lets the operations that killed queues left behind take effect, those
+// on files that keep says yes to (all when it is nil), before anything else
+// happens: what a recovery waits for.
+func (s *Sched) Settle(keep func(*Memory) bool) {
+	var rest, mine []*event
+	for len(s.events) > 0 {
+		e := heap.Pop(&s.events).(*event)
+		if e.dead && (keep == nil || keep(e.file)) {
+			mine = append(mine, e)
+		} else {
+			rest = append(rest, e)
+		}
+	}
+	for _, e := range rest {
+		heap.Push(&s.events, e)
+	}
+	for _, e := range mine {
+		for len(e.pieces) > 0 && e.file.check(&e.was) == 0 {
+			s.land(e)
+		}
+	}
+}
+
+// land lets the next piece of an operation take effect.
+func (s *Sched) land(e *event) {
+	n := e.pieces[0] - e.from
+	if s.OnEffect != nil {
+		s.OnEffect(e.queue, &e.was, e.from, n)
+	}
+	e.file.apply(&e.was, &e.by, e.from, n)
+	e.from, e.pieces = e.pieces[0], e.pieces[1:]
+}
+
+// PowerFail ends every operation and forgets every task, and makes files lose
+// what was not durable. Of a write in flight any subset of sectors survives.
+// The queues are not to be used any more.
+func (s *Sched) PowerFail(files ...*Memory) {
+	pending := make([]*event, 0, len(s.events))
+	for len(s.events) > 0 {
+		pending = append(pending, heap.Pop(&s.events).(*event))
+	}
+	for _, m := range s.stuckFiles() {
+		pending = append(pending, s.stuck[m]...)
+	}
+	clear(s.stuck)
+	clear(s.flight)
+	for _, e := range pending {
+		e.queue.dead = true
+		if e.op == nil || e.was.Kind == Read || e.was.Kind == Flush || e.errno != 0 {
+			continue
+		}
+		for n := e.from; n < e.was.Len && e.file.check(&e.was) == 0; n += SectorSize {
+			if e.file.unsynced != nil || s.random.OneIn(2) {
+				e.file.apply(&e.was, &e.by, n, min(SectorSize, e.was.Len-n))
+			}
+		}
+	}
+	for _, m := range files {
+		m.PowerFail(s.random.Intn)
+	}
+}

@@ -1,0 +1,188 @@
+package blockdev
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// trace runs overlapping writes and tasks on two queues and tells the order of
+// everything that happened, and what the disk holds at the end.
+func trace(seed uint64) string {
+	var b strings.Builder
+	s := NewSched(seed)
+	m := NewMemoryDevice("disk", 64*SectorSize)
+	qs := []*SchedQueue{s.NewQueue("a"), s.NewQueue("b")}
+	for i := 0; i < 8; i++ {
+		q := qs[i%2]
+		w := write(m, 0, sectors(byte(i+1), 8))
+		w.Done = func(*Op) { fmt.Fprintf(&b, "w%d ", i) }
+		q.Submit(w)
+		q.Post(&Task{Run: func() { fmt.Fprintf(&b, "%s%d ", q.Name(), i) }})
+	}
+	s.Run()
+	p := make([]byte, 8*SectorSize)
+	m.ReadAt(p, 0)
+	for i := 0; i < 8; i++ {
+		fmt.Fprintf(&b, "%d", p[i*SectorSize])
+	}
+	return b.String()
+}
+
+func TestSchedRepeats(t *testing.T) {
+	seen := make(map[string]bool)
+	last := make(map[byte]bool)
+	torn := false
+	for seed := uint64(1); seed <= 50; seed++ {
+		a := trace(seed)
+		if b := trace(seed); a != b {
+			t.Fatalf("seed %d: %q, then %q", seed, a, b)
+		}
+		seen[a] = true
+		end := a[len(a)-8:]
+		last[end[0]] = true
+		torn = torn || end != strings.Repeat(end[:1], 8)
+		for _, q := range []string{"a", "b"} {
+			var order []string
+			for _, f := range strings.Fields(a) {
+				if strings.HasPrefix(f, q) {
+					order = append(order, f)
+				}
+			}
+			if len(order) != 4 || !slices.IsSorted(order) {
+				t.Fatalf("seed %d: tasks of %s ran as %v", seed, q, order)
+			}
+		}
+	}
+	if len(seen) < 45 || len(last) < 6 || !torn {
+		t.Errorf("little variety: %d orders, %d last writers, torn %v", len(seen), len(last), torn)
+	}
+	if got, want := trace(0), "a0 b1 a2 b3 a4 b5 a6 b7 w0 w1 w2 w3 w4 w5 w6 w7 88888888"; got != want {
+		t.Errorf("in order: %q", got)
+	}
+}
+
+func TestSchedKill(t *testing.T) {
+	whole, part, never, late := 0, 0, 0, 0
+	for seed := uint64(1); seed <= 100; seed++ {
+		s := NewSched(seed)
+		m := NewMemoryDevice("disk", 8*SectorSize)
+		old, other := s.NewQueue("old"), s.NewQueue("other")
+		w := write(m, 0, sectors(1, 8))
+		w.Done = func(*Op) { t.Error("a completion on a killed queue") }
+		old.Submit(w)
+		old.Post(&Task{Run: func() { t.Error("a task on a killed queue") }})
+		s.Kill(old)
+		if s.InFlight() != 0 {
+			t.Fatal("an orphan counts as in flight")
+		}
+		landedLate := false
+		s.OnEffect = func(q *SchedQueue, op *Op, off, n int64) { landedLate = landedLate || q == old && off+n > 0 }
+		survivor := false
+		other.Post(&Task{Run: func() {
+			survivor = true
+			if !landedLate {
+				late++
+			}
+		}})
+		s.Run()
+		if !survivor {
+			t.Fatal("the other queue was killed too")
+		}
+		p := content(t, m, 0, 8*SectorSize)
+		switch n := strings.Count(string(p), "\x01"); n {
+		case 0:
+			never++
+		case len(p):
+			whole++
+		default:
+			part++
+		}
+	}
+	if whole == 0 || part == 0 || never == 0 || late == 0 {
+		t.Errorf("whole %d, part %d, never %d, late %d", whole, part, never, late)
+	}
+}
+
+func TestSchedSettle(t *testing.T) {
+	for seed := uint64(1); seed <= 50; seed++ {
+		s := NewSched(seed)
+		m, other := NewMemoryDevice("disk", 8*SectorSize), NewMemoryDevice("other", 8*SectorSize)
+		old := s.NewQueue("old")
+		for _, f := range []*Memory{m, other} {
+			w := write(f, 0, sectors(1, 8))
+			w.Done = func(*Op) {}
+			old.Submit(w)
+		}
+		s.Kill(old)
+		s.Settle(func(f *Memory) bool { return f == m })
+		s.OnEffect = func(_ *SchedQueue, op *Op, _, _ int64) {
+			if op.File == m {
+				t.Fatalf("seed %d: an effect on a settled file", seed)
+			}
+		}
+		s.Run()
+	}
+}
+
+func TestSchedStick(t *testing.T) {
+	s := NewSched(1)
+	q := s.NewQueue("q")
+	m := NewMemoryDevice("disk", 8*SectorSize)
+	done := false
+	w := write(m, 0, sectors(1, 1))
+	w.Done = func(*Op) { done = true }
+	s.Stick(m)
+	q.Submit(w)
+	s.Run()
+	if done {
+		t.Fatal("a stuck disk completed a write")
+	}
+	s.Unstick(m)
+	s.Run()
+	if !done || content(t, m, 0, 1)[0] != 1 {
+		t.Fatal("the disk stayed stuck")
+	}
+}
+
+func TestSchedPause(t *testing.T) {
+	s := NewSched(3)
+	q, other := s.NewQueue("q"), s.NewQueue("other")
+	q.Pause(12)
+	var order []string
+	for i := 0; i < 3; i++ {
+		q.Post(&Task{Run: func() { order = append(order, fmt.Sprint("q", i)) }})
+	}
+	other.Post(&Task{Run: func() { order = append(order, "other") }})
+	s.Run()
+	if got := strings.Join(order, " "); got != "other q0 q1 q2" {
+		t.Error(got)
+	}
+}
+
+func TestSchedKeepsTheContract(t *testing.T) {
+	panics := func(name string, f func()) {
+		defer func() {
+			if recover() == nil {
+				t.Errorf("%s: accepted", name)
+			}
+		}()
+		f()
+	}
+	q := NewMemoryQueue()
+	m := NewMemoryDevice("disk", 8*SectorSize)
+	panics("submitted twice", func() {
+		w := write(m, 0, sectors(1, 1))
+		w.Done = func(*Op) {}
+		q.Submit(w)
+		q.Submit(w)
+	})
+	panics("changed in flight", func() {
+		w := write(m, 0, sectors(1, 1))
+		w.Done = func(*Op) {}
+		q.Submit(w)
+		w.Off = SectorSize
+		q.Run()
+	})
+}
