@@ -1,0 +1,310 @@
+// Package disk says what a path on this machine is and who uses it: which block
+// device, how large, mounted where, held by which other device, and on which
+// devices a file finally lies.
+//
+// It reads /proc and /sys and asks no device anything, so that looking at a
+// disk never disturbs it. What it finds is true at the moment of looking; the
+// final word on "is this disk free" is the exclusive open of OpenExclusive.
+//
+// A Host may be used from several goroutines at once.
+package disk
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// What is wrong with a disk. They arrive wrapped in an *Error.
+var (
+	ErrNotFound = errors.New("no such device")
+	ErrNotBlock = errors.New("not a block device")
+	ErrEmpty    = errors.New("zero size")
+	ErrReadOnly = errors.New("read-only")
+	ErrInUse    = errors.New("in use")
+	ErrUnknown  = errors.New("cannot tell")
+)
+
+// Error says what is wrong with which path and what a person can do about it.
+type Error struct {
+	Kind error  // one of the sentinels above
+	Path string // as the caller named it
+	What string // the finding: "mounted on /mnt"
+	Fix  string // the way out: "unmount it first"; may be empty
+}
+
+func (e *Error) Error() string { return e.Path + ": " + e.What }
+
+func (e *Error) Unwrap() error { return e.Kind }
+
+// Num is a block device's number.
+type Num struct{ Major, Minor uint32 }
+
+func (n Num) String() string { return fmt.Sprintf("%d:%d", n.Major, n.Minor) }
+
+// ParseNum reads "8:16".
+func ParseNum(s string) (Num, error) {
+	major, minor, ok := strings.Cut(s, ":")
+	a, err1 := strconv.ParseUint(major, 10, 32)
+	b, err2 := strconv.ParseUint(minor, 10, 32)
+	if !ok || err1 != nil || err2 != nil {
+		return Num{}, fmt.Errorf("parse device number %q", s)
+	}
+	return Num{uint32(a), uint32(b)}, nil
+}
+
+func numOf(rdev uint64) Num { return Num{unix.Major(rdev), unix.Minor(rdev)} }
+
+// Disk is a block device: a whole disk or a partition.
+type Disk struct {
+	Path     string // as the caller named it
+	Name     string // the kernel's name: sdb, vdb1, dm-0, ublkb3
+	Node     string // /dev/Name
+	Num      Num
+	Size     int64 // bytes
+	ReadOnly bool
+	// Parent is the kernel's name of the whole disk when this is a partition,
+	// else empty.
+	Parent string
+	// DMName is the device-mapper name, for a device-mapper device.
+	DMName string
+
+	sys string // its directory in sysfs
+}
+
+// Title is the name a person knows the disk by: its device-mapper name, or the
+// kernel's name.
+func (d *Disk) Title() string {
+	if d.DMName != "" {
+		return d.DMName
+	}
+	return d.Name
+}
+
+// Host is the machine that is looked at.
+type Host struct {
+	// Root is the directory from which paths given by people are resolved,
+	// symbolic links included. A process in a mount namespace of its own sets
+	// it to /proc/1/root to see what everybody else sees.
+	Root string
+	// Proc and Sys are where procfs and sysfs are mounted.
+	Proc, Sys string
+
+	stat func(path string) (status, error) // nil: the real one
+}
+
+// status is what of a file's status matters here.
+type status struct {
+	mode  uint16 // S_IFMT bits
+	rdev  Num    // of a device node
+	dev   Num    // of the filesystem
+	mount uint64 // the mount's number in mountinfo
+}
+
+// Machine is this machine, seen from this process.
+func Machine() *Host { return &Host{Root: "/", Proc: "/proc", Sys: "/sys"} }
+
+// Open opens path below Root, with symbolic links resolved there too. The
+// errors are those of open(2), as *os.PathError.
+func (h *Host) Open(path string, flags int, mode os.FileMode) (*os.File, error) {
+	root, err := unix.Open(h.Root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: h.Root, Err: err}
+	}
+	defer unix.Close(root)
+	how := unix.OpenHow{
+		Flags:   uint64(flags | unix.O_CLOEXEC),
+		Resolve: unix.RESOLVE_IN_ROOT,
+	}
+	if flags&unix.O_CREAT != 0 || flags&unix.O_TMPFILE == unix.O_TMPFILE {
+		how.Mode = uint64(mode.Perm())
+	}
+	for {
+		fd, err := unix.Openat2(root, path, &how)
+		// EAGAIN: a rename raced with the walk.
+		if err == unix.EINTR || err == unix.EAGAIN {
+			continue
+		}
+		if err != nil {
+			return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		}
+		return os.NewFile(uintptr(fd), path), nil
+	}
+}
+
+func (h *Host) statPath(path string) (status, error) {
+	if h.stat != nil {
+		return h.stat(path)
+	}
+	f, err := h.Open(path, unix.O_PATH, 0)
+	if err != nil {
+		var pe *os.PathError
+		errors.As(err, &pe)
+		return status{}, pe.Err
+	}
+	defer f.Close()
+	var st unix.Statx_t
+	err = unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, &st)
+	if err != nil {
+		return status{}, err
+	}
+	return status{
+		mode:  st.Mode & unix.S_IFMT,
+		rdev:  Num{st.Rdev_major, st.Rdev_minor},
+		dev:   Num{st.Dev_major, st.Dev_minor},
+		mount: st.Mnt_id,
+	}, nil
+}
+
+// Lookup says which block device path is: a device node, a symbolic link to
+// one, or the bare name of a device or of a device-mapper device ("vdb",
+// "vg-data"). The error is an *Error with ErrNotFound or ErrNotBlock.
+func (h *Host) Lookup(path string) (*Disk, error) {
+	num, err := h.number(path)
+	if err != nil {
+		return nil, err
+	}
+	d, err := h.byNumber(num)
+	if err != nil {
+		return nil, &Error{ErrNotFound, path, "no device behind this node (" + num.String() + ")", ""}
+	}
+	d.Path = path
+	return d, nil
+}
+
+func (h *Host) number(path string) (Num, error) {
+	if path == "" {
+		return Num{}, &Error{ErrNotFound, `""`, "no such device", ""}
+	}
+	st, err := h.statPath(path)
+	if err != nil && !strings.Contains(path, "/") {
+		if name := h.named(path); name != "" {
+			return ParseNum(h.sysText("class/block", name, "dev"))
+		}
+	}
+	switch {
+	case err == unix.ENOENT || err == unix.ENOTDIR:
+		return Num{}, &Error{ErrNotFound, path, "no such device", ""}
+	case err != nil:
+		return Num{}, &Error{ErrNotFound, path, err.Error(), ""}
+	}
+	var what, fix string
+	switch st.mode {
+	case unix.S_IFBLK:
+		return st.rdev, nil
+	case unix.S_IFREG:
+		what, fix = "a regular file, not a block device", "put a loop device over it: losetup -f --show "+path
+	case unix.S_IFDIR:
+		what = "a directory, not a block device"
+	case unix.S_IFCHR:
+		what = "a character device, not a block device"
+	default:
+		what = "not a block device"
+	}
+	return Num{}, &Error{ErrNotBlock, path, what, fix}
+}
+
+// named is the kernel's name of the device that a person calls by a bare name.
+func (h *Host) named(name string) string {
+	if filepath.Base(name) != name || name == "." || name == ".." {
+		return ""
+	}
+	if h.sysText("class/block", name, "dev") != "" {
+		return name
+	}
+	dms, _ := filepath.Glob(filepath.Join(h.Sys, "class/block/dm-*/dm/name"))
+	for _, f := range dms {
+		if text(f) == name {
+			return filepath.Base(filepath.Dir(filepath.Dir(f)))
+		}
+	}
+	return ""
+}
+
+// ByNumber is the disk with the given number.
+func (h *Host) ByNumber(n Num) (*Disk, error) {
+	d, err := h.byNumber(n)
+	if err != nil {
+		return nil, &Error{ErrNotFound, n.String(), "no such device", ""}
+	}
+	return d, nil
+}
+
+func (h *Host) byNumber(n Num) (*Disk, error) {
+	sys, err := filepath.EvalSymlinks(filepath.Join(h.Sys, "dev/block", n.String()))
+	if err != nil {
+		return nil, err
+	}
+	name := filepath.Base(sys)
+	sectors, err := strconv.ParseInt(text(filepath.Join(sys, "size")), 10, 64)
+	if err != nil {
+		return nil, fmt.Errorf("read size of %s: %w", name, err)
+	}
+	d := &Disk{
+		// sysfs writes "!" for a "/" in the kernel's name ("cciss!c0d0").
+		Name:     name,
+		Node:     "/dev/" + strings.ReplaceAll(name, "!", "/"),
+		Num:      n,
+		Size:     sectors * 512,
+		ReadOnly: text(filepath.Join(sys, "ro")) == "1",
+		DMName:   text(filepath.Join(sys, "dm/name")),
+		sys:      sys,
+	}
+	d.Path = d.Node
+	if exists(filepath.Join(sys, "partition")) {
+		d.Parent = filepath.Base(filepath.Dir(sys))
+	}
+	return d, nil
+}
+
+// partitions are the partitions of a whole disk.
+func (h *Host) partitions(d *Disk) []*Disk {
+	var parts []*Disk
+	files, _ := filepath.Glob(filepath.Join(d.sys, "*", "partition"))
+	for _, f := range files {
+		n, err := ParseNum(text(filepath.Join(filepath.Dir(f), "dev")))
+		if err != nil {
+			continue
+		}
+		if p, err := h.byNumber(n); err == nil {
+			parts = append(parts, p)
+		}
+	}
+	return parts
+}
+
+func (h *Host) sysText(elem ...string) string {
+	return text(filepath.Join(append([]string{h.Sys}, elem...)...))
+}
+
+// text is the content of a small file without its newline; empty when it
+// cannot be read.
+func text(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	return strings.TrimRight(string(b), "\n")
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+func names(dir string) []string {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil
+	}
+	out := make([]string, len(entries))
+	for i, e := range entries {
+		out[i] = e.Name()
+	}
+	return out
+}

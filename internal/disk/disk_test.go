@@ -1,0 +1,378 @@
+package disk
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// machine is a machine made of files: sysfs and procfs in a temporary
+// directory, device nodes in a map.
+type machine struct {
+	*Host
+	t     *testing.T
+	nodes map[string]status
+}
+
+func newMachine(t *testing.T) *machine {
+	dir := t.TempDir()
+	m := &machine{t: t, nodes: map[string]status{}}
+	m.Host = &Host{Root: "/", Proc: filepath.Join(dir, "proc"), Sys: filepath.Join(dir, "sys")}
+	m.Host.stat = func(path string) (status, error) {
+		st, ok := m.nodes[path]
+		if !ok {
+			return status{}, unix.ENOENT
+		}
+		return st, nil
+	}
+	m.write(m.Proc, "1/mountinfo", "")
+	m.link("mnt:[1]", m.Proc, "1/ns/mnt")
+	return m
+}
+
+func (m *machine) write(dir, path, content string) {
+	m.t.Helper()
+	p := filepath.Join(dir, path)
+	if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+	f, err := os.OpenFile(p, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString(content); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *machine) link(to, dir, path string) {
+	m.t.Helper()
+	p := filepath.Join(dir, path)
+	if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+	if err := os.Symlink(to, p); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// disk makes a whole disk of 1 MiB, or with a parent a partition.
+func (m *machine) disk(name, num, parent string) {
+	m.t.Helper()
+	dir := "devices/" + name
+	if parent != "" {
+		dir = "devices/" + parent + "/" + name
+		m.write(m.Sys, dir+"/partition", "1\n")
+	}
+	m.write(m.Sys, dir+"/size", "2048\n")
+	m.write(m.Sys, dir+"/ro", "0\n")
+	m.write(m.Sys, dir+"/dev", num+"\n")
+	m.link(filepath.Join(m.Sys, dir), m.Sys, "dev/block/"+num)
+	m.link(filepath.Join(m.Sys, dir), m.Sys, "class/block/"+name)
+	n, err := ParseNum(num)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.nodes["/dev/"+name] = status{mode: unix.S_IFBLK, rdev: n}
+}
+
+// set writes an attribute of a disk.
+func (m *machine) set(name, attr, value string) {
+	m.t.Helper()
+	dir, err := filepath.EvalSymlinks(filepath.Join(m.Sys, "class/block", name))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	os.Remove(filepath.Join(dir, attr))
+	m.write(dir, attr, value+"\n")
+}
+
+// stack puts upper on lower.
+func (m *machine) stack(upper, lower string) {
+	m.set(lower, "holders/"+upper, "")
+	m.set(upper, "slaves/"+lower, "")
+}
+
+func (m *machine) mount(pid int, id uint64, num, point, fstype, source, super string) {
+	m.write(m.Proc, fmt.Sprintf("%d/mountinfo", pid),
+		fmt.Sprintf("%d 1 %s / %s rw,relatime shared:1 - %s %s %s\n", id, num, point, fstype, source, super))
+}
+
+func TestLookup(t *testing.T) {
+	m := newMachine(t)
+	m.disk("vdb", "254:16", "")
+	m.disk("vdb1", "254:17", "vdb")
+	m.disk("dm-0", "252:0", "")
+	m.set("dm-0", "dm/name", "vg-data")
+	m.nodes["/dev/disk/by-id/x"] = m.nodes["/dev/vdb"]
+	m.nodes["/tmp/file"] = status{mode: unix.S_IFREG}
+	m.nodes["/tmp"] = status{mode: unix.S_IFDIR}
+	m.nodes["/dev/null"] = status{mode: unix.S_IFCHR}
+	m.nodes["/dev/gone"] = status{mode: unix.S_IFBLK, rdev: Num{9, 9}}
+
+	for _, c := range []struct{ path, name, parent, title string }{
+		{"/dev/vdb", "vdb", "", "vdb"},
+		{"/dev/disk/by-id/x", "vdb", "", "vdb"},
+		{"vdb", "vdb", "", "vdb"},
+		{"/dev/vdb1", "vdb1", "vdb", "vdb1"},
+		{"vg-data", "dm-0", "", "vg-data"},
+	} {
+		d, err := m.Lookup(c.path)
+		if err != nil {
+			t.Errorf("Lookup(%q): %v", c.path, err)
+			continue
+		}
+		if d.Name != c.name || d.Parent != c.parent || d.Title() != c.title || d.Path != c.path || d.Size != 1<<20 {
+			t.Errorf("Lookup(%q) = %+v", c.path, d)
+		}
+	}
+	for _, c := range []struct {
+		path string
+		kind error
+		what string
+	}{
+		{"", ErrNotFound, "no such device"},
+		{"/dev/nothing", ErrNotFound, "no such device"},
+		{"nothing", ErrNotFound, "no such device"},
+		{"..", ErrNotFound, "no such device"},
+		{"/dev/gone", ErrNotFound, "no device behind this node (9:9)"},
+		{"/tmp/file", ErrNotBlock, "a regular file, not a block device"},
+		{"/tmp", ErrNotBlock, "a directory, not a block device"},
+		{"/dev/null", ErrNotBlock, "a character device, not a block device"},
+	} {
+		_, err := m.Lookup(c.path)
+		var e *Error
+		if !errors.As(err, &e) || !errors.Is(err, c.kind) || e.What != c.what {
+			t.Errorf("Lookup(%q): %v, want %v: %s", c.path, err, c.kind, c.what)
+		}
+	}
+}
+
+func TestCheckUsable(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		setup func(*machine)
+		kind  error
+		what  string
+	}{
+		{"free", func(m *machine) {}, nil, ""},
+		{"empty", func(m *machine) { m.set("vdb", "size", "0") }, ErrEmpty, "has zero size"},
+		{"read-only", func(m *machine) { m.set("vdb", "ro", "1") }, ErrReadOnly, "read-only"},
+		{"mounted", func(m *machine) {
+			m.mount(1, 30, "254:16", `/mnt/my\040disk`, "ext4", "/dev/vdb", "rw")
+		}, ErrInUse, "mounted on /mnt/my disk"},
+		{"partition mounted", func(m *machine) {
+			m.mount(1, 30, "254:17", "/mnt", "ext4", "/dev/vdb1", "rw")
+		}, ErrInUse, "its partition /dev/vdb1 is mounted on /mnt"},
+		{"other disk mounted", func(m *machine) {
+			m.mount(1, 30, "254:32", "/mnt", "ext4", "/dev/vdc", "rw")
+		}, nil, ""},
+		{"mounted in another namespace", func(m *machine) {
+			m.link("mnt:[2]", m.Proc, "77/ns/mnt")
+			m.mount(77, 90, "254:16", "/data", "xfs", "/dev/vdb", "rw")
+		}, ErrInUse, "mounted on /data"},
+		{"mounted as btrfs", func(m *machine) {
+			m.mount(1, 30, "0:40", "/mnt", "btrfs", "/dev/vdb", "rw")
+		}, ErrInUse, "mounted on /mnt"},
+		{"second device of a btrfs", func(m *machine) {
+			m.write(m.Sys, "fs/btrfs/uuid/devices/vdb", "")
+		}, ErrInUse, "part of a mounted btrfs filesystem"},
+		{"swap", func(m *machine) {
+			m.write(m.Proc, "swaps", "Filename Type Size Used Priority\n/dev/vdb partition 1 0 -2\n")
+		}, ErrInUse, "used as swap space"},
+		{"swap file of that name", func(m *machine) {
+			m.write(m.Proc, "swaps", "Filename Type Size Used Priority\n/dev/vdb file 1 0 -2\n")
+		}, nil, ""},
+		{"volume", func(m *machine) {
+			m.disk("dm-0", "252:0", "")
+			m.set("dm-0", "dm/name", "vg-data")
+			m.set("dm-0", "dm/uuid", "LVM-abc")
+			m.stack("dm-0", "vdb1")
+		}, ErrInUse, "its partition /dev/vdb1 is held by the logical volume vg-data"},
+		{"array", func(m *machine) {
+			m.disk("md0", "9:0", "")
+			m.set("md0", "md/level", "raid1")
+			m.stack("md0", "vdb")
+		}, ErrInUse, "a member of the array /dev/md0"},
+		{"loop", func(m *machine) {
+			m.disk("loop3", "7:3", "")
+			m.set("loop3", "loop/backing_file", "/dev/vdb")
+		}, ErrInUse, "the backing device of /dev/loop3"},
+		{"loop over a file", func(m *machine) {
+			m.disk("loop3", "7:3", "")
+			m.nodes["/img"] = status{mode: unix.S_IFREG}
+			m.set("loop3", "loop/backing_file", "/img")
+		}, nil, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := newMachine(t)
+			m.disk("vdb", "254:16", "")
+			m.disk("vdb1", "254:17", "vdb")
+			m.disk("vdc", "254:32", "")
+			c.setup(m)
+			d, err := m.Lookup("/dev/vdb")
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = m.CheckUsable(d)
+			if c.kind == nil {
+				if err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			var e *Error
+			if !errors.As(err, &e) || !errors.Is(err, c.kind) || e.What != c.what {
+				t.Fatalf("got %v, want %s", err, c.what)
+			}
+			if e.Fix == "" {
+				t.Error("the error does not say what to do")
+			}
+		})
+	}
+}
+
+func TestOpeners(t *testing.T) {
+	m := newMachine(t)
+	m.write(m.Proc, "42/comm", "fio\n")
+	m.link("/dev/null", m.Proc, "42/fd/3") // a character device, and no block device's number
+	if ps := m.Openers(Num{1, 3}); len(ps) != 0 {
+		t.Fatalf("a character device counted as a block device: %v", ps)
+	}
+}
+
+// TestLiesOn builds one machine with every kind of stack over vdb.
+func TestLiesOn(t *testing.T) {
+	m := newMachine(t)
+	m.disk("vdb", "254:16", "")
+	m.disk("vdb1", "254:17", "vdb")
+	m.disk("vdb2", "254:18", "vdb")
+	m.disk("vdc", "254:32", "")
+	m.disk("dm-0", "252:0", "")
+	m.stack("dm-0", "vdb1")
+	m.disk("md0", "9:0", "")
+	m.stack("md0", "vdc")
+	m.stack("md0", "dm-0")
+	m.disk("loop0", "7:0", "")
+	m.set("loop0", "loop/backing_file", "/on-dm/img")
+	m.disk("loop1", "7:1", "")
+	m.set("loop1", "loop/backing_file", "/on-dm/unlinked (deleted)")
+	m.disk("loop2", "7:2", "")
+	m.set("loop2", "loop/backing_file", "/dev/loop0")
+	m.disk("ublkb0", "259:0", "")
+	m.disk("ublkb0p1", "259:1", "ublkb0")
+	file := func(path, dev string, mount uint64) {
+		n, err := ParseNum(dev)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.nodes[path] = status{mode: unix.S_IFREG, dev: n, mount: mount}
+	}
+	file("/on-dm", "252:0", 50)
+	file("/on-dm/img", "252:0", 50)
+	file("/on-vdc/f", "254:32", 51)
+	file("/run/f", "0:20", 52)
+	m.mount(1, 52, "0:20", "/run", "tmpfs", "tmpfs", "rw")
+	file("/btrfs/sub/f", "0:99", 53) // the number of a subvolume, in no mount
+	m.mount(1, 53, "0:41", "/btrfs", "btrfs", "/dev/vdc", "rw")
+	m.write(m.Sys, "fs/btrfs/uuid/devices/vdc", "")
+	m.write(m.Sys, "fs/btrfs/uuid/devices/loop2", "")
+	file("/merged/f", "0:60", 54)
+	m.mount(1, 54, "0:60", "/merged", "overlay", "overlay", "rw,lowerdir=/run,upperdir=/on-dm,workdir=/w")
+	file("/pool/f", "0:70", 55)
+	m.mount(1, 55, "0:70", "/pool", "zfs", "tank/data", "rw")
+	file("/lost/f", "0:80", 56)
+	file("/on-filter/f", "259:1", 57)
+
+	below := func(n Num) []Num {
+		if n == (Num{259, 0}) {
+			return []Num{{254, 18}}
+		}
+		return nil
+	}
+	vdb, vdb1, vdb2, vdc := Num{254, 16}, Num{254, 17}, Num{254, 18}, Num{254, 32}
+	for _, c := range []struct {
+		path   string
+		target Num
+		want   bool
+	}{
+		{"/dev/vdb", vdb, true},
+		{"/dev/vdb1", vdb, true},
+		{"/dev/vdb", vdb1, true},
+		{"/dev/vdb2", vdb1, false},
+		{"/dev/vdc", vdb, false},
+		{"/dev/dm-0", vdb, true},
+		{"/dev/dm-0", vdb2, false},
+		{"/dev/md0", vdb1, true},
+		{"/dev/md0", vdc, true},
+		{"/on-dm/img", vdb, true},
+		{"/on-dm/img", vdc, false},
+		{"/on-vdc/f", vdb, false},
+		{"/dev/loop0", vdb1, true},
+		{"/dev/loop1", vdb1, true},
+		{"/dev/loop2", vdb, true},
+		{"/dev/loop2", vdb2, false},
+		{"/run/f", vdb, false},
+		{"/btrfs/sub/f", vdc, true},
+		{"/btrfs/sub/f", vdb1, true},
+		{"/btrfs/sub/f", vdb2, false},
+		{"/merged/f", vdb1, true},
+		{"/merged/f", vdc, false},
+		{"/on-filter/f", vdb2, true},
+		{"/on-filter/f", vdb, true},
+		{"/on-filter/f", vdb1, false},
+	} {
+		got, err := m.LiesOn(c.path, c.target, below)
+		if err != nil || got != c.want {
+			t.Errorf("LiesOn(%s, %v) = %v, %v; want %v", c.path, c.target, got, err, c.want)
+		}
+	}
+	for _, path := range []string{"/pool/f", "/lost/f", "/no/such/file"} {
+		if _, err := m.LiesOn(path, vdb, below); !errors.Is(err, ErrUnknown) {
+			t.Errorf("LiesOn(%s): %v, want %v", path, err, ErrUnknown)
+		}
+	}
+}
+
+// TestOpenInRoot checks that a symbolic link below Root does not lead out of it.
+func TestOpenInRoot(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "file"), []byte("inside"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/file", filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	h := &Host{Root: dir}
+	f, err := h.Open("/link", os.O_RDONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, 16)
+	n, _ := f.Read(b)
+	if string(b[:n]) != "inside" {
+		t.Fatalf("read %q", b[:n])
+	}
+	if _, err := h.Open("/none", os.O_RDONLY, 0); !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+}
+
+func FuzzParseMount(f *testing.F) {
+	f.Add(`36 35 98:0 / /mnt\040x rw - ext4 /dev/vdb rw`)
+	f.Add(`36 35 98:0 / /mnt rw master:1 shared:2 - ext4 \134`)
+	f.Add("1 2 3")
+	f.Fuzz(func(t *testing.T, line string) {
+		m, ok := parseMount(line)
+		if ok && (m.FSType == "" || strings.Contains(m.FSType, " ")) {
+			t.Fatalf("%q gave %+v", line, m)
+		}
+	})
+}

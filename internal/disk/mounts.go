@@ -1,0 +1,134 @@
+package disk
+
+import (
+	"bufio"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// Mount is one mount in one mount namespace.
+type Mount struct {
+	ID     uint64
+	Num    Num    // of the mounted device; major 0 for filesystems without one
+	Point  string // where, as the namespace's processes see it
+	FSType string
+	Source string // what mount(8) was given: /dev/vdb, tmpfs, host:/export
+	// Super are the options of the filesystem itself.
+	Super string
+	// PID is a process that sees the mount: Point can be reached through
+	// /proc/PID/root.
+	PID int
+}
+
+// Mounts are the mounts of all mount namespaces that have a process in them,
+// those of process 1 first.
+func (h *Host) Mounts() []Mount {
+	var out []Mount
+	seen := map[string]bool{}
+	pids := []int{1}
+	for _, name := range names(h.Proc) {
+		if pid, err := strconv.Atoi(name); err == nil && pid != 1 {
+			pids = append(pids, pid)
+		}
+	}
+	for _, pid := range pids {
+		dir := filepath.Join(h.Proc, strconv.Itoa(pid))
+		ns, err := os.Readlink(filepath.Join(dir, "ns/mnt"))
+		if err != nil || seen[ns] {
+			continue
+		}
+		f, err := os.Open(filepath.Join(dir, "mountinfo"))
+		if err != nil {
+			continue
+		}
+		seen[ns] = true
+		for s := bufio.NewScanner(f); s.Scan(); {
+			if m, ok := parseMount(s.Text()); ok {
+				m.PID = pid
+				out = append(out, m)
+			}
+		}
+		f.Close()
+	}
+	return out
+}
+
+// parseMount reads a line of mountinfo (proc_pid_mountinfo(5)):
+//
+//	36 35 98:0 /root /point opts tag:1 - type source super
+func parseMount(line string) (Mount, bool) {
+	left, right, ok := strings.Cut(line, " - ")
+	l, r := strings.Fields(left), strings.Fields(right)
+	if !ok || len(l) < 6 || len(r) < 2 {
+		return Mount{}, false
+	}
+	id, err1 := strconv.ParseUint(l[0], 10, 64)
+	num, err2 := ParseNum(l[2])
+	if err1 != nil || err2 != nil {
+		return Mount{}, false
+	}
+	m := Mount{ID: id, Num: num, Point: unescape(l[4]), FSType: r[0], Source: unescape(r[1])}
+	if len(r) > 2 {
+		m.Super = r[2]
+	}
+	return m, true
+}
+
+// unescape undoes the kernel's octal escapes for blanks and backslashes.
+func unescape(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if c, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(c))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
+
+// MountsOf are the mounts of the disk itself, not of its partitions.
+func (h *Host) MountsOf(d *Disk) []Mount { return h.mountsOf(d, h.Mounts()) }
+
+func (h *Host) mountsOf(d *Disk, all []Mount) []Mount {
+	var out []Mount
+	for _, m := range all {
+		if m.Num == d.Num || m.Num.Major == 0 && h.sourceIs(m, d) {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// sourceIs says whether a filesystem with an anonymous device number (btrfs,
+// bcachefs) names the disk as its source.
+func (h *Host) sourceIs(m Mount, d *Disk) bool {
+	for _, src := range sources(m) {
+		if src == d.Node {
+			return true
+		}
+		if n, err := h.number(src); err == nil && n == d.Num {
+			return true
+		}
+	}
+	return false
+}
+
+// sources are the device paths in a mount's source.
+func sources(m Mount) []string {
+	var out []string
+	for _, s := range strings.Split(m.Source, ":") {
+		if strings.HasPrefix(s, "/dev/") {
+			out = append(out, s)
+		}
+	}
+	return out
+}

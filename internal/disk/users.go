@@ -1,0 +1,200 @@
+package disk
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// CheckUsable refuses a disk that nothing can be put over: empty, read-only or
+// in use. The error is an *Error.
+func (h *Host) CheckUsable(d *Disk) error {
+	if d.Size == 0 {
+		return &Error{ErrEmpty, d.Path, "has zero size", "put a medium in or set the device up first"}
+	}
+	if d.ReadOnly {
+		return &Error{ErrReadOnly, d.Path, "read-only", "make it writable first: blockdev --setrw " + d.Node}
+	}
+	return h.CheckFree(d)
+}
+
+// CheckFree refuses a disk that somebody uses, naming the user: a mount, a swap
+// area, a device stacked on it (device-mapper, md, bcache, loop, btrfs). Its
+// partitions count too. The error is an *Error with ErrInUse.
+func (h *Host) CheckFree(d *Disk) error {
+	mounts := h.Mounts()
+	for _, x := range append([]*Disk{d}, h.partitions(d)...) {
+		what, fix := h.user(x, mounts)
+		if what == "" {
+			continue
+		}
+		if x != d {
+			what = "its partition " + x.Node + " is " + what
+		}
+		return &Error{ErrInUse, d.Path, what, fix}
+	}
+	return nil
+}
+
+// user names the first user found of the disk itself, and how to end the use;
+// empty when there is none.
+func (h *Host) user(d *Disk, mounts []Mount) (what, fix string) {
+	if ms := h.mountsOf(d, mounts); len(ms) > 0 {
+		return "mounted on " + ms[0].Point, "unmount it first"
+	}
+	for _, name := range names(filepath.Join(d.sys, "holders")) {
+		return h.describeHolder(name)
+	}
+	if h.isSwap(d) {
+		return "used as swap space", "swapoff " + d.Node + " first"
+	}
+	if fs, _ := filepath.Glob(filepath.Join(h.Sys, "fs/btrfs/*/devices", d.Name)); len(fs) > 0 {
+		return "part of a mounted btrfs filesystem", "unmount it first"
+	}
+	if loop := h.loopOver(d); loop != "" {
+		return "the backing device of /dev/" + loop, "losetup -d /dev/" + loop + " first"
+	}
+	return "", ""
+}
+
+func (h *Host) describeHolder(name string) (what, fix string) {
+	dir := filepath.Join(h.Sys, "class/block", name)
+	if dm := text(filepath.Join(dir, "dm/name")); dm != "" {
+		uuid := text(filepath.Join(dir, "dm/uuid"))
+		kind, _, _ := strings.Cut(uuid, "-")
+		switch kind {
+		case "LVM":
+			return "held by the logical volume " + dm, "name the logical volume /dev/mapper/" + dm + " instead, or deactivate its group"
+		case "CRYPT":
+			return "held by the encrypted volume " + dm, "close it first: cryptsetup close " + dm
+		case "mpath":
+			return "a path of the multipath device " + dm, "name /dev/mapper/" + dm + " instead"
+		}
+		return "held by the device-mapper device " + dm, "name /dev/mapper/" + dm + " instead, or remove it first"
+	}
+	if exists(filepath.Join(dir, "md")) {
+		return "a member of the array /dev/" + name, "name the array instead, or stop it first"
+	}
+	return "held by " + name, "release it there first"
+}
+
+func (h *Host) isSwap(d *Disk) bool {
+	f, err := os.Open(filepath.Join(h.Proc, "swaps"))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		fields := strings.Fields(s.Text())
+		if len(fields) < 2 || fields[1] != "partition" {
+			continue
+		}
+		path := unescape(fields[0])
+		if path == d.Node {
+			return true
+		}
+		if n, err := h.number(path); err == nil && n == d.Num {
+			return true
+		}
+	}
+	return false
+}
+
+// loopOver is the loop device whose backing file is the disk. A loop device
+// does not claim it, so that an exclusive open would not notice.
+func (h *Host) loopOver(d *Disk) string {
+	files, _ := filepath.Glob(filepath.Join(h.Sys, "class/block/loop*/loop/backing_file"))
+	for _, f := range files {
+		if n, err := h.number(text(f)); err == nil && n == d.Num {
+			return filepath.Base(filepath.Dir(filepath.Dir(f)))
+		}
+	}
+	return ""
+}
+
+// OpenExclusive opens the disk for direct reading and writing and claims it:
+// nobody can mount it or put another device on it until the file is closed.
+// A disk that somebody has claimed gives an *Error with ErrInUse.
+func (h *Host) OpenExclusive(d *Disk) (*os.File, error) {
+	f, err := os.OpenFile(d.Node, os.O_RDWR|unix.O_DIRECT|unix.O_EXCL|unix.O_CLOEXEC, 0)
+	if err == nil {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil || numOf(uint64(st.Rdev)) != d.Num {
+			f.Close()
+			return nil, &Error{ErrNotFound, d.Path, fmt.Sprintf("%s is not device %s any more", d.Node, d.Num), ""}
+		}
+		return f, nil
+	}
+	pe := err.(*os.PathError)
+	switch pe.Err {
+	case unix.EBUSY:
+		return nil, h.busy(d)
+	case unix.EROFS, unix.EACCES:
+		return nil, &Error{ErrReadOnly, d.Path, "cannot be opened for writing: " + pe.Err.Error(), ""}
+	case unix.ENXIO, unix.ENODEV, unix.ENOENT:
+		return nil, &Error{ErrNotFound, d.Path, "no such device", ""}
+	}
+	return nil, &Error{pe.Err, d.Path, "open: " + pe.Err.Error(), ""}
+}
+
+// busy explains EBUSY as well as it can.
+func (h *Host) busy(d *Disk) error {
+	if err := h.CheckFree(d); err != nil {
+		return err
+	}
+	if d.Parent != "" {
+		if n, err := ParseNum(h.sysText("class/block", d.Parent, "dev")); err == nil {
+			if whole, err := h.byNumber(n); err == nil {
+				if what, fix := h.user(whole, h.Mounts()); what != "" {
+					return &Error{ErrInUse, d.Path, "its disk " + whole.Node + " is " + what, fix}
+				}
+			}
+		}
+	}
+	if ps := h.Openers(d.Num); len(ps) > 0 {
+		return &Error{ErrInUse, d.Path, "opened exclusively by " + ps[0].String(), "end that process first"}
+	}
+	return &Error{ErrInUse, d.Path, "claimed by the kernel or another program", "find the user first: lsblk, fuser -v " + d.Node}
+}
+
+// Process is a process that has something open.
+type Process struct {
+	PID  int
+	Name string
+}
+
+func (p Process) String() string { return fmt.Sprintf("%s (process %d)", p.Name, p.PID) }
+
+// Openers are the processes, other than this one, that have the block device
+// open. What only the kernel holds (mounts, stacked devices) is not seen.
+func (h *Host) Openers(n Num) []Process {
+	var out []Process
+	self := strconv.Itoa(os.Getpid())
+	for _, name := range names(h.Proc) {
+		pid, err := strconv.Atoi(name)
+		if err != nil || name == self {
+			continue
+		}
+		dir := filepath.Join(h.Proc, name)
+		for _, fd := range names(filepath.Join(dir, "fd")) {
+			link := filepath.Join(dir, "fd", fd)
+			// Reading the link first: asking a file of a dead network
+			// filesystem for its status can hang.
+			to, err := os.Readlink(link)
+			if err != nil || !strings.HasPrefix(to, "/dev/") {
+				continue
+			}
+			var st unix.Stat_t
+			if unix.Stat(link, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && numOf(uint64(st.Rdev)) == n {
+				out = append(out, Process{pid, text(filepath.Join(dir, "comm"))})
+				break
+			}
+		}
+	}
+	return out
+}
