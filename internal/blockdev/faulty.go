@@ -48,6 +48,10 @@ func (f *Fault) fits(op *Op) bool {
 
 // Faults is a list of faults shared by any number of queues.
 type Faults struct {
+	// OnFire is told each operation that is going to fail; nil or set before
+	// the queues are used.
+	OnFire func(op *Op)
+
 	mu    sync.Mutex
 	list  []*fault
 	fired int
@@ -121,6 +125,9 @@ func (q *Faulty) Submit(op *Op) {
 	if f == nil {
 		q.inner.Submit(op)
 		return
+	}
+	if q.faults.OnFire != nil {
+		q.faults.OnFire(op)
 	}
 	errno := f.Err
 	fail := func() {

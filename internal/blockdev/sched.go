@@ -35,6 +35,7 @@ type Sched struct {
 	slow   map[*Memory]uint
 	stuck  map[*Memory][]*event
 	flight map[*Op]*event
+	thread *SchedQueue // whose code is running
 }
 
 // Random is a small generator of choices whose sequence is part of what a seed
@@ -159,6 +160,9 @@ func (q *SchedQueue) Submit(op *Op) {
 	if q.dead {
 		panic("blockdev: submit on a killed queue")
 	}
+	if s.thread != nil && s.thread != q {
+		panic(fmt.Sprintf("blockdev: submit to queue %s on the thread of %s", q.name, s.thread.name))
+	}
 	if s.flight[op] != nil {
 		panic("blockdev: operation submitted while in flight")
 	}
@@ -244,6 +248,9 @@ func (s *Sched) Now() uint64 { return s.now }
 // Random is the world's generator, for choices that shall follow its seed.
 func (s *Sched) Random() *Random { return &s.random }
 
+// Thread is the queue whose code is running now, nil outside of any.
+func (s *Sched) Thread() *SchedQueue { return s.thread }
+
 // InFlight is how many operations of living queues have not completed.
 func (s *Sched) InFlight() int { return len(s.flight) }
 
@@ -273,6 +280,7 @@ func (s *Sched) Step() bool {
 			continue
 		}
 		s.steps++
+		s.thread = e.queue
 		switch {
 		case e.posted:
 			t := e.queue.tasks[0]
@@ -283,6 +291,7 @@ func (s *Sched) Step() bool {
 		default:
 			s.complete(e)
 		}
+		s.thread = nil
 		return true
 	}
 	return false
@@ -321,6 +330,9 @@ func (s *Sched) Kill(queues ...*SchedQueue) {
 	for _, q := range queues {
 		q.dead = true
 		q.tasks = nil
+		if s.thread == q {
+			s.thread = nil
+		}
 	}
 	kept := s.events[:0]
 	for _, e := range s.events {

@@ -178,6 +178,12 @@ func TestSchedKeepsTheContract(t *testing.T) {
 		q.Submit(w)
 		q.Submit(w)
 	})
+	panics("submitted from another thread", func() {
+		other := q.Sched().NewQueue("other")
+		other.Post(&Task{Run: func() { q.Submit(write(m, 0, sectors(1, 1))) }})
+		q.Run()
+	})
+	q = NewMemoryQueue()
 	panics("changed in flight", func() {
 		w := write(m, 0, sectors(1, 1))
 		w.Done = func(*Op) {}

@@ -1,0 +1,12 @@
+//go:build !mutation
+
+package mutation
+
+// Enabled says whether this build has the switches.
+const Enabled = false
+
+// Is says whether bug b is switched on.
+func Is(b Bug) bool { return false }
+
+// Point is a place to die.
+func Point() {}
