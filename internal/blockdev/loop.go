@@ -1,0 +1,679 @@
+package blockdev
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
+)
+
+// LoopConfig describes a Loop.
+type LoopConfig struct {
+	// Name is the thread's name, as ps shows it (15 bytes of it).
+	Name string
+	// Depth is how many operations the kernel works on at a time; more than
+	// that wait in a list. 1 to uring.MaxEntries.
+	Depth int
+	// Commands is how many entries of Command are in flight at most. It sizes
+	// the completion queue: more than that work too, only slower.
+	Commands int
+	// Files are registered with the ring for its life, so that operations on
+	// them save the look-up of the file descriptor. Others work as well.
+	Files []*OSFile
+	// CPUs is where the thread may run; nil anywhere.
+	CPUs *unix.CPUSet
+	// Buffers are registered with the ring, each under its place as index (see
+	// Buf.Index). The memory lies off the Go heap and stays until Stop.
+	Buffers [][]byte
+	// SparseBuffers is the size of an empty table of buffers, for a driver that
+	// fills it with kernel pages. Not together with Buffers.
+	SparseBuffers int
+	// OnCommand gets the result of a Command entry, on the loop's thread.
+	OnCommand func(tag uint32, res int32)
+}
+
+// Loop is the Queue on real files: one thread, one io_uring.
+//
+// A turn of the loop: run posted tasks, start waiting operations, give all new
+// entries to the kernel and wait in one system call, hand out completions.
+// What those start (Submit, Command) leaves with the next turn's call.
+//
+// The kernel is given an operation's slot number, never a pointer. At most
+// Depth slots are in use; further operations wait in a list, oldest first.
+type Loop struct {
+	cfg  LoopConfig
+	ring *uring.Ring
+
+	// The loop's thread alone.
+	slots    []slot
+	free     []uint32 // unused slots
+	waiting  opList   // for a slot, or room in the submission queue
+	finished opList   // Done is due without the kernel's doing
+	inFlight int      // operations in the ring
+	commands int      // commands in the ring
+	wakeRead bool     // a read of wakeFd is in the ring
+	ending   bool     // that read has been made to complete, for the end
+	raw      bool     // waits keep the P: there was work lately
+	neverRaw bool     // for measuring what raw is worth
+	maxRaw   int32    // loops that may wait raw at a time
+	cqes     [64]uring.CQE
+
+	// Shared with posters.
+	posted   atomic.Pointer[Task] // newest first
+	armed    atomic.Bool          // the loop may sleep: a poster has to wake it
+	stopping atomic.Bool
+	ended    chan struct{}
+
+	mu      sync.Mutex // guards wakeFd against its close
+	wakeFd  int        // eventfd, -1 after the end
+	wakeBuf []byte     // where the ring reads wakeFd to, off the Go heap
+}
+
+// slot is an operation in the ring.
+type slot struct {
+	op     *Op
+	method method
+	tries  uint8 // EAGAIN seen
+}
+
+// method is how an operation is done. A file that cannot do it one way is
+// asked the next.
+type method uint8
+
+const (
+	methodPlain       method = iota // read, write, fsync, fallocate
+	methodDiscard                   // the block layer's discard
+	methodPunch                     // fallocate: deallocate, reads as zeroes
+	methodZero                      // fallocate: zero, keep the space
+	methodWriteZeroes               // plain writes of zeroes
+)
+
+// user_data of a ring entry: what it is in the high half, which one in the low.
+const (
+	kindOp      uint64 = iota << 32 // low half: slot
+	kindCommand                     // low half: tag
+	kindWake
+	kindMask uint64 = 0xffffffff << 32
+)
+
+const (
+	// maxTransfer is the most that one ring entry reads or writes. The kernel
+	// itself stops a page short of 2 GiB.
+	maxTransfer = 1 << 30
+	// zeroChunk is how much methodWriteZeroes writes at a time.
+	zeroChunk = 1 << 20
+	// maxTries bounds the repetitions after EAGAIN.
+	maxTries = 16
+	// hotWait is how long a raw wait lasts before the loop counts as idle and
+	// gives its P back.
+	hotWait = time.Millisecond
+)
+
+// opList is a first-in first-out list through Op.next.
+type opList struct{ head, tail *Op }
+
+func (q *opList) push(op *Op) {
+	op.next = nil
+	if q.tail == nil {
+		q.head = op
+	} else {
+		q.tail.next = op
+	}
+	q.tail = op
+}
+
+func (q *opList) pop() *Op {
+	op := q.head
+	if op == nil {
+		return nil
+	}
+	q.head = op.next
+	if q.head == nil {
+		q.tail = nil
+	}
+	op.next = nil
+	return op
+}
+
+// NewLoop starts a thread with its ring and returns when it runs. The error is
+// one of uring.New, or says what of cfg could not be had.
+func NewLoop(cfg LoopConfig) (*Loop, error) {
+	if cfg.Depth < 1 || cfg.Depth > uring.MaxEntries {
+		return nil, fmt.Errorf("start loop %s: depth %d, want 1 to %d", cfg.Name, cfg.Depth, uring.MaxEntries)
+	}
+	if cfg.SparseBuffers > 0 && len(cfg.Buffers) > 0 {
+		return nil, fmt.Errorf("start loop %s: either buffers or a sparse table, not both", cfg.Name)
+	}
+	l := &Loop{
+		cfg:    cfg,
+		slots:  make([]slot, cfg.Depth),
+		free:   make([]uint32, cfg.Depth),
+		ended:  make(chan struct{}),
+		wakeFd: -1,
+		// A loop that waits raw holds a P: one stays for everybody else.
+		maxRaw: int32(runtime.GOMAXPROCS(0)) - 1,
+	}
+	for i := range l.free {
+		l.free[i] = uint32(cfg.Depth - 1 - i)
+	}
+	started := make(chan error)
+	go l.thread(started)
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start loop %s: %w", cfg.Name, err)
+	}
+	return l, nil
+}
+
+// thread is the loop's thread, from start to end. It is never unlocked: the
+// ring's owner, affinity and name end with it.
+func (l *Loop) thread(started chan<- error) {
+	runtime.LockOSThread()
+	err := l.open()
+	if err != nil {
+		l.close()
+		close(l.ended)
+		started <- err
+		return
+	}
+	started <- nil
+	l.run()
+	l.close()
+	close(l.ended)
+}
+
+func (l *Loop) open() error {
+	if l.cfg.Name != "" {
+		var name [16]byte
+		copy(name[:15], l.cfg.Name)
+		if err := unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&name[0])), 0, 0, 0); err != nil {
+			return fmt.Errorf("name thread: %w", err)
+		}
+	}
+	if l.cfg.CPUs != nil {
+		if err := unix.SchedSetaffinity(0, l.cfg.CPUs); err != nil {
+			return fmt.Errorf("set affinity: %w", err)
+		}
+	}
+	var err error
+	l.wakeBuf, err = unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return fmt.Errorf("map wake-up buffer: %w", err)
+	}
+	if l.wakeFd, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
+		return fmt.Errorf("make eventfd: %w", err)
+	}
+	entries := min(uint32(l.cfg.Depth+l.cfg.Commands+1), uring.MaxEntries)
+	l.ring, err = uring.New(uring.Config{
+		Entries:      entries,
+		SingleIssuer: true,
+		DeferTaskrun: true,
+		CoopTaskrun:  true,
+	})
+	if err != nil {
+		return err
+	}
+	if len(l.cfg.Files) > 0 {
+		fds := make([]int32, len(l.cfg.Files))
+		for i, f := range l.cfg.Files {
+			fds[i] = int32(f.fd)
+		}
+		if err := l.ring.RegisterFiles(uint32(len(fds))); err != nil {
+			return err
+		}
+		if err := l.ring.UpdateFiles(0, fds); err != nil {
+			return err
+		}
+	}
+	if len(l.cfg.Buffers) > 0 {
+		if err := l.ring.RegisterBuffers(l.cfg.Buffers); err != nil {
+			return err
+		}
+	}
+	if l.cfg.SparseBuffers > 0 {
+		if err := l.ring.RegisterSparseBuffers(uint32(l.cfg.SparseBuffers)); err != nil {
+			return err
+		}
+	}
+	return l.ring.RegisterRing()
+}
+
+// close ends what open made, as far as it came. No entry is in the ring.
+func (l *Loop) close() {
+	// First, so that no poster writes into a file that got the number since.
+	l.mu.Lock()
+	if l.wakeFd >= 0 {
+		unix.Close(l.wakeFd)
+		l.wakeFd = -1
+	}
+	l.mu.Unlock()
+	if l.ring != nil {
+		l.ring.Close()
+	}
+	if l.wakeBuf != nil {
+		unix.Munmap(l.wakeBuf)
+	}
+}
+
+// Stop asks the loop to end and waits until it has: once no operation and no
+// command is in flight and all tasks posted before have run. The caller sees
+// to it that they end. Not on the loop's own thread; a second Stop waits as
+// well.
+func (l *Loop) Stop() {
+	l.stopping.Store(true)
+	l.wake()
+	<-l.ended
+}
+
+// Post runs t.Run on the loop's thread. After the end of the loop it does
+// nothing.
+func (l *Loop) Post(t *Task) {
+	for {
+		head := l.posted.Load()
+		t.next = head
+		if l.posted.CompareAndSwap(head, t) {
+			break
+		}
+	}
+	l.wake()
+}
+
+// wake makes a sleeping loop look at what was posted. The order decides that
+// no wake-up is lost: a poster publishes, then looks at armed; the loop sets
+// armed, then looks for what was published.
+func (l *Loop) wake() {
+	if l.armed.Load() && l.armed.CompareAndSwap(true, false) {
+		l.signal()
+	}
+}
+
+// signal completes the read of the eventfd.
+func (l *Loop) signal() {
+	one := [8]byte{1}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.wakeFd < 0 {
+		return
+	}
+	for {
+		_, err := unix.Write(l.wakeFd, one[:])
+		if !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
+}
+
+func (l *Loop) run() {
+	for {
+		l.runTasks()
+		l.runFinished()
+		l.startWaiting()
+		switch {
+		case !l.stopping.Load() || !l.idle():
+			if !l.wakeRead {
+				l.readWake()
+			}
+		case !l.wakeRead:
+			l.cool()
+			return
+		case !l.ending:
+			// The last entry in the ring is the read of the eventfd.
+			l.ending = true
+			l.signal()
+		}
+		l.wait()
+		if l.reap() {
+			l.heat()
+		}
+	}
+}
+
+// idle says whether nothing is left to do.
+func (l *Loop) idle() bool {
+	return l.inFlight == 0 && l.commands == 0 && l.waiting.head == nil &&
+		l.finished.head == nil && l.posted.Load() == nil
+}
+
+// wait gives new entries to the kernel and sleeps until something completes,
+// unless there is work already.
+func (l *Loop) wait() {
+	l.armed.Store(true)
+	var err error
+	switch {
+	case l.posted.Load() != nil, l.finished.head != nil,
+		l.stopping.Load() && !l.ending && l.idle():
+		l.armed.Store(false)
+		err = l.ring.SubmitAndWait(0, l.raw)
+	case l.raw:
+		err = l.ring.SubmitAndWaitTimeout(1, hotWait, true)
+		l.armed.Store(false)
+		if l.ring.Ready() == 0 {
+			l.cool()
+		}
+	default:
+		err = l.ring.SubmitAndWait(1, false)
+		l.armed.Store(false)
+	}
+	if err != nil {
+		// The ring is ours and its arguments are right: nothing that a disk
+		// or a user does leads here.
+		panic(fmt.Sprintf("loop %s: %v", l.cfg.Name, err))
+	}
+}
+
+// rawLoops is how many loops wait raw, each of which holds a P.
+var rawLoops atomic.Int32
+
+// heat makes the next waits raw, if that leaves a P for everybody else.
+func (l *Loop) heat() {
+	if l.raw || l.neverRaw {
+		return
+	}
+	if rawLoops.Add(1) > l.maxRaw {
+		rawLoops.Add(-1)
+		return
+	}
+	l.raw = true
+}
+
+// cool makes the next waits ordinary.
+func (l *Loop) cool() {
+	if l.raw {
+		l.raw = false
+		rawLoops.Add(-1)
+	}
+}
+
+// runTasks runs what was posted, in the order of posting.
+func (l *Loop) runTasks() {
+	if l.posted.Load() == nil {
+		return
+	}
+	newest := l.posted.Swap(nil)
+	var oldest *Task
+	for newest != nil {
+		next := newest.next
+		newest.next = oldest
+		oldest, newest = newest, next
+	}
+	for oldest != nil {
+		t := oldest
+		oldest = t.next
+		t.next = nil
+		t.Run()
+	}
+}
+
+// runFinished hands out the operations that needed no I/O. Those that their
+// Done adds wait for the next turn.
+func (l *Loop) runFinished() {
+	list := l.finished
+	l.finished = opList{}
+	for op := list.pop(); op != nil; op = list.pop() {
+		op.Done(op)
+	}
+}
+
+// Submit starts op. Its File is an *OSFile.
+func (l *Loop) Submit(op *Op) {
+	op.Err = 0
+	op.moved = 0
+	switch {
+	case op.Kind != Flush && (op.Off < 0 || op.Len < 0):
+		op.Err = unix.EINVAL
+		l.finished.push(op)
+	case op.Kind != Flush && op.Len == 0:
+		l.finished.push(op)
+	case len(l.free) == 0 || l.waiting.head != nil:
+		l.waiting.push(op)
+	default:
+		l.start(op)
+	}
+}
+
+// startWaiting gives free slots to the operations that wait longest.
+func (l *Loop) startWaiting() {
+	for l.waiting.head != nil && len(l.free) > 0 {
+		l.start(l.waiting.pop())
+	}
+}
+
+// start gives op a slot and an entry.
+func (l *Loop) start(op *Op) {
+	n := len(l.free) - 1
+	i := l.free[n]
+	l.free = l.free[:n]
+	l.slots[i] = slot{op: op, method: firstMethod(op)}
+	l.inFlight++
+	l.issue(i)
+}
+
+func firstMethod(op *Op) method {
+	switch op.Kind {
+	case Discard:
+		if op.File.(*OSFile).block {
+			return methodDiscard
+		}
+		return methodPunch
+	case WriteZeroes:
+		if op.NoUnmap {
+			return methodZero
+		}
+		return methodPunch
+	}
+	return methodPlain
+}
+
+// nextMethod is what to try when the file cannot do m (EOPNOTSUPP); false when
+// op cannot be done at all.
+//
+//	discard, block device: discard -> punch
+//	discard, file:         punch
+//	write-zeroes:          punch -> zero -> write zeroes
+//	write-zeroes, NoUnmap: zero -> write zeroes
+func nextMethod(op *Op, m method) (method, bool) {
+	switch {
+	case m == methodDiscard:
+		return methodPunch, true
+	case op.Kind == WriteZeroes && m == methodPunch:
+		return methodZero, true
+	case op.Kind == WriteZeroes && m == methodZero:
+		return methodWriteZeroes, true
+	}
+	return m, false
+}
+
+// sqe is a free entry of the submission queue; a full one is submitted.
+func (l *Loop) sqe() *uring.SQE {
+	for {
+		if s := l.ring.SQE(); s != nil {
+			return s
+		}
+		if err := l.ring.Submit(); err != nil {
+			panic(fmt.Sprintf("loop %s: %v", l.cfg.Name, err))
+		}
+	}
+}
+
+// Command is an entry for a command of the layer above: its result goes to
+// OnCommand with tag. The caller fills it with a Prep method at once and
+// leaves UserData alone. On the loop's thread only.
+func (l *Loop) Command(tag uint32) *uring.SQE {
+	s := l.sqe()
+	s.UserData = kindCommand | uint64(tag)
+	l.commands++
+	return s
+}
+
+func (l *Loop) readWake() {
+	s := l.sqe()
+	s.PrepRead(l.wakeFd, uint64(uintptr(unsafe.Pointer(&l.wakeBuf[0]))), 8, 0, 0)
+	s.UserData = kindWake
+	l.wakeRead = true
+}
+
+// issue makes the entry for the rest of a slot's operation.
+func (l *Loop) issue(i uint32) {
+	sl := &l.slots[i]
+	op := sl.op
+	file := op.File.(*OSFile)
+	s := l.sqe()
+	fd, fixed := l.fileRef(file)
+	off, n := uint64(op.Off+op.moved), uint64(op.Len-op.moved)
+	switch sl.method {
+	case methodDiscard:
+		s.PrepCommand(fd, blockDiscard)
+		s.Addr = off
+		s.Addr3 = n
+	case methodPunch:
+		s.PrepFallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	case methodZero:
+		s.PrepFallocate(fd, unix.FALLOC_FL_ZERO_RANGE, off, n)
+	case methodWriteZeroes:
+		addr := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(zeroes()))))
+		s.PrepWrite(fd, addr, uint32(min(n, zeroChunk)), off, 0)
+	case methodPlain:
+		l.preparePlain(s, op, fd, off, n)
+	}
+	if fixed {
+		s.SetFixedFile()
+	}
+	if sl.tries > 0 {
+		// What cannot be had without blocking is left to a kernel worker.
+		s.Flags |= uring.IOSQE_ASYNC
+	}
+	s.UserData = kindOp | uint64(i)
+}
+
+func (l *Loop) preparePlain(s *uring.SQE, op *Op, fd int, off, n uint64) {
+	length := uint32(min(n, maxTransfer))
+	// For kernel pages Mem is nil, and the offset itself is the address.
+	addr := uint64(uintptr(op.Buf.Mem)) + uint64(op.Buf.Off+op.moved)
+	index := int(op.Buf.Index)
+	switch op.Kind {
+	case Read:
+		if index == NoIndex {
+			s.PrepRead(fd, addr, length, off, 0)
+		} else {
+			s.PrepReadFixed(fd, addr, length, off, 0, index)
+		}
+	case Write:
+		var flags uint32
+		if op.FUA {
+			flags = unix.RWF_DSYNC
+		}
+		if index == NoIndex {
+			s.PrepWrite(fd, addr, length, off, flags)
+		} else {
+			s.PrepWriteFixed(fd, addr, length, off, flags, index)
+		}
+	case Flush:
+		s.PrepFsync(fd, uring.IORING_FSYNC_DATASYNC)
+	case Allocate:
+		s.PrepFallocate(fd, 0, off, n)
+	default:
+		panic("blockdev: unknown kind of operation")
+	}
+}
+
+// fileRef is how an entry names file: by its place among the registered ones,
+// else by file descriptor. There are a few of them at most.
+func (l *Loop) fileRef(file *OSFile) (fd int, fixed bool) {
+	for i, f := range l.cfg.Files {
+		if f == file {
+			return i, true
+		}
+	}
+	return file.fd, false
+}
+
+// reap hands out completions and says whether there were any.
+func (l *Loop) reap() bool {
+	any := false
+	for {
+		n := l.ring.Reap(l.cqes[:])
+		for i := range n {
+			c := &l.cqes[i]
+			which := uint32(c.UserData)
+			switch c.UserData & kindMask {
+			case kindOp:
+				l.completed(which, c.Res)
+			case kindCommand:
+				l.commands--
+				l.cfg.OnCommand(which, c.Res)
+			case kindWake:
+				l.wakeRead = false
+				l.ending = false
+			}
+		}
+		any = any || n > 0
+		if n < len(l.cqes) {
+			return any
+		}
+	}
+}
+
+// completed goes on with slot i after the kernel's answer res.
+func (l *Loop) completed(i uint32, res int32) {
+	sl := &l.slots[i]
+	op := sl.op
+	transfer := op.Kind == Read || op.Kind == Write || sl.method == methodWriteZeroes
+	var errno unix.Errno
+	switch {
+	case res < 0:
+		errno = unix.Errno(-res)
+		switch errno {
+		case unix.EINTR:
+			l.issue(i)
+			return
+		case unix.EAGAIN:
+			if sl.tries < maxTries {
+				sl.tries++
+				l.issue(i)
+				return
+			}
+		case unix.EOPNOTSUPP:
+			if m, ok := nextMethod(op, sl.method); ok {
+				sl.method = m
+				l.issue(i)
+				return
+			}
+		}
+	case transfer && res == 0:
+		// The end of the file or device: nothing more will come.
+		errno = unix.EIO
+	case transfer:
+		op.moved += int64(res)
+		if op.moved < op.Len {
+			sl.tries = 0
+			l.issue(i)
+			return
+		}
+	}
+	*sl = slot{}
+	l.free = append(l.free, i)
+	l.inFlight--
+	op.Err = errno
+	op.Done(op)
+}
+
+// blockDiscard is BLOCK_URING_CMD_DISCARD of <linux/blkdev.h>, Linux 6.12: on
+// a block device, sqe.addr is the start and sqe.addr3 the length in bytes.
+const blockDiscard = 0x12 << 8
+
+// zeroes is zeroChunk of memory that reads as zeroes, for all loops. Nobody
+// writes to it, so it takes no memory, locked or not.
+var zeroes = sync.OnceValue(func() []byte {
+	mem, err := unix.Mmap(-1, 0, zeroChunk, unix.PROT_READ, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		panic(fmt.Sprintf("map zeroes: %v", err))
+	}
+	return mem
+})

@@ -1,0 +1,171 @@
+package uring
+
+// Constants of <linux/io_uring.h>, kernel spelling. abi_test.go proves them
+// against the header of the C library's kernel package, and where that header
+// is too old against fixed numbers.
+
+// Opcodes of entries, enum io_uring_op.
+const (
+	IORING_OP_NOP          = 0
+	IORING_OP_FSYNC        = 3
+	IORING_OP_READ_FIXED   = 4
+	IORING_OP_WRITE_FIXED  = 5
+	IORING_OP_POLL_ADD     = 6
+	IORING_OP_TIMEOUT      = 11
+	IORING_OP_ASYNC_CANCEL = 14
+	IORING_OP_FALLOCATE    = 17
+	IORING_OP_READ         = 22
+	IORING_OP_WRITE        = 23
+	IORING_OP_MSG_RING     = 40
+	IORING_OP_URING_CMD    = 46
+)
+
+// Flags of entries.
+const (
+	IOSQE_FIXED_FILE       = 1 << 0
+	IOSQE_IO_DRAIN         = 1 << 1
+	IOSQE_IO_LINK          = 1 << 2
+	IOSQE_IO_HARDLINK      = 1 << 3
+	IOSQE_ASYNC            = 1 << 4
+	IOSQE_CQE_SKIP_SUCCESS = 1 << 6
+)
+
+// Flags of one opcode.
+const (
+	IORING_FSYNC_DATASYNC        = 1 << 0
+	IORING_ASYNC_CANCEL_ALL      = 1 << 0
+	IORING_ASYNC_CANCEL_ANY      = 1 << 2
+	IORING_MSG_DATA              = 0
+	IORING_TIMEOUT_ETIME_SUCCESS = 1 << 5
+	IORING_URING_CMD_FIXED       = 1 << 0
+)
+
+// Flags of completions.
+const IORING_CQE_F_MORE = 1 << 1
+
+const (
+	ioringOffSQRing = 0
+	ioringOffSQEs   = 0x10000000
+
+	ioringSetupCQSize       = 1 << 3
+	ioringSetupClamp        = 1 << 4
+	ioringSetupSubmitAll    = 1 << 7
+	ioringSetupCoopTaskrun  = 1 << 8
+	ioringSetupSQE128       = 1 << 10
+	ioringSetupSingleIssuer = 1 << 12
+	ioringSetupDeferTaskrun = 1 << 13
+
+	ioringFeatSingleMmap = 1 << 0
+	ioringFeatNodrop     = 1 << 1
+	ioringFeatExtArg     = 1 << 8
+
+	ioringSQCQOverflow = 1 << 1
+
+	ioringEnterGetevents      = 1 << 0
+	ioringEnterExtArg         = 1 << 3
+	ioringEnterRegisteredRing = 1 << 4
+
+	ioringRegisterBuffers     = 0
+	ioringUnregisterBuffers   = 1
+	ioringUnregisterFiles     = 3
+	ioringRegisterEventfd     = 4
+	ioringUnregisterEventfd   = 5
+	ioringRegisterFilesUpdate = 6
+	ioringRegisterProbe       = 8
+	ioringRegisterFiles2      = 13
+	ioringRegisterBuffers2    = 15
+	ioringRegisterRingFds     = 20
+	ioringUnregisterRingFds   = 21
+
+	ioringRsrcRegisterSparse = 1 << 0
+
+	ioUringOpSupported = 1 << 0
+)
+
+// params is struct io_uring_params.
+type params struct {
+	sqEntries    uint32
+	cqEntries    uint32
+	flags        uint32
+	sqThreadCPU  uint32
+	sqThreadIdle uint32
+	features     uint32
+	wqFd         uint32
+	resv         [3]uint32
+	sqOff        sqOffsets
+	cqOff        cqOffsets
+}
+
+// sqOffsets is struct io_sqring_offsets.
+type sqOffsets struct {
+	head        uint32
+	tail        uint32
+	ringMask    uint32
+	ringEntries uint32
+	flags       uint32
+	dropped     uint32
+	array       uint32
+	resv1       uint32
+	resv2       uint64
+}
+
+// cqOffsets is struct io_cqring_offsets.
+type cqOffsets struct {
+	head        uint32
+	tail        uint32
+	ringMask    uint32
+	ringEntries uint32
+	overflow    uint32
+	cqes        uint32
+	flags       uint32
+	resv1       uint32
+	resv2       uint64
+}
+
+// filesUpdate is struct io_uring_files_update.
+type filesUpdate struct {
+	offset uint32
+	resv   uint32
+	fds    uint64
+}
+
+// rsrcRegister is struct io_uring_rsrc_register.
+type rsrcRegister struct {
+	nr    uint32
+	flags uint32
+	resv2 uint64
+	data  uint64
+	tags  uint64
+}
+
+// rsrcUpdate is struct io_uring_rsrc_update.
+type rsrcUpdate struct {
+	offset uint32
+	resv   uint32
+	data   uint64
+}
+
+// geteventsArg is struct io_uring_getevents_arg.
+type geteventsArg struct {
+	sigmask   uint64
+	sigmaskSz uint32
+	pad       uint32
+	ts        uint64
+}
+
+// probeOp is struct io_uring_probe_op.
+type probeOp struct {
+	op    uint8
+	resv  uint8
+	flags uint16
+	resv2 uint32
+}
+
+// probe is struct io_uring_probe with room for every opcode.
+type probe struct {
+	lastOp uint8
+	opsLen uint8
+	resv   uint16
+	resv2  [3]uint32
+	ops    [256]probeOp
+}

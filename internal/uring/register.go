@@ -1,0 +1,171 @@
+package uring
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+func (r *Ring) register(op uint32, arg unsafe.Pointer, n uint32) (int, unix.Errno) {
+	return r.q.register(r.fd, op, arg, n)
+}
+
+func registerError(what string, errno unix.Errno) error {
+	if errno == 0 {
+		return nil
+	}
+	if errno == unix.ENOMEM {
+		return fmt.Errorf("register %s: %w: raise RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=)", what, ErrMemlock)
+	}
+	return fmt.Errorf("register %s: %w", what, errno)
+}
+
+// RegisterFiles makes a table of n empty places for files; UpdateFiles fills
+// them. Entries use them by index with SetFixedFile.
+func (r *Ring) RegisterFiles(n uint32) error {
+	reg := rsrcRegister{nr: n, flags: ioringRsrcRegisterSparse}
+	_, errno := r.register(ioringRegisterFiles2, unsafe.Pointer(&reg), uint32(unsafe.Sizeof(reg)))
+	if errno == 0 {
+		r.filesInUse = true
+	}
+	return registerError("files", errno)
+}
+
+// UpdateFiles puts fds into the table of files from place first on; -1
+// empties a place. The ring holds its own reference: the fd may be closed.
+func (r *Ring) UpdateFiles(first uint32, fds []int32) error {
+	if len(fds) == 0 {
+		return nil
+	}
+	var pin runtime.Pinner
+	defer pin.Unpin()
+	pin.Pin(&fds[0])
+	up := filesUpdate{offset: first, fds: uint64(uintptr(unsafe.Pointer(&fds[0])))}
+	n, errno := r.register(ioringRegisterFilesUpdate, unsafe.Pointer(&up), uint32(len(fds)))
+	if errno == 0 && n < len(fds) {
+		return fmt.Errorf("register files: place %d was refused", int(first)+n)
+	}
+	return registerError("files", errno)
+}
+
+// UnregisterFiles gives all files of the table back.
+func (r *Ring) UnregisterFiles() error {
+	_, errno := r.register(ioringUnregisterFiles, nil, 0)
+	if errno == 0 {
+		r.filesInUse = false
+	}
+	return registerError("no files", errno)
+}
+
+// RegisterBuffers makes bufs the ring's fixed buffers, by place. The memory
+// lies off the Go heap and stays until UnregisterBuffers or Close.
+func (r *Ring) RegisterBuffers(bufs [][]byte) error {
+	iov := make([]unix.Iovec, len(bufs))
+	for i, b := range bufs {
+		if len(b) == 0 {
+			return errors.New("register buffers: empty buffer")
+		}
+		iov[i].Base = &b[0]
+		iov[i].SetLen(len(b))
+	}
+	if len(iov) == 0 {
+		return errors.New("register buffers: none given")
+	}
+	_, errno := r.register(ioringRegisterBuffers, unsafe.Pointer(&iov[0]), uint32(len(iov)))
+	runtime.KeepAlive(iov)
+	if errno == 0 {
+		r.buffersUsed = true
+	}
+	return registerError("buffers", errno)
+}
+
+// RegisterSparseBuffers makes a table of n empty places for buffers, which a
+// driver such as ublk fills with pages of its requests.
+func (r *Ring) RegisterSparseBuffers(n uint32) error {
+	reg := rsrcRegister{nr: n, flags: ioringRsrcRegisterSparse}
+	_, errno := r.register(ioringRegisterBuffers2, unsafe.Pointer(&reg), uint32(unsafe.Sizeof(reg)))
+	if errno == 0 {
+		r.buffersUsed = true
+	}
+	return registerError("sparse buffers", errno)
+}
+
+// UnregisterBuffers gives all buffers of the table back.
+func (r *Ring) UnregisterBuffers() error {
+	_, errno := r.register(ioringUnregisterBuffers, nil, 0)
+	if errno == 0 {
+		r.buffersUsed = false
+	}
+	return registerError("no buffers", errno)
+}
+
+// RegisterRing registers the ring itself with the calling thread, which from
+// then on is the only one that may use it and saves the look-up of the file
+// descriptor. The thread calls UnregisterRing or Close before it ends.
+func (r *Ring) RegisterRing() error {
+	if r.registered {
+		return nil
+	}
+	up := rsrcUpdate{offset: ^uint32(0), data: uint64(r.fd)}
+	n, errno := r.register(ioringRegisterRingFds, unsafe.Pointer(&up), 1)
+	if errno == 0 && n != 1 {
+		errno = unix.EINVAL
+	}
+	if errno != 0 {
+		return registerError("ring", errno)
+	}
+	r.registered = true
+	r.enterFd = int(up.offset)
+	r.enterFlags = ioringEnterRegisteredRing
+	r.q.entersBy(r.enterFd)
+	return nil
+}
+
+// UnregisterRing undoes RegisterRing, on the same thread.
+func (r *Ring) UnregisterRing() error {
+	if !r.registered {
+		return nil
+	}
+	up := rsrcUpdate{offset: uint32(r.enterFd)}
+	_, errno := r.register(ioringUnregisterRingFds, unsafe.Pointer(&up), 1)
+	r.registered = false
+	r.enterFd = r.fd
+	r.enterFlags = 0
+	r.q.entersBy(r.enterFd)
+	return registerError("no ring", errno)
+}
+
+// RegisterEventfd has the eventfd fd counted up with each completion.
+func (r *Ring) RegisterEventfd(fd int) error {
+	v := int32(fd)
+	_, errno := r.register(ioringRegisterEventfd, unsafe.Pointer(&v), 1)
+	return registerError("eventfd", errno)
+}
+
+// UnregisterEventfd undoes RegisterEventfd.
+func (r *Ring) UnregisterEventfd() error {
+	_, errno := r.register(ioringUnregisterEventfd, nil, 0)
+	return registerError("no eventfd", errno)
+}
+
+// Opcodes is the set of opcodes that the kernel supports.
+type Opcodes struct{ has [256]bool }
+
+// Has says whether op (IORING_OP_*) is supported.
+func (o *Opcodes) Has(op uint8) bool { return o.has[op] }
+
+// Probe asks the kernel which opcodes it supports.
+func (r *Ring) Probe() (*Opcodes, error) {
+	p := &probe{}
+	if _, errno := r.register(ioringRegisterProbe, unsafe.Pointer(p), uint32(len(p.ops))); errno != 0 {
+		return nil, fmt.Errorf("probe opcodes: %w", errno)
+	}
+	o := &Opcodes{}
+	for _, op := range p.ops[:p.opsLen] {
+		o.has[op.op] = op.flags&ioUringOpSupported != 0
+	}
+	return o, nil
+}

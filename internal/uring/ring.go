@@ -1,0 +1,334 @@
+// Package uring is a small io_uring: one ring type, without allocation or
+// lock on its path.
+//
+//	sqe := ring.SQE()              // nil: queue full, Submit first
+//	sqe.PrepRead(fd, addr, n, off, 0)
+//	sqe.UserData = 7
+//	ring.SubmitAndWait(1, raw)     // one io_uring_enter for both
+//	n := ring.Reap(cqes[:])        // copies out, frees the queue
+//
+// There are two builds of the same type, chosen at compile time. The default
+// one sets up and drives the ring by itself on golang.org/x/sys/unix. With
+// -tags giouring (and -ldflags=-checklinkname=0, which that module needs) the
+// queues are those of github.com/pawelgaczynski/giouring. What differs is in
+// queues_own.go and queues_giouring.go; both pass the same tests.
+//
+// # Concurrency
+//
+// A Ring belongs to one thread. With SingleIssuer or DeferTaskrun that is the
+// kernel's rule as well: runtime.LockOSThread before New, and use the ring on
+// that thread only. Close alone may come from elsewhere once the thread no
+// longer uses the ring.
+//
+// # Waiting and the Go scheduler
+//
+// An ordinary system call tells the scheduler that the thread may block, so
+// that its P goes to another thread; getting a P back is what costs most in a
+// busy server. A raw wait keeps the P instead. The price is that stopping the
+// world has to wait for it: the runtime's preemption signal makes the wait
+// return EINTR, upon which SubmitAndWait enters the scheduler once. So: raw
+// while completions are expected soon, ordinary (or a time limit) otherwise,
+// and GOMAXPROCS larger than the number of threads that wait raw.
+package uring
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Reasons for which New fails that a caller may want to tell apart. The
+// message of the error says what to do.
+var (
+	// ErrDisabled: the administrator or a sandbox forbids io_uring.
+	ErrDisabled = errors.New("io_uring is disabled")
+	// ErrNotSupported: the kernel has no io_uring, or not one recent enough.
+	ErrNotSupported = errors.New("io_uring is not supported")
+	// ErrMemlock: the locked-memory limit is too low for the queues.
+	ErrMemlock = errors.New("not enough lockable memory for io_uring")
+)
+
+// MaxEntries is the largest submission queue the kernel makes.
+const MaxEntries = 32768
+
+// Config describes a ring.
+type Config struct {
+	// Entries is the size of the submission queue, CQEntries that of the
+	// completion queue (0: twice as many). Both are rounded up to powers of
+	// two.
+	Entries   uint32
+	CQEntries uint32
+	// SQE128 makes entries of 128 bytes, for commands with long arguments.
+	SQE128 bool
+	// SingleIssuer promises that one thread submits. DeferTaskrun (with
+	// SingleIssuer) delivers completions only inside SubmitAndWait;
+	// CoopTaskrun does not interrupt the thread for them. A kernel that does
+	// not know them makes the ring without.
+	SingleIssuer bool
+	DeferTaskrun bool
+	CoopTaskrun  bool
+}
+
+// Ring is a submission and a completion queue shared with the kernel.
+type Ring struct {
+	q           queues
+	fd          int
+	flags       uint32 // of the setup, as the kernel accepted them
+	features    uint32
+	enterFd     int    // fd, or the index of the registered ring
+	enterFlags  uint32 // ioringEnterRegisteredRing, or 0
+	waitMem     []byte // one page off the Go heap: holds wait
+	wait        *waitArg
+	sqEntries   uint32
+	cqEntries   uint32
+	registered  bool
+	closed      bool
+	filesInUse  bool
+	buffersUsed bool
+}
+
+// waitArg is the extended argument of a wait with a time limit.
+type waitArg struct {
+	arg geteventsArg
+	ts  Timespec
+}
+
+// New makes a ring. The error is ErrDisabled, ErrNotSupported, ErrMemlock, or
+// another errno of io_uring_setup(2) or mmap(2).
+func New(cfg Config) (*Ring, error) {
+	if cfg.Entries == 0 || cfg.Entries > MaxEntries {
+		return nil, fmt.Errorf("make ring: %d entries, want 1 to %d", cfg.Entries, MaxEntries)
+	}
+	if cfg.DeferTaskrun && !cfg.SingleIssuer {
+		return nil, errors.New("make ring: DeferTaskrun needs SingleIssuer")
+	}
+	var p params
+	p.flags = ioringSetupClamp
+	if cfg.CQEntries != 0 {
+		p.flags |= ioringSetupCQSize
+		p.cqEntries = cfg.CQEntries
+	}
+	if cfg.SQE128 {
+		p.flags |= ioringSetupSQE128
+	}
+	// Newest first: each step leaves out what a kernel one step older refuses.
+	wanted := uint32(ioringSetupSubmitAll)
+	if cfg.CoopTaskrun {
+		wanted |= ioringSetupCoopTaskrun
+	}
+	newer := uint32(0)
+	if cfg.SingleIssuer {
+		newer |= ioringSetupSingleIssuer
+	}
+	if cfg.DeferTaskrun {
+		newer |= ioringSetupDeferTaskrun
+	}
+	r := &Ring{}
+	var errno unix.Errno
+	for _, optional := range []uint32{wanted | newer, wanted, 0} {
+		attempt := p
+		attempt.flags |= optional
+		r.fd, errno = r.q.setup(cfg.Entries, &attempt)
+		if errno != unix.EINVAL {
+			p = attempt
+			break
+		}
+	}
+	if errno != 0 {
+		return nil, setupError(errno, readDisabledSysctl())
+	}
+	r.flags = p.flags
+	r.features = p.features
+	r.sqEntries = p.sqEntries
+	r.cqEntries = p.cqEntries
+	r.enterFd = r.fd
+	const needed = ioringFeatSingleMmap | ioringFeatNodrop | ioringFeatExtArg
+	if r.features&needed != needed {
+		r.q.close(r.fd, p.flags)
+		return nil, fmt.Errorf("make ring: %w: Linux 5.11 or newer is needed", ErrNotSupported)
+	}
+	mem, err := unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		r.q.close(r.fd, p.flags)
+		return nil, fmt.Errorf("make ring: map wait argument: %w", err)
+	}
+	r.waitMem = mem
+	r.wait = (*waitArg)(unsafe.Pointer(unsafe.SliceData(mem)))
+	r.wait.arg.ts = uint64(uintptr(unsafe.Pointer(&r.wait.ts)))
+	return r, nil
+}
+
+// Close gives the ring back: queues, registered files and buffers. Operations
+// in flight are cancelled or completed by the kernel in the background, so
+// their memory must stay; better to have none. A second Close does nothing.
+func (r *Ring) Close() error {
+	if r.closed {
+		return nil
+	}
+	r.closed = true
+	// Registered files would otherwise be let go some time after the close,
+	// by a kernel worker; a device that must see its last close waits for it.
+	if r.filesInUse {
+		r.register(ioringUnregisterFiles, nil, 0)
+	}
+	if r.buffersUsed {
+		r.register(ioringUnregisterBuffers, nil, 0)
+	}
+	if r.registered {
+		r.UnregisterRing()
+	}
+	err := r.q.close(r.fd, r.flags)
+	if e := unix.Munmap(r.waitMem); err == nil && e != nil {
+		err = fmt.Errorf("close ring: %w", e)
+	}
+	r.wait = nil
+	return err
+}
+
+// Fd is the ring's file descriptor, for MSG_RING from another ring. It is
+// close-on-exec, and the Ring's.
+func (r *Ring) Fd() int { return r.fd }
+
+// Entries is the size of the submission queue.
+func (r *Ring) Entries() uint32 { return r.sqEntries }
+
+// CQEntries is the size of the completion queue.
+func (r *Ring) CQEntries() uint32 { return r.cqEntries }
+
+// Deferred says whether completions are delivered only inside SubmitAndWait.
+func (r *Ring) Deferred() bool { return r.flags&ioringSetupDeferTaskrun != 0 }
+
+// SQE is the next free entry of the submission queue, zeroed, or nil when the
+// queue is full. The entry reaches the kernel with the next submit.
+func (r *Ring) SQE() *SQE {
+	s := r.q.next()
+	if s == nil {
+		return nil
+	}
+	*s = SQE{}
+	if r.flags&ioringSetupSQE128 != 0 {
+		*(*SQE)(unsafe.Add(unsafe.Pointer(s), unsafe.Sizeof(SQE{}))) = SQE{}
+	}
+	return s
+}
+
+// SQSpace is how many entries SQE can hand out before the next submit.
+func (r *Ring) SQSpace() uint32 { return r.sqEntries - r.q.unsubmitted() }
+
+// Submit gives all filled entries to the kernel without waiting for any. It is
+// done when the kernel took what it could: on a shortage of memory some stay
+// in the queue for the next submit.
+func (r *Ring) Submit() error {
+	n := r.q.flush()
+	if n == 0 {
+		return nil
+	}
+	return r.enter(n, 0, 0, 0, false)
+}
+
+// SubmitAndWait gives all filled entries to the kernel and waits until at
+// least min completions are in the queue, in one system call; with min 0 it
+// only fetches the completions that are due. It may return early with fewer,
+// even none: callers loop on what Reap hands out. raw keeps the thread's P;
+// see the package comment.
+func (r *Ring) SubmitAndWait(min uint32, raw bool) error {
+	return r.enter(r.q.flush(), min, ioringEnterGetevents, 0, raw)
+}
+
+// SubmitAndWaitTimeout is SubmitAndWait that gives up waiting after d, which
+// is not an error.
+func (r *Ring) SubmitAndWaitTimeout(min uint32, d time.Duration, raw bool) error {
+	if d <= 0 {
+		return r.SubmitAndWait(0, raw)
+	}
+	return r.enter(r.q.flush(), min, ioringEnterGetevents|ioringEnterExtArg, d, raw)
+}
+
+// Reap copies completions into dst, frees their places in the queue, and
+// returns how many. It does not wait; it lets the kernel move completions that
+// had not found room into the queue.
+func (r *Ring) Reap(dst []CQE) int {
+	n := r.q.reap(dst)
+	if n == 0 && r.q.overflowed() {
+		if r.enter(0, 0, ioringEnterGetevents, 0, false) == nil {
+			n = r.q.reap(dst)
+		}
+	}
+	return n
+}
+
+// Ready is how many completions lie in the queue.
+func (r *Ring) Ready() uint32 { return r.q.ready() }
+
+// enter calls io_uring_enter. All that a caller answers by looking at the
+// completion queue and calling again is no error: a signal, a passing lack of
+// memory, a full completion queue, the end of the time limit.
+func (r *Ring) enter(submit, min, flags uint32, d time.Duration, raw bool) error {
+	var arg unsafe.Pointer
+	var size uintptr
+	if flags&ioringEnterExtArg != 0 {
+		r.wait.ts.Sec = int64(d / time.Second)
+		r.wait.ts.Nsec = int64(d % time.Second)
+		arg = unsafe.Pointer(&r.wait.arg)
+		size = unsafe.Sizeof(geteventsArg{})
+	}
+	flags |= r.enterFlags
+	var errno unix.Errno
+	if raw {
+		_, _, errno = syscall.RawSyscall6(unix.SYS_IO_URING_ENTER, uintptr(r.enterFd),
+			uintptr(submit), uintptr(min), uintptr(flags), uintptr(arg), size)
+		// A signal that came after entries were submitted shows as success.
+		// Only the scheduler can say whether it was a request to stop: without
+		// this call a garbage collection might wait for ever.
+		if errno == unix.EINTR || (min > 0 && errno == 0 && r.q.ready() == 0) {
+			runtime.Gosched()
+		}
+	} else {
+		errno = r.q.enter(r.enterFd, submit, min, flags, arg, size)
+	}
+	switch errno {
+	case 0, unix.EINTR, unix.ETIME, unix.EBUSY:
+		return nil
+	case unix.EAGAIN:
+		// No memory for a request: let others run before the next attempt.
+		runtime.Gosched()
+		return nil
+	}
+	return fmt.Errorf("enter ring: %w", errno)
+}
+
+// readDisabledSysctl is the value of kernel.io_uring_disabled, "" if unknown.
+func readDisabledSysctl() string {
+	b, err := os.ReadFile("/proc/sys/kernel/io_uring_disabled")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// setupError turns the errno of io_uring_setup into what a person can act on;
+// sysctl is the value of kernel.io_uring_disabled.
+func setupError(errno unix.Errno, sysctl string) error {
+	switch errno {
+	case unix.EPERM, unix.EACCES:
+		switch sysctl {
+		case "2":
+			return fmt.Errorf("make ring: %w by sysctl kernel.io_uring_disabled=2: set it to 0 (or to 1 and run as root)", ErrDisabled)
+		case "1":
+			return fmt.Errorf("make ring: %w for unprivileged users by sysctl kernel.io_uring_disabled=1: run as root, or join the group of sysctl kernel.io_uring_group", ErrDisabled)
+		}
+		return fmt.Errorf("make ring: %w by a seccomp filter or security module (sysctl kernel.io_uring_disabled is not the cause): allow the io_uring system calls in the container or service", ErrDisabled)
+	case unix.ENOSYS:
+		return fmt.Errorf("make ring: %w: the kernel was built without CONFIG_IO_URING, or a seccomp filter hides it", ErrNotSupported)
+	case unix.ENOMEM:
+		return fmt.Errorf("make ring: %w: raise RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK=)", ErrMemlock)
+	}
+	return fmt.Errorf("make ring: %w", errno)
+}
