@@ -92,7 +92,7 @@ func run(args []string) (status int, err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	if fetch {
-		kernel, err := machine.Fetch(cfg.Cache, cfg.Kernel)
+		kernel, err := machine.Fetch(ctx, cfg.Cache, cfg.Kernel)
 		if err != nil {
 			return statusBroken, err
 		}

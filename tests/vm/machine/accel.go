@@ -24,7 +24,7 @@ func chooseAccel(ctx context.Context, cfg Config) (string, error) {
 		return TCG, nil
 	}
 	kvm.Close()
-	kernel, err := Fetch(cfg.Cache, cfg.Kernel)
+	kernel, err := Fetch(ctx, cfg.Cache, cfg.Kernel)
 	if err != nil {
 		return "", err
 	}

@@ -90,7 +90,7 @@ func Start(ctx context.Context, cfg Config) (*Machine, error) {
 	if cfg.CPUs == 0 {
 		cfg.CPUs = 2
 	}
-	kernel, err := Fetch(cfg.Cache, cfg.Kernel)
+	kernel, err := Fetch(ctx, cfg.Cache, cfg.Kernel)
 	if err != nil {
 		return nil, err
 	}
