@@ -1,0 +1,392 @@
+package diffarea
+
+import (
+	"fmt"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+)
+
+// Chunk sizes that a log takes, in bytes.
+const (
+	MinChunkSize = 4 << 10
+	MaxChunkSize = 64 << 20
+)
+
+// Limits of the store queue. A small store waits while another is under way,
+// so that the next one is larger; full ones go out side by side.
+const (
+	storeBatch = 1 << 20 // bytes in one write to the storage, or one chunk if that is more
+	maxStores  = 4       // writes to the storage at a time
+)
+
+// Pool is the memory of a log: a ring buffer of slots, one chunk each. Mem and
+// File are the same bytes: copies and stores go through Mem, image devices read
+// and write File straight from and to the kernel's pages.
+type Pool struct {
+	Mem  []byte // a multiple of the chunk size, page aligned, off the Go heap
+	File blockdev.File
+}
+
+// LogConfig is what a log is made of.
+type LogConfig struct {
+	ChunkSize int64 // bytes, a power of two from MinChunkSize to MaxChunkSize
+	Pool      Pool
+	// State is LogStateSize bytes of zeroed memory that outlives the process.
+	State []byte
+	// Portion is by how much storage grows at a time, in bytes. Growing starts
+	// when less than half of it is left.
+	Portion int64
+	// OnEvent is called for each event, on any queue's thread and with no lock
+	// held; it must not block.
+	OnEvent func(Event)
+}
+
+// Log is the difference log of one snapshot: equal regions, one chunk each,
+// shared by all its devices.
+//
+//	          stored           landed    copying
+//	regions ▓▓▓▓▓▓▓▓▓▓▓▓│░░░░░░░░░░░░░░░│▒▒▒▒▒▒│
+//	                    storeNext              next
+//	                    └─ region r: pool slot r mod P ─┘
+//
+// A region is handed out at next, filled in its pool slot, and leaves from
+// storeNext together with its neighbours for the storage. Its slot is free
+// again when the words say STORED.
+//
+// Locks: mu guards everything below it, for all queues. It is a leaf: no
+// callback, I/O or other lock happens under it.
+type Log struct {
+	chunkSize int64
+	shift     uint
+	portion   int64
+	pool      Pool
+	poolSlots Region
+	onEvent   func(Event)
+	state     *logState
+
+	// dead is the errno that broke the log, 0 while it is alive.
+	dead atomic.Uint32
+	// files are those of sources, for readers without the lock.
+	files atomic.Pointer[[]blockdev.File]
+
+	mu        sync.Mutex
+	areas     []*Area
+	slots     []slot
+	next      Region // first region not handed out
+	storeNext Region // first region not handed to a store
+	waiting   copyList
+	stores    int // writes to the storage under way
+	storeIdle *store
+	sources   []*source
+	growth    growth
+	lowSent   bool
+	events    []Event // to be delivered
+	busy      int     // copies, stores and growths under way
+	released  bool    // dead, and nobody waits for a store any more
+	closing   func()
+}
+
+// slot is what the pool knows of the region in it.
+type slot struct {
+	state   slotState
+	area    *Area
+	chunk   Chunk
+	waiters waitList // for STORED
+}
+
+// slotState is a slot's part in the ring buffer.
+//
+//	FREE ──> COPYING ──> LANDED ──> STORING ──> FREE
+//	            └──────> DEAD ───────────────────┘   the copy failed
+type slotState uint8
+
+const (
+	slotFree slotState = iota
+	slotCopying
+	slotLanded
+	slotDead
+	slotStoring
+)
+
+// CheckChunkSize says whether a log can have chunks of size bytes.
+func CheckChunkSize(size int64) error {
+	if size < MinChunkSize || size > MaxChunkSize || bits.OnesCount64(uint64(size)) != 1 {
+		return fmt.Errorf("chunk size %d: not a power of two from %d (4 KiB) to %d (64 MiB)", size, MinChunkSize, MaxChunkSize)
+	}
+	return nil
+}
+
+// NewLog makes a log with no storage and no areas.
+func NewLog(c LogConfig) (*Log, error) {
+	if err := CheckChunkSize(c.ChunkSize); err != nil {
+		return nil, err
+	}
+	n := int64(len(c.Pool.Mem)) / c.ChunkSize
+	if n < 1 {
+		return nil, fmt.Errorf("pool of %d bytes: smaller than one chunk of %d", len(c.Pool.Mem), c.ChunkSize)
+	}
+	l := &Log{
+		chunkSize: c.ChunkSize,
+		shift:     uint(bits.TrailingZeros64(uint64(c.ChunkSize))),
+		portion:   max(c.Portion, c.ChunkSize),
+		pool:      c.Pool,
+		poolSlots: Region(n),
+		onEvent:   c.OnEvent,
+		slots:     make([]slot, n),
+		state:     newLogState(c.State),
+	}
+	l.growth.init(l)
+	l.state.format(l.shift, n)
+	return l, nil
+}
+
+// ChunkSize is the size of a chunk and of a region, in bytes.
+func (l *Log) ChunkSize() int64 { return l.chunkSize }
+
+// Err is the errno that broke the log, 0 while it is whole.
+func (l *Log) Err() unix.Errno { return unix.Errno(l.dead.Load()) }
+
+func (l *Log) slot(r Region) *slot { return &l.slots[r%l.poolSlots] }
+
+// memory is the pool memory of a region that is in it.
+func (l *Log) memory(r Region) []byte {
+	off := int64(r%l.poolSlots) << l.shift
+	return l.pool.Mem[off : off+l.chunkSize : off+l.chunkSize]
+}
+
+// place says where the data of a chunk with word w begins; w is IN_MEMORY or
+// STORED.
+func (l *Log) place(w Word) (blockdev.File, int64) {
+	r := w.Region()
+	if w.State() == InMemory {
+		return l.pool.File, int64(r%l.poolSlots) << l.shift
+	}
+	x := l.state.find(r)
+	return l.file(x.source), x.off + int64(r-x.first)<<l.shift
+}
+
+// settle ends every change of the log: it does what the change made possible.
+// mu is held on entry and released. woken are waiters that the change itself
+// set free. w is the worker of the calling thread.
+func (l *Log) settle(w *Worker, woken waitList) {
+	granted := l.grantLocked()
+	if l.dead.Load() != 0 {
+		// Whoever waits for a place has nothing to wait for any more.
+		granted.append(&l.waiting)
+		for i := 0; !l.released && i < len(l.slots); i++ {
+			l.slots[i].waiters.moveTo(&woken)
+		}
+		l.released = true
+	}
+	var stores *store
+	for s := l.nextStoreLocked(); s != nil; s = l.nextStoreLocked() {
+		s.next, stores = stores, s
+	}
+	grow := l.nextGrowthLocked()
+	events := l.events
+	l.events = nil
+	var closed func()
+	if l.busy == 0 && l.closing != nil {
+		closed, l.closing = l.closing, nil
+	}
+	l.mu.Unlock()
+
+	for stores != nil {
+		s := stores
+		stores = s.next
+		s.submit(w)
+	}
+	if grow {
+		l.growth.submit(w)
+	}
+	for c := granted.pop(); c != nil; c = granted.pop() {
+		if c.w == w {
+			c.start()
+		} else {
+			c.w.q.Post(&c.task)
+		}
+	}
+	for _, e := range events {
+		l.onEvent(e)
+	}
+	wakeAll(w, woken.head)
+	if closed != nil {
+		closed()
+	}
+}
+
+// grantLocked hands out regions to waiting copies, first come first served,
+// as long as there is a free slot and storage to back it.
+func (l *Log) grantLocked() (granted copyList) {
+	for l.waiting.head != nil && l.dead.Load() == 0 {
+		s := l.slot(l.next)
+		if s.state != slotFree {
+			break // back-pressure: a store in progress will free it
+		}
+		if l.next >= l.state.capacity() {
+			if !l.canGrowLocked() {
+				l.events = append(l.events, Event{Kind: NoSpace})
+				l.breakLocked(unix.ENOSPC, l.waiting.head.area)
+			}
+			break
+		}
+		c := l.waiting.pop()
+		c.region, c.granted = l.next, true
+		s.state, s.area, s.chunk = slotCopying, c.area, c.chunk
+		l.next++
+		l.state.setNext(l.next)
+		granted.push(c)
+	}
+	return granted
+}
+
+// breakLocked ends the log's life: images give errors from now on, nothing
+// more is copied, original I/O goes on.
+func (l *Log) breakLocked(errno unix.Errno, a *Area) {
+	if l.dead.Load() != 0 {
+		return
+	}
+	l.state.setDead(errno)
+	l.dead.Store(uint32(errno))
+	e := Event{Kind: Corrupted, Errno: errno}
+	if a != nil {
+		e.Device = a.device
+	}
+	l.events = append(l.events, e)
+}
+
+// Break ends the log's life from outside: its images give errors from now on.
+func (l *Log) Break(w *Worker, errno unix.Errno) {
+	l.mu.Lock()
+	l.breakLocked(errno, nil)
+	l.settle(w, waitList{})
+}
+
+// Close ends the log's life without an event and calls done, on any queue's
+// thread, when no operation of the log is under way. Memory and files may be
+// given back after that and after every queue has forgotten the areas.
+func (l *Log) Close(w *Worker, done func()) {
+	l.mu.Lock()
+	l.dead.CompareAndSwap(0, uint32(unix.ESHUTDOWN))
+	l.closing = done
+	l.settle(w, waitList{})
+}
+
+// store is one write of neighbouring regions to the storage.
+type store struct {
+	l     *Log
+	w     *Worker
+	first Region
+	n     Region
+	op    blockdev.Op
+	next  *store
+}
+
+// nextStoreLocked takes the stretch of landed regions at storeNext, if it is
+// worth a write now.
+func (l *Log) nextStoreLocked() *store {
+	if l.dead.Load() != 0 || l.stores >= maxStores {
+		return nil
+	}
+	for l.storeNext < l.next && l.slot(l.storeNext).state == slotDead {
+		l.slot(l.storeNext).state = slotFree
+		l.storeNext++
+	}
+	first := l.storeNext
+	if first == l.next {
+		return nil
+	}
+	// A write ends where the pool wraps, the storage continues elsewhere, or
+	// the batch is full.
+	x := l.state.find(first)
+	most := min(max(Region(storeBatch>>l.shift), 1), l.poolSlots-first%l.poolSlots, x.first+x.count-first)
+	n := Region(0)
+	for n < most && first+n < l.next && l.slot(first+n).state == slotLanded {
+		n++
+	}
+	if n == 0 || n < most && l.stores > 0 {
+		return nil // it will be longer when the store under way comes back
+	}
+	s := l.storeIdle
+	if s == nil {
+		s = &store{l: l}
+		s.op.Kind = blockdev.Write
+		s.op.Done = s.done
+	} else {
+		l.storeIdle = s.next
+	}
+	for r := first; r < first+n; r++ {
+		l.slot(r).state = slotStoring
+	}
+	s.first, s.n = first, n
+	s.op.File = l.file(x.source)
+	s.op.Off = x.off + int64(first-x.first)<<l.shift
+	l.storeNext += n
+	l.stores++
+	l.busy++
+	return s
+}
+
+func (s *store) submit(w *Worker) {
+	l := s.l
+	off := int64(s.first%l.poolSlots) << l.shift
+	s.w = w
+	s.op.Len = int64(s.n) << l.shift
+	s.op.Buf = blockdev.MemBuf(l.pool.Mem[off : off+s.op.Len])
+	w.q.Submit(&s.op)
+}
+
+// done runs when the regions have reached the storage. The words say so before
+// the slots are given away: a reader that saw IN_MEMORY sees a changed word if
+// its slot was used again.
+func (s *store) done(op *blockdev.Op) {
+	l := s.l
+	if op.Err == 0 {
+		for r := s.first; r < s.first+s.n; r++ {
+			t := l.slot(r)
+			t.area.table.set(t.chunk, makeWord(Stored, r))
+		}
+	}
+	var woken waitList
+	l.mu.Lock()
+	if op.Err != 0 {
+		l.breakLocked(op.Err, l.slot(s.first).area)
+	} else {
+		for r := s.first; r < s.first+s.n; r++ {
+			t := l.slot(r)
+			t.state = slotFree
+			t.waiters.moveTo(&woken)
+		}
+	}
+	l.stores--
+	l.busy--
+	s.next, l.storeIdle = l.storeIdle, s
+	l.settle(s.w, woken)
+}
+
+// Usage is how full a log is.
+type Usage struct {
+	ChunkSize int64 // bytes
+	Regions   int64 // handed out
+	Unstored  int64 // of these, not yet in the storage
+	Capacity  int64 // regions that the storage holds now
+	PoolSlots int64
+}
+
+// Usage says how full the log is.
+func (l *Log) Usage() Usage {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return Usage{
+		ChunkSize: l.chunkSize,
+		Regions:   int64(l.next),
+		Unstored:  int64(l.next - l.storeNext),
+		Capacity:  int64(l.state.capacity()),
+		PoolSlots: int64(l.poolSlots),
+	}
+}

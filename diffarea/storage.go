@@ -1,0 +1,306 @@
+package diffarea
+
+import (
+	"fmt"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+)
+
+// Storage is a file or block device to which a log stores.
+type Storage struct {
+	File blockdev.File
+	// Size is how many bytes of File may be used; 0 means as many as the file
+	// system gives, for a file that grows.
+	Size int64
+	// Fixed: all of Size is there now, as on a block device. Otherwise it is
+	// allocated in portions.
+	Fixed bool
+}
+
+// source is a Storage and how far it has been taken into use.
+type source struct {
+	file    blockdev.File
+	used    int64 // bytes made into extents
+	size    int64 // 0: no limit
+	portion int64 // bytes of the next growth
+	done    bool  // cannot grow any more
+	// appended is called after the first growth; nil from then on.
+	appended func(error)
+}
+
+// left is how many bytes the source can still grow by, as far as is known.
+func (s *source) left(chunk int64) int64 {
+	switch {
+	case s.done:
+		return 0
+	case s.size == 0:
+		return 1 << 62
+	}
+	return (s.size - s.used) / chunk * chunk
+}
+
+// extent is a stretch of regions that lie side by side in one source.
+type extent struct {
+	first  Region
+	count  Region
+	source uint64 // index in the order of Append
+	off    int64  // of the first region in the source, bytes
+}
+
+// logState is the part of a log that outlives the process, in memory of the
+// caller's.
+//
+//	 0 magic      8 chunk shift  16 next region   24 errno that broke it
+//	32 pool slots 40 extents     48 …             64 extents, 32 bytes each:
+//	                                                 first, count, source, offset
+//
+// All numbers are 64 bits wide in the machine's order and change by one store;
+// an extent is complete before it is counted.
+type logState struct{ f []uint64 }
+
+// LogStateSize is the memory a log's state needs, in bytes.
+const LogStateSize = 16 << 10
+
+const (
+	stateMagic = iota
+	stateShift
+	stateNext
+	stateDead
+	stateSlots
+	stateExtents
+	stateFirst // of the extents
+	stateHead  = 8
+
+	extentFields = 4
+	maxExtents   = (LogStateSize/8 - stateHead) / extentFields
+
+	logMagic = 0x31474f4c46464944 // "DIFFLOG1"
+)
+
+func newLogState(mem []byte) *logState {
+	if len(mem) < LogStateSize {
+		panic(fmt.Sprintf("diffarea: log state in %d bytes", len(mem)))
+	}
+	return &logState{unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(mem))), LogStateSize/8)}
+}
+
+func (s *logState) get(i int) uint64    { return atomic.LoadUint64(&s.f[i]) }
+func (s *logState) put(i int, v uint64) { atomic.StoreUint64(&s.f[i], v) }
+
+func (s *logState) format(shift uint, slots int64) {
+	s.put(stateShift, uint64(shift))
+	s.put(stateSlots, uint64(slots))
+	s.put(stateMagic, logMagic)
+}
+
+func (s *logState) setNext(r Region)         { s.put(stateNext, uint64(r)) }
+func (s *logState) setDead(errno unix.Errno) { s.put(stateDead, uint64(errno)) }
+
+func (s *logState) extent(i int) extent {
+	f := s.f[stateHead+i*extentFields:]
+	return extent{Region(f[0]), Region(atomic.LoadUint64(&f[1])), f[2], int64(f[3])}
+}
+
+func (s *logState) extents() int { return int(s.get(stateExtents)) }
+
+// capacity is the number of regions that the storage holds.
+func (s *logState) capacity() Region {
+	n := s.extents()
+	if n == 0 {
+		return 0
+	}
+	x := s.extent(n - 1)
+	return x.first + x.count
+}
+
+// find is the extent of region r, which lies below capacity. Extents grow at
+// the end only, so no lock is needed.
+func (s *logState) find(r Region) extent {
+	lo, hi := 0, s.extents()-1
+	for lo < hi {
+		mid := (lo + hi + 1) / 2
+		if s.extent(mid).first <= r {
+			lo = mid
+		} else {
+			hi = mid - 1
+		}
+	}
+	return s.extent(lo)
+}
+
+// add makes n more regions available at off of a source. It returns false if
+// there are too many extents.
+func (s *logState) add(source uint64, off int64, n Region, shift uint) bool {
+	i := s.extents()
+	x := extent{source: source, off: off}
+	if i > 0 {
+		last := s.extent(i - 1)
+		if last.source == source && last.off+int64(last.count)<<shift == off {
+			s.put(stateHead+(i-1)*extentFields+1, uint64(last.count+n))
+			return true
+		}
+		x.first = last.first + last.count
+	}
+	if i == maxExtents {
+		return false
+	}
+	f := s.f[stateHead+i*extentFields:]
+	f[0], f[1], f[2], f[3] = uint64(x.first), uint64(n), x.source, uint64(x.off)
+	s.put(stateExtents, uint64(i+1))
+	return true
+}
+
+// file is the file of a source.
+func (l *Log) file(source uint64) blockdev.File { return (*l.files.Load())[source] }
+
+// Append gives the log one more storage, before or while it is in use. done is
+// called, on any queue's thread, when the first portion is there, or with an
+// error when there is none; the storage is then not used.
+func (l *Log) Append(w *Worker, s Storage, done func(error)) {
+	if s.Size != 0 && s.Size < l.chunkSize {
+		done(fmt.Errorf("%s: %d bytes are less than one chunk of %d", s.File.Name(), s.Size, l.chunkSize))
+		return
+	}
+	src := &source{file: s.File, size: s.Size, portion: l.portion}
+	l.mu.Lock()
+	files := []blockdev.File{}
+	if old := l.files.Load(); old != nil {
+		files = append(files, *old...)
+	}
+	files = append(files, s.File)
+	l.files.Store(&files)
+	l.sources = append(l.sources, src)
+	l.lowSent = false
+	if !s.Fixed {
+		src.appended = done
+		l.settle(w, waitList{})
+		return
+	}
+	src.done = true
+	ok := l.extendLocked(uint64(len(files)-1), s.Size)
+	l.settle(w, waitList{})
+	if !ok {
+		done(errExtents(s.File))
+		return
+	}
+	done(nil)
+}
+
+func errExtents(f blockdev.File) error {
+	return fmt.Errorf("%s: the snapshot's storage is in %d pieces, the most there can be", f.Name(), maxExtents)
+}
+
+// extendLocked makes n more bytes of a source into regions.
+func (l *Log) extendLocked(source uint64, n int64) bool {
+	src := l.sources[source]
+	ok := l.state.add(source, src.used, Region(n>>l.shift), l.shift)
+	src.used += n >> l.shift << l.shift
+	return ok
+}
+
+// growth is the one allocation of storage that a log has under way at most.
+type growth struct {
+	l      *Log
+	w      *Worker
+	op     blockdev.Op
+	active bool
+	source uint64
+}
+
+func (g *growth) init(l *Log) {
+	g.l = l
+	g.op.Kind = blockdev.Allocate
+	g.op.Done = g.finished
+}
+
+// canGrowLocked says whether more storage may come without anybody's help.
+func (l *Log) canGrowLocked() bool {
+	if l.growth.active {
+		return true
+	}
+	for _, s := range l.sources {
+		if s.left(l.chunkSize) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// nextGrowthLocked prepares the next growth, if there is need for one, and
+// says when storage gets low.
+func (l *Log) nextGrowthLocked() bool {
+	g := &l.growth
+	if g.active || l.dead.Load() != 0 {
+		return false
+	}
+	free := int64(l.state.capacity()-l.next) << l.shift
+	pick := -1
+	for i, s := range l.sources {
+		if s.appended != nil {
+			pick = i
+			break
+		}
+		if pick < 0 && s.left(l.chunkSize) > 0 {
+			pick = i
+		}
+	}
+	if pick < 0 {
+		if free < l.portion/2 && !l.lowSent && len(l.sources) > 0 {
+			l.lowSent = true
+			l.events = append(l.events, Event{Kind: LowFreeSpace, Sectors: l.portion / blockdev.SectorSize})
+		}
+		return false
+	}
+	s := l.sources[pick]
+	if s.appended == nil && free >= l.portion/2 {
+		return false
+	}
+	g.active, g.source = true, uint64(pick)
+	g.op.File = s.file
+	g.op.Off = s.used
+	g.op.Len = max(min(s.portion, s.left(l.chunkSize))>>l.shift<<l.shift, l.chunkSize)
+	l.busy++
+	return true
+}
+
+func (g *growth) submit(w *Worker) {
+	g.w = w
+	w.q.Submit(&g.op)
+}
+
+// finished takes the portion into use. A full file system is asked again for
+// half as much, until not even a chunk fits.
+func (g *growth) finished(op *blockdev.Op) {
+	l := g.l
+	l.mu.Lock()
+	s := l.sources[g.source]
+	var err error
+	switch {
+	case op.Err == unix.ENOSPC && op.Len > l.chunkSize:
+		s.portion = op.Len / 2
+		g.active = false
+		l.busy--
+		l.settle(g.w, waitList{})
+		return
+	case op.Err != 0:
+		s.done = true
+		err = fmt.Errorf("allocate %d bytes in %s: %w", op.Len, op.File.Name(), op.Err)
+	case !l.extendLocked(g.source, op.Len):
+		s.done = true
+		err = errExtents(op.File)
+	default:
+		s.portion = l.portion
+	}
+	g.active = false
+	l.busy--
+	done := s.appended
+	s.appended = nil
+	l.settle(g.w, waitList{})
+	if done != nil {
+		done(err)
+	}
+}

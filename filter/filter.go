@@ -1,0 +1,304 @@
+// Package filter is the filter device over one original disk: it passes every
+// request on, marks what changes, and has old data copied before it is
+// overwritten.
+//
+//	kernel ──> Queue.Handle ──> gate ──> mark ──> protect ──> forward ──> original disk
+//	                             │        cbtmap    diffarea
+//	                             └ closed: the write is held until the cut is over
+//
+// Each operation's rule:
+//
+//	READ          forwarded.
+//	WRITE         marked, its chunks protected in every snapshot, forwarded with FUA.
+//	WRITE_ZEROES  as WRITE, piece by piece if it is long.
+//	DISCARD       marked; forwarded only where no snapshot still needs the old
+//	              data on the original disk. It is advisory: elsewhere it is
+//	              acknowledged and not done.
+//	FLUSH         forwarded.
+//
+// # Concurrency
+//
+// Each Queue belongs to its thread and shares nothing with the others on the
+// way of a request but atomic loads of chunk words. What a queue must know of
+// the world outside, the gate and the list of areas, is told to it by tasks
+// posted to its thread (Cut, Forget), so that reading it costs nothing.
+package filter
+
+import (
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// Config is what a filter is made of.
+type Config struct {
+	Orig   blockdev.File
+	Size   int64       // of the original disk, bytes
+	CBT    *cbtmap.Map // nil: changes are not tracked
+	Queues int
+}
+
+// Filter is the filter over one original disk.
+type Filter struct {
+	orig   blockdev.File
+	size   int64
+	cbt    *cbtmap.Map
+	queues []*Queue
+
+	// areas are those of the snapshots held; owned by whoever makes cuts, one at
+	// a time.
+	areas []*diffarea.Area
+	// forQueues is the same for the queues to take over.
+	forQueues atomic.Pointer[[]*diffarea.Area]
+}
+
+// New makes a filter; its queues are added by NewQueue, all before the first
+// cut.
+func New(c Config) *Filter {
+	f := &Filter{orig: c.Orig, size: c.Size, cbt: c.CBT, queues: make([]*Queue, c.Queues)}
+	f.publish()
+	return f
+}
+
+// Orig is the original disk.
+func (f *Filter) Orig() blockdev.File { return f.orig }
+
+// Size is the size of the disk in bytes.
+func (f *Filter) Size() int64 { return f.size }
+
+// CBT is the change map, nil if there is none.
+func (f *Filter) CBT() *cbtmap.Map { return f.cbt }
+
+// Held says whether a snapshot holds the disk. For whoever makes cuts only.
+func (f *Filter) Held() bool { return len(f.areas) > 0 }
+
+// Counters count what a queue has done since it began. Bytes and requests are
+// counted at completion.
+type Counters struct {
+	Requests [ublk.OpWriteZeroes + 1]atomic.Uint64 // by ublk.Op
+	Bytes    [ublk.OpWriteZeroes + 1]atomic.Uint64
+	Errors   atomic.Uint64
+	InFlight atomic.Int64
+	// Skipped counts the bytes of discards that were not passed on because a
+	// snapshot needs them.
+	Skipped atomic.Uint64
+}
+
+// Counters are those of queue i; safe from any thread.
+func (f *Filter) Counters(i int) *Counters { return &f.queues[i].counters }
+
+// Queue is one queue of the filter device: a ublk.Handler.
+type Queue struct {
+	f     *Filter
+	q     blockdev.Queue
+	w     *diffarea.Worker
+	areas []*diffarea.Area // largest chunks first
+	reqs  []*request       // by tag
+	gate  gate
+
+	counters Counters
+}
+
+// NewQueue makes queue i, served by q's thread. Called once for each i.
+func (f *Filter) NewQueue(i int, q blockdev.Queue) *Queue {
+	fq := &Queue{f: f, q: q, w: diffarea.NewWorker(q)}
+	f.queues[i] = fq
+	return fq
+}
+
+// Handle starts a request.
+func (q *Queue) Handle(r *ublk.Request) {
+	t := q.request(r)
+	q.counters.InFlight.Add(1)
+	if r.Op == ublk.OpRead || r.Op == ublk.OpFlush {
+		t.forward(r.Off, r.Off+r.Len)
+		return
+	}
+	if q.gate.closed {
+		q.gate.hold(t)
+		return
+	}
+	q.admit(t)
+}
+
+// request is the queue's own part of the kernel's request of one tag.
+type request struct {
+	q *Queue
+	r *ublk.Request
+
+	pos     int64 // bytes before it are done
+	end     int64 // of the piece under way
+	pending int   // copies waited for, and one while they are being collected
+	next    *request
+
+	op     blockdev.Op
+	copied func()
+}
+
+func (q *Queue) request(r *ublk.Request) *request {
+	for len(q.reqs) <= r.Tag {
+		t := &request{q: q}
+		t.op.File = q.f.orig
+		t.op.Done = t.forwarded
+		t.copied = t.chunkCopied
+		q.reqs = append(q.reqs, t)
+	}
+	t := q.reqs[r.Tag]
+	t.r = r
+	t.pos = r.Off
+	return t
+}
+
+// admit lets a request that changes the disk through the gate. From here until
+// finish it counts as in flight, and no cut happens.
+func (q *Queue) admit(t *request) {
+	q.gate.inflight++
+	if q.f.cbt != nil {
+		q.f.cbt.Mark(t.r.Off, t.r.Len)
+	}
+	if len(q.areas) == 0 {
+		t.forward(t.r.Off, t.r.Off+t.r.Len)
+		return
+	}
+	t.advance()
+}
+
+// advance goes on with a request from pos: the next piece of a discard, or the
+// copying that the next piece of a write needs.
+func (t *request) advance() {
+	if t.r.Op == ublk.OpDiscard {
+		t.advanceDiscard()
+		return
+	}
+	t.pending = 1
+	t.end = t.protect(t.pos, t.r.Off+t.r.Len)
+	t.chunkCopied()
+}
+
+// Limits of what one request does at a time: the copies, enough for a write of
+// 1 MiB at the smallest chunk size, and the bytes it looks at. A longer
+// WRITE_ZEROES goes in pieces.
+const (
+	maxCopies = 256
+	maxPiece  = 64 << 20
+)
+
+// protect has the chunks of [from, end) copied in every area and returns how
+// far it came.
+func (t *request) protect(from, end int64) int64 {
+	q := t.q
+	step := q.areas[len(q.areas)-1].ChunkSize()
+	end = min(end, from+maxPiece)
+	copies := 0
+	var lead *diffarea.Copy
+	for pos := from; pos < end; pos = pos&^(step-1) + step {
+		if copies >= maxCopies {
+			return pos
+		}
+		for _, a := range q.areas {
+			c := a.Chunk(pos)
+			if pos > from && pos > a.Start(c) || a.Protected(c) {
+				continue // seen at its first byte
+			}
+			t.pending++
+			ok, started := a.Protect(q.w, c, lead, t.copied)
+			if ok {
+				t.pending--
+				continue
+			}
+			copies++
+			if started != nil && !started.Follows(lead) {
+				lead = started
+			}
+		}
+	}
+	return end
+}
+
+// chunkCopied runs as each chunk's copy has landed; after the last one the
+// piece may be overwritten.
+func (t *request) chunkCopied() {
+	if t.pending--; t.pending == 0 {
+		t.forward(t.pos, t.end)
+	}
+}
+
+// advanceDiscard passes on the next stretch that every snapshot has already
+// copied.
+func (t *request) advanceDiscard() {
+	end := t.r.Off + t.r.Len
+	start := t.pos
+	for start < end {
+		stop := end
+		again := false
+		for _, a := range t.q.areas {
+			// Whole chunks only: a chunk that is still new keeps all its bytes.
+			c, last := a.Chunk(start), a.Chunk(end-1)+1
+			if s := a.SkipNew(c, last); s != c {
+				t.q.counters.Skipped.Add(uint64(min(a.Start(s), end) - start))
+				start, again = min(a.Start(s), end), true
+				break
+			}
+			stop = min(stop, a.Start(a.SkipProtected(c, last)))
+		}
+		if !again {
+			t.forward(start, min(stop, end))
+			return
+		}
+	}
+	t.finish(0)
+}
+
+// forward sends [from, to) of the request to the original disk.
+func (t *request) forward(from, to int64) {
+	r, op := t.r, &t.op
+	switch r.Op {
+	case ublk.OpRead:
+		op.Kind = blockdev.Read
+	case ublk.OpWrite:
+		op.Kind = blockdev.Write
+	case ublk.OpFlush:
+		op.Kind = blockdev.Flush
+	case ublk.OpDiscard:
+		op.Kind = blockdev.Discard
+	case ublk.OpWriteZeroes:
+		op.Kind = blockdev.WriteZeroes
+	}
+	op.FUA, op.NoUnmap = r.FUA, r.NoUnmap
+	op.Off, op.Len = from, to-from
+	op.Buf = r.Buf.At(from - r.Off)
+	t.q.q.Submit(op)
+}
+
+// forwarded runs when the original disk has done a piece.
+func (t *request) forwarded(op *blockdev.Op) {
+	t.pos = op.Off + op.Len
+	if op.Err != 0 || t.pos >= t.r.Off+t.r.Len {
+		t.finish(op.Err)
+		return
+	}
+	t.advance()
+}
+
+// finish gives the request back to the kernel.
+func (t *request) finish(errno unix.Errno) {
+	q, r := t.q, t.r
+	n := &q.counters
+	n.Requests[r.Op].Add(1)
+	n.Bytes[r.Op].Add(uint64(r.Len))
+	if errno != 0 {
+		n.Errors.Add(1)
+	}
+	n.InFlight.Add(-1)
+	write := r.Op != ublk.OpRead && r.Op != ublk.OpFlush
+	t.r = nil
+	r.Complete(errno)
+	if write {
+		q.gate.leave()
+	}
+}

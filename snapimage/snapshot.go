@@ -1,0 +1,212 @@
+// Package snapimage is a snapshot over several devices and its images.
+//
+//	New ──> Add, Append ──> Take ──> images ──> Destroy
+//
+// A Snapshot is control work: its methods are called on the thread of one
+// queue, the control queue, and call back on it; whoever calls waits for one to
+// call back before the next, but for Cancel. Images are the data path; see
+// Queue.
+package snapimage
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/google/uuid"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+)
+
+// Errors of a snapshot's life.
+var (
+	ErrNoDevices = errors.New("the snapshot has no devices: add one first")
+	ErrNoStorage = errors.New("the snapshot has no difference storage: append one first")
+	ErrTaken     = errors.New("the snapshot has been taken already")
+	ErrAdded     = errors.New("the device is in the snapshot already")
+	ErrCancelled = errors.New("writes in flight did not end in time: the snapshot was not taken")
+	ErrDestroyed = errors.New("the snapshot is being destroyed")
+)
+
+// Config is what a snapshot is made of.
+type Config struct {
+	ID  uuid.UUID
+	Log diffarea.LogConfig
+	// Memory gives zeroed memory for a device's chunk words, 8 byte aligned,
+	// that outlives the process and stays until Destroy has called back.
+	Memory func(name string, size int64) ([]byte, error)
+}
+
+// Snapshot is a set of devices frozen at one instant.
+type Snapshot struct {
+	id      uuid.UUID
+	log     *diffarea.Log
+	control blockdev.Queue
+	worker  *diffarea.Worker // of the control queue
+	memory  func(string, int64) ([]byte, error)
+	members []*member
+	storage int // pieces appended
+	cut     *filter.Cut
+	taken   bool
+	gone    bool
+}
+
+// member is one device of a snapshot.
+type member struct {
+	filter *filter.Filter
+	device uint64
+	area   *diffarea.Area
+	image  *Image
+	take   cbtmap.Info // of the change map at the cut
+}
+
+// New makes an empty snapshot with its control queue.
+func New(c Config, control blockdev.Queue) (*Snapshot, error) {
+	l, err := diffarea.NewLog(c.Log)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %s: %w", c.ID, err)
+	}
+	return &Snapshot{id: c.ID, log: l, control: control, worker: diffarea.NewWorker(control), memory: c.Memory}, nil
+}
+
+// back runs f on the control queue's thread.
+func (s *Snapshot) back(f func()) { s.control.Post(&blockdev.Task{Run: f}) }
+
+// ID is the snapshot's UUID.
+func (s *Snapshot) ID() uuid.UUID { return s.id }
+
+// Log is the snapshot's difference log.
+func (s *Snapshot) Log() *diffarea.Log { return s.log }
+
+// Taken says whether the images exist.
+func (s *Snapshot) Taken() bool { return s.taken }
+
+// Len is the number of devices.
+func (s *Snapshot) Len() int { return len(s.members) }
+
+// Filter is the filter of device i.
+func (s *Snapshot) Filter(i int) *filter.Filter { return s.members[i].filter }
+
+// Image is the image of device i, nil before the take.
+func (s *Snapshot) Image(i int) *Image { return s.members[i].image }
+
+// TakeInfo is what the change map of device i says of this take.
+func (s *Snapshot) TakeInfo(i int) cbtmap.Info { return s.members[i].take }
+
+// Add makes a device part of the snapshot; device is its original's number,
+// for events.
+func (s *Snapshot) Add(f *filter.Filter, device uint64) error {
+	if s.taken || s.cut != nil {
+		return ErrTaken
+	}
+	for _, m := range s.members {
+		if m.filter == f {
+			return fmt.Errorf("%s: %w", f.Orig().Name(), ErrAdded)
+		}
+	}
+	s.members = append(s.members, &member{filter: f, device: device})
+	return nil
+}
+
+// Append gives the snapshot difference storage, before the take or after.
+func (s *Snapshot) Append(st diffarea.Storage, done func(error)) {
+	if s.gone {
+		done(ErrDestroyed)
+		return
+	}
+	s.log.Append(s.worker, st, func(err error) {
+		s.back(func() {
+			if err == nil {
+				s.storage++
+			}
+			done(err)
+		})
+	})
+}
+
+// Take makes the cut on all devices: all of them or, with an error, none. at
+// is called at the very instant, when no write is in flight on any device; it
+// must not block and may be nil.
+func (s *Snapshot) Take(at func(), done func(error)) {
+	switch {
+	case s.gone:
+		done(ErrDestroyed)
+		return
+	case s.taken || s.cut != nil:
+		done(ErrTaken)
+		return
+	case len(s.members) == 0:
+		done(ErrNoDevices)
+		return
+	case s.storage == 0:
+		done(ErrNoStorage)
+		return
+	}
+	// All that can fail comes before the gates close.
+	filters := make([]*filter.Filter, len(s.members))
+	areas := make([]*diffarea.Area, len(s.members))
+	for i, m := range s.members {
+		if m.area == nil {
+			n := diffarea.TableSize(diffarea.Chunks(m.filter.Size(), s.log.ChunkSize()))
+			mem, err := s.memory(fmt.Sprintf("words-%d", i), n)
+			if err != nil {
+				done(fmt.Errorf("%s: %d bytes for the chunk table: %w", m.filter.Orig().Name(), n, err))
+				return
+			}
+			m.area = diffarea.NewArea(diffarea.AreaConfig{
+				Log: s.log, Orig: m.filter.Orig(), Size: m.filter.Size(), Words: mem, Device: m.device,
+			})
+			m.image = &Image{area: m.area, cbt: m.filter.CBT()}
+		}
+		filters[i], areas[i] = m.filter, m.area
+	}
+	s.cut = filter.StartCut(filters, areas, func() {
+		for _, m := range s.members {
+			if c := m.filter.CBT(); c != nil {
+				m.take = c.Switch()
+			}
+		}
+		if at != nil {
+			at()
+		}
+	}, func(ok bool) {
+		s.back(func() {
+			s.cut = nil
+			if !ok {
+				done(ErrCancelled)
+				return
+			}
+			s.taken = true
+			done(nil)
+		})
+	})
+}
+
+// Cancel gives up a Take that still waits for writes in flight: it calls back
+// with ErrCancelled, and may be tried again.
+func (s *Snapshot) Cancel() {
+	if s.cut != nil {
+		s.cut.Cancel()
+	}
+}
+
+// Destroy takes the snapshot off its devices. The image devices are gone
+// already, or at least no request of theirs is under way. done is called when
+// nothing of the snapshot is in use any more: its memory and storage can be
+// given back.
+func (s *Snapshot) Destroy(done func()) {
+	s.gone = true
+	closeLog := func() { s.log.Close(s.worker, func() { s.back(done) }) }
+	if !s.taken {
+		closeLog()
+		return
+	}
+	filters := make([]*filter.Filter, len(s.members))
+	areas := make([]*diffarea.Area, len(s.members))
+	for i, m := range s.members {
+		filters[i], areas[i] = m.filter, m.area
+	}
+	filter.Forget(filters, areas, func() { s.back(closeLog) })
+}
