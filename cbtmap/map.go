@@ -1,0 +1,217 @@
+package cbtmap
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/google/uuid"
+)
+
+// ErrRange means: a range does not lie on the device.
+var ErrRange = errors.New("range outside the device")
+
+// everyByte times a byte is a word of that byte.
+const everyByte = 0x0101010101010101
+
+// Map is the change map of one device. See the package comment for what may be
+// called when.
+type Map struct {
+	// Mark reads these without mu. They change under mu, while the gate is closed.
+	region
+	pattern uint64 // the number of the coming take in every byte
+
+	mu sync.Mutex
+	// under mu:
+	header
+	path string // of the mapped file, "" if there is none
+}
+
+// Sectors is a range of a device in sectors of 512 bytes.
+type Sectors struct {
+	First uint64
+	Count uint64
+}
+
+// mark writes the byte v, which is the highest the map may hold, for the blocks
+// that [off, off+length) touches. The range lies on the device and is not empty.
+// Words that already say so are only read.
+func (g *geometry) mark(words []uint64, off, length int64, pattern uint64) {
+	first, last := int(off>>g.shift), int((off+length-1)>>g.shift)
+	for w := first / 8; w <= last/8; w++ {
+		mask := ^uint64(0)
+		if w == first/8 {
+			mask = maskFrom(first % 8)
+		}
+		if w == last/8 {
+			mask &= maskTo(last % 8)
+		}
+		for {
+			old := atomic.LoadUint64(&words[w])
+			if (old^pattern)&mask == 0 || atomic.CompareAndSwapUint64(&words[w], old, old&^mask|pattern&mask) {
+				break
+			}
+		}
+	}
+}
+
+// Mark notes that the bytes [off, off+length) of the device are about to be
+// written. It must return before the write is submitted. It never fails: a range
+// that is not on the device, thus a device that is not what the map was made
+// for, makes the map corrupted.
+func (m *Map) Mark(off, length int64) {
+	if !m.contains(off, length) {
+		m.SetCorrupted()
+		return
+	}
+	if length > 0 {
+		m.mark(m.activeWords, off, length, m.pattern)
+	}
+}
+
+// MarkBoth notes a write to the bytes [off, off+length) of an image of the
+// device: from then on they differ from the take's for those who read the image,
+// and from the next take's. What is beyond the device is ignored: the device may
+// have shrunk since the take.
+func (m *Map) MarkBoth(off, length int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.markBothLocked(off, length)
+}
+
+func (m *Map) markBothLocked(off, length int64) {
+	if off, length = m.clip(off, length); length > 0 {
+		m.mark(m.activeWords, off, length, m.pattern)
+		m.mark(m.readableWords, off, length, everyByte*uint64(m.number))
+	}
+}
+
+// MarkDirty counts the ranges as changed, in the active and in the readable map:
+// all of them, or none and an error that names the first wrong one and wraps
+// ErrRange, or ErrCorrupted.
+func (m *Map) MarkDirty(ranges []Sectors) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.corrupted() {
+		return fmt.Errorf("mark ranges dirty: %w", ErrCorrupted)
+	}
+	capacity := uint64(m.geometry.size / SectorSize)
+	for i, r := range ranges {
+		if r.Count == 0 || r.Count > capacity || r.First > capacity-r.Count {
+			return fmt.Errorf("mark range %d dirty: sectors %d:%d of %d: %w", i, r.First, r.Count, capacity, ErrRange)
+		}
+	}
+	for _, r := range ranges {
+		m.markBothLocked(int64(r.First)*SectorSize, int64(r.Count)*SectorSize)
+	}
+	return nil
+}
+
+// Switch is the take: what was marked until now becomes readable, under the
+// number in the Info it returns. It cannot fail. After number 254, and if the map
+// was corrupted, it begins a new generation instead, with this take as number 0.
+func (m *Map) Switch() Info {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.corrupted() || m.number == maxNumber {
+		m.beginTakenLocked()
+		return m.infoLocked()
+	}
+	m.eachPiece(func(from, to int) { copy(m.readable[from:to], m.active[from:to]) })
+	m.commitLocked(m.generation, m.number+1)
+	return m.infoLocked()
+}
+
+// Void makes good a take that did not come to be after all, on this device or on
+// another of the same snapshot: before is the Info from before it. The number is
+// not used again; instead everything marked until the void take counts as changed
+// since it, so that not even a reader who believed in it loses anything. Without
+// a take since before, or if it was voided already, Void changes nothing.
+func (m *Map) Void(before Info) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.generation == before.GenerationID && m.number == before.ChangesNumber {
+		return
+	}
+	m.rewrite(m.active, func(_ int, old byte) byte {
+		if old == m.number {
+			return old + 1
+		}
+		return old
+	})
+}
+
+// NewGeneration forgets the history: every block counts as changed. A corrupted
+// map is whole again.
+func (m *Map) NewGeneration() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.fill(m.active, 255) // above any number: not lost whichever header counts
+	m.commitLocked(uuid.New(), 0)
+	m.fill(m.active, 1)
+	m.zero(m.readable)
+	m.store(flagWord, 0)
+}
+
+// beginTakenLocked starts a generation of which this take is number 0. The header
+// goes first: until it is written the old generation must not lose marks, and
+// old marks are only too many in the new one.
+func (m *Map) beginTakenLocked() {
+	m.commitLocked(uuid.New(), 0)
+	m.zero(m.active)
+	m.zero(m.readable)
+	m.store(flagWord, 0)
+}
+
+func (m *Map) commitLocked(generation uuid.UUID, number uint8) {
+	h := m.header
+	h.sequence++
+	h.generation, h.number = generation, number
+	m.commit(h)
+	m.setHeader(h)
+}
+
+func (m *Map) setHeader(h header) {
+	m.header = h
+	m.pattern = everyByte * uint64(h.number+1)
+}
+
+// Resize makes the map one for a device of size bytes, in a new generation, with
+// the parameters it was made with. On an error the map is corrupted: it
+// describes a device that is not there any more.
+func (m *Map) Resize(size int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	next, err := create(m.path, size, m.params, 1)
+	if err != nil {
+		m.store(flagWord, 1)
+		return fmt.Errorf("resize change map: %w", err)
+	}
+	err = m.unmapLocked()
+	m.region = next.region
+	m.setHeader(next.header)
+	return err
+}
+
+// SetCorrupted makes readers fail with ErrCorrupted until the next take, Resize
+// or NewGeneration.
+func (m *Map) SetCorrupted() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.store(flagWord, 1)
+}
+
+// Corrupted says whether readers fail with ErrCorrupted.
+func (m *Map) Corrupted() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.corrupted()
+}
+
+// Memory is what the map lies in, for [Adopt]. It is another one after Resize.
+func (m *Map) Memory() []byte {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.memory
+}
