@@ -54,7 +54,8 @@ func run(args []string) (status int, err error) {
 		disks, files, ev list
 		killAfter        time.Duration
 		killOn, console  string
-		fetch, onHost    bool
+		where            string
+		fetch, noSkips   bool
 	)
 	flags := flag.NewFlagSet("vm", flag.ContinueOnError)
 	flags.StringVar(&cfg.Kernel, "kernel", env("KERNEL", "6.12"), `kernel: "newest" or a version such as 6.12 (KERNEL)`)
@@ -62,7 +63,8 @@ func run(args []string) (status int, err error) {
 	flags.StringVar(&cfg.Cache, "cache", env("VM_CACHE", ".cache/vm"), "directory for kernels (VM_CACHE)")
 	flags.StringVar(&cfg.Out, "out", env("VM_OUT", ""), "directory that the command may write to; cache/out, if empty (VM_OUT)")
 	flags.BoolVar(&cfg.Udev, "udev", env("VM_UDEV", "") != "", "run udev in the guest (VM_UDEV)")
-	flags.BoolVar(&onHost, "host", env("VM", "") == "host", "run on this machine instead, if it has ublk (VM=host)")
+	flags.StringVar(&where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
+	flags.BoolVar(&noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\"")
 	flags.BoolVar(&fetch, "fetch", false, "fetch the kernel, print its release, and end")
 	flags.StringVar(&console, "console", env("VM_CONSOLE", ""), "file for the kernel's messages (VM_CONSOLE)")
 	flags.Var(&disks, "disk", "NAME=SIZE: new disk at /dev/disk/by-vm/NAME, gone afterwards; size in bytes, or with K, M, G, T")
@@ -118,8 +120,29 @@ func run(args []string) (status int, err error) {
 		return statusBroken, fmt.Errorf("create output directory: %w", err)
 	}
 	cfg.Env = guestEnv(ev)
-	if onHost {
-		return runHere(ctx, cfg)
+	cfg.Stdout, cfg.Stderr = os.Stdout, os.Stderr
+	judge := &skips{to: os.Stdout}
+	if noSkips {
+		cfg.Stdout = judge
+		defer func() {
+			if status == 0 && err == nil {
+				if err = judge.err(); err != nil {
+					status = 1
+				}
+			}
+		}()
+	}
+	switch where {
+	case "machine":
+	case "host", "auto":
+		if hasUblk() {
+			return runHere(ctx, cfg)
+		}
+		if where == "host" {
+			return statusBroken, errors.New("this machine's kernel has no ublk (modprobe ublk_drv failed)")
+		}
+	default:
+		return statusBroken, fmt.Errorf("where %q: want machine, host or auto", where)
 	}
 
 	for _, d := range disks {
@@ -138,7 +161,6 @@ func run(args []string) (status int, err error) {
 		cfg.Disks = append(cfg.Disks, disk)
 	}
 
-	cfg.Stdout, cfg.Stderr = os.Stdout, os.Stderr
 	var log bytes.Buffer
 	cfg.Console = &log
 	if console != "" {
@@ -152,7 +174,7 @@ func run(args []string) (status int, err error) {
 
 	kill := make(chan struct{}, 1)
 	if killOn != "" {
-		cfg.Stdout = &watcher{to: os.Stdout, text: killOn, seen: kill}
+		cfg.Stdout = &watcher{to: cfg.Stdout, text: killOn, seen: kill}
 	}
 	m, err := machine.Start(ctx, cfg)
 	if err != nil {
@@ -210,13 +232,16 @@ func keepLog(cache string, log []byte) string {
 	return "\nall of the console: " + name
 }
 
+// hasUblk says whether this machine's own kernel can do it.
+func hasUblk() bool {
+	if _, err := os.Stat("/dev/ublk-control"); err == nil {
+		return true
+	}
+	return exec.Command("modprobe", "ublk_drv").Run() == nil
+}
+
 // runHere runs the command without a machine.
 func runHere(ctx context.Context, cfg machine.Config) (status int, err error) {
-	if _, err := os.Stat("/dev/ublk-control"); err != nil {
-		if exec.Command("modprobe", "ublk_drv").Run() != nil {
-			return statusBroken, errors.New("VM=host: this machine's kernel has no ublk (modprobe ublk_drv failed)")
-		}
-	}
 	words := cfg.Command
 	if len(words) == 1 {
 		words = []string{"bash", "-c", words[0]}
@@ -225,7 +250,7 @@ func runHere(ctx context.Context, cfg machine.Config) (status int, err error) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, words[0], words[1:]...)
 	cmd.Env = append(os.Environ(), append(cfg.Env, "VM_OUT="+cfg.Out)...)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Stdout, cmd.Stderr = cfg.Stdout, cfg.Stderr
 	// The whole group ends with it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }

@@ -1,0 +1,60 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"regexp"
+	"strings"
+)
+
+// skips passes on the output of a verbose Go test and notes each test that was skipped for a reason of its own. In
+// the machine everything is there that a test may want, so such a skip is a test that is not run anywhere; the one
+// reason that counts is a kernel that is too old, told by the words "needs kernel".
+type skips struct {
+	to      io.Writer
+	part    []byte
+	current string          // the test whose output follows
+	allowed map[string]bool // tests that gave the reason
+	found   []string
+}
+
+const allowedSkip = "needs kernel"
+
+var (
+	testStarts  = regexp.MustCompile(`^=== (?:RUN|CONT|NAME) +(\S+)`)
+	testSkipped = regexp.MustCompile(`^ *--- SKIP: (\S+)`)
+)
+
+func (s *skips) Write(p []byte) (int, error) {
+	s.part = append(s.part, p...)
+	lines := strings.Split(string(s.part), "\n")
+	s.part = []byte(lines[len(lines)-1])
+	for _, line := range lines[:len(lines)-1] {
+		s.line(line)
+	}
+	return s.to.Write(p)
+}
+
+func (s *skips) line(line string) {
+	if m := testStarts.FindStringSubmatch(line); m != nil {
+		s.current = m[1]
+	} else if m := testSkipped.FindStringSubmatch(line); m != nil {
+		// A subtest that was allowed to skip is its own affair, and so is its parent.
+		if !s.allowed[m[1]] {
+			s.found = append(s.found, m[1])
+		}
+	} else if strings.Contains(line, allowedSkip) {
+		if s.allowed == nil {
+			s.allowed = map[string]bool{}
+		}
+		s.allowed[s.current] = true
+	}
+}
+
+// err tells of the tests that were skipped.
+func (s *skips) err() error {
+	if len(s.found) == 0 {
+		return nil
+	}
+	return fmt.Errorf("skipped without a reason that says %q: %s", allowedSkip, strings.Join(s.found, ", "))
+}
