@@ -70,6 +70,7 @@ type Loop struct {
 	posted   atomic.Pointer[Task] // newest first
 	armed    atomic.Bool          // the loop may sleep: a poster has to wake it
 	stopping atomic.Bool
+	leaving  atomic.Bool // the end does not wait for commands
 	ended    chan struct{}
 
 	mu      sync.Mutex // guards wakeFd against its close
@@ -245,7 +246,8 @@ func (l *Loop) open() error {
 	return l.ring.RegisterRing()
 }
 
-// close ends what open made, as far as it came. No entry is in the ring.
+// close ends what open made, as far as it came. No entry is in the ring, unless
+// commands were abandoned.
 func (l *Loop) close() {
 	// First, so that no poster writes into a file that got the number since.
 	l.mu.Lock()
@@ -270,6 +272,14 @@ func (l *Loop) Stop() {
 	l.stopping.Store(true)
 	l.wake()
 	<-l.ended
+}
+
+// Abandon is Stop that does not wait for commands: closing the ring makes the
+// kernel cancel them, without a word to OnCommand. It gives up a driver that
+// would keep them for ever.
+func (l *Loop) Abandon() {
+	l.leaving.Store(true)
+	l.Stop()
 }
 
 // Post runs t.Run on the loop's thread. After the end of the loop it does
@@ -337,7 +347,7 @@ func (l *Loop) run() {
 
 // idle says whether nothing is left to do.
 func (l *Loop) idle() bool {
-	return l.inFlight == 0 && l.commands == 0 && l.waiting.head == nil &&
+	return l.inFlight == 0 && (l.commands == 0 || l.leaving.Load()) && l.waiting.head == nil &&
 		l.finished.head == nil && l.posted.Load() == nil
 }
 
