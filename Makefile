@@ -1,11 +1,94 @@
-KERNEL ?= 6.12
+# What can be done here. Every target first installs what it needs (tests/setup.sh: Debian, as root).
+#
+#   make demo                          the whole story, on this machine if its kernel has ublk, else in a virtual one
+#   make test                          everything below that tests, on both kernels; what CI runs
+#   make check                         format, vet, lint, unit tests with and without the race detector: no machine
+#   make integration [KERNEL=] [RUN=]  the tests that need ublk, or those that match RUN
+#   make sim [SEEDS=] [MINUTES=]       the simulator
+#   make bench [JSON=out.json] [BENCH=pattern] [KERNEL=]    figures, of both kernels unless one is named
+#   make vm CMD='…' [KERNEL=]          one command in the machine: its output and nothing else
+#   make build | install | clean       bin/ublk-blksnap; to PREFIX/sbin; remove what was built and fetched
+#
+# KERNEL is 6.12 (the default), newest, or another version; tests/vm tells more, such as VM=host, VM_MEM, VM_TIMEOUT.
 
-.PHONY: vm
-vm: bin/vm
-	@./bin/vm -kernel $(KERNEL) "$$CMD"
+export PATH := $(CURDIR)/bin:$(CURDIR)/.cache/bin:$(PATH)
+export GOTOOLCHAIN ?= auto
+PREFIX ?= /usr/local
+RUN ?= .
+SHELL := /bin/bash
+.SHELLFLAGS := -e -o pipefail -c
 
-.PHONY: bin/vm
-bin/vm:
-	@go build -o $@ ./tests/vm
+# The second build of internal/uring: its binding does not link without the flag.
+GIOURING = -tags giouring -ldflags=-checklinkname=0
+
+LINT_VERSION = v2.15.0
+LINT = .cache/bin/golangci-lint-$(LINT_VERSION)
+
+# As it was typed, for the guest's shell to expand.
 override CMD := $(value CMD)
 export CMD
+
+.NOTPARALLEL:
+.PHONY: demo test check lint integration sim bench vm build install clean setup-go setup bin/vm
+
+demo: build bin/vm
+	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
+
+test: check bin/vm
+	go test $(GIOURING) ./...
+	VM_TEST=1 go test -count=1 ./tests/vm/...
+	$(MAKE) integration KERNEL=6.12
+	$(MAKE) integration KERNEL=newest
+
+check: setup lint
+	go test ./...
+	go test -race ./...
+
+lint: setup $(LINT)
+	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "gofmt would change: $$files"; exit 1; }
+	go vet ./...
+	go vet -tags giouring ./...
+	$(LINT) run
+
+$(LINT): | setup
+	GOTOOLCHAIN=auto GOFLAGS= GOBIN=$(CURDIR)/.cache/bin \
+		go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINT_VERSION)
+	mv .cache/bin/golangci-lint $@
+
+integration: build bin/vm
+	go test -c -o .cache/test/integration.test ./tests/integration
+	bin/vm -no-skips 'cd tests/integration && exec ../../.cache/test/integration.test -test.v -test.timeout 19m -test.run "$(RUN)"'
+
+sim: setup-go
+	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test ./tests/sim -run Sim -v -count=1 -timeout 0
+
+bench: JSON ?= bench.json
+bench: build bin/vm
+	@go build -o .cache/test/bench ./tests/bench
+	@rm -rf .cache/bench; mkdir -p .cache/bench
+	@for kernel in $(or $(KERNEL),6.12 newest); do \
+		VM_TIMEOUT=$${VM_TIMEOUT:-90m} bin/vm -kernel $$kernel -out .cache/bench -e KERNEL=$$kernel -e BENCH \
+			".cache/test/bench -json \$$VM_OUT/$$kernel.json"; \
+	done
+	@jq -s add .cache/bench/*.json >$(JSON)
+
+vm: bin/vm
+	@bin/vm "$$CMD"
+
+build: setup-go
+	@CGO_ENABLED=0 go build -trimpath -o bin/ublk-blksnap ./cmd/ublk-blksnap
+
+bin/vm: setup
+	@CGO_ENABLED=0 go build -o $@ ./tests/vm
+
+install: build
+	install -D -m 755 bin/ublk-blksnap $(DESTDIR)$(PREFIX)/sbin/ublk-blksnap
+
+clean:
+	rm -rf bin .cache
+
+setup-go:
+	@tests/setup.sh go
+
+setup:
+	@tests/setup.sh go test

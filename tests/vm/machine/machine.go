@@ -203,7 +203,7 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 				w = io.Discard
 			}
 			if _, err := io.Copy(w, f); err != nil {
-				io.Copy(io.Discard, f) // the guest must not wait for a reader that has gone
+				_, _ = io.Copy(io.Discard, f) // the guest must not wait for a reader that has gone
 			}
 		}()
 	}
@@ -304,7 +304,9 @@ func (r *run) pipe() (ours *os.File, fd int, err error) {
 	if err != nil {
 		return nil, 0, fmt.Errorf("create socket pair: %w", err)
 	}
-	unix.SetNonblock(pair[0], true) // so that the runtime's poller takes it
+	if err := unix.SetNonblock(pair[0], true); err != nil { // so that the runtime's poller takes it
+		return nil, 0, fmt.Errorf("set up socket pair: %w", err)
+	}
 	return os.NewFile(uintptr(pair[0]), "guest"), r.give(os.NewFile(uintptr(pair[1]), "guest")), nil
 }
 
@@ -379,7 +381,7 @@ func (r *run) spawn(cmd *exec.Cmd) error {
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			cmd.Wait()
+			_ = cmd.Wait() // how it ended shows in what it left unsaid
 			close(c.exited)
 		}
 	}()
@@ -395,7 +397,7 @@ func (c *child) kill() {
 	case <-c.exited:
 	default:
 		// The group: virtiofsd has a child of its own.
-		unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL)
+		_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL)
 		<-c.exited
 	}
 }

@@ -1,0 +1,114 @@
+#!/bin/bash
+# setup.sh go|test… installs what the Makefile's targets need on Debian 12 or later, and is quick if all is there.
+#
+#   go    a Go that can build the module (packaged; if the system's suites have only older ones, from backports)
+#   test  compiler, QEMU, and the tools that tests, demo and benchmarks call
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Program in the search path (or file), and its package.
+test_needs="
+	gcc                           gcc
+	/usr/include/stdio.h          libc6-dev
+	/usr/include/linux/types.h    linux-libc-dev
+	/etc/ssl/certs/ca-certificates.crt ca-certificates
+	qemu-system-x86_64            qemu-system-x86
+	/usr/lib/qemu/virtiofsd       qemu-system-common
+	busybox                       busybox-static
+	modprobe                      kmod
+	/usr/bin/udevadm              udev
+	dmsetup                       dmsetup
+	blockdev                      util-linux
+	fio                           fio
+	mkfs.ext4                     e2fsprogs
+	mkfs.xfs                      xfsprogs
+	mkfs.btrfs                    btrfs-progs
+	zstd                          zstd
+	jq                            jq
+	pgrep                         procps
+"
+go_needs="
+	/etc/ssl/certs/ca-certificates.crt ca-certificates
+"
+
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+missing() {
+	while read -r what package; do
+		case $what in
+		"") ;;
+		/*) [ -e "$what" ] || echo "$package" ;;
+		*) command -v "$what" >/dev/null || echo "$package" ;;
+		esac
+	done <<<"$1"
+}
+
+# quietly runs a command and shows what it said only if it fails.
+quietly() {
+	local said
+	said=$("$@" 2>&1) || { echo "$said" >&2; return 1; }
+}
+
+as_root() {
+	if [ "$(id -u)" != 0 ]; then
+		echo "setup: not root, and these packages are missing: $*" >&2
+		exit 1
+	fi
+	echo "setup: installing $*" >&2
+}
+
+install_packages() {
+	as_root "$@"
+	export DEBIAN_FRONTEND=noninteractive
+	quietly apt-get -q update
+	quietly apt-get -q install -y --no-install-recommends "$@"
+}
+
+# go_fits says whether the Go called $1 builds this module, by itself or by fetching a newer toolchain. Go has been
+# able to do that since 1.21.
+go_fits() {
+	command -v "$1" >/dev/null || return 1
+	local have want
+	have=$(cd / && GOTOOLCHAIN=local "$1" env GOVERSION 2>/dev/null) || return 1
+	have=${have#go}
+	want=$(sed -n 's/^go //p' go.mod)
+	[ "${GOTOOLCHAIN:-auto}" = local ] || want=1.21
+	[ "$(printf '%s\n' "$want" "${have%% *}" | sort -V | head -n 1)" = "$want" ]
+}
+
+# install_go installs the newest packaged Go of the first suite that has one new enough, beside any older Go, and
+# puts it into .cache/bin, which the Makefile looks into first.
+install_go() {
+	local suite version private=$PWD/.cache/apt-go
+	as_root "a packaged Go"
+	export DEBIAN_FRONTEND=noninteractive
+	. tests/vm/machine/apt.sh
+	codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+	for suite in "" "$codename-backports" trixie; do
+		quietly private_apt "$private" "$suite" /var/lib/dpkg/status || continue
+		export APT_CONFIG=$private/apt.conf
+		version=$(apt-cache pkgnames golang-1. | sed -nE 's/^golang-(1\.[0-9]+)-go$/\1/p' | sort -V | tail -n 1)
+		if [ -n "$version" ] && [ "$(printf '%s\n' 1.21 "$version" | sort -V | head -n 1)" = 1.21 ] &&
+			quietly apt-get -q install -y --no-install-recommends "golang-$version-go"; then
+			mkdir -p .cache/bin
+			ln -sf "/usr/lib/go-$version/bin/go" "/usr/lib/go-$version/bin/gofmt" .cache/bin/
+			break
+		fi
+	done
+	rm -rf "$private"
+	unset APT_CONFIG
+}
+
+for group; do
+	needs=${group}_needs
+	packages=$(missing "${!needs}" | sort -u)
+	# shellcheck disable=SC2086 # one word a package
+	[ -z "$packages" ] || install_packages $packages
+	if [ "$group" = go ]; then
+		go_fits go || go_fits .cache/bin/go || install_go
+		go_fits go || go_fits .cache/bin/go || {
+			echo "setup: no Go new enough for this module could be installed; see https://go.dev/dl" >&2
+			exit 1
+		}
+	fi
+done
