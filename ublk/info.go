@@ -1,0 +1,170 @@
+package ublk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
+)
+
+const (
+	anyID   = 1<<32 - 1 // dev_id of a command for no device, or for a new one
+	noQueue = 1<<16 - 1
+)
+
+// State is what a device is doing.
+//
+//	        Add               Stop
+//	Dead ─────────> Live ──────────────> Dead ──Delete──> gone
+//	                │  ^
+//	 server's death │  │ Recover
+//	                v  │
+//	              Quiesced (with recovery; without: Dead)
+type State uint16
+
+const (
+	Dead     State = uapi.UBLK_S_DEV_DEAD     // no disk: not started, or stopped
+	Live     State = uapi.UBLK_S_DEV_LIVE     // served
+	Quiesced State = uapi.UBLK_S_DEV_QUIESCED // requests wait for a new server
+	FailIO   State = uapi.UBLK_S_DEV_FAIL_IO  // requests fail until there is a new server
+)
+
+func (s State) String() string {
+	switch s {
+	case Dead:
+		return "dead"
+	case Live:
+		return "live"
+	case Quiesced:
+		return "quiesced"
+	case FailIO:
+		return "failing"
+	}
+	return "state " + strconv.Itoa(int(s))
+}
+
+// Info is what the driver knows of a device.
+type Info struct {
+	ID     int
+	State  State
+	Queues int
+	Depth  int
+	MaxIO  int    // bytes of the largest request
+	PID    int    // of the server, as the driver saw it; -1 if there is none
+	Flags  uint64 // UBLK_F
+	Tag    uint64 // Config.Tag
+}
+
+func infoOf(d *uapi.UblksrvCtrlDevInfo) Info {
+	return Info{
+		ID:     int(d.DevID),
+		State:  State(d.State),
+		Queues: int(d.NrHwQueues),
+		Depth:  int(d.QueueDepth),
+		MaxIO:  int(d.MaxIOBufBytes),
+		PID:    int(d.UblksrvPid),
+		Flags:  d.Flags,
+		Tag:    d.UblksrvFlags,
+	}
+}
+
+// bytesOf is the memory of *p, for a command's buffer.
+func bytesOf[T any](p *T) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(p)), unsafe.Sizeof(*p))
+}
+
+// command runs a command without a buffer on device id.
+func (c *Control) command(ctx context.Context, op uint32, id int, data uint64) error {
+	return c.do(ctx, op, uapi.UblksrvCtrlCmd{DevID: uint32(id), QueueID: noQueue, Data: [1]uint64{data}}, nil)
+}
+
+// Info asks for device id. The error is ENODEV if there is no such device.
+//
+// It is the older of two commands that answer the same: the newer one looks
+// the device's node up by path first, which only unprivileged servers need.
+func (c *Control) Info(ctx context.Context, id int) (Info, error) {
+	var d uapi.UblksrvCtrlDevInfo
+	err := c.do(ctx, uapi.UBLK_U_CMD_GET_DEV_INFO, uapi.UblksrvCtrlCmd{DevID: uint32(id), QueueID: noQueue}, bytesOf(&d))
+	if err != nil {
+		return Info{}, err
+	}
+	return infoOf(&d), nil
+}
+
+func (c *Control) params(ctx context.Context, id int) (uapi.UblkParams, error) {
+	p := uapi.UblkParams{Len: uint32(unsafe.Sizeof(uapi.UblkParams{}))}
+	err := c.do(ctx, uapi.UBLK_U_CMD_GET_PARAMS, uapi.UblksrvCtrlCmd{DevID: uint32(id), QueueID: noQueue}, bytesOf(&p))
+	return p, err
+}
+
+// queueCPUs is where the requests of queue q come from.
+func (c *Control) queueCPUs(ctx context.Context, id, q int) (*unix.CPUSet, error) {
+	var set unix.CPUSet
+	cmd := uapi.UblksrvCtrlCmd{DevID: uint32(id), QueueID: uint16(q), Data: [1]uint64{uint64(q)}}
+	if err := c.do(ctx, uapi.UBLK_U_CMD_GET_QUEUE_AFFINITY, cmd, bytesOf(&set)); err != nil {
+		return nil, err
+	}
+	return &set, nil
+}
+
+// tagMagic marks devices as this program's, in the upper 56 bits of the tag.
+const tagMagic = uint64(0x626c6b736e6170) << 8 // "blksnap"
+
+// Tag is the mark of a device that belongs to this program: kind tells what
+// it is for, and is the caller's.
+func Tag(kind byte) uint64 { return tagMagic | uint64(kind) }
+
+// IsOurs says whether tag was made by Tag, and with which kind.
+func IsOurs(tag uint64) (kind byte, ok bool) {
+	return byte(tag), tag&^0xff == tagMagic
+}
+
+// List returns the machine's ublk devices of every server, by number.
+func (c *Control) List(ctx context.Context) ([]Info, error) { return c.list(ctx, "/sys") }
+
+func (c *Control) list(ctx context.Context, sys string) ([]Info, error) {
+	ids, err := deviceIDs(sys)
+	if err != nil {
+		return nil, err
+	}
+	var out []Info
+	for _, id := range ids {
+		i, err := c.Info(ctx, id)
+		if errors.Is(err, unix.ENODEV) {
+			continue // gone since
+		}
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, i)
+	}
+	return out, nil
+}
+
+func deviceIDs(sys string) ([]int, error) {
+	entries, err := os.ReadDir(sys + "/class/ublk-char")
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list ublk devices: %w", err)
+	}
+	var ids []int
+	for _, e := range entries {
+		if n, ok := strings.CutPrefix(e.Name(), "ublkc"); ok {
+			if id, err := strconv.Atoi(n); err == nil {
+				ids = append(ids, id)
+			}
+		}
+	}
+	slices.Sort(ids)
+	return ids, nil
+}

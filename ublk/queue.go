@@ -1,0 +1,253 @@
+package ublk
+
+import (
+	"fmt"
+	"os"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
+)
+
+// queue serves one hardware queue of a device, on the thread of its loop.
+//
+//	kernel                 queue                      handler
+//	  │ FETCH(tag) done ──> decode descriptor ──────> Handle(r)
+//	  │                                                 │  now or later
+//	  │ <── COMMIT_AND_FETCH(tag, result) <───────── r.Complete(errno)
+//
+// One entry commits a request and fetches the tag's next one; it leaves with
+// the loop's next system call, together with all others of the same turn.
+// Nothing here allocates or locks.
+type queue struct {
+	id       uint16
+	loop     *blockdev.Loop
+	handler  Handler
+	desc     []uapi.UblksrvIODesc // by tag; shared with the kernel
+	reqs     []Request            // by tag
+	tags     []tagState           // by tag
+	maxIO    int64
+	zeroCopy bool
+	payload  unsafe.Pointer // copy mode: the buffers, maxIO each, by tag
+
+	descMem    []byte
+	payloadMem []byte
+	fetchTask  blockdev.Task
+	failed     func(error) // a FETCH was refused; called on the loop's thread
+
+	unregistered atomic.Uint64 // payloads that the kernel could not register
+}
+
+// tagState is where a tag is.
+//
+//	fetching ──request──> handling ──Complete──> committed ──┐
+//	    │                    ^                       │       │
+//	    └──────abort──> ended└────────request────────┘       │
+//	                      ^                        abort     │
+//	                      └──────────────────────────────────┘
+type tagState uint8
+
+const (
+	tagFetching  tagState = iota // its first FETCH is in the kernel
+	tagHandling                  // the handler has its request
+	tagCommitted                 // a COMMIT_AND_FETCH is in the kernel
+	tagEnded                     // the kernel wants it no more
+)
+
+// cdevFile is the place of /dev/ublkcN among the files of a queue's loop.
+const cdevFile = 0
+
+func descBytes(depth int) int {
+	page := os.Getpagesize()
+	return (depth*int(unsafe.Sizeof(uapi.UblksrvIODesc{})) + page - 1) / page * page
+}
+
+// mapDescriptors maps the descriptors of queue q of the device behind fd.
+func mapDescriptors(fd, q, depth int) ([]byte, error) {
+	off := int64(uapi.UBLKSRV_CMD_BUF_OFFSET) + int64(q)*int64(descBytes(uapi.UBLK_MAX_QUEUE_DEPTH))
+	mem, err := unix.Mmap(fd, off, descBytes(depth), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, fmt.Errorf("map descriptors of queue %d: %w", q, err)
+	}
+	return mem, nil
+}
+
+// newQueue maps what queue q needs; its loop is started by the device. desc is
+// the queue's from then on.
+func newQueue(q int, desc []byte, depth, maxIO int, zeroCopy bool) (*queue, error) {
+	u := &queue{
+		id:       uint16(q),
+		descMem:  desc,
+		desc:     unsafe.Slice((*uapi.UblksrvIODesc)(unsafe.Pointer(unsafe.SliceData(desc))), depth),
+		reqs:     make([]Request, depth),
+		tags:     make([]tagState, depth),
+		maxIO:    int64(maxIO),
+		zeroCopy: zeroCopy,
+	}
+	for tag := range u.reqs {
+		u.reqs[tag] = *NewRequest(tag, u)
+	}
+	u.fetchTask.Run = u.fetchAll
+	if zeroCopy {
+		return u, nil
+	}
+	mem, err := unix.Mmap(-1, 0, depth*maxIO, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return nil, fmt.Errorf("map %d bytes of buffers for queue %d: %w", depth*maxIO, q, err)
+	}
+	// Few large pages: the kernel pins them one by one. A refusal costs speed.
+	_ = unix.Madvise(mem, unix.MADV_HUGEPAGE)
+	_ = unix.Madvise(mem, unix.MADV_DONTFORK)
+	u.payloadMem = mem
+	u.payload = unsafe.Pointer(unsafe.SliceData(mem))
+	return u, nil
+}
+
+// buffers are the queue's buffers, by tag; none without copying.
+func (u *queue) buffers() [][]byte {
+	if u.zeroCopy {
+		return nil
+	}
+	bufs := make([][]byte, len(u.reqs))
+	for tag := range bufs {
+		bufs[tag] = u.payloadMem[tag*int(u.maxIO) : (tag+1)*int(u.maxIO)]
+	}
+	return bufs
+}
+
+// unmap gives the memory back, once the loop has ended.
+func (u *queue) unmap() {
+	for _, mem := range [][]byte{u.descMem, u.payloadMem} {
+		if mem != nil {
+			_ = unix.Munmap(mem)
+		}
+	}
+	u.descMem, u.payloadMem, u.desc = nil, nil, nil
+}
+
+// fetchAll asks for the first request of every tag.
+func (u *queue) fetchAll() {
+	for tag := range u.reqs {
+		u.issue(uapi.UBLK_U_IO_FETCH_REQ, uint32(tag), 0)
+	}
+}
+
+// issue makes the entry of a command for tag.
+func (u *queue) issue(op, tag uint32, result int32) {
+	sqe := u.loop.Command(tag)
+	sqe.PrepCommand(cdevFile, op)
+	sqe.SetFixedFile()
+	cmd := (*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))
+	cmd.QID = u.id
+	cmd.Tag = uint16(tag)
+	cmd.Result = result
+	if u.zeroCopy {
+		// Where the pages of the tag's next request are to be registered.
+		sqe.Addr = uapi.UblkAutoBufReg{Index: uint16(tag), Flags: uapi.UBLK_AUTO_BUF_REG_FALLBACK}.SqeAddr()
+	} else {
+		cmd.Addr = uint64(uintptr(u.payload)) + uint64(tag)*uint64(u.maxIO)
+	}
+}
+
+// onCommand gets the kernel's answer to the command of tag.
+func (u *queue) onCommand(tag uint32, res int32) {
+	state := u.tags[tag]
+	switch {
+	case res == uapi.UBLK_IO_RES_OK && (state == tagFetching || state == tagCommitted):
+		u.tags[tag] = tagHandling
+		u.serve(tag)
+	case res == uapi.UBLK_IO_RES_ABORT:
+		u.tags[tag] = tagEnded
+	case state == tagFetching:
+		u.tags[tag] = tagEnded
+		u.failed(fmt.Errorf("fetch tag %d of queue %d: %w", tag, u.id, unix.Errno(-res)))
+	default:
+		// The kernel refused the result of a request, which would wait for
+		// ever. Dying is what gets it an error, or a new server.
+		panic(fmt.Sprintf("ublk: queue %d tag %d state %d: kernel answered %d", u.id, tag, state, res))
+	}
+}
+
+// serve hands the request of tag to the handler.
+func (u *queue) serve(tag uint32) {
+	r := &u.reqs[tag]
+	d := &u.desc[tag]
+	if errno := r.decode(d.OpFlags, d.NrSectors, d.StartSector, u.maxIO); errno != 0 {
+		if errno == unix.EIO {
+			u.unregistered.Add(1)
+		}
+		u.Completed(r, errno)
+		return
+	}
+	r.Buf = blockdev.Buf{Index: int32(tag)}
+	if !u.zeroCopy {
+		r.Buf.Mem = unsafe.Add(u.payload, int64(tag)*u.maxIO)
+	}
+	u.handler.Handle(r)
+}
+
+// decode fills the request from its descriptor: all but Buf and Tag. An errno
+// is the answer to a request that no handler can serve.
+func (r *Request) decode(opFlags, sectors uint32, start uint64, maxIO int64) unix.Errno {
+	r.FUA = false
+	r.NoUnmap = false
+	r.Off = int64(start) * blockdev.SectorSize
+	r.Len = int64(sectors) * blockdev.SectorSize
+	switch opFlags & 0xff {
+	case uapi.UBLK_IO_OP_READ:
+		r.Op = OpRead
+	case uapi.UBLK_IO_OP_WRITE:
+		r.Op = OpWrite
+		r.FUA = opFlags&uapi.UBLK_IO_F_FUA != 0
+	case uapi.UBLK_IO_OP_FLUSH:
+		r.Op = OpFlush
+		r.Off, r.Len = 0, 0
+		return 0
+	case uapi.UBLK_IO_OP_DISCARD:
+		r.Op = OpDiscard
+	case uapi.UBLK_IO_OP_WRITE_ZEROES:
+		r.Op = OpWriteZeroes
+		r.NoUnmap = opFlags&uapi.UBLK_IO_F_NOUNMAP != 0
+	default:
+		return unix.EOPNOTSUPP // WRITE_SAME, zones
+	}
+	if start > 1<<54 || sectors == 0 {
+		return unix.EINVAL
+	}
+	if r.Op <= OpWrite {
+		if r.Len > maxIO {
+			return unix.EINVAL // longer than its buffer
+		}
+		if opFlags&uapi.UBLK_IO_F_NEED_REG_BUF != 0 {
+			// The kernel was out of memory for the registration: a payload
+			// that no operation can reach.
+			return unix.EIO
+		}
+	}
+	return 0
+}
+
+// Completed commits a request with its result. Implements Completer.
+func (u *queue) Completed(r *Request, errno unix.Errno) {
+	tag := r.Tag
+	if u.tags[tag] != tagHandling {
+		panic(fmt.Sprintf("ublk: queue %d tag %d: %s completed twice", u.id, tag, r.Op))
+	}
+	u.tags[tag] = tagCommitted
+	u.issue(uapi.UBLK_U_IO_COMMIT_AND_FETCH_REQ, uint32(tag), r.result(errno))
+}
+
+// result is what the kernel is told: the bytes of a payload, 0 for what has
+// none, or the negated errno.
+func (r *Request) result(errno unix.Errno) int32 {
+	if errno != 0 {
+		return -int32(errno)
+	}
+	if r.Op == OpRead || r.Op == OpWrite {
+		return int32(r.Len)
+	}
+	return 0
+}
