@@ -60,8 +60,9 @@
 //	512    active map         one byte a block, padded to 64
 //	...    readable map       one byte a block, padded to 64
 //
-// A SIGKILL between any two stores is made good by [Open]: the order of stores
-// is such that whatever it finds marks too much or is exact, never too little,
-// and a byte above what the header's number allows is lowered to that. Nothing
-// here survives a power failure; [Map.Save] is for a clean shutdown.
+// A SIGKILL between any two stores is made good by [Open]: a take that was cut
+// short has not happened, though some blocks may count as changed too early. A
+// new generation that was cut short, at the wrap as well, leaves the map
+// corrupted, which the next take mends. Nothing here survives a power failure;
+// [Map.Save] is for a clean shutdown.
 package cbtmap

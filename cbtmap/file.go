@@ -49,7 +49,8 @@ func Open(path string) (*Map, error) {
 	return m, nil
 }
 
-// Close gives the memory back to the file. Closing again, or a map without a
+// Close ends the use of the map in this process; the file keeps it for [Open].
+// Nothing but Close may be called afterwards. Closing again, or a map without a
 // file, does nothing.
 func (m *Map) Close() error {
 	m.mu.Lock()
@@ -88,7 +89,7 @@ func create(path string, size int64, p Params, start byte) (*Map, error) {
 		return nil, err
 	}
 	defer f.Close()
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, n); err != nil {
+	if err := allocate(f, n); err != nil {
 		return nil, errors.Join(fmt.Errorf("allocate %d bytes for %s: %w", n, path, err), os.Remove(f.Name()))
 	}
 	memory, err := mapShared(f, n)
@@ -107,8 +108,19 @@ func create(path string, size int64, p Params, start byte) (*Map, error) {
 	return m, nil
 }
 
+// allocate gives f n bytes of memory: on a tmpfs that is full a store into a hole
+// would kill the process.
+func allocate(f *os.File, n int64) error {
+	for {
+		// The signals of the Go scheduler interrupt it, too.
+		if err := unix.Fallocate(int(f.Fd()), 0, 0, n); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
 func mapShared(f *os.File, n int64) ([]byte, error) {
-	memory, err := unix.Mmap(int(f.Fd()), 0, int(n), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
+	memory, err := unix.Mmap(int(f.Fd()), 0, int(n), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("map %d bytes of %s: %w", n, f.Name(), err)
 	}

@@ -38,6 +38,9 @@ func TestFileIsAdoptedByTheNextProcess(t *testing.T) {
 	if err := next.Resize(1000 * 512); err != nil {
 		t.Fatal(err)
 	}
+	if slices.Min(next.active) != 1 {
+		t.Error("after the resize some blocks do not count as changed")
+	}
 	next.Mark(999*512, 512)
 	resized := info(t, next)
 	if resized.BlockCount != 1000 || next.Corrupted() {

@@ -67,8 +67,11 @@ func FuzzLoad(f *testing.F) {
 			}
 			return
 		}
-		// A header's sequence and parameters are the map's own: all else is the file's.
+		// The sequence and the parameters are the map's own: all else is the file's.
 		got := m.encodeSavedLocked()
+		if got[8*3+3] != b[8*3+3] || !bytes.Equal(got[8*5:8*7], b[8*5:8*7]) {
+			t.Fatal("loaded another number or generation than was saved")
+		}
 		if !bytes.Equal(got[savedHeader:len(got)-4], b[savedHeader:len(b)-4]) {
 			t.Fatal("loaded another map than was saved")
 		}

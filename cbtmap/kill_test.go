@@ -67,15 +67,16 @@ func TestKillAtAnyStoreLosesNoChange(t *testing.T) {
 	for name, c := range map[string]struct {
 		takes   int // before
 		prepare func(*Map)
-		do      func(*Map)
+		do      func(*Map) // a take if nil
+		begins  bool       // a generation
 	}{
-		"first take":             {takes: 0, do: func(m *Map) { m.Switch() }},
-		"take":                   {takes: 3, do: func(m *Map) { m.Switch() }},
-		"take 254":               {takes: 253, do: func(m *Map) { m.Switch() }},
-		"wrap":                   {takes: 254, do: func(m *Map) { m.Switch() }},
-		"take of corrupted map":  {takes: 3, prepare: (*Map).SetCorrupted, do: func(m *Map) { m.Switch() }},
-		"new generation":         {takes: 3, do: (*Map).NewGeneration},
-		"new from corrupted":     {takes: 3, prepare: (*Map).SetCorrupted, do: (*Map).NewGeneration},
+		"first take":             {takes: 0},
+		"take":                   {takes: 3},
+		"take 254":               {takes: 253},
+		"wrap":                   {takes: 254, begins: true},
+		"take of corrupted map":  {takes: 3, prepare: (*Map).SetCorrupted, begins: true},
+		"new generation":         {takes: 3, do: (*Map).NewGeneration, begins: true},
+		"new from corrupted":     {takes: 3, prepare: (*Map).SetCorrupted, do: (*Map).NewGeneration, begins: true},
 		"void":                   {takes: 3, do: func(m *Map) { i := m.infoLocked(); m.Switch(); m.Void(i) }},
 		"void of a wrap":         {takes: 254, do: func(m *Map) { i := m.infoLocked(); m.Switch(); m.Void(i) }},
 		"void, then another one": {takes: 3, do: func(m *Map) { i := m.infoLocked(); m.Switch(); m.Void(i); m.Switch(); m.Void(i) }},
@@ -109,9 +110,13 @@ func TestKillAtAnyStoreLosesNoChange(t *testing.T) {
 			if c.prepare != nil {
 				c.prepare(m)
 			}
+			do := c.do
+			if do == nil {
+				do = func(m *Map) { m.Switch() }
+			}
 			before, _ := m.Info()
 			held := bases[len(bases)-1].changed // since the take whose image is held
-			for n, memory := range states(m, rng, c.do) {
+			for n, memory := range states(m, rng, do) {
 				earlier := bases
 				// What the held image's readers are told between the takes.
 				sinceHeld := make([]known, 0, len(earlier))
@@ -133,6 +138,17 @@ func TestKillAtAnyStoreLosesNoChange(t *testing.T) {
 				}
 				if slices.Max(next.active) > next.number+1 || slices.Max(next.readable) > next.number {
 					t.Fatalf("state %d: marks above number %d", n, next.number)
+				}
+				if c.do == nil && next.number > before.ChangesNumber && !bytes.Equal(next.readable, next.active) {
+					t.Fatalf("state %d: take %d is not complete", n, next.number)
+				}
+				if c.begins && !next.Corrupted() {
+					if next.generation != before.GenerationID && (!bytes.Equal(next.active, m.active) || !bytes.Equal(next.readable, m.readable)) {
+						t.Fatalf("state %d: new generation of old marks", n)
+					}
+					if next.generation == before.GenerationID && c.prepare != nil {
+						t.Fatalf("state %d: old generation is not corrupted any more", n)
+					}
 				}
 				for _, k := range sinceHeld {
 					k.check(t, n, next)

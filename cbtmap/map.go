@@ -115,7 +115,7 @@ func (m *Map) Switch() Info {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.corrupted() || m.number == maxNumber {
-		m.beginTakenLocked()
+		m.beginLocked(0)
 		return m.infoLocked()
 	}
 	m.eachPiece(func(from, to int) { copy(m.readable[from:to], m.active[from:to]) })
@@ -147,20 +147,16 @@ func (m *Map) Void(before Info) {
 func (m *Map) NewGeneration() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.fill(m.active, 255) // above any number: not lost whichever header counts
-	m.commitLocked(uuid.New(), 0)
-	m.fill(m.active, 1)
-	m.zero(m.readable)
-	m.store(flagWord, 0)
+	m.beginLocked(1)
 }
 
-// beginTakenLocked starts a generation of which this take is number 0. The header
-// goes first: until it is written the old generation must not lose marks, and
-// old marks are only too many in the new one.
-func (m *Map) beginTakenLocked() {
+// beginLocked starts a generation with every byte of the active map set to start.
+// A process that dies in between leaves a corrupted map.
+func (m *Map) beginLocked(start byte) {
+	m.store(flagWord, 1)
 	m.commitLocked(uuid.New(), 0)
-	m.zero(m.active)
-	m.zero(m.readable)
+	m.fill(m.active, start)
+	m.fill(m.readable, 0)
 	m.store(flagWord, 0)
 }
 

@@ -5,9 +5,11 @@ import (
 	"io"
 	"math"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/uuid"
@@ -521,6 +523,38 @@ func TestMarksFromManyThreadsAreNeverLost(t *testing.T) {
 	}
 }
 
+// Two queues mark neighbouring blocks, bytes of one word, at the same moment.
+func TestNeighboursMarkedAtOnceAreBothMarked(t *testing.T) {
+	const blocks = 1 << 14
+	m := newMap(t, blocks)
+	for range 30 {
+		var turn atomic.Int64 // keeps the two within a word of each other
+		var wg sync.WaitGroup
+		for q := range int64(2) {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				for word := int64(0); word < blocks/8; word++ {
+					for turn.Add(1); turn.Load() < 2*word+2; {
+						runtime.Gosched()
+					}
+					for b := 8*word + q; b < 8*word+8; b += 2 {
+						m.Mark(b*512, 512)
+					}
+				}
+			}()
+		}
+		wg.Wait()
+		for b, v := range m.active {
+			if v != 1 {
+				t.Fatalf("block %d is not marked", b)
+			}
+		}
+		m.NewGeneration()
+		clear(m.active)
+	}
+}
+
 func TestMarksDoNotAllocate(t *testing.T) {
 	m := newMap(t, 1000)
 	n := testing.AllocsPerRun(100, func() {
@@ -556,7 +590,7 @@ func BenchmarkMark(b *testing.B) {
 		for i := range b.N {
 			if i&0x1fffff == 0 {
 				b.StopTimer()
-				m.zero(m.active)
+				m.fill(m.active, 0)
 				b.StartTimer()
 			}
 			m.Mark(int64(i&0x1fffff)<<19, 4096)

@@ -95,11 +95,11 @@ func (r *region) rewrite(b []byte, with func(i int, old byte) byte) {
 }
 
 func (r *region) fill(b []byte, v byte) {
+	if v == 0 { // the fast way, for the wrap is part of a take
+		r.eachPiece(func(from, to int) { clear(b[from:to]) })
+		return
+	}
 	r.rewrite(b, func(int, byte) byte { return v })
-}
-
-func (r *region) zero(b []byte) { // the fast one, it is part of a take
-	r.eachPiece(func(from, to int) { clear(b[from:to]) })
 }
 
 // Format makes a new map for a device of size bytes in memory, which must be
@@ -153,8 +153,8 @@ func Adopt(memory []byte) (*Map, error) {
 	if err != nil {
 		return nil, fmt.Errorf("adopt change map: %w", err)
 	}
-	// A take or a change of generation that was cut short leaves bytes above
-	// the header's number, never below.
+	// A take or a load that was cut short leaves bytes above what the header's
+	// number allows, never too low ones.
 	r.rewrite(r.active, func(_ int, old byte) byte { return min(old, h.number+1) })
 	r.rewrite(r.readable, func(_ int, old byte) byte { return min(old, h.number) })
 	m := &Map{region: r}

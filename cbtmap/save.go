@@ -28,10 +28,9 @@ var (
 const savedHeader = 8 * headerWords
 
 // Save writes the map to a file, for a clean shutdown: every write that was
-// marked is in it. It is there entirely and on stable storage when Save
-// returns nil; otherwise path holds what it held before. A corrupted map is
-// refused with ErrCorrupted. The file is stale from the next mark on, and the
-// caller removes it before that.
+// marked is in it. It is on stable storage when Save returns nil; path never
+// holds a part of it. A corrupted map is refused with ErrCorrupted. The file is
+// stale from the next mark on, and the caller removes it before that.
 func (m *Map) Save(path string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
