@@ -123,6 +123,15 @@ func CheckChunkSize(size int64) error {
 
 // NewLog makes a log with no storage and no areas.
 func NewLog(c LogConfig) (*Log, error) {
+	l, err := newLog(c, newLogState(c.State))
+	if err != nil {
+		return nil, err
+	}
+	l.state.format(l.shift, int64(l.poolSlots))
+	return l, nil
+}
+
+func newLog(c LogConfig, s *logState) (*Log, error) {
 	if err := CheckChunkSize(c.ChunkSize); err != nil {
 		return nil, err
 	}
@@ -138,10 +147,10 @@ func NewLog(c LogConfig) (*Log, error) {
 		poolSlots: Region(n),
 		onEvent:   c.OnEvent,
 		slots:     make([]slot, n),
-		state:     newLogState(c.State),
+		state:     s,
 	}
+	l.files.Store(new([]blockdev.File))
 	l.growth.init(l)
-	l.state.format(l.shift, n)
 	return l, nil
 }
 

@@ -2,6 +2,7 @@ package diffarea
 
 import (
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"unsafe"
 
@@ -167,13 +168,7 @@ func (l *Log) Append(w *Worker, s Storage, done func(error)) {
 	}
 	src := &source{file: s.File, size: s.Size, portion: l.portion}
 	l.mu.Lock()
-	files := []blockdev.File{}
-	if old := l.files.Load(); old != nil {
-		files = append(files, *old...)
-	}
-	files = append(files, s.File)
-	l.files.Store(&files)
-	l.sources = append(l.sources, src)
+	l.addSource(src)
 	l.lowSent = false
 	if !s.Fixed {
 		src.appended = done
@@ -181,13 +176,20 @@ func (l *Log) Append(w *Worker, s Storage, done func(error)) {
 		return
 	}
 	src.done = true
-	ok := l.extendLocked(uint64(len(files)-1), s.Size)
+	ok := l.extendLocked(uint64(len(l.sources)-1), s.Size)
 	l.settle(w, waitList{})
 	if !ok {
 		done(errExtents(s.File))
 		return
 	}
 	done(nil)
+}
+
+// addSource makes a storage known, to readers without the lock too.
+func (l *Log) addSource(s *source) {
+	files := append(slices.Clone(*l.files.Load()), s.file)
+	l.files.Store(&files)
+	l.sources = append(l.sources, s)
 }
 
 func errExtents(f blockdev.File) error {
@@ -200,6 +202,21 @@ func (l *Log) extendLocked(source uint64, n int64) bool {
 	ok := l.state.add(source, src.used, Region(n>>l.shift), l.shift)
 	src.used += n >> l.shift << l.shift
 	return ok
+}
+
+// Used is how many bytes of a storage have been handed out: nothing was ever
+// written beyond them.
+func (l *Log) Used(f blockdev.File) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	used := int64(0)
+	for n := range l.state.extents() {
+		x := l.state.extent(n)
+		if l.file(x.source) == f && x.first < l.next {
+			used = max(used, x.off+int64(min(x.count, l.next-x.first))<<l.shift)
+		}
+	}
+	return used
 }
 
 // growth is the one allocation of storage that a log has under way at most.

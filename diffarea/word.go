@@ -101,12 +101,13 @@ func newTable(mem []byte, n Chunk) *Table {
 	}
 }
 
-// adopt takes over words that an earlier process left in the memory. used
-// calls back with each range of words that may be set.
-func (t *Table) adopt() {
-	for c := range t.words {
-		if t.words[c] != 0 {
+// adopt takes over the words that an earlier process left in [from, to) and
+// calls back with each that is set.
+func (t *Table) adopt(from, to Chunk, set func(Chunk, Word)) {
+	for c := from; c < to; c++ {
+		if w := Word(atomic.LoadUint64(&t.words[c])); w != 0 {
 			t.groups[c/wordsPerGroup].Store(true)
+			set(c, w)
 		}
 	}
 }
@@ -131,8 +132,8 @@ func (t *Table) set(c Chunk, w Word) {
 	atomic.StoreUint64(&t.words[c], uint64(w))
 }
 
-// untouched is the first chunk from c on, below end, that lies in a group with
-// a set word; chunks before it are all new.
+// skipNew is the first chunk from c on, below end, that lies in a group with a
+// set word; chunks before it are all new.
 func (t *Table) skipNew(c, end Chunk) Chunk {
 	for c < end && !t.groups[c/wordsPerGroup].Load() {
 		c = (c/wordsPerGroup + 1) * wordsPerGroup

@@ -106,7 +106,7 @@ type Queue struct {
 
 // NewQueue makes queue i, served by q's thread. Called once for each i.
 func (f *Filter) NewQueue(i int, q blockdev.Queue) *Queue {
-	fq := &Queue{f: f, q: q, w: diffarea.NewWorker(q)}
+	fq := &Queue{f: f, q: q, w: diffarea.NewWorker(q), areas: f.shown()}
 	f.queues[i] = fq
 	return fq
 }

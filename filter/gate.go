@@ -75,6 +75,18 @@ func (f *Filter) publish() {
 	f.forQueues.Store(&list)
 }
 
+// Install puts an area back on a filter whose queues have not begun to serve:
+// the next daemon takes over a snapshot of the last.
+func (f *Filter) Install(a *diffarea.Area) {
+	f.areas = append(f.areas, a)
+	f.publish()
+	for _, q := range f.queues {
+		if q != nil {
+			q.areas = f.shown()
+		}
+	}
+}
+
 // Cut is one instant on several filters.
 //
 //	CLOSING ──> AT ──> OPENING ──> over

@@ -1,0 +1,110 @@
+package diffarea
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// OpenLog takes over the log of a process that died: the same state memory, the
+// same pool with its content, and the same storage in the order of Append. Then
+// every area is taken over with OpenArea, and Resume ends it.
+//
+// The dead process has no I/O under way any more. The kernel sees to that: a
+// dying process waits for what its rings have started before it closes its
+// files, and with them the lock by which the next daemon knows of its death.
+// Copies that had not landed never happened; their regions are not used again.
+func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
+	s := newLogState(c.State)
+	if s.get(stateMagic) != logMagic {
+		return nil, fmt.Errorf("open log: %w: no magic number", ErrState)
+	}
+	if c.ChunkSize != 1<<min(s.get(stateShift), 62) {
+		return nil, fmt.Errorf("open log: %w: chunks of 2^%d bytes, want %d", ErrState, s.get(stateShift), c.ChunkSize)
+	}
+	l, err := newLog(c, s)
+	if err != nil {
+		return nil, err
+	}
+	if int64(s.get(stateSlots)) != int64(l.poolSlots) {
+		return nil, fmt.Errorf("open log: %w: %d pool slots, want %d", ErrState, s.get(stateSlots), l.poolSlots)
+	}
+	if err := s.check(len(sources)); err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
+	for _, st := range sources {
+		l.addSource(&source{file: st.File, size: st.Size, portion: l.portion, done: st.Fixed})
+	}
+	for i := range s.extents() {
+		x := s.extent(i)
+		src := l.sources[x.source]
+		src.used = max(src.used, x.off+int64(x.count)<<l.shift)
+	}
+	l.next = Region(s.get(stateNext))
+	l.dead.Store(uint32(s.get(stateDead)))
+	l.storeNext = max(0, l.next-l.poolSlots)
+	for r := l.storeNext; r < l.next; r++ {
+		l.slot(r).state = slotDead // until a word says otherwise
+	}
+	return l, nil
+}
+
+// check says whether the extents are such as add makes.
+func (s *logState) check(sources int) error {
+	n := s.get(stateExtents)
+	if n > maxExtents {
+		return fmt.Errorf("%w: %d extents", ErrState, n)
+	}
+	first := Region(0)
+	for i := range int(n) {
+		x := s.extent(i)
+		if x.first != first || x.count <= 0 || x.off < 0 || x.source >= uint64(sources) {
+			return fmt.Errorf("%w: extent %d: regions %d+%d in storage %d of %d at %d", ErrState, i, x.first, x.count, x.source, sources, x.off)
+		}
+		first += x.count
+	}
+	if next := s.get(stateNext); next > uint64(first) {
+		return fmt.Errorf("%w: next region %d beyond %d", ErrState, next, first)
+	}
+	return nil
+}
+
+// OpenArea takes over an area of a log from OpenLog, with the words that the
+// dead process left in c.Words. data calls back with the ranges of c.Words, in
+// bytes, that may be other than zero; nil means all of it.
+func OpenArea(c AreaConfig, data func(yield func(from, to int64))) (*Area, error) {
+	a := NewArea(c)
+	l := c.Log
+	var err error
+	take := func(chunk Chunk, w Word) {
+		r := w.Region()
+		switch {
+		case w.State() == Failed:
+		case w.State() == New || r >= l.next:
+			err = fmt.Errorf("%s: %w: chunk %d is %v in region %d of %d", c.Orig.Name(), ErrState, chunk, w.State(), r, l.next)
+		case w.State() == InMemory:
+			s := l.slot(r)
+			if r < l.next-l.poolSlots || s.state != slotDead {
+				err = fmt.Errorf("%s: %w: chunk %d in region %d, whose slot is another's", c.Orig.Name(), ErrState, chunk, r)
+				return
+			}
+			s.state, s.area, s.chunk = slotLanded, a, chunk
+		}
+	}
+	if data == nil {
+		data = func(yield func(from, to int64)) { yield(0, TableSize(a.table.Len())) }
+	}
+	data(func(from, to int64) {
+		a.table.adopt(Chunk(from/wordSize), min(Chunk((to+wordSize-1)/wordSize), a.table.Len()), take)
+	})
+	return a, err
+}
+
+// Resume starts a log from OpenLog: what was not stored goes on its way.
+func (l *Log) Resume(w *Worker) {
+	l.mu.Lock()
+	l.settle(w, waitList{})
+}
+
+// Dead is the errno that broke a log, 0 if none did, from its state alone.
+func Dead(state []byte) unix.Errno { return unix.Errno(newLogState(state).get(stateDead)) }

@@ -1,0 +1,85 @@
+package snapimage
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Requests of <linux/fs.h> to a mounted filesystem: stop it with everything
+// written, and let it go on.
+const (
+	ioctlFreeze = 0xc0045877 // FIFREEZE, _IOWR('X', 119, int)
+	ioctlThaw   = 0xc0045878 // FITHAW, _IOWR('X', 120, int)
+)
+
+// ErrFreezeTimeout: a filesystem took longer than allowed to stop.
+var ErrFreezeTimeout = errors.New("the filesystem did not freeze in time: try again, or take without freezing")
+
+// frozen is a set of filesystems that stand still.
+type frozen struct {
+	mounts []*os.File
+	since  time.Time // of the first
+}
+
+// freeze stops the filesystems that the directories in mounts lie on, all or
+// none, within limit.
+func freeze(mounts []*os.File, limit time.Duration) (*frozen, error) {
+	z := &frozen{since: time.Now()}
+	deadline := time.NewTimer(limit)
+	defer deadline.Stop()
+	for _, m := range mounts {
+		done := make(chan error, 1)
+		go func() { done <- ioctlMount(m, ioctlFreeze) }()
+		select {
+		case err := <-done:
+			if err != nil {
+				return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), err), z.thaw())
+			}
+			z.mounts = append(z.mounts, m)
+		case <-deadline.C:
+			// The request cannot be taken back. When it succeeds after all, it
+			// is undone at once.
+			late, err := dup(m)
+			go func() {
+				if <-done == nil && late != nil {
+					ioctlMount(late, ioctlThaw)
+				}
+				if late != nil {
+					late.Close()
+				}
+			}()
+			return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), ErrFreezeTimeout), err, z.thaw())
+		}
+	}
+	return z, nil
+}
+
+// thaw lets all of them go on, and says how it failed for any.
+func (z *frozen) thaw() error {
+	var errs []error
+	for _, m := range z.mounts {
+		if err := ioctlMount(m, ioctlThaw); err != nil && !errors.Is(err, unix.EINVAL) {
+			errs = append(errs, fmt.Errorf("thaw %s: %w: thaw it with fsfreeze -u", m.Name(), err))
+		} else if err != nil {
+			errs = append(errs, fmt.Errorf("thaw %s: somebody else thawed it first: the images may be in use at the cut", m.Name()))
+		}
+	}
+	z.mounts = nil
+	return errors.Join(errs...)
+}
+
+func ioctlMount(f *os.File, req uint) error {
+	return unix.IoctlSetInt(int(f.Fd()), req, 0)
+}
+
+func dup(f *os.File) (*os.File, error) {
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate %s: %w", f.Name(), err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}

@@ -1,0 +1,149 @@
+package snapimage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+)
+
+// LiveConfig is what a snapshot on this machine is made of.
+type LiveConfig struct {
+	ID        uuid.UUID
+	ChunkSize int64 // bytes
+	PoolSize  int64 // bytes, rounded to chunks
+	Portion   int64 // bytes by which storage grows at a time
+	// StateDir is a directory on a tmpfs that outlives the daemon; the snapshot
+	// makes one of its own in it.
+	StateDir string
+	// Control is the queue for control work; its thread is not the caller's.
+	Control blockdev.Queue
+	// OnEvent is called on queue threads and must not block.
+	OnEvent func(diffarea.Event)
+}
+
+// Live is a Snapshot with its files: state, pool and storage. Its methods
+// block, and are called by one owner at a time. The owner makes the image
+// devices after Take and removes them before Destroy.
+type Live struct {
+	*Snapshot
+	cfg     LiveConfig
+	state   *state
+	storage []*storage
+	align   int // smallest logical block of its devices, bytes
+}
+
+// NewLive makes an empty snapshot.
+func NewLive(cfg LiveConfig) (*Live, error) {
+	if err := diffarea.CheckChunkSize(cfg.ChunkSize); err != nil {
+		return nil, err
+	}
+	st, err := newState(filepath.Join(cfg.StateDir, cfg.ID.String()))
+	if err != nil {
+		return nil, fmt.Errorf("make state of snapshot %s: %w", cfg.ID, err)
+	}
+	log, err := st.logConfig(cfg.ChunkSize, cfg.PoolSize)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("make state of snapshot %s: %w", cfg.ID, err), st.close())
+	}
+	log.Portion, log.OnEvent = cfg.Portion, cfg.OnEvent
+	s, err := New(Config{ID: cfg.ID, Log: log, Memory: st.memory}, cfg.Control)
+	if err != nil {
+		return nil, errors.Join(err, st.close())
+	}
+	return &Live{Snapshot: s, cfg: cfg, state: st, align: blockdev.SectorSize}, nil
+}
+
+// call runs f on the control queue's thread and waits until it calls back.
+func (v *Live) call(f func(done func(error))) error {
+	result := make(chan error, 1)
+	v.post(func() { f(func(err error) { result <- err }) })
+	return <-result
+}
+
+func (v *Live) post(f func()) { v.cfg.Control.Post(&blockdev.Task{Run: f}) }
+
+// AddDevice makes a device part of the snapshot; device is its original's
+// number, for events.
+func (v *Live) AddDevice(f *filter.Filter, device uint64) error {
+	return v.call(func(done func(error)) { done(v.Add(f, device)) })
+}
+
+// AppendStorage gives the snapshot a file, directory or block device, of which
+// it takes at most limit bytes; 0 is no limit. It returns when the first
+// portion is allocated.
+func (v *Live) AppendStorage(path string, limit int64) error {
+	s, err := openStorage(path, limit, v.align)
+	if err != nil {
+		return fmt.Errorf("append storage: %w", err)
+	}
+	if err := v.call(func(done func(error)) { v.Append(s.engine(), done) }); err != nil {
+		if s.fixed {
+			return errors.Join(fmt.Errorf("append storage: %w", err), s.file.Close())
+		}
+		return errors.Join(fmt.Errorf("append storage: %w", err), s.discard(0))
+	}
+	v.storage = append(v.storage, s)
+	return nil
+}
+
+// TakeOptions say how to take.
+type TakeOptions struct {
+	// Freeze are directories on the mounted filesystems to freeze around the
+	// cut, one per filesystem.
+	Freeze []*os.File
+	// Limit bounds the freezing and the wait for writes in flight, each.
+	Limit time.Duration
+}
+
+// TakeDevices makes the cut and returns for how long filesystems stood still.
+// With an error nothing was taken, unless Taken says otherwise: then the images
+// are not to be trusted, and the snapshot is for destroying.
+func (v *Live) TakeDevices(ctx context.Context, o TakeOptions) (still time.Duration, err error) {
+	var z *frozen
+	if len(o.Freeze) > 0 {
+		if z, err = freeze(o.Freeze, o.Limit); err != nil {
+			return 0, err
+		}
+		defer func() {
+			// A filesystem that somebody thawed early was cut in use.
+			terr := z.thaw()
+			still = time.Since(z.since)
+			err = errors.Join(err, terr)
+		}()
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.Limit)
+	defer cancel()
+	var over sync.WaitGroup
+	over.Add(1)
+	stop := context.AfterFunc(ctx, func() {
+		v.post(v.Cancel)
+		over.Done()
+	})
+	err = v.call(func(done func(error)) { v.Take(nil, done) })
+	if stop() {
+		over.Done()
+	}
+	over.Wait()
+	return 0, err
+}
+
+// DestroyFiles ends the snapshot and gives its memory and storage back, with
+// nothing left to read in them. The image devices are gone.
+func (v *Live) DestroyFiles() error {
+	_ = v.call(func(done func(error)) { v.Destroy(func() { done(nil) }) })
+	var errs []error
+	for _, s := range v.storage {
+		errs = append(errs, s.discard(v.Log().Used(s.file)))
+	}
+	return errors.Join(append(errs, v.state.close())...)
+}

@@ -1,0 +1,160 @@
+package snapimage
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+)
+
+// state is a snapshot's directory of mapped files: what outlives the daemon.
+//
+//	log      the log's state
+//	pool     its slots
+//	words-N  the chunk words of device N
+//
+// It lies on a tmpfs. A page that the tmpfs had no room for would kill the
+// daemon when touched, so room for the whole of every file is made sure of
+// beforehand: the pool is allocated, and tables, of which mostly little is ever
+// touched, are counted against the size of the tmpfs.
+type state struct {
+	dir  string
+	maps [][]byte
+	pool *os.File
+}
+
+// newState makes the directory, which must not exist.
+func newState(dir string) (*state, error) {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	return &state{dir: dir}, nil
+}
+
+// file makes a file of zeroes and maps it.
+func (s *state) file(name string, size int64, allocate bool) (mem []byte, f *os.File, err error) {
+	path := filepath.Join(s.dir, name)
+	if err := room(s.dir, size); err != nil {
+		return nil, nil, err
+	}
+	f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+			os.Remove(path)
+		}
+	}()
+	if allocate {
+		err = unix.Fallocate(int(f.Fd()), 0, 0, size)
+	} else {
+		err = f.Truncate(size)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: make room for %d bytes: %w", path, size, err)
+	}
+	mem, err = unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: map %d bytes: %w", path, size, err)
+	}
+	s.maps = append(s.maps, mem)
+	return mem, f, nil
+}
+
+// memory is the Memory of a Config.
+func (s *state) memory(name string, size int64) ([]byte, error) {
+	mem, f, err := s.file(name, size, false)
+	if err != nil {
+		return nil, err
+	}
+	return mem, f.Close()
+}
+
+// logConfig makes the memory of a log.
+func (s *state) logConfig(chunk, pool int64) (diffarea.LogConfig, error) {
+	head, f, err := s.file("log", diffarea.LogStateSize, true)
+	if err != nil {
+		return diffarea.LogConfig{}, err
+	}
+	if err := f.Close(); err != nil {
+		return diffarea.LogConfig{}, err
+	}
+	mem, f, err := s.file("pool", max(pool/chunk, minPoolSlots)*chunk, true)
+	if err != nil {
+		return diffarea.LogConfig{}, err
+	}
+	s.pool = f
+	return diffarea.LogConfig{
+		ChunkSize: chunk,
+		Pool:      diffarea.Pool{Mem: mem, File: blockdev.NewOSFile(int(f.Fd()), f.Name())},
+		State:     head,
+	}, nil
+}
+
+// minPoolSlots keeps copies and stores overlapping at the largest chunk sizes.
+const minPoolSlots = 4
+
+// close gives everything back; nothing of the snapshot is in use any more.
+func (s *state) close() error {
+	for _, m := range s.maps {
+		unix.Munmap(m)
+	}
+	s.maps = nil
+	if s.pool != nil {
+		s.pool.Close()
+	}
+	return os.RemoveAll(s.dir)
+}
+
+// room says whether the filesystem of dir could hold size bytes more if all
+// its sparse files were full.
+func room(dir string, size int64) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	total := int64(fs.Blocks) * fs.Bsize
+	if total == 0 {
+		return nil // a tmpfs without a limit
+	}
+	top := mountOf(dir, fs)
+	promised := int64(0)
+	err := filepath.WalkDir(top, func(_ string, e os.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return nil //nolint:nilerr // a file that just went needs no room
+		}
+		if info, err := e.Info(); err == nil {
+			promised += info.Size()
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %w", top, err)
+	}
+	if promised+size > total {
+		return fmt.Errorf("%s: %d MiB more are needed, %d of %d MiB are promised: enlarge state_size, or choose a larger chunk",
+			top, size>>20, promised>>20, total>>20)
+	}
+	return nil
+}
+
+// mountOf is the uppermost directory above dir on the same filesystem.
+func mountOf(dir string, fs unix.Statfs_t) string {
+	for {
+		up := filepath.Dir(dir)
+		var st unix.Statfs_t
+		if up == dir || unix.Statfs(up, &st) != nil || st.Fsid != fs.Fsid {
+			return dir
+		}
+		dir = up
+	}
+}
