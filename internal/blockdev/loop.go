@@ -5,9 +5,9 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -62,9 +62,11 @@ type Loop struct {
 	wakeRead bool     // a read of wakeFd is in the ring
 	ending   bool     // that read has been made to complete, for the end
 	raw      bool     // waits keep the P: there was work lately
-	neverRaw bool     // for measuring what raw is worth
-	maxRaw   int32    // loops that may wait raw at a time
-	cqes     [64]uring.CQE
+
+	// Fixed, but for tests.
+	maxTransfer uint64 // bytes, see maxTransfer
+	maxRaw      int32  // loops that may wait raw at a time
+	cqes        [64]uring.CQE
 
 	// Shared with posters.
 	posted   atomic.Pointer[Task] // newest first
@@ -113,9 +115,6 @@ const (
 	zeroChunk = 1 << 20
 	// maxTries bounds the repetitions after EAGAIN.
 	maxTries = 16
-	// hotWait is how long a raw wait lasts before the loop counts as idle and
-	// gives its P back.
-	hotWait = time.Millisecond
 )
 
 // opList is a first-in first-out list through Op.next.
@@ -159,8 +158,9 @@ func NewLoop(cfg LoopConfig) (*Loop, error) {
 		free:   make([]uint32, cfg.Depth),
 		ended:  make(chan struct{}),
 		wakeFd: -1,
-		// A loop that waits raw holds a P: one stays for everybody else.
-		maxRaw: int32(runtime.GOMAXPROCS(0)) - 1,
+
+		maxTransfer: maxTransfer,
+		maxRaw:      rawLimit(os.Getenv("GODEBUG")),
 	}
 	for i := range l.free {
 		l.free[i] = uint32(cfg.Depth - 1 - i)
@@ -177,6 +177,19 @@ func NewLoop(cfg LoopConfig) (*Loop, error) {
 // ring's owner, affinity and name end with it.
 func (l *Loop) thread(started chan<- error) {
 	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		// The main thread gives the process its name and cannot end. As long
+		// as it is locked here, the next goroutine runs on another.
+		locked := make(chan struct{})
+		go func() {
+			runtime.LockOSThread()
+			close(locked)
+			l.thread(started)
+		}()
+		<-locked
+		runtime.UnlockOSThread()
+		return
+	}
 	err := l.open()
 	if err != nil {
 		l.close()
@@ -362,10 +375,10 @@ func (l *Loop) wait() {
 		l.armed.Store(false)
 		err = l.ring.SubmitAndWait(0, l.raw)
 	case l.raw:
-		err = l.ring.SubmitAndWaitTimeout(1, hotWait, true)
+		err = l.ring.SubmitAndWait(1, true)
 		l.armed.Store(false)
 		if l.ring.Ready() == 0 {
-			l.cool()
+			l.cool() // interrupted: see rawLimit
 		}
 	default:
 		err = l.ring.SubmitAndWait(1, false)
@@ -378,12 +391,32 @@ func (l *Loop) wait() {
 	}
 }
 
+// How a loop waits
+//
+// An ordinary wait lets the Go scheduler take the P away, and getting one back
+// costs more than all the rest of a turn. A raw wait keeps it. So a loop waits
+// raw from its first completion on, until a raw wait brings nothing. What ends
+// such a wait is the runtime's own preemption signal: to every thread that had
+// the same goroutine on for 10 ms, and at once when the world has to stop. No
+// time limit of ours: setting a timer costs microseconds in a virtual machine,
+// for each wait. Commands that lie in the ring for ever, as those of ublk do,
+// do not keep a loop raw; only completions do.
+
 // rawLoops is how many loops wait raw, each of which holds a P.
 var rawLoops atomic.Int32
 
+// rawLimit is how many may: one P stays for everybody else. None without the
+// preemption signal, which godebug can switch off.
+func rawLimit(godebug string) int32 {
+	if strings.Contains(godebug, "asyncpreemptoff=1") {
+		return 0
+	}
+	return int32(runtime.GOMAXPROCS(0)) - 1
+}
+
 // heat makes the next waits raw, if that leaves a P for everybody else.
 func (l *Loop) heat() {
-	if l.raw || l.neverRaw {
+	if l.raw {
 		return
 	}
 	if rawLoops.Add(1) > l.maxRaw {
@@ -436,10 +469,8 @@ func (l *Loop) Submit(op *Op) {
 	op.Err = 0
 	op.moved = 0
 	switch {
-	case op.Kind != Flush && (op.Off < 0 || op.Len < 0):
+	case op.Kind != Flush && (op.Off < 0 || op.Len <= 0):
 		op.Err = unix.EINVAL
-		l.finished.push(op)
-	case op.Kind != Flush && op.Len == 0:
 		l.finished.push(op)
 	case len(l.free) == 0 || l.waiting.head != nil:
 		l.waiting.push(op)
@@ -466,14 +497,16 @@ func (l *Loop) start(op *Op) {
 }
 
 func firstMethod(op *Op) method {
+	file := op.File.(*OSFile)
 	switch op.Kind {
 	case Discard:
-		if op.File.(*OSFile).block {
+		if file.block {
 			return methodDiscard
 		}
 		return methodPunch
 	case WriteZeroes:
-		if op.NoUnmap {
+		// A hole does not make a regular file grow, as zeroes do.
+		if op.NoUnmap || !file.block && !file.holds(op.Off+op.Len) {
 			return methodZero
 		}
 		return methodPunch
@@ -563,7 +596,7 @@ func (l *Loop) issue(i uint32) {
 }
 
 func (l *Loop) preparePlain(s *uring.SQE, op *Op, fd int, off, n uint64) {
-	length := uint32(min(n, maxTransfer))
+	length := uint32(min(n, l.maxTransfer))
 	// For kernel pages Mem is nil, and the offset itself is the address.
 	addr := uint64(uintptr(op.Buf.Mem)) + uint64(op.Buf.Off+op.moved)
 	index := int(op.Buf.Index)

@@ -79,3 +79,23 @@ func TestLoopWritesAndReads(t *testing.T) {
 		t.Fatal("read differs from what was written")
 	}
 }
+
+// shmFile is a file of n bytes, all allocated, on a tmpfs; nil without one.
+func shmFile(t testing.TB, n int) *OSFile {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "blockdev")
+	if err != nil {
+		return nil
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path := filepath.Join(dir, "disk")
+	if err := os.WriteFile(path, make([]byte, n), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := OpenDisk(path, OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}

@@ -114,6 +114,12 @@ func (f *OSFile) Size() (int64, error) {
 	return st.Size, nil
 }
 
+// holds says whether the file reaches to byte end.
+func (f *OSFile) holds(end int64) bool {
+	size, err := f.Size()
+	return err == nil && end <= size
+}
+
 // Close closes the file, once; later calls return the first one's result. No
 // operation on it may be in flight or follow. A Loop that has it registered
 // keeps it open until the loop has stopped.
