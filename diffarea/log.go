@@ -192,6 +192,7 @@ func (l *Log) settle(w *Worker, woken waitList) {
 		}
 		l.released = true
 	}
+	refused := l.refusedLocked()
 	var stores *store
 	for s := l.nextStoreLocked(); s != nil; s = l.nextStoreLocked() {
 		s.next, stores = stores, s
@@ -224,6 +225,9 @@ func (l *Log) settle(w *Worker, woken waitList) {
 		l.onEvent(e)
 	}
 	wakeAll(w, woken.head)
+	for _, done := range refused {
+		done(fmt.Errorf("the snapshot is broken: %w", l.Err()))
+	}
 	if closed != nil {
 		closed()
 	}

@@ -247,6 +247,22 @@ func (l *Log) canGrowLocked() bool {
 	return false
 }
 
+// refusedLocked is the callbacks of Appends that came too late: nothing grows
+// any more in a log that is dead.
+func (l *Log) refusedLocked() (done []func(error)) {
+	if l.dead.Load() == 0 {
+		return nil
+	}
+	for i, s := range l.sources {
+		if s.appended == nil || l.growth.active && l.growth.source == uint64(i) {
+			continue
+		}
+		done = append(done, s.appended)
+		s.appended, s.done = nil, true
+	}
+	return done
+}
+
 // nextGrowthLocked prepares the next growth, if there is need for one, and
 // says when storage gets low.
 func (l *Log) nextGrowthLocked() bool {
