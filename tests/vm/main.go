@@ -119,7 +119,13 @@ func run(args []string) (status int, err error) {
 	if err := os.MkdirAll(cfg.Out, 0o755); err != nil {
 		return statusBroken, fmt.Errorf("create output directory: %w", err)
 	}
-	cfg.Env = guestEnv(ev)
+	cfg.Env = machine.Env()
+	for _, v := range ev {
+		if !strings.Contains(v, "=") {
+			v += "=" + os.Getenv(v)
+		}
+		cfg.Env = append(cfg.Env, v)
+	}
 	cfg.Stdout, cfg.Stderr = os.Stdout, os.Stderr
 	judge := &skips{to: os.Stdout}
 	if noSkips {
@@ -265,28 +271,6 @@ func runHere(ctx context.Context, cfg machine.Config) (status int, err error) {
 		return exit.ExitCode(), nil
 	}
 	return statusBroken, err
-}
-
-// guestEnv returns the environment of the command: what a program of the host needs to find its things, and extra.
-func guestEnv(extra []string) []string {
-	out := []string{
-		"HOME=" + env("HOME", "/root"), "USER=root", "LOGNAME=root", "TERM=dumb", "LANG=C.UTF-8", "TMPDIR=/tmp",
-		"PATH=" + env("PATH", "/usr/bin:/bin") + ":/usr/local/sbin:/usr/sbin:/sbin",
-		"GOPROXY=off", "GOFLAGS=-buildvcs=false", "GOTELEMETRY=off", // no network there
-		"UBLK_BLKSNAP_VM=1",
-	}
-	for _, name := range []string{"GOCACHE", "GOPATH", "GOMODCACHE", "GOROOT", "GOTOOLCHAIN", "GOMAXPROCS", "CI"} {
-		if value, ok := os.LookupEnv(name); ok {
-			out = append(out, name+"="+value)
-		}
-	}
-	for _, v := range extra {
-		if !strings.Contains(v, "=") {
-			v += "=" + os.Getenv(v)
-		}
-		out = append(out, v)
-	}
-	return out
 }
 
 func env(name, otherwise string) string {

@@ -47,7 +47,7 @@ func chooseAccel(ctx context.Context, cfg Config) (string, error) {
 
 	m, err := start(ctx, Config{
 		Accel: KVM, MemMiB: 512, CPUs: 1, Command: []string{"exit 0"},
-		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, Timeout: trialTimeout,
+		Env: Env(), Timeout: trialTimeout,
 	}, kernel)
 	if err != nil {
 		return "", err

@@ -5,7 +5,7 @@ import (
 	"sync"
 )
 
-// lastLines keeps the end of what the console said, and its alarms.
+// lastLines keeps the end of what was written to it, and the kernel's alarms among that.
 type lastLines struct {
 	mu    sync.Mutex
 	part  string
@@ -45,6 +45,17 @@ func (l *lastLines) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return strings.Join(append(l.lines[:len(l.lines):len(l.lines)], l.part), "\n")
+}
+
+// without returns the lines that do not hold text.
+func (l *lastLines) without(text string) string {
+	var out []string
+	for _, line := range strings.Split(l.String(), "\n") {
+		if !strings.Contains(line, text) {
+			out = append(out, line)
+		}
+	}
+	return strings.Join(out, "\n")
 }
 
 func (l *lastLines) alarms() string {

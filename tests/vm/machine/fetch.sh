@@ -1,12 +1,12 @@
 # fetch_kernel DIR NAME unpacks the latest kernel package called NAME, "newest" or a version, into DIR/RELEASE and
 # points the link DIR/NAME there. To be sourced after apt.sh.
 
-# Follows the kernel's own releases within a few weeks.
-newest_suite=trixie-backports
+# Where to look after the system's own suites. The last one follows the kernel's own releases within a few weeks.
+more_suites=(trixie trixie-backports)
 
 fetch_kernel() {
-	local dir=$1 name=$2 deb suites=("" "$newest_suite") pattern="${2//./\\.}\\." suite release part
-	[ "$name" != newest ] || suites=("$newest_suite") pattern='[0-9]+\.[0-9]+\.'
+	local dir=$1 name=$2 deb suites=("" "${more_suites[@]}") pattern="${2//./\\.}\\." suite release part
+	[ "$name" != newest ] || suites=("${more_suites[@]: -1}") pattern='[0-9]+\.[0-9]+\.'
 	trap "rm -rf '$dir/apt' '$dir'/*.part" EXIT
 	for suite in "${suites[@]}"; do
 		private_apt "$dir/apt" "$suite" /dev/null
@@ -15,7 +15,7 @@ fetch_kernel() {
 		[ -z "$release" ] || break
 	done
 	if [ -z "$release" ]; then
-		echo "no package linux-image-$name…-cloud-amd64 in this system's suites or $newest_suite" >&2
+		echo "no package linux-image-$name…-cloud-amd64 in this system's suites, ${more_suites[*]}" >&2
 		return 1
 	fi
 

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -71,26 +72,29 @@ func Fetch(ctx context.Context, cache, name string) (*Kernel, error) {
 	}, nil
 }
 
-// moduleFiles returns the paths of module name and all that it needs, in the order of loading. A module that is
-// built into the kernel, or not there, gives none.
-func (k *Kernel) moduleFiles(name string) ([]string, error) {
-	deps, err := os.ReadFile(filepath.Join(k.Modules, "modules.dep"))
+// moduleFiles returns the paths of modules and all that they need, in the order of loading. A module that is built
+// into the kernel gives none.
+func (k *Kernel) moduleFiles(names ...string) ([]string, error) {
+	list, err := os.ReadFile(filepath.Join(k.Modules, "modules.dep"))
 	if err != nil {
 		return nil, fmt.Errorf("read module list: %w", err)
 	}
-	for _, line := range strings.Split(string(deps), "\n") {
-		file, needs, _ := strings.Cut(line, ":")
-		base, _, _ := strings.Cut(filepath.Base(file), ".")
-		if base != name {
-			continue
+	var files []string
+	for _, name := range names {
+		for _, line := range strings.Split(string(list), "\n") {
+			file, needs, _ := strings.Cut(line, ":")
+			if base, _, _ := strings.Cut(filepath.Base(file), "."); base != name {
+				continue
+			}
+			chain := append([]string{file}, strings.Fields(needs)...) // the deepest last
+			for i := len(chain) - 1; i >= 0; i-- {
+				if path := filepath.Join(k.Modules, chain[i]); !slices.Contains(files, path) {
+					files = append(files, path)
+				}
+			}
 		}
-		files := []string{filepath.Join(k.Modules, file)}
-		for _, need := range strings.Fields(needs) { // listed with the deepest last
-			files = append([]string{filepath.Join(k.Modules, need)}, files...)
-		}
-		return files, nil
 	}
-	return nil, nil
+	return files, nil
 }
 
 // readModule returns the module in file, unpacked.

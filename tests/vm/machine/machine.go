@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -58,7 +57,7 @@ type Config struct {
 	Udev    bool     // run systemd-udevd; otherwise device-mapper is told to do without
 	Out     string   // directory of the host that the guest may write to, at the same path; none if empty
 	Dir     string   // where the command starts; also kept visible should it lie under /tmp or /run
-	Env     []string // NAME=VALUE, the command's whole environment but for VM_OUT and DM_DISABLE_UDEV
+	Env     []string // NAME=VALUE, the command's environment but for VM_OUT and DM_DISABLE_UDEV; Env() if nil
 	Command []string // one word is a line for bash, several are a program and its arguments
 	Stdout  io.Writer
 	Stderr  io.Writer
@@ -89,6 +88,9 @@ func Start(ctx context.Context, cfg Config) (*Machine, error) {
 	}
 	if cfg.CPUs == 0 {
 		cfg.CPUs = 2
+	}
+	if cfg.Env == nil {
+		cfg.Env = Env()
 	}
 	kernel, err := Fetch(ctx, cfg.Cache, cfg.Kernel)
 	if err != nil {
@@ -227,7 +229,7 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 		r.abort()
 		readers.Wait()
 		if errors.Is(m.err, ErrDied) {
-			m.err = fmt.Errorf("%w%s%s", m.err, indent("QEMU and virtiofsd said", r.said.String()), indent("last console lines", tail.String()))
+			m.err = fmt.Errorf("%w%s%s", m.err, indent("QEMU and virtiofsd said", r.said.without(virtiofsdEnd)), indent("last console lines", tail.String()))
 		} else if report := tail.alarms(); m.err != nil && report != "" {
 			m.err = fmt.Errorf("%w%s", m.err, indent("the guest's kernel reported", report))
 		}
@@ -237,6 +239,9 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 	}()
 	return m, nil
 }
+
+// virtiofsdEnd is what virtiofsd says whenever QEMU has gone.
+const virtiofsdEnd = "Unexpected poll revents"
 
 // run is what has to be released when a machine ends.
 type run struct {
@@ -433,7 +438,7 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 	a.file("init", initScript)
 
 	var modules bytes.Buffer
-	files, err := kernel.moduleFiles("overlay")
+	files, err := kernel.moduleFiles("virtio_pci", "virtio_console", "virtiofs", "overlay")
 	if err != nil {
 		return nil, err
 	}
@@ -471,7 +476,6 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 		fmt.Fprintf(&env, "VM_OUT=%s\n", quote(cfg.Out))
 		fmt.Fprintf(&job, "export VM_OUT=%s\n", quote(cfg.Out))
 	}
-	sort.Strings(cfg.Env)
 	for _, v := range cfg.Env {
 		name, value, _ := strings.Cut(v, "=")
 		fmt.Fprintf(&job, "export %s=%s\n", name, quote(value))
