@@ -286,8 +286,13 @@ func sameParams(want, got *uapi.UblkParams) error {
 
 // Recover takes over device id, whose server has died or quiesced it: the
 // requests that wait are served next. The device keeps its number, shape and
-// content; of cfg only Name, Files, Slots and NewHandler are used. An error
+// content; of cfg only Name, Files, Slots and NewHandler are used. It waits
+// until the kernel has seen the last of the old server, or ctx ends. An error
 // leaves the device to a further attempt.
+//
+// Before Linux 6.15 the driver does not clean up after a server that dies in
+// the middle of this (some milliseconds): such a device can only be deleted.
+// So once begun, it is not given up when ctx ends.
 func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, error) {
 	if cfg.NewHandler == nil {
 		return nil, errors.New("recover ublk device: no handler")
@@ -299,25 +304,39 @@ func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, er
 	if info.Flags&uapi.UBLK_F_USER_RECOVERY == 0 {
 		return nil, fmt.Errorf("recover ublk device %d: made without recovery", id)
 	}
-	// Busy until the kernel has seen the last of the old server.
-	for {
-		err := ctl.command(ctx, uapi.UBLK_U_CMD_START_USER_RECOVERY, id, 0)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, unix.EBUSY) {
-			return nil, err
-		}
-		if sleep(ctx, pause) != nil {
-			return nil, err
-		}
+	begun, err := ctl.beginRecovery(ctx, id)
+	if err != nil {
+		return nil, err
 	}
 	d := newDevice(ctl, &cfg, info)
-	if err := d.serve(ctx, uapi.UBLK_U_CMD_END_USER_RECOVERY); err != nil {
+	started, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoWait)
+	defer cancel()
+	if err := d.serve(started, uapi.UBLK_U_CMD_END_USER_RECOVERY); err != nil {
 		d.abandon()
+		if begun && errors.Is(err, unix.EINVAL) {
+			err = fmt.Errorf("%w: an earlier recovery was cut short, which this kernel cannot take up: delete the device", err)
+		}
 		return nil, err
 	}
 	return d, nil
+}
+
+// beginRecovery makes the driver ready for a new server. begun says that an
+// earlier recovery had come this far.
+func (c *Control) beginRecovery(ctx context.Context, id int) (begun bool, err error) {
+	for {
+		err := c.command(ctx, uapi.UBLK_U_CMD_START_USER_RECOVERY, id, 0)
+		switch {
+		case err == nil:
+			return false, nil
+		case errors.Is(err, unix.EINVAL) && !c.Has(uapi.UBLK_F_AUTO_BUF_REG):
+			// An old driver has no queue to take from a dead server: it did
+			// that before, and no queue was fetched since.
+			return true, nil
+		case !errors.Is(err, unix.EBUSY), sleep(ctx, pause) != nil:
+			return false, err
+		}
+	}
 }
 
 // serve opens the device, starts its queues and then, with the command start,

@@ -21,7 +21,7 @@ import (
 func ublkVM(t testing.TB) {
 	t.Helper()
 	if os.Getenv("UBLK_BLKSNAP_VM") != "1" {
-		t.Skip("needs root and ublk: make vm KERNEL=6.12 CMD='go test ./tests/integration'")
+		t.Skip("needs root and ublk: make integration")
 	}
 }
 
@@ -55,8 +55,9 @@ func ublkModes(ctl *ublk.Control) []ublk.Mode {
 
 // ublkCounts counts what a handler was asked.
 type ublkCounts struct {
-	ops [8]atomic.Int64
-	fua atomic.Int64
+	ops     [8]atomic.Int64
+	fua     atomic.Int64
+	noUnmap atomic.Int64
 }
 
 // ublkMemory is a disk in memory: every request is the same operation on an
@@ -82,6 +83,9 @@ func (h *ublkMemory) Handle(r *ublk.Request) {
 	if r.FUA {
 		h.counts.fua.Add(1)
 	}
+	if r.NoUnmap {
+		h.counts.noUnmap.Add(1)
+	}
 	h.reqs[r.Tag] = r
 	if h.hold != nil && h.hold(r) {
 		return
@@ -92,7 +96,7 @@ func (h *ublkMemory) Handle(r *ublk.Request) {
 func (h *ublkMemory) start(r *ublk.Request) {
 	op := &h.ops[r.Tag]
 	op.Kind = [...]blockdev.Kind{blockdev.Read, blockdev.Write, blockdev.Flush, blockdev.Discard, blockdev.WriteZeroes}[r.Op]
-	op.FUA, op.NoUnmap = r.FUA, r.NoUnmap
+	op.FUA = r.FUA
 	op.Off, op.Len, op.Buf = r.Off, r.Len, r.Buf
 	h.bq.Submit(op)
 }
@@ -246,4 +250,3 @@ func TestUblkData(t *testing.T) {
 		}
 	}
 }
-
