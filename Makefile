@@ -49,6 +49,7 @@ lint: setup $(LINT)
 	go vet ./...
 	go vet -tags giouring ./...
 	$(LINT) run
+	$(LINT) run --build-tags giouring ./internal/uring
 
 $(LINT): | setup
 	GOTOOLCHAIN=auto GOFLAGS= GOBIN=$(CURDIR)/.cache/bin \

@@ -229,6 +229,11 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 		r.abort()
 		readers.Wait()
 		if errors.Is(m.err, ErrDied) {
+			for _, line := range strings.Split(tail.alarms(), "\n") {
+				if strings.Contains(line, "Kernel panic") {
+					m.err = fmt.Errorf("%w: %s", m.err, line)
+				}
+			}
 			m.err = fmt.Errorf("%w%s%s", m.err, indent("QEMU and virtiofsd said", r.said.without(virtiofsdEnd)), indent("last console lines", tail.String()))
 		} else if report := tail.alarms(); m.err != nil && report != "" {
 			m.err = fmt.Errorf("%w%s", m.err, indent("the guest's kernel reported", report))
