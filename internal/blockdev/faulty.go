@@ -22,6 +22,8 @@ const (
 type Fault struct {
 	Kinds []Kind // empty: any kind
 	File  File   // nil: any file
+	// Fits, if there is one, says whether the fault is for op.
+	Fits func(op *Op) bool
 	// Off and Len are the bytes that the operation must touch; Len 0: any.
 	Off, Len int64
 	// After is how many operations that fit are let through first, and Count
@@ -36,6 +38,9 @@ func (f *Fault) fits(op *Op) bool {
 		return false
 	}
 	if f.Len != 0 && op.Kind != Flush && (op.Off >= f.Off+f.Len || op.Off+op.Len <= f.Off) {
+		return false
+	}
+	if f.Fits != nil && !f.Fits(op) {
 		return false
 	}
 	for _, k := range f.Kinds {

@@ -112,11 +112,21 @@ func (m *Memory) Resize(size int64) {
 	m.size, m.syncedSize = size, size
 }
 
-// SetLimit changes how far a regular file can grow, in bytes.
+// Limit is how far a regular file can grow, in bytes; 0 for a device.
+func (m *Memory) Limit() int64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.limit
+}
+
+// SetLimit changes how far a regular file can grow, in bytes; a device stays as
+// it is.
 func (m *Memory) SetLimit(limit int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.limit = max(limit, 1)
+	if m.limit != 0 {
+		m.limit = max(limit, 1)
+	}
 }
 
 // SetBlockSize sets the unit, in bytes, that operations must be multiples of;

@@ -231,6 +231,9 @@ func (s *Sched) Stick(m *Memory) {
 	}
 }
 
+// Stuck says whether m is stuck.
+func (s *Sched) Stuck(m *Memory) bool { return s.stuck[m] != nil }
+
 // Unstick lets m go on.
 func (s *Sched) Unstick(m *Memory) {
 	for _, e := range s.stuck[m] {
@@ -393,9 +396,23 @@ func (s *Sched) stuckFiles() []*Memory {
 
 // Settle lets the operations that killed queues left behind take effect, those
 // on files that keep says yes to (all when it is nil), before anything else
-// happens: what a recovery waits for.
+// happens, on stuck files too: what a recovery waits for.
 func (s *Sched) Settle(keep func(*Memory) bool) {
 	var rest, mine []*event
+	for _, m := range s.stuckFiles() {
+		if keep != nil && !keep(m) {
+			continue
+		}
+		waiting := s.stuck[m][:0]
+		for _, e := range s.stuck[m] {
+			if e.dead {
+				mine = append(mine, e)
+			} else {
+				waiting = append(waiting, e)
+			}
+		}
+		s.stuck[m] = waiting
+	}
 	for len(s.events) > 0 {
 		e := heap.Pop(&s.events).(*event)
 		if e.dead && (keep == nil || keep(e.file)) {
