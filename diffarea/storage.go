@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // Storage is a file or block device to which a log stores.
@@ -89,8 +90,12 @@ func newLogState(mem []byte) *logState {
 	return &logState{unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(mem))), LogStateSize/8)}
 }
 
-func (s *logState) get(i int) uint64    { return atomic.LoadUint64(&s.f[i]) }
-func (s *logState) put(i int, v uint64) { atomic.StoreUint64(&s.f[i], v) }
+func (s *logState) get(i int) uint64 { return atomic.LoadUint64(&s.f[i]) }
+func (s *logState) put(i int, v uint64) {
+	mutation.Point()
+	atomic.StoreUint64(&s.f[i], v)
+	mutation.Point()
+}
 
 func (s *logState) format(shift uint, slots int64) {
 	s.put(stateShift, uint64(shift))
@@ -177,6 +182,9 @@ func (l *Log) Append(w *Worker, s Storage, done func(error)) {
 	}
 	src.done = true
 	ok := l.extendLocked(uint64(len(l.sources)-1), s.Size)
+	if !ok {
+		l.dropSourceLocked(src)
+	}
 	l.settle(w, waitList{})
 	if !ok {
 		done(errExtents(s.File))
@@ -190,6 +198,18 @@ func (l *Log) addSource(s *source) {
 	files := append(slices.Clone(*l.files.Load()), s.file)
 	l.files.Store(&files)
 	l.sources = append(l.sources, s)
+}
+
+// dropSourceLocked forgets a storage that could not be appended, so that those
+// known count as their owner counts those appended.
+func (l *Log) dropSourceLocked(s *source) {
+	n := len(l.sources) - 1
+	if l.sources[n] != s {
+		return
+	}
+	files := slices.Clone((*l.files.Load())[:n])
+	l.files.Store(&files)
+	l.sources = l.sources[:n]
 }
 
 func errExtents(f blockdev.File) error {
@@ -259,6 +279,7 @@ func (l *Log) refusedLocked() (done []func(error)) {
 		}
 		done = append(done, s.appended)
 		s.appended, s.done = nil, true
+		defer l.dropSourceLocked(s)
 	}
 	return done
 }
@@ -332,6 +353,9 @@ func (g *growth) finished(op *blockdev.Op) {
 	l.busy--
 	done := s.appended
 	s.appended = nil
+	if done != nil && err != nil {
+		l.dropSourceLocked(s)
+	}
 	l.settle(g.w, waitList{})
 	if done != nil {
 		done(err)
