@@ -1,0 +1,303 @@
+package sim
+
+import (
+	"fmt"
+	"reflect"
+	"strconv"
+	"strings"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+)
+
+// maxDevices is how many original disks a world has at most.
+const maxDevices = 3
+
+// Config is the world that a workload runs in.
+type Config struct {
+	Devices  int
+	Size0    int // sectors of each original disk
+	Size1    int
+	Size2    int
+	Queues   int // of each filter device
+	IQueues  int // of each image device
+	Depth    int // requests of a queue at a time
+	MaxIO    int // sectors of a request
+	Block    int // log2 of the change tracking block, bytes
+	Discards int // blockdev.DiscardEffect of the originals
+
+	Storages int // to be appended to snapshots
+	Fixed    int // bits: which storages are block devices
+	Limit    int // sectors of each storage
+	Portion  int // sectors by which storage grows
+
+	// One fault: see blockdev.Fault. FaultOn is 0 for none, 1 for anything but
+	// the originals, 2 for the originals, 3 for anything.
+	FaultOn     int
+	FaultKinds  int // bits by blockdev.Kind, 0: any
+	FaultAfter  int
+	FaultCount  int
+	FaultErr    int
+	FaultEffect int
+
+	// Deaths of the process: after so many steps of the scheduler since it
+	// started, and at the so many-th mutation.Point since then. 0: none.
+	KillStep  int
+	KillPoint int
+	// Kills is how many times that happens.
+	Kills int
+}
+
+func (c *Config) size(dev int) int64 {
+	return int64([]int{c.Size0, c.Size1, c.Size2}[dev]) * sectorSize
+}
+
+// String is the configuration as seeds/ has it.
+func (c Config) String() string {
+	var b strings.Builder
+	b.WriteString("config")
+	v := reflect.ValueOf(c)
+	for i := 0; i < v.NumField(); i++ {
+		if n := v.Field(i).Int(); n != 0 {
+			fmt.Fprintf(&b, " %s=%d", v.Type().Field(i).Name, n)
+		}
+	}
+	return b.String()
+}
+
+func parseConfig(line string) (c Config, err error) {
+	v := reflect.ValueOf(&c).Elem()
+	for _, f := range strings.Fields(line)[1:] {
+		name, value, _ := strings.Cut(f, "=")
+		n, err := strconv.ParseInt(value, 10, 64)
+		if err != nil {
+			return c, fmt.Errorf("config: %w", err)
+		}
+		field := v.FieldByName(name)
+		if !field.IsValid() {
+			return c, fmt.Errorf("config: no field %s", name)
+		}
+		field.SetInt(n)
+	}
+	return c, nil
+}
+
+// Case is a whole run: a world, what happens in it, and the order of things.
+type Case struct {
+	Config
+	Order uint64 // the scheduler's seed
+	Steps []Step
+}
+
+// String is the case as seeds/ has it.
+func (c Case) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%v\norder %d\n", c.Config, c.Order)
+	for _, s := range c.Steps {
+		fmt.Fprintln(&b, s)
+	}
+	return b.String()
+}
+
+// ParseCase reads what String wrote; empty lines and those beginning with # do
+// not count.
+func ParseCase(text string) (c Case, err error) {
+	for _, line := range strings.Split(text, "\n") {
+		line = strings.TrimSpace(line)
+		switch {
+		case line == "" || line[0] == '#':
+		case strings.HasPrefix(line, "config"):
+			if c.Config, err = parseConfig(line); err != nil {
+				return c, err
+			}
+		case strings.HasPrefix(line, "order "):
+			if c.Order, err = strconv.ParseUint(line[6:], 10, 64); err != nil {
+				return c, fmt.Errorf("order: %w", err)
+			}
+		default:
+			s, err := parseStep(line)
+			if err != nil {
+				return c, err
+			}
+			c.Steps = append(c.Steps, s)
+		}
+	}
+	if c.Devices < 1 || c.Devices > maxDevices {
+		return c, fmt.Errorf("case of %d devices", c.Devices)
+	}
+	return c, nil
+}
+
+// Profile is a kind of world.
+type Profile int
+
+// The profiles.
+const (
+	Plain  Profile = iota // nothing goes wrong
+	Faulty                // an operation fails
+	Tight                 // storage is short
+	Deadly                // the process is killed
+	Mixed                 // all of it
+	profiles
+)
+
+var profileNames = [profiles]string{"plain", "faulty", "tight", "deadly", "mixed"}
+
+func (p Profile) String() string { return profileNames[p] }
+
+// Generate makes the case of a seed.
+func Generate(seed uint64, n int) Case {
+	r := blockdev.NewRandom(seed)
+	profile := Profile(seed % uint64(profiles))
+	c := Case{Config: generateConfig(&r, profile), Order: r.Uint64() | 1}
+	g := generator{r: &r, c: &c.Config, profile: profile}
+	for i := 0; i < n; i++ {
+		c.Steps = append(c.Steps, g.step())
+	}
+	return c
+}
+
+func generateConfig(r *blockdev.Random, p Profile) Config {
+	pick := func(of ...int) int { return of[r.Intn(len(of))] }
+	c := Config{
+		Devices:  pick(1, 1, 2, 3),
+		Queues:   pick(1, 2, 2, 3),
+		IQueues:  pick(1, 2),
+		Depth:    pick(1, 2, 4, 8),
+		MaxIO:    pick(16, 64, 64, 256),
+		Block:    pick(9, 12, 13, 16),
+		Discards: r.Intn(3),
+		Storages: pick(1, 2, 3),
+		Limit:    1 << 20,
+		Portion:  pick(8, 64, 200, 1024),
+	}
+	size := func() int { return 8*pick(2, 8, 32, 64, 128) + pick(0, 0, 1, 3, 7) }
+	c.Size0, c.Size1, c.Size2 = size(), size(), size()
+	if r.OneIn(3) {
+		c.Fixed = r.Intn(8)
+	}
+	if p == Tight || p == Mixed {
+		c.Limit = pick(8, 16, 40, 100, 400)
+	}
+	if p == Faulty || p == Mixed {
+		c.FaultOn = pick(1, 1, 1, 2, 3)
+		c.FaultKinds = pick(0, 0, 1, 2, 3, 32)
+		c.FaultAfter = r.Intn(pick(4, 40, 400))
+		c.FaultCount = pick(1, 1, 2, 0)
+		c.FaultErr = pick(5, 28, 12)
+		c.FaultEffect = r.Intn(3)
+	}
+	if p == Deadly || p == Mixed {
+		c.Kills = pick(1, 1, 2, 4)
+		if r.OneIn(2) {
+			c.KillStep = 1 + r.Intn(pick(50, 500, 3000))
+		} else {
+			c.KillPoint = 1 + r.Intn(pick(20, 200, 1000))
+		}
+	}
+	return c
+}
+
+// generator makes steps.
+type generator struct {
+	r       *blockdev.Random
+	c       *Config
+	profile Profile
+	hot     uint32 // where writers crowd
+}
+
+func (g *generator) step() Step {
+	r := g.r
+	s := Step{
+		Dev:   uint8(r.Intn(g.c.Devices)),
+		Snap:  uint8(r.Intn(3)),
+		Queue: uint8(r.Intn(g.c.Queues)),
+	}
+	switch n := r.Intn(100); {
+	case n < 3:
+		s.Gap = settled
+	case n < 50:
+		s.Gap = uint8(r.Intn(4))
+	default:
+		s.Gap = uint8(r.Intn(10))
+	}
+	n := r.Intn(1000)
+	for _, v := range verbChances {
+		if n -= v.of1000; n < 0 {
+			s.Verb = v.verb
+			break
+		}
+	}
+	switch s.Verb {
+	case Read, Write, Discard, WriteZeroes, ImageRead, ImageWrite, ImageDiscard, ImageWriteZeroes, Mark:
+		g.span(&s)
+		s.FUA = (s.Verb == Write || s.Verb == ImageWrite) && r.OneIn(6)
+	case Create:
+		s.Arg = 1 + uint32(r.Intn(1<<g.c.Devices-1))
+		if r.OneIn(2) {
+			s.Arg = 1<<g.c.Devices - 1
+		}
+		s.Off = uint32(r.Intn(3))     // chunk size: 4 KiB and up
+		s.Len = uint32(1 + r.Intn(4)) // pool slots
+		s.Queue = uint8(r.Intn(16))   // first storage
+		if r.OneIn(4) {
+			s.Len += uint32(r.Intn(28))
+		}
+	case Append:
+		s.Arg = uint32(r.Intn(8))
+	case Stick, Slow, Pause:
+		s.Arg = uint32(r.Intn(8))
+		s.Len = uint32(r.Intn(8))
+	}
+	if s.Verb == Kill && g.profile != Deadly && g.profile != Mixed {
+		s.Verb = Read
+		g.span(&s)
+	}
+	if (s.Verb == Fill || s.Verb == Room) && g.profile != Tight && g.profile != Mixed {
+		s.Verb = Write
+		g.span(&s)
+	}
+	return s
+}
+
+var verbChances = []struct {
+	verb   Verb
+	of1000 int
+}{
+	{Write, 330}, {Read, 80}, {Discard, 40}, {WriteZeroes, 40}, {Flush, 15},
+	{ImageRead, 190}, {ImageWrite, 80}, {ImageDiscard, 10}, {ImageWriteZeroes, 20}, {ImageFlush, 8},
+	{Create, 35}, {Append, 15}, {Take, 60}, {Cancel, 6}, {Destroy, 15}, {Mark, 8},
+	{Stick, 6}, {Unstick, 12}, {Slow, 6}, {Pause, 10}, {Fill, 3}, {Room, 7}, {Kill, 4},
+}
+
+// span chooses the sectors of a request: small and large, at the borders of
+// pages and anywhere, often where others are.
+func (g *generator) span(s *Step) {
+	r := g.r
+	size := uint32(g.c.size(int(s.Dev)) / sectorSize)
+	switch r.Intn(8) {
+	case 0:
+		s.Len = 1
+	case 1, 2:
+		s.Len = 8
+	case 3:
+		s.Len = uint32(1 + r.Intn(g.c.MaxIO))
+	default:
+		s.Len = uint32(1 + r.Intn(16))
+	}
+	if (s.Verb == Discard || s.Verb == WriteZeroes || s.Verb == ImageDiscard || s.Verb == ImageWriteZeroes) && r.OneIn(3) {
+		s.Len = uint32(1 + r.Intn(int(size)))
+	}
+	switch r.Intn(4) {
+	case 0:
+		s.Off = uint32(r.Intn(int(size)))
+	case 1:
+		s.Off = g.hot + uint32(r.Intn(8))
+	case 2:
+		s.Off = uint32(r.Intn(int(size))) &^ 7
+	default:
+		g.hot = uint32(r.Intn(int(size)))
+		s.Off = g.hot
+	}
+	s.Off = min(s.Off, size-1)
+	s.Len = min(s.Len, size-s.Off)
+}

@@ -1,0 +1,200 @@
+package sim
+
+import (
+	"fmt"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+)
+
+// process is the daemon: the engine on simulated threads. Its control thread
+// does one piece of control work at a time, as the real one does.
+type process struct {
+	w       *world
+	threads []*blockdev.SchedQueue
+	control *blockdev.SchedQueue
+	filters []*filter.Filter
+	cbts    []*cbtmap.Map
+
+	handlers [][]handler // by device and queue
+
+	jobs    []job
+	current string // the job under way, "" if none
+	cancel  func() // what Cancel does to it, nil if it cannot be cancelled
+}
+
+// handler is a filter's queue and its thread.
+type handler struct {
+	thread  *blockdev.SchedQueue
+	handler *filter.Queue
+}
+
+// job is a piece of control work; it calls done at its end.
+type job struct {
+	name string
+	run  func(done func())
+}
+
+// thread starts a thread of the process.
+func (p *process) thread(name string) *blockdev.SchedQueue {
+	q := p.w.sched.NewQueue(name)
+	p.threads = append(p.threads, q)
+	return q
+}
+
+// queue is a thread's queue as the engine sees it: faults strike in between.
+func (p *process) queue(q *blockdev.SchedQueue) blockdev.Queue {
+	return blockdev.NewFaulty(q, p.w.faults)
+}
+
+func (p *process) idle() bool { return p.current == "" && len(p.jobs) == 0 }
+
+// do queues a job.
+func (p *process) do(name string, run func(done func())) {
+	p.jobs = append(p.jobs, job{name, run})
+	p.next()
+}
+
+func (p *process) next() {
+	if p.current != "" || len(p.jobs) == 0 {
+		return
+	}
+	j := p.jobs[0]
+	p.jobs = p.jobs[1:]
+	p.current = j.name
+	over := false
+	p.control.After(0, func() {
+		p.w.tracef("control: %s", j.name)
+		j.run(func() {
+			if over {
+				p.w.fail("%s calls back twice", j.name)
+			}
+			if p.w.sched.Thread() != p.control {
+				p.w.fail("%s calls back on the wrong thread", j.name)
+			}
+			over = true
+			p.w.tracef("control: %s is over", j.name)
+			p.current, p.cancel = "", nil
+			p.next()
+			p.w.resume()
+		})
+	})
+}
+
+// start makes a process without filters.
+func (w *world) start() *process {
+	p := &process{w: w}
+	w.proc = p
+	w.bornAt, w.points = w.sched.Steps(), 0
+	p.control = p.thread("control")
+	return p
+}
+
+// boot starts the first process.
+func (w *world) boot() {
+	p := w.start()
+	for i, d := range w.devices {
+		cbt, err := cbtmap.NewMemory(d.size, cbtmap.Params{
+			MinimumShift: uint8(w.c.Block), MaximumShift: uint8(w.c.Block), MaximumCount: 1 << 30,
+		})
+		if err != nil {
+			panic(err)
+		}
+		info, err := cbt.Info()
+		if err != nil {
+			panic(err)
+		}
+		w.model.devs[i].begin(info.GenerationID, info.ChangesNumber)
+		w.cbtMemory = append(w.cbtMemory, cbt.Memory())
+		p.cbts = append(p.cbts, cbt)
+	}
+	p.filter()
+	p.serve()
+}
+
+// filter makes the filters of the originals; nobody serves them yet.
+func (p *process) filter() {
+	for i, d := range p.w.devices {
+		f := filter.New(filter.Config{Orig: p.w.origs[i], Size: d.size, CBT: p.cbts[i], Queues: len(d.queues)})
+		p.filters = append(p.filters, f)
+		p.handlers = append(p.handlers, nil)
+		for n := range d.queues {
+			thread := p.thread(fmt.Sprintf("%s.%d", d.name, n))
+			p.handlers[i] = append(p.handlers[i], handler{thread, f.NewQueue(n, p.queue(thread))})
+		}
+	}
+}
+
+// serve lets the kernel's requests come to the filters.
+func (p *process) serve() {
+	for i, d := range p.w.devices {
+		for n, h := range d.queues {
+			x := p.handlers[i][n]
+			h.serve(x.thread, x.handler)
+		}
+	}
+}
+
+// kill is the death of the process, as by SIGKILL: its threads stop where they
+// are, what they have begun on the disks goes on, memory mapped shared stays.
+func (w *world) kill() {
+	p := w.proc
+	if p == nil {
+		return
+	}
+	w.tracef("KILLED during %q", p.current)
+	w.deaths++
+	w.proc = nil
+	w.sched.Kill(p.threads...)
+	for _, d := range w.allDevices() {
+		for _, h := range d.queues {
+			h.abandon()
+		}
+	}
+	clear(w.changing)
+	w.onIdle = nil
+	w.client.After(8, w.recover)
+}
+
+// recover starts the next process. What the last one had begun on the disks
+// has come to its end by now, one way or the other: the kernel lets go of a
+// device only then.
+func (w *world) recover() {
+	w.sched.Settle(nil)
+	w.tracef("recovery")
+	p := w.start()
+	for i, memory := range w.cbtMemory {
+		cbt, err := cbtmap.Adopt(memory)
+		if err != nil {
+			w.fail("I6: change map of disk%d: %v", i, err)
+		}
+		p.cbts = append(p.cbts, cbt)
+	}
+	p.filter()
+	for i, s := range w.snaps {
+		if s == nil {
+			continue
+		}
+		if !s.cut || s.leaving {
+			s.void()
+			for _, im := range s.images {
+				im.device.remove()
+				im.device.abort()
+			}
+			s.gone = true
+			s.giveBack()
+			w.snaps[i] = nil
+			continue
+		}
+		s.reopen()
+	}
+	p.serve()
+	for _, s := range w.snaps {
+		if s != nil {
+			s.taken = true
+			s.show()
+		}
+	}
+	w.resume()
+}

@@ -1,0 +1,222 @@
+package sim
+
+import (
+	"unsafe"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// words is size bytes of zeroed memory, 8 byte aligned.
+func words(size int64) []byte {
+	w := make([]uint64, (size+7)/8)
+	if len(w) == 0 {
+		return nil
+	}
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(w))), size)
+}
+
+// maxOutstanding is how many requests a client lets wait.
+const maxOutstanding = 64
+
+// next takes the next step when its time has come.
+func (w *world) next() {
+	if w.steps == len(w.c.Steps) {
+		w.done = true
+		return
+	}
+	st := w.c.Steps[w.steps]
+	if st.Gap == settled && !w.quiet() || w.outstanding >= maxOutstanding {
+		w.waiting = true
+		return
+	}
+	w.steps++
+	if w.trace != nil {
+		w.tracef("step %d: %v", w.steps, st)
+	}
+	w.do(st)
+	if w.steps < len(w.c.Steps) && w.c.Steps[w.steps].Gap != settled {
+		w.client.After(uint(w.c.Steps[w.steps].Gap), w.next)
+	} else {
+		w.client.After(0, w.next)
+	}
+}
+
+func (w *world) quiet() bool { return w.outstanding == 0 && w.proc != nil && w.proc.idle() }
+
+// resume is called whenever something has ended.
+func (w *world) resume() {
+	if w.waiting && w.outstanding < maxOutstanding && (w.c.Steps[w.steps].Gap != settled || w.quiet()) {
+		w.waiting = false
+		w.client.After(0, w.next)
+	}
+	waiters := w.onIdle
+	w.onIdle = nil
+	for _, f := range waiters {
+		f()
+	}
+}
+
+var requestOps = map[Verb]ublk.Op{
+	Read: ublk.OpRead, Write: ublk.OpWrite, Discard: ublk.OpDiscard, WriteZeroes: ublk.OpWriteZeroes, Flush: ublk.OpFlush,
+	ImageRead: ublk.OpRead, ImageWrite: ublk.OpWrite, ImageDiscard: ublk.OpDiscard, ImageWriteZeroes: ublk.OpWriteZeroes,
+	ImageFlush: ublk.OpFlush,
+}
+
+// do takes one step.
+func (w *world) do(st Step) {
+	slot := int(st.Snap) % len(w.snaps)
+	s := w.snaps[slot]
+	dev := int(st.Dev) % len(w.devices)
+	switch st.Verb {
+	case Read, Write, Discard, WriteZeroes, Flush:
+		w.issue(w.devices[dev], st, requestOps[st.Verb])
+	case ImageRead, ImageWrite, ImageDiscard, ImageWriteZeroes, ImageFlush:
+		if s != nil {
+			s.request(st, requestOps[st.Verb])
+		}
+	case Create:
+		if w.proc != nil {
+			w.create(st)
+		}
+	case Append:
+		if s != nil && w.proc != nil {
+			w.proc.do("append", func(done func()) {
+				if w.snaps[slot] != s {
+					done()
+					return
+				}
+				s.append(int(st.Arg), done)
+			})
+		}
+	case Take:
+		if s != nil && w.proc != nil {
+			s.take()
+		}
+	case Cancel:
+		if p := w.proc; p != nil {
+			p.control.After(0, func() {
+				if p.cancel != nil {
+					p.cancel()
+				}
+			})
+		}
+	case Destroy:
+		if s != nil && w.proc != nil {
+			s.destroy()
+		}
+	case Mark:
+		if w.proc != nil {
+			w.mark(dev, st)
+		}
+	case Stick:
+		files := w.files()
+		w.sched.Stick(files[int(st.Arg)%len(files)])
+	case Unstick:
+		w.unstick()
+	case Slow:
+		files := w.files()
+		w.sched.SetSlow(files[int(st.Arg)%len(files)], uint(st.Len%8))
+	case Pause:
+		if w.proc != nil {
+			w.proc.threads[int(st.Arg)%len(w.proc.threads)].Pause(uint(st.Len % 8))
+		}
+	case Fill, Room:
+		w.full = st.Verb == Fill
+		w.wasFull = w.wasFull || w.full
+		for _, m := range w.storages {
+			if w.full {
+				m.SetLimit(m.Size())
+			} else {
+				m.SetLimit(int64(w.c.Limit) * sectorSize)
+			}
+		}
+	case Kill:
+		if w.proc != nil && w.deaths < w.c.Kills {
+			w.client.After(0, w.kill)
+		}
+	}
+}
+
+// issue makes a request of a step.
+func (w *world) issue(d *device, st Step, op ublk.Op) {
+	r := &request{op: op, fua: st.FUA}
+	if op != ublk.OpFlush {
+		size := d.size / sectorSize
+		off := int64(st.Off) % size
+		n := min(max(int64(st.Len), 1), size-off)
+		if op == ublk.OpRead || op == ublk.OpWrite {
+			n = min(n, int64(w.c.MaxIO))
+		}
+		r.off, r.len = off*sectorSize, n*sectorSize
+	}
+	if op == ublk.OpWrite {
+		r.v = w.version()
+	}
+	d.submit(int(st.Queue), r, nil)
+}
+
+// mark marks blocks dirty by hand.
+func (w *world) mark(dev int, st Step) {
+	d := w.model.devs[dev]
+	size := w.devices[dev].size / sectorSize
+	off := int64(st.Off) % size
+	n := min(max(int64(st.Len), 1), size-off)
+	w.proc.do("mark", func(done func()) {
+		cbt := w.proc.cbts[dev]
+		if err := cbt.MarkDirty([]cbtmap.Sectors{{First: uint64(off), Count: uint64(n)}}); err != nil {
+			if w.deaths == 0 || !cbt.Corrupted() {
+				w.fail("I3: mark dirty: %v", err)
+			}
+			done()
+			return
+		}
+		first, last := d.blocks(off*sectorSize, n*sectorSize)
+		for b := first; b <= last; b++ {
+			d.epochs[len(d.epochs)-1].may[b] = true
+		}
+		d.changed(off*sectorSize, n*sectorSize)
+		done()
+	})
+}
+
+// finish is the end of a run: everything is looked at, then taken apart.
+func (w *world) finish() {
+	w.faults.Clear()
+	for i, d := range w.devices {
+		now := w.tick()
+		w.model.checkDisk(d, 0, d.size/sectorSize, now, now, "at the end")
+		if n := w.changing[w.origs[i]]; n != 0 {
+			w.fail("%d writes to disk%d are in flight at the end", n, i)
+		}
+	}
+	for _, s := range w.snaps {
+		if s == nil || !s.taken {
+			continue
+		}
+		for _, im := range s.images {
+			im.readAll()
+		}
+		w.settle()
+		if !s.broken() {
+			s.checkUsage()
+		}
+	}
+	for _, s := range w.snaps {
+		if s != nil {
+			s.destroy()
+			w.settle()
+			if w.snaps[s.slot] != nil {
+				w.fail("%v was not destroyed", s)
+			}
+		}
+	}
+	for _, f := range w.proc.filters {
+		if f.Held() {
+			w.fail("%s is still held at the end", f.Orig().Name())
+		}
+	}
+	if n := w.sched.InFlight(); n != 0 {
+		w.fail("%d operations are in flight at the end", n)
+	}
+}

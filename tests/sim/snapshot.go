@@ -1,0 +1,414 @@
+package sim
+
+import (
+	"errors"
+	"fmt"
+	"math"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// snapshot is a snapshot as its owner knows it, with the memory that outlives
+// the process.
+type snapshot struct {
+	w    *world
+	slot int
+	snap *snapimage.Snapshot
+	devs []int
+
+	chunkSize int64
+	pool      []byte
+	poolFile  *blockdev.Memory
+	state     []byte
+	words     [][]byte
+
+	appended []diffarea.Storage // and those that an Append is under way for
+	before   []cbtmap.Info      // of the devices, before the take
+	takes    []cbtmap.Info      // of the devices, at the take
+
+	cut       bool // the instant was: this is the record on which recovery relies
+	taken     bool // and Take has said so
+	leaving   bool // its images are gone, Destroy follows
+	gone      bool // Destroy has begun
+	images    []*image
+	corrupted int // events
+	noSpace   int
+}
+
+func (s *snapshot) String() string { return fmt.Sprintf("snapshot %d", s.slot) }
+
+// broken says whether the snapshot has lost data, which it says itself.
+func (s *snapshot) broken() bool { return s.snap.Log().Err() != 0 }
+
+// area is the difference area of device dev, nil if the snapshot does not hold
+// it.
+func (s *snapshot) area(dev int) *diffarea.Area {
+	for i, d := range s.devs {
+		if d == dev && s.cut {
+			return s.snap.Image(i).Area()
+		}
+	}
+	return nil
+}
+
+// unprotected is a chunk of device dev that a write to the original would
+// spoil.
+func (s *snapshot) unprotected(dev int, off, n int64) (diffarea.Chunk, bool) {
+	a := s.area(dev)
+	if a == nil || s.gone || s.broken() {
+		return 0, false
+	}
+	for c := a.Chunk(off); c <= a.Chunk(off+n-1); c++ {
+		if a.Load(c).State() == diffarea.New {
+			return c, true
+		}
+	}
+	return 0, false
+}
+
+// memory is memory that outlives the process.
+func (s *snapshot) memory(name string, size int64) ([]byte, error) {
+	mem := words(size)
+	s.words = append(s.words, mem)
+	return mem, nil
+}
+
+// create makes the snapshot of a step and gives it its first storage.
+func (w *world) create(st Step) {
+	slot := int(st.Snap) % len(w.snaps)
+	w.proc.do(fmt.Sprintf("create %d", slot), func(done func()) {
+		if w.snaps[slot] != nil {
+			done()
+			return
+		}
+		s := &snapshot{w: w, slot: slot, chunkSize: diffarea.MinChunkSize << (st.Off % 4)}
+		s.pool = words(s.chunkSize * int64(1+(st.Len-1)%64))
+		s.poolFile = blockdev.MapMemory(fmt.Sprintf("pool%d", slot), s.pool)
+		s.state = words(diffarea.LogStateSize)
+		p := w.proc
+		snap, err := snapimage.New(s.config(), p.queue(p.control))
+		if err != nil {
+			w.fail("create: %v", err)
+		}
+		s.snap = snap
+		for i := range w.devices {
+			if st.Arg>>i&1 == 0 {
+				continue
+			}
+			if err := snap.Add(p.filters[i], uint64(i+1)); err != nil {
+				w.fail("add: %v", err)
+			}
+			if err := snap.Add(p.filters[i], uint64(i+1)); !errors.Is(err, snapimage.ErrAdded) {
+				w.fail("add twice: %v", err)
+			}
+			s.devs = append(s.devs, i)
+		}
+		w.snaps[slot] = s
+		s.append(int(st.Queue), done)
+	})
+}
+
+// config is what the snapshot is made of, for this process as for the next.
+func (s *snapshot) config() snapimage.Config {
+	return snapimage.Config{
+		ID: uuid.NewSHA1(uuid.Nil, []byte(s.String())),
+		Log: diffarea.LogConfig{
+			ChunkSize: s.chunkSize,
+			Pool:      diffarea.Pool{Mem: s.pool, File: s.poolFile},
+			State:     s.state,
+			Portion:   int64(s.w.c.Portion) * sectorSize,
+			OnEvent:   s.event,
+		},
+		Memory: s.memory,
+	}
+}
+
+// reopen takes the snapshot over from a process that died.
+func (s *snapshot) reopen() {
+	p := s.w.proc
+	var members []snapimage.Member
+	for i, dev := range s.devs {
+		members = append(members, snapimage.Member{
+			Filter: p.filters[dev], Device: uint64(dev + 1), Words: s.words[i], Take: s.takes[i],
+		})
+	}
+	snap, err := snapimage.Reopen(s.config(), p.queue(p.control), members, s.appended)
+	if err != nil {
+		s.w.fail("I6: %v: %v", s, err)
+	}
+	s.snap = snap
+}
+
+// void is for a take that the last process did not bring to an end.
+func (s *snapshot) void() {
+	if s.cut {
+		return
+	}
+	for i, info := range s.before {
+		s.w.proc.cbts[s.devs[i]].Void(info)
+	}
+}
+
+// append gives the snapshot one more storage. Job only.
+func (s *snapshot) append(kind int, done func()) {
+	w := s.w
+	if len(s.appended) >= w.c.Storages {
+		done()
+		return
+	}
+	size := int64(w.c.Limit) * sectorSize
+	n := len(w.storages)
+	st := diffarea.Storage{}
+	var m *blockdev.Memory
+	if w.c.Fixed>>(n%3)&1 != 0 {
+		size = min(size, 8<<20)
+		m = blockdev.NewMemoryDevice(fmt.Sprintf("store%d", n), size)
+		st.Size, st.Fixed = size, true
+	} else {
+		m = blockdev.NewMemoryFile(fmt.Sprintf("store%d", n), size)
+		if kind&1 != 0 {
+			st.Size = size
+		}
+		if w.full {
+			m.SetLimit(0)
+		}
+	}
+	st.File = m
+	w.storages = append(w.storages, m)
+	fired := w.fired
+	s.appended = append(s.appended, st)
+	s.snap.Append(st, func(err error) {
+		if err != nil && w.fired == fired && !errors.Is(err, unix.ENOSPC) && size >= s.chunkSize && !s.broken() {
+			w.fail("append: %v", err)
+		}
+		if err != nil {
+			s.appended = s.appended[:len(s.appended)-1]
+		}
+		done()
+	})
+}
+
+// event takes the snapshot's events.
+func (s *snapshot) event(e diffarea.Event) {
+	w := s.w
+	w.tracef("%v: event %v %v", s, e.Kind, e.Errno)
+	switch e.Kind {
+	case diffarea.NoSpace:
+		s.noSpace++
+		if room := s.room(); room >= s.chunkSize {
+			w.fail("%v: no space, yet there is room for %d more bytes", s, room)
+		}
+	case diffarea.Corrupted:
+		w.stats.Breaks++
+		if s.corrupted++; s.corrupted > 1 {
+			w.fail("%v is corrupted twice", s)
+		}
+		if s.noSpace == 0 && w.fired == 0 {
+			w.fail("I5: %v is corrupted for no reason: %v", s, e.Errno)
+		}
+		if s.noSpace > 0 && e.Errno != unix.ENOSPC {
+			w.fail("%v has no space but is corrupted with %v", s, e.Errno)
+		}
+	}
+}
+
+// room is how much more the storage could take, in bytes; 0 if it has ever
+// failed or been full, for the engine need not try again.
+func (s *snapshot) room() int64 {
+	if s.w.fired > 0 || s.w.wasFull {
+		return 0
+	}
+	u := s.snap.Log().Usage()
+	left := (u.Capacity - u.Regions) * u.ChunkSize
+	for _, st := range s.appended {
+		m := st.File.(*blockdev.Memory)
+		if max := m.Limit(); max > 0 {
+			left += (max - m.Size()) / u.ChunkSize * u.ChunkSize
+		}
+	}
+	return left
+}
+
+// take makes the cut.
+func (s *snapshot) take() {
+	w := s.w
+	w.proc.do(fmt.Sprintf("take %d", s.slot), func(done func()) {
+		if w.snaps[s.slot] != s {
+			done()
+			return
+		}
+		before := s.taken
+		if !s.cut {
+			s.before = nil
+			for _, dev := range s.devs {
+				info, _ := w.proc.cbts[dev].Info()
+				s.before = append(s.before, info)
+			}
+		}
+		w.proc.cancel = s.snap.Cancel
+		cut := false
+		s.snap.Take(func() {
+			cut = true
+			s.atCut()
+		}, func(err error) {
+			switch {
+			case err == nil && !cut:
+				w.fail("I7: take of %v is over without a cut", s)
+			case err != nil && cut:
+				w.fail("I7: take of %v fails after the cut: %v", s, err)
+			case err == nil:
+				s.taken = true
+				w.stats.Takes++
+				s.show()
+			case errors.Is(err, snapimage.ErrTaken):
+				if !before {
+					w.fail("take: %v", err)
+				}
+			case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapimage.ErrNoStorage):
+			default:
+				w.fail("take: %v", err)
+			}
+			done()
+		})
+	})
+}
+
+// atCut is the instant of the cut: the originals hold what the images must
+// show, and nothing is being written.
+func (s *snapshot) atCut() {
+	w := s.w
+	w.tracef("%v: cut", s)
+	if s.cut {
+		w.fail("I7: %v is cut twice", s)
+	}
+	s.cut = true
+	for i, dev := range s.devs {
+		if n := w.changing[w.origs[dev]]; n != 0 {
+			w.fail("I7: %d writes are in flight on disk%d at the cut", n, dev)
+		}
+		im := &image{snap: s, dev: dev, base: w.origs[dev].Clone()}
+		reg := newRegister(dev, im.version)
+		im.device = newDevice(w, im.String(), dev, w.devices[dev].size, w.c.IQueues, w.c.Depth, reg)
+		im.device.image = im
+		s.images = append(s.images, im)
+		w.checkSwitched(i, dev, s)
+	}
+}
+
+// checkSwitched compares device dev's change map with the model right after a
+// cut.
+func (w *world) checkSwitched(i, dev int, s *snapshot) {
+	cbt := w.proc.cbts[dev]
+	info, err := cbt.Info()
+	if err != nil {
+		w.fail("I3: change map of disk%d: %v", dev, err)
+	}
+	s.takes = append(s.takes, info)
+	if t := s.snap.TakeInfo(i); t != info {
+		w.fail("I3: %v says its take of disk%d is %v, the map says %v", s, dev, t, info)
+	}
+	m := make([]byte, info.BlockCount)
+	if _, err := cbt.ReadMap(info.GenerationID, m, 0); err != nil {
+		w.fail("I3: change map of disk%d: %v", dev, err)
+	}
+	d := w.model.devs[dev]
+	d.checkMap(m, info.GenerationID, info.ChangesNumber, w.deaths == 0)
+	d.begin(info.GenerationID, info.ChangesNumber)
+}
+
+// show serves the images.
+func (s *snapshot) show() {
+	p := s.w.proc
+	for i, im := range s.images {
+		for n, h := range im.device.queues {
+			thread := p.thread(fmt.Sprintf("%s.%d", im.device.name, n))
+			h.serve(thread, s.snap.Image(i).NewQueue(p.queue(thread)))
+		}
+	}
+}
+
+// destroy ends the snapshot, images first.
+func (s *snapshot) destroy() {
+	w := s.w
+	w.proc.do(fmt.Sprintf("destroy %d", s.slot), func(done func()) {
+		if w.snaps[s.slot] != s {
+			done()
+			return
+		}
+		s.leaving = true
+		for _, im := range s.images {
+			im.device.remove()
+		}
+		s.destroyIdle(done)
+	})
+}
+
+// destroyIdle goes on when no image is under I/O any more.
+func (s *snapshot) destroyIdle(done func()) {
+	w := s.w
+	for _, im := range s.images {
+		if im.device.busy() {
+			w.onIdle = append(w.onIdle, func() { w.proc.control.After(0, func() { s.destroyIdle(done) }) })
+			return
+		}
+	}
+	s.gone = true
+	s.snap.Destroy(func() {
+		s.giveBack()
+		w.snaps[s.slot] = nil
+		done()
+	})
+}
+
+// giveBack takes back the snapshot's memory and storage: nobody may use them
+// any more.
+func (s *snapshot) giveBack() {
+	w := s.w
+	for _, st := range s.appended {
+		w.retired[st.File] = s.String()
+	}
+	w.retired[s.poolFile] = s.String()
+	for _, p := range append(s.words, s.pool, s.state) {
+		for i := range p {
+			p[i] = 0xdd
+		}
+	}
+}
+
+// checkUsage is for a log at rest.
+func (s *snapshot) checkUsage() {
+	u := s.snap.Log().Usage()
+	if u.Regions > u.Capacity && !s.broken() {
+		s.w.fail("%v: %d regions in storage for %d", s, u.Regions, u.Capacity)
+	}
+	if u.Unstored != 0 && !s.broken() {
+		s.w.fail("%v: %d regions were never stored", s, u.Unstored)
+	}
+}
+
+// request issues a step's request to the image of a device, if there is one.
+func (s *snapshot) request(st Step, op ublk.Op) {
+	w := s.w
+	if !s.taken || s.gone {
+		return
+	}
+	im := s.images[int(st.Dev)%len(s.images)]
+	w.issue(im.device, st, op)
+}
+
+// readAll reads a whole image through its device.
+func (im *image) readAll() {
+	w := im.snap.w
+	for off := int64(0); off < im.device.size; {
+		n := min(int64(1+w.sched.Random().Intn(w.c.MaxIO))*sectorSize, im.device.size-off)
+		im.device.submit(w.sched.Random().Intn(math.MaxInt16), &request{op: ublk.OpRead, off: off, len: n}, nil)
+		off += n
+	}
+}

@@ -1,0 +1,385 @@
+package sim
+
+import (
+	"fmt"
+	"io"
+	"runtime/debug"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// world is a simulated machine: disks, the kernel's side of the ublk devices,
+// memory that outlives a process, one process at a time, and clients.
+type world struct {
+	c      Case
+	sched  *blockdev.Sched
+	client *blockdev.SchedQueue
+	faults *blockdev.Faults
+	trace  io.Writer // nil: none
+	clock  moment
+
+	origs    []*blockdev.Memory
+	devices  []*device // the filter devices
+	storages []*blockdev.Memory
+	full     bool // storage cannot grow
+	wasFull  bool // or could not at some time
+	model    *model
+	proc     *process
+	snaps    [3]*snapshot // by Step.Snap
+
+	requests    uint64 // ids handed out
+	versions    Version
+	outstanding int // requests under way
+	steps       int // taken
+	done        bool
+	waiting     bool                     // for everything before to complete
+	onIdle      []func()                 // called when anything has ended
+	changing    map[*blockdev.Memory]int // operations in flight that change an original
+	fired       int                      // faults that hit something other than a client's own operation
+	deaths      int
+	bornAt      uint64 // steps of the scheduler when the process started
+	points      int    // mutation points passed since then
+	retired     map[blockdev.File]string
+	cbtMemory   [][]byte // of the change maps, which outlives a process
+	stats       Stats
+}
+
+// Stats is what a run has done.
+type Stats struct {
+	Requests uint64 // of clients, completed
+	Steps    uint64 // of the scheduler
+	Takes    int
+	Breaks   int // snapshots broken by faults or want of storage
+	Deaths   int
+	Faults   int
+}
+
+// Failure is a violated invariant.
+type Failure struct {
+	Message string
+	Step    int // of the workload, steps begun
+	Stats   Stats
+}
+
+func (f *Failure) Error() string {
+	return fmt.Sprintf("after %d steps: %s", f.Step, f.Message)
+}
+
+// violation is panicked by fail.
+type violation string
+
+// fail ends the run: an invariant does not hold.
+func (w *world) fail(format string, args ...any) {
+	panic(violation(fmt.Sprintf(format, args...)))
+}
+
+func (w *world) tracef(format string, args ...any) {
+	if w.trace != nil {
+		fmt.Fprintf(w.trace, "%6d %8d  ", w.sched.Steps(), w.clock)
+		fmt.Fprintf(w.trace, format, args...)
+		fmt.Fprintln(w.trace)
+	}
+}
+
+// tick is the next moment.
+func (w *world) tick() moment {
+	w.clock++
+	return w.clock
+}
+
+func (w *world) maxIO() int { return w.c.MaxIO * sectorSize }
+
+// version is a new one.
+func (w *world) version() Version {
+	w.versions++
+	return w.versions
+}
+
+func newWorld(c Case, trace io.Writer) *world {
+	w := &world{
+		c:        c,
+		sched:    blockdev.NewSched(c.Order),
+		trace:    trace,
+		faults:   &blockdev.Faults{},
+		versions: initial,
+		changing: make(map[*blockdev.Memory]int),
+		retired:  make(map[blockdev.File]string),
+	}
+	w.client = w.sched.NewQueue("client")
+	w.sched.OnSubmit = w.onSubmit
+	w.sched.OnEffect = w.onEffect
+	w.sched.OnComplete = w.onComplete
+	w.faults.OnFire = w.onFire
+	w.model = &model{w: w}
+	for i := 0; i < c.Devices; i++ {
+		size := c.size(i)
+		m := blockdev.NewMemoryDevice(fmt.Sprintf("disk%d", i), size)
+		m.SetDiscards(blockdev.DiscardEffect(c.Discards))
+		p := make([]byte, size)
+		fill(p, initial, i, 0)
+		if _, err := m.WriteAt(p, 0); err != nil {
+			panic(err)
+		}
+		w.origs = append(w.origs, m)
+		reg := newRegister(i, func(int64) Version { return initial })
+		w.devices = append(w.devices, newDevice(w, fmt.Sprintf("dev%d", i), i, size, c.Queues, c.Depth, reg))
+		w.model.add(i)
+	}
+	if c.FaultOn != 0 {
+		f := blockdev.Fault{
+			After: c.FaultAfter, Count: c.FaultCount,
+			Err: unix.Errno(c.FaultErr), Effect: blockdev.Effect(c.FaultEffect),
+		}
+		for k := blockdev.Read; k <= blockdev.Allocate; k++ {
+			if c.FaultKinds>>k&1 != 0 {
+				f.Kinds = append(f.Kinds, k)
+			}
+		}
+		f.Fits = func(op *blockdev.Op) bool {
+			if w.isOrig(op.File) >= 0 {
+				return c.FaultOn&2 != 0
+			}
+			return c.FaultOn&1 != 0
+		}
+		w.faults.Add(f)
+	}
+	return w
+}
+
+// isOrig is the number of the original disk that f is, or -1.
+func (w *world) isOrig(f blockdev.File) int {
+	for i, m := range w.origs {
+		if f == m {
+			return i
+		}
+	}
+	return -1
+}
+
+func changes(k blockdev.Kind) bool {
+	return k == blockdev.Write || k == blockdev.Discard || k == blockdev.WriteZeroes
+}
+
+// onSubmit looks at every operation that reaches a disk.
+func (w *world) onSubmit(q *blockdev.SchedQueue, op *blockdev.Op) {
+	if w.trace != nil {
+		w.tracef("%s: submit %v %s %d+%d", q.Name(), op.Kind, op.File.Name(), op.Off/sectorSize, op.Len/sectorSize)
+	}
+	if name, ok := w.retired[op.File]; ok {
+		w.fail("I10: %v of %s, which %s gave back", op.Kind, op.File.Name(), name)
+	}
+	i := w.isOrig(op.File)
+	if i < 0 || !changes(op.Kind) {
+		return
+	}
+	w.changing[w.origs[i]]++
+	for _, s := range w.snaps {
+		if s == nil {
+			continue
+		}
+		if c, ok := s.unprotected(i, op.Off, op.Len); ok {
+			w.fail("I4: %v of disk%d at sector %d+%d submitted while chunk %d of snapshot %d is still NEW",
+				op.Kind, i, op.Off/sectorSize, op.Len/sectorSize, c, s.slot)
+		}
+	}
+}
+
+func (w *world) onEffect(q *blockdev.SchedQueue, op *blockdev.Op, off, n int64) {
+	if w.trace != nil {
+		w.tracef("%s: effect %v %s %d+%d", q.Name(), op.Kind, op.File.Name(), (op.Off+off)/sectorSize, n/sectorSize)
+	}
+	if name, ok := w.retired[op.File]; ok && changes(op.Kind) {
+		w.fail("I10: %v of %s takes effect after %s gave it back", op.Kind, op.File.Name(), name)
+	}
+	if i := w.isOrig(op.File); i >= 0 && changes(op.Kind) {
+		if op.Kind != blockdev.Discard || blockdev.DiscardEffect(w.c.Discards) != blockdev.DiscardKeep {
+			w.model.devs[i].changed(op.Off+off, n)
+		}
+	}
+}
+
+func (w *world) onComplete(q *blockdev.SchedQueue, op *blockdev.Op) {
+	if w.trace != nil {
+		w.tracef("%s: complete %v %s %d+%d: %v", q.Name(), op.Kind, op.File.Name(), op.Off/sectorSize, op.Len/sectorSize, op.Err)
+	}
+	if i := w.isOrig(op.File); i >= 0 && changes(op.Kind) {
+		w.changing[w.origs[i]]--
+	}
+}
+
+// onFire is told which operation is about to fail. What a client asked for
+// itself may fail; all else is the engine's to bear.
+func (w *world) onFire(op *blockdev.Op) {
+	w.stats.Faults++
+	w.tracef("fault on %v %s %d+%d", op.Kind, op.File.Name(), op.Off/sectorSize, op.Len/sectorSize)
+	if op.Kind == blockdev.Read || op.Kind == blockdev.Write {
+		for _, d := range w.allDevices() {
+			if r := d.tagOf(op.Buf); r != nil {
+				r.spoilt = true
+				if op.Kind == blockdev.Read || d.image == nil {
+					return
+				}
+			}
+		}
+		w.fired++
+		if op.Kind == blockdev.Write {
+			// Zeroes come from a buffer of the engine's own.
+			for _, d := range w.allDevices()[len(w.devices):] {
+				d.spoil(ublk.OpWriteZeroes, 0, d.size)
+			}
+		}
+		return
+	}
+	i := w.isOrig(op.File)
+	if i < 0 {
+		w.fired++
+		return
+	}
+	switch d := w.devices[i]; op.Kind {
+	case blockdev.Flush:
+		d.spoil(ublk.OpFlush, 0, d.size)
+	case blockdev.Discard:
+		d.spoil(ublk.OpDiscard, op.Off, op.Len)
+	case blockdev.WriteZeroes:
+		d.spoil(ublk.OpWriteZeroes, op.Off, op.Len)
+	}
+}
+
+// finished takes the result of a client's request; buf is the tag's buffer.
+func (w *world) finished(r *request, buf []byte, errno unix.Errno) {
+	now := w.tick()
+	w.outstanding--
+	w.stats.Requests++
+	w.tracef("%s: %v %d+%d done: %v", r.d.name, r.op, r.from(), r.len/sectorSize, errno)
+	w.model.finished(r, buf, errno, now)
+	if r.done != nil {
+		r.done(errno)
+	}
+	w.resume()
+}
+
+// death is panicked at a mutation point where the process is to die.
+type death struct{}
+
+// step lets one thing happen; false when nothing is under way.
+func (w *world) step() (more bool) {
+	defer func() {
+		if e := recover(); e != nil {
+			if _, ok := e.(death); !ok {
+				panic(e)
+			}
+			more = true
+			w.kill()
+		}
+	}()
+	if w.c.KillStep != 0 && w.deaths < w.c.Kills && w.proc != nil && w.sched.Steps()-w.bornAt >= uint64(w.c.KillStep) {
+		w.kill()
+	}
+	return w.sched.Step()
+}
+
+// settle steps until nothing is under way, and sees to it that what is stuck
+// goes on: everything must end by itself.
+func (w *world) settle() {
+	for {
+		for w.step() {
+		}
+		if w.unstick() {
+			continue
+		}
+		if w.idle() {
+			return
+		}
+		w.fail("I8: %s", w.whatHangs())
+	}
+}
+
+// idle says whether nobody waits for anything.
+func (w *world) idle() bool {
+	return w.outstanding == 0 && w.proc != nil && w.proc.idle() && w.done
+}
+
+func (w *world) whatHangs() string {
+	if w.proc != nil && !w.proc.idle() {
+		return fmt.Sprintf("nothing is under way, yet %s has not ended; %d requests wait", w.proc.current, w.outstanding)
+	}
+	for _, d := range w.allDevices() {
+		for _, h := range d.queues {
+			for _, t := range h.tags {
+				if t.r != nil {
+					return fmt.Sprintf("nothing is under way, yet %v of %s at sector %d+%d was not completed", t.r.op, d.name, t.r.from(), t.r.len/sectorSize)
+				}
+			}
+		}
+	}
+	return fmt.Sprintf("nothing is under way, yet %d requests wait", w.outstanding)
+}
+
+func (w *world) allDevices() []*device {
+	ds := append([]*device(nil), w.devices...)
+	for _, s := range w.snaps {
+		if s != nil {
+			for _, im := range s.images {
+				ds = append(ds, im.device)
+			}
+		}
+	}
+	return ds
+}
+
+// files are the disks that can be stuck or slow.
+func (w *world) files() []*blockdev.Memory {
+	return append(append([]*blockdev.Memory(nil), w.origs...), w.storages...)
+}
+
+// add counts another run.
+func (s *Stats) add(t Stats) {
+	s.Requests += t.Requests
+	s.Steps += t.Steps
+	s.Takes += t.Takes
+	s.Breaks += t.Breaks
+	s.Deaths += t.Deaths
+	s.Faults += t.Faults
+}
+
+// unstick lets all files go on; false if none was stuck.
+func (w *world) unstick() bool {
+	any := false
+	for _, m := range w.files() {
+		if w.sched.Stuck(m) {
+			any = true
+			w.sched.Unstick(m)
+		}
+	}
+	return any
+}
+
+// Run runs a case; nil when no invariant was violated. trace gets a line for
+// everything that happens; it may be nil.
+func Run(c Case, trace io.Writer) (stats Stats, failure *Failure) {
+	w := newWorld(c, trace)
+	defer func() {
+		stats = w.stats
+		stats.Steps = w.sched.Steps()
+		stats.Deaths = w.deaths
+		if e := recover(); e != nil {
+			failure = &Failure{Step: w.steps, Stats: stats}
+			if v, ok := e.(violation); ok {
+				failure.Message = string(v)
+			} else {
+				failure.Message = fmt.Sprintf("panic: %v\n%s", e, debug.Stack())
+			}
+			w.tracef("FAILED: %s", failure.Message)
+		}
+	}()
+	w.onPoints()
+	defer w.offPoints()
+	w.boot()
+	w.client.After(0, w.next)
+	w.settle()
+	w.finish()
+	return
+}
