@@ -2,12 +2,21 @@ package blockdev
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
 // mapped is memory off the Go heap for the length of the test.
@@ -39,47 +48,6 @@ func diskFile(t testing.TB, dir string, size int64, o OpenOptions) *OSFile {
 	return f
 }
 
-func startLoop(t testing.TB, cfg LoopConfig) *Loop {
-	t.Helper()
-	l, err := NewLoop(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(l.Stop)
-	return l
-}
-
-// onLoop runs op on the loop from outside and waits for its end.
-func onLoop(l *Loop, op *Op) unix.Errno {
-	done := make(chan struct{})
-	op.Done = func(*Op) { close(done) }
-	l.Post(&Task{Run: func() { l.Submit(op) }})
-	<-done
-	return op.Err
-}
-
-func TestLoopWritesAndReads(t *testing.T) {
-	f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{})
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
-	mem := mapped(t, 128<<10)
-	rng := rand.New(rand.NewPCG(1, 2))
-	for i := range 64 << 10 {
-		mem[i] = byte(rng.Uint32())
-	}
-	if e := onLoop(l, &Op{Kind: Write, FUA: true, File: f, Off: 4096, Len: 64 << 10, Buf: MemBuf(mem)}); e != 0 {
-		t.Fatal(e)
-	}
-	if e := onLoop(l, &Op{Kind: Flush, File: f}); e != 0 {
-		t.Fatal(e)
-	}
-	if e := onLoop(l, &Op{Kind: Read, File: f, Off: 4096, Len: 64 << 10, Buf: MemBuf(mem).At(64 << 10)}); e != 0 {
-		t.Fatal(e)
-	}
-	if !bytes.Equal(mem[:64<<10], mem[64<<10:]) {
-		t.Fatal("read differs from what was written")
-	}
-}
-
 // shmFile is a file of n bytes, all allocated, on a tmpfs; nil without one.
 func shmFile(t testing.TB, n int) *OSFile {
 	t.Helper()
@@ -98,4 +66,1012 @@ func shmFile(t testing.TB, n int) *OSFile {
 	}
 	t.Cleanup(func() { f.Close() })
 	return f
+}
+
+func startLoop(t testing.TB, cfg LoopConfig) *Loop {
+	t.Helper()
+	l, err := NewLoop(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Stop)
+	return l
+}
+
+// within fails the test, with all stacks, if done takes more than 30 s.
+func within(t testing.TB, what string, done <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second):
+		buf := make([]byte, 1<<20)
+		t.Fatalf("%s: not after 30 s\n%s", what, buf[:runtime.Stack(buf, true)])
+	}
+}
+
+// onThread runs fn on the loop's thread and waits for its end.
+func onThread(t testing.TB, l *Loop, fn func()) {
+	t.Helper()
+	done := make(chan struct{})
+	l.Post(&Task{Run: func() { fn(); close(done) }})
+	within(t, "task", done)
+}
+
+// onLoop runs op on the loop from outside and waits for its end.
+func onLoop(t testing.TB, l *Loop, op *Op) unix.Errno {
+	t.Helper()
+	done := make(chan struct{})
+	op.Done = func(*Op) { close(done) }
+	l.Post(&Task{Run: func() { l.Submit(op) }})
+	within(t, op.Kind.String(), done)
+	return op.Err
+}
+
+func mustDo(t testing.TB, l *Loop, op *Op) {
+	t.Helper()
+	if e := onLoop(t, l, op); e != 0 {
+		t.Fatalf("%s of %d bytes at %d: %v", op.Kind, op.Len, op.Off, e)
+	}
+}
+
+func fill(b []byte, seed uint64) {
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for i := range b {
+		b[i] = byte(rng.Uint32())
+	}
+}
+
+func TestLoopWritesAndReads(t *testing.T) {
+	const n = 64 << 10
+	for _, direct := range []bool{false, true} {
+		for _, registered := range []bool{false, true} {
+			t.Run(fmt.Sprintf("direct=%v registered=%v", direct, registered), func(t *testing.T) {
+				f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{Direct: direct})
+				mem := mapped(t, 2*n)
+				cfg := LoopConfig{Name: "test", Depth: 4}
+				out, in := MemBuf(mem), MemBuf(mem[n:])
+				if registered {
+					cfg.Files = []*OSFile{diskFile(t, t.TempDir(), 1, OpenOptions{}), f}
+					cfg.Buffers = [][]byte{mem[n:], mem[:n]}
+					out.Index, in.Index = 1, 0
+				}
+				l := startLoop(t, cfg)
+				fill(mem[:n], 1)
+				mustDo(t, l, &Op{Kind: Write, FUA: true, File: f, Off: 4096, Len: n, Buf: out})
+				mustDo(t, l, &Op{Kind: Flush, File: f})
+				mustDo(t, l, &Op{Kind: Read, File: f, Off: 4096, Len: n - 4096, Buf: in.At(4096)})
+				if !bytes.Equal(mem[:n-4096], mem[n+4096:]) {
+					t.Fatal("read differs from what was written")
+				}
+				if !bytes.Equal(mem[n:n+4096], make([]byte, 4096)) {
+					t.Fatal("the read wrote before its buffer")
+				}
+				onDisk, err := os.ReadFile(f.Name())
+				if err != nil || len(onDisk) != 1<<20 || !bytes.Equal(onDisk[4096:4096+n], mem[:n]) {
+					t.Fatalf("file of %d bytes (%v) differs from what was written", len(onDisk), err)
+				}
+			})
+		}
+	}
+}
+
+// TestLoopZeroesAndHoles: ranges of all kinds on file systems of all kinds;
+// some cannot zero a range and are given zeroes to write.
+func TestLoopZeroesAndHoles(t *testing.T) {
+	const size = 4 << 20
+	files := map[string]*OSFile{
+		"temp":   diskFile(t, t.TempDir(), 0, OpenOptions{}),
+		"direct": diskFile(t, t.TempDir(), 0, OpenOptions{Direct: true}),
+	}
+	if f := shmFile(t, 0); f != nil {
+		files["tmpfs"] = f
+	}
+	for name, f := range files {
+		t.Run(name, func(t *testing.T) {
+			l := startLoop(t, LoopConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
+			mem := mapped(t, size)
+			fill(mem, 3)
+			want := append([]byte(nil), mem...)
+			mustDo(t, l, &Op{Kind: Write, File: f, Len: size, Buf: MemBuf(mem)})
+			blocks := func() int64 {
+				var st unix.Stat_t
+				if err := unix.Fstat(f.Fd(), &st); err != nil {
+					t.Fatal(err)
+				}
+				return st.Blocks
+			}
+			check := func(what string) {
+				t.Helper()
+				mustDo(t, l, &Op{Kind: Flush, File: f})
+				got, err := os.ReadFile(f.Name())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !bytes.Equal(got, want) {
+					t.Fatalf("%s: the file (%d bytes) is not as it should be (%d bytes)", what, len(got), len(want))
+				}
+			}
+			check("write")
+			full := blocks()
+
+			mustDo(t, l, &Op{Kind: WriteZeroes, NoUnmap: true, File: f, Off: 64 << 10, Len: 2 << 20})
+			clear(want[64<<10 : 64<<10+2<<20])
+			check("zeroes that stay allocated")
+			if b := blocks(); b < full {
+				t.Errorf("zeroes without unmap left %d of %d blocks", b, full)
+			}
+
+			mustDo(t, l, &Op{Kind: WriteZeroes, File: f, Off: 3 << 20, Len: 512 << 10})
+			clear(want[3<<20 : 3<<20+512<<10])
+			check("zeroes")
+			if b := blocks(); b > full-1000 {
+				t.Errorf("zeroes with unmap left %d of %d blocks", b, full)
+			}
+
+			mustDo(t, l, &Op{Kind: Discard, File: f, Off: 128 << 10, Len: 1 << 20})
+			clear(want[128<<10 : 128<<10+1<<20])
+			check("discard")
+			if b := blocks(); b > full-3000 {
+				t.Errorf("discard left %d of %d blocks", b, full)
+			}
+
+			mustDo(t, l, &Op{Kind: WriteZeroes, File: f, Off: size - 4096, Len: 1 << 20})
+			clear(want[size-4096:])
+			want = append(want, make([]byte, 1<<20-4096)...)
+			check("zeroes over the end")
+
+			mustDo(t, l, &Op{Kind: Allocate, File: f, Off: size, Len: 2 << 20})
+			want = append(want, make([]byte, size+2<<20-len(want))...)
+			check("allocate")
+			if b := blocks(); b < full-4000+4096 {
+				t.Errorf("%d blocks after allocate, had %d", b, full)
+			}
+		})
+	}
+}
+
+// TestLoopLongRanges: lengths beyond 32 bits.
+func TestLoopLongRanges(t *testing.T) {
+	const size = 9 << 30
+	f := diskFile(t, t.TempDir(), size, OpenOptions{})
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
+	mem := mapped(t, 8192)
+	for _, kind := range []Kind{Discard, WriteZeroes} {
+		fill(mem[:4096], 1)
+		mustDo(t, l, &Op{Kind: Write, File: f, Off: size - 8192, Len: 4096, Buf: MemBuf(mem)})
+		mustDo(t, l, &Op{Kind: Write, File: f, Off: size - 4096, Len: 4096, Buf: MemBuf(mem)})
+		mustDo(t, l, &Op{Kind: kind, File: f, Off: 4096, Len: size - 8192})
+		mustDo(t, l, &Op{Kind: Read, File: f, Off: size - 8192, Len: 4096, Buf: MemBuf(mem[4096:])})
+		if !bytes.Equal(mem[4096:], make([]byte, 4096)) {
+			t.Errorf("%s left the last block of its range", kind)
+		}
+		mustDo(t, l, &Op{Kind: Read, File: f, Off: size - 4096, Len: 4096, Buf: MemBuf(mem[4096:])})
+		if !bytes.Equal(mem[4096:], mem[:4096]) {
+			t.Errorf("%s went beyond its range", kind)
+		}
+	}
+}
+
+func TestLoopErrors(t *testing.T) {
+	f := diskFile(t, t.TempDir(), 8192, OpenOptions{})
+	readOnly, err := OpenDisk(f.Name(), OpenOptions{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer readOnly.Close()
+	buf := MemBuf(mapped(t, 16384))
+	for _, c := range []struct {
+		what string
+		op   Op
+		want unix.Errno
+	}{
+		{"read at the end", Op{Kind: Read, File: f, Off: 8192, Len: 4096, Buf: buf}, unix.EIO},
+		{"read over the end", Op{Kind: Read, File: f, Off: 4096, Len: 8192, Buf: buf}, unix.EIO},
+		{"negative offset", Op{Kind: Read, File: f, Off: -1, Len: 1, Buf: buf}, unix.EINVAL},
+		{"negative length", Op{Kind: Discard, File: f, Len: -1}, unix.EINVAL},
+		{"nothing", Op{Kind: Read, File: f, Len: 0, Buf: buf}, unix.EINVAL},
+		{"write, read-only", Op{Kind: Write, File: readOnly, Len: 4096, Buf: buf}, unix.EBADF},
+		{"discard, read-only", Op{Kind: Discard, File: readOnly, Len: 4096}, unix.EBADF},
+		{"zeroes, read-only", Op{Kind: WriteZeroes, File: readOnly, Len: 4096}, unix.EBADF},
+		{"allocate, read-only", Op{Kind: Allocate, File: readOnly, Len: 4096}, unix.EBADF},
+		{"bad memory", Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Off: 8, Index: NoIndex}}, unix.EFAULT},
+		{"no such buffer", Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Index: 9}}, unix.EFAULT},
+		{"flush", Op{Kind: Flush, File: f, Off: -1, Len: -1}, 0},
+	} {
+		for _, registered := range []bool{false, true} {
+			cfg := LoopConfig{Name: "test", Depth: 1}
+			if registered {
+				cfg.Files = []*OSFile{f, readOnly}
+			}
+			l := startLoop(t, cfg)
+			op := c.op
+			if e := onLoop(t, l, &op); e != c.want {
+				t.Errorf("%s, registered %v: %v (%d), want %v", c.what, registered, e, e, c.want)
+			}
+			l.Stop()
+		}
+	}
+}
+
+// TestLoopAgainstModel runs random operations on several loops at a time, each
+// with its own part of one file, and compares with plain memory.
+func TestLoopAgainstModel(t *testing.T) {
+	const loops, part, depth, total = 3, 1 << 20, 8, 800
+	f := diskFile(t, t.TempDir(), loops*part, OpenOptions{})
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	model := make([]byte, loops*part)
+	var all sync.WaitGroup
+	for n := range loops {
+		mem := mapped(t, depth*64<<10)
+		cfg := LoopConfig{Name: "model", Depth: depth - n, Buffers: [][]byte{mem}}
+		if n != 1 {
+			cfg.Files = []*OSFile{f}
+		}
+		l := startLoop(t, cfg)
+		l.maxTransfer = 24 << 10 // so that longer ones go in several
+		rng := rand.New(rand.NewPCG(seed, uint64(n)))
+		base := int64(n) * part
+		busy := make([]bool, part/4096) // blocks with an operation in flight
+		begun := 0
+		flying := 0
+		all.Add(1)
+		var next func(op *Op)
+		next = func(op *Op) {
+			if begun == total {
+				if flying == 0 {
+					all.Done()
+				}
+				return
+			}
+			begun++
+			var at, blocks int
+			for {
+				blocks = 1 + rng.IntN(16)
+				at = rng.IntN(len(busy) - blocks + 1)
+				clash := false
+				for i := range blocks {
+					clash = clash || busy[at+i]
+				}
+				if !clash {
+					break
+				}
+			}
+			for i := range blocks {
+				busy[at+i] = true
+			}
+			*op = Op{
+				Kind: []Kind{Read, Write, Write, Discard, WriteZeroes, Flush}[rng.IntN(6)], File: f,
+				FUA: rng.IntN(4) == 0, NoUnmap: rng.IntN(2) == 0,
+				Off: base + int64(at)*4096, Len: int64(blocks) * 4096, Buf: op.Buf, Done: op.Done,
+			}
+			if rng.IntN(2) == 0 {
+				op.Buf.Index = 0
+			} else {
+				op.Buf.Index = NoIndex
+			}
+			part := model[op.Off : op.Off+op.Len]
+			switch op.Kind {
+			case Write:
+				fill(op.Buf.Bytes(op.Len), rng.Uint64())
+				copy(part, op.Buf.Bytes(op.Len))
+			case Discard, WriteZeroes:
+				clear(part)
+			}
+			flying++
+			l.Submit(op)
+		}
+		done := func(op *Op) {
+			flying--
+			if op.Err != 0 {
+				t.Errorf("%s of %d bytes at %d: %v", op.Kind, op.Len, op.Off, op.Err)
+			}
+			if op.Kind == Read && !bytes.Equal(op.Buf.Bytes(op.Len), model[op.Off:op.Off+op.Len]) {
+				t.Errorf("read of %d bytes at %d differs from the model", op.Len, op.Off)
+			}
+			for i := range op.Len / 4096 {
+				busy[(op.Off-base)/4096+i] = false
+			}
+			next(op)
+		}
+		l.Post(&Task{Run: func() {
+			for i := range depth {
+				next(&Op{Buf: MemBuf(mem).At(int64(i) * 64 << 10), Done: done})
+			}
+		}})
+	}
+	done := make(chan struct{})
+	go func() { all.Wait(); close(done) }()
+	within(t, "operations", done)
+	got, err := os.ReadFile(f.Name())
+	if err != nil || !bytes.Equal(got, model) {
+		t.Fatalf("the file (%v) differs from the model", err)
+	}
+}
+
+// TestLoopPartialTransfers reads from a pipe that is filled bit by bit.
+func TestLoopPartialTransfers(t *testing.T) {
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	f := NewOSFile(pipe[0], "pipe")
+	defer f.Close()
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 1, Files: []*OSFile{f}})
+	mem := mapped(t, 8192)
+	want := make([]byte, 5000)
+	fill(want, 1)
+	done := make(chan unix.Errno, 2)
+	for range 2 {
+		op := &Op{Kind: Read, File: f, Len: 5000, Buf: MemBuf(mem).At(100), Done: func(op *Op) { done <- op.Err }}
+		l.Post(&Task{Run: func() { l.Submit(op) }})
+	}
+	for i := 0; i < len(want); i += 1000 {
+		if _, err := unix.Write(pipe[1], want[i:i+1000]); err != nil {
+			t.Fatal(err)
+		}
+		onThread(t, l, func() {})
+	}
+	if e := <-done; e != 0 || !bytes.Equal(mem[100:5100], want) {
+		t.Fatalf("read in parts: %v, content equal: %v", e, bytes.Equal(mem[100:5100], want))
+	}
+	if mem[99] != 0 || mem[5100] != 0 {
+		t.Fatal("the read wrote outside its buffer")
+	}
+	unix.Close(pipe[1])
+	if e := <-done; e != unix.EIO {
+		t.Fatalf("read at the end of the pipe: %v, want EIO", e)
+	}
+}
+
+// manualLoop is a loop whose turns the test makes, on its own thread.
+func manualLoop(t *testing.T, cfg LoopConfig) *Loop {
+	t.Helper()
+	runtime.LockOSThread()
+	t.Cleanup(runtime.UnlockOSThread)
+	l := &Loop{cfg: cfg, slots: make([]slot, cfg.Depth), ended: make(chan struct{}), wakeFd: -1, maxTransfer: maxTransfer}
+	for i := range l.slots {
+		l.free = append(l.free, uint32(i))
+	}
+	if err := l.open(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.close)
+	return l
+}
+
+// TestLoopRetries answers for the kernel with errors that are no results.
+func TestLoopRetries(t *testing.T) {
+	f := diskFile(t, t.TempDir(), 8192, OpenOptions{})
+	l := manualLoop(t, LoopConfig{Depth: 1})
+	calls := 0
+	op := &Op{Kind: Read, File: f, Len: 8192, Buf: MemBuf(mapped(t, 8192)), Done: func(*Op) { calls++ }}
+	answer := func() uring.CQE {
+		t.Helper()
+		if err := l.ring.SubmitAndWaitTimeout(1, 10*time.Second, false); err != nil {
+			t.Fatal(err)
+		}
+		var c [2]uring.CQE
+		if n := l.ring.Reap(c[:]); n != 1 {
+			t.Fatalf("%d completions, want 1", n)
+		}
+		return c[0]
+	}
+	for _, c := range []struct {
+		answers []int32 // in place of the kernel's; 0 passes that one on
+		want    unix.Errno
+	}{
+		{[]int32{0}, 0},
+		{[]int32{-int32(unix.EINTR), -int32(unix.EINTR), 0}, 0},
+		{[]int32{-int32(unix.EAGAIN), -int32(unix.EINTR), 0}, 0},
+		{[]int32{-int32(unix.EIO)}, unix.EIO},
+		{[]int32{4096, -int32(unix.EAGAIN), 4096}, 0},
+		{[]int32{4096, -int32(unix.EIO)}, unix.EIO},
+	} {
+		calls = 0
+		l.Submit(op)
+		for i, res := range c.answers {
+			if calls != 0 {
+				t.Fatalf("%v: done after %d answers", c.answers, i)
+			}
+			got := answer()
+			if res == 0 {
+				res = got.Res
+			}
+			l.completed(uint32(got.UserData), res)
+		}
+		if calls != 1 || op.Err != c.want {
+			t.Fatalf("%v: done %d times with %v, want once with %v", c.answers, calls, op.Err, c.want)
+		}
+		if l.inFlight != 0 || len(l.free) != 1 {
+			t.Fatalf("%v: %d in flight and %d slots free afterwards", c.answers, l.inFlight, len(l.free))
+		}
+	}
+	// A device that never has the means is believed in the end.
+	calls = 0
+	l.Submit(op)
+	for n := 0; calls == 0; n++ {
+		if n > maxTries {
+			t.Fatalf("still trying after %d times EAGAIN", n)
+		}
+		l.completed(uint32(answer().UserData), -int32(unix.EAGAIN))
+	}
+	if op.Err != unix.EAGAIN {
+		t.Fatalf("always EAGAIN: %v, want EAGAIN", op.Err)
+	}
+	// Each way in turn, until there is none left.
+	for _, c := range []struct {
+		op    Op
+		block bool
+		ways  int
+	}{
+		{Op{Kind: Discard}, false, 1}, {Op{Kind: Discard}, true, 2},
+		{Op{Kind: WriteZeroes}, false, 3}, {Op{Kind: WriteZeroes}, true, 3},
+		{Op{Kind: WriteZeroes, NoUnmap: true}, false, 2}, {Op{Kind: Allocate}, false, 1},
+		{Op{Kind: Flush}, false, 1},
+	} {
+		calls = 0
+		o := c.op
+		o.File, o.Len, o.Done = &OSFile{fd: f.fd, block: c.block}, 4096, op.Done
+		l.Submit(&o)
+		n := 0
+		for ; calls == 0; n++ {
+			l.completed(uint32(answer().UserData), -int32(unix.EOPNOTSUPP))
+		}
+		if n != c.ways || o.Err != unix.EOPNOTSUPP {
+			t.Errorf("%s, block %v: %d ways tried, then %v; want %d, then EOPNOTSUPP", c.op.Kind, c.block, n, o.Err, c.ways)
+		}
+	}
+}
+
+// TestLoopWaitingInOrder: with one slot, operations run one at a time, oldest
+// first, those submitted from inside Done included.
+func TestLoopWaitingInOrder(t *testing.T) {
+	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 1})
+	const n = 100
+	mem := mapped(t, 4096)
+	var order []int
+	finished := make(chan struct{})
+	inSubmit := false
+	onThread(t, l, func() {
+		ops := make([]Op, n)
+		for i := range ops {
+			ops[i] = Op{Kind: Read, File: f, Len: 512, Buf: MemBuf(mem), Done: func(*Op) {
+				if inSubmit {
+					t.Error("Done ran inside Submit")
+				}
+				if l.inFlight != 0 && i != 7 {
+					t.Errorf("%d operations in flight with one slot", l.inFlight+1)
+				}
+				order = append(order, i)
+				if i < n/2 {
+					inSubmit = true
+					l.Submit(&ops[n/2+i])
+					inSubmit = false
+				}
+				if len(order) == n {
+					close(finished)
+				}
+			}}
+		}
+		ops[7].Len = -1 // fails without I/O: not from inside Submit either
+		inSubmit = true
+		for i := range n / 2 {
+			l.Submit(&ops[i])
+		}
+		inSubmit = false
+	})
+	within(t, "operations", finished)
+	// The one that failed overtook the others, and what it started with it.
+	want := []int{7}
+	for i := range n {
+		if i != 7 && i != n/2+7 {
+			want = append(want, i)
+		}
+		if i == n/2-1 {
+			want = append(want, n/2+7)
+		}
+	}
+	if fmt.Sprint(order) != fmt.Sprint(want) {
+		t.Fatalf("order %v, want %v", order, want)
+	}
+}
+
+func TestLoopCommands(t *testing.T) {
+	const n = 500
+	for _, commands := range []int{0, n} {
+		results := make(map[uint32]int)
+		done := make(chan struct{})
+		var l *Loop
+		l = startLoop(t, LoopConfig{Name: "test", Depth: 2, Commands: commands, OnCommand: func(tag uint32, res int32) {
+			results[tag]++
+			if res != 0 {
+				t.Errorf("command %d: result %d", tag, res)
+			}
+			if len(results) == n {
+				close(done)
+			}
+		}})
+		// More than the queue holds: Command submits to make room.
+		l.Post(&Task{Run: func() {
+			for tag := range uint32(n) {
+				l.Command(tag ^ 0xffff0000).PrepNop()
+			}
+		}})
+		within(t, "commands", done)
+		onThread(t, l, func() {})
+		for tag, times := range results {
+			if times != 1 || tag^0xffff0000 >= n {
+				t.Errorf("command %#x completed %d times", tag, times)
+			}
+		}
+	}
+}
+
+// TestLoopOperationsPastFullQueueOfCommands: commands that wait for ever must
+// not keep operations from the kernel.
+func TestLoopOperationsPastFullQueueOfCommands(t *testing.T) {
+	efd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(efd)
+	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 1, OnCommand: func(uint32, int32) {}})
+	defer unix.Write(efd, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	onThread(t, l, func() {
+		for tag := range uint32(64) {
+			l.Command(tag).PrepPollAdd(efd, unix.POLLIN)
+		}
+	})
+	done := make(chan struct{})
+	op := &Op{Kind: Read, File: f, Len: 4096, Buf: MemBuf(mapped(t, 4096)), Done: func(*Op) { close(done) }}
+	l.Post(&Task{Run: func() {
+		for tag := range uint32(3) {
+			l.Command(tag).PrepPollAdd(efd, unix.POLLIN)
+		}
+		l.Submit(op)
+	}})
+	within(t, "read", done)
+}
+
+func TestLoopPostsFromManyGoroutines(t *testing.T) {
+	const posters, each = 6, 3000
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 1})
+	last := make([]int, posters) // the loop's thread alone
+	var ran atomic.Int64
+	var all sync.WaitGroup
+	for p := range posters {
+		all.Add(1)
+		go func() {
+			defer all.Done()
+			rng := rand.New(rand.NewPCG(1, uint64(p)))
+			for i := 1; i <= each; i++ {
+				l.Post(&Task{Run: func() {
+					if last[p] != i-1 {
+						t.Errorf("poster %d: task %d ran after task %d", p, i, last[p])
+					}
+					last[p] = i
+					ran.Add(1)
+				}})
+				// Now and then the loop gets time to fall asleep.
+				if rng.IntN(64) == 0 {
+					time.Sleep(time.Duration(rng.IntN(300)) * time.Microsecond)
+				}
+			}
+		}()
+	}
+	all.Wait()
+	for end := time.Now().Add(20 * time.Second); ran.Load() != posters*each; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d of %d tasks ran", ran.Load(), posters*each)
+		}
+	}
+}
+
+// TestLoopNoLostWakeUp sends one task back and forth between two loops and the
+// test: a wake-up lost is a hang.
+func TestLoopNoLostWakeUp(t *testing.T) {
+	a := startLoop(t, LoopConfig{Name: "a", Depth: 1})
+	b := startLoop(t, LoopConfig{Name: "b", Depth: 1})
+	const rounds = 5000
+	n := 0
+	done := make(chan struct{})
+	var ping, pong Task
+	ping.Run = func() { b.Post(&pong) }
+	pong.Run = func() {
+		if n++; n == rounds {
+			close(done)
+			return
+		}
+		a.Post(&ping)
+	}
+	a.Post(&ping)
+	within(t, "ping-pong", done)
+	ran := make(chan struct{})
+	task := &Task{Run: func() { ran <- struct{}{} }}
+	for range rounds {
+		a.Post(task) // posted again once it has begun to run
+		within(t, "task", ran)
+	}
+}
+
+func TestLoopStopWhileBusy(t *testing.T) {
+	f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{})
+	for round := range 20 {
+		l := startLoop(t, LoopConfig{Name: "busy", Depth: 8, Files: []*OSFile{f}})
+		mem := mapped(t, 16*4096)
+		var begun, ended atomic.Int64
+		var quit atomic.Bool
+		done := func(op *Op) {
+			ended.Add(1)
+			if !quit.Load() {
+				begun.Add(1)
+				l.Submit(op)
+			}
+		}
+		l.Post(&Task{Run: func() {
+			for i := range 16 {
+				begun.Add(1)
+				l.Submit(&Op{Kind: Kind(i % 2), File: f, Off: int64(i) * 4096, Len: 4096, Buf: MemBuf(mem[i*4096:]), Done: done})
+			}
+		}})
+		for begun.Load() < 100 {
+			runtime.Gosched()
+		}
+		stopped := make(chan struct{})
+		for range 2 {
+			go func() {
+				l.Stop()
+				stopped <- struct{}{}
+			}()
+		}
+		if round%2 == 0 {
+			select {
+			case <-stopped:
+				t.Fatal("Stop did not wait for the operations")
+			case <-time.After(time.Millisecond):
+			}
+		}
+		quit.Store(true)
+		within(t, "stop", stopped)
+		within(t, "second stop", stopped)
+		if begun.Load() != ended.Load() {
+			t.Fatalf("%d operations begun, %d ended when the loop stopped", begun.Load(), ended.Load())
+		}
+		l.Stop()
+		l.Post(&Task{Run: func() { t.Error("a task ran after the end") }})
+	}
+}
+
+func TestLoopStopWaitsForCommands(t *testing.T) {
+	efd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(efd)
+	var answers atomic.Int32
+	cfg := LoopConfig{Name: "test", Depth: 1, OnCommand: func(uint32, int32) { answers.Add(1) }}
+	start := func() (*Loop, chan struct{}) {
+		l := startLoop(t, cfg)
+		onThread(t, l, func() { l.Command(0).PrepPollAdd(efd, unix.POLLIN) })
+		stopped := make(chan struct{})
+		go func() {
+			l.Stop()
+			close(stopped)
+		}()
+		select {
+		case <-stopped:
+			t.Error("Stop did not wait for the command")
+		case <-time.After(20 * time.Millisecond):
+		}
+		return l, stopped
+	}
+
+	l, stopped := start()
+	l.Abandon()
+	within(t, "stop of an abandoned loop", stopped)
+	if answers.Load() != 0 {
+		t.Errorf("%d abandoned commands were answered", answers.Load())
+	}
+
+	_, stopped = start()
+	if _, err := unix.Write(efd, []byte{1, 0, 0, 0, 0, 0, 0, 0}); err != nil {
+		t.Fatal(err)
+	}
+	within(t, "stop", stopped)
+	if answers.Load() != 1 {
+		t.Errorf("%d commands were answered, want 1", answers.Load())
+	}
+}
+
+// TestLoopStopWhilePosted: what was posted before Stop runs, whoever posts
+// meanwhile.
+func TestLoopStopWhilePosted(t *testing.T) {
+	for range 20 {
+		l := startLoop(t, LoopConfig{Name: "test", Depth: 1})
+		var before atomic.Int32
+		for range 10 {
+			l.Post(&Task{Run: func() { before.Add(1) }})
+		}
+		quit := make(chan struct{})
+		var posters sync.WaitGroup
+		for range 2 {
+			posters.Add(1)
+			go func() {
+				defer posters.Done()
+				for {
+					select {
+					case <-quit:
+						return
+					default:
+						l.Post(&Task{Run: func() {}})
+					}
+				}
+			}()
+		}
+		runtime.Gosched()
+		stopped := make(chan struct{})
+		go func() {
+			l.Stop()
+			close(stopped)
+		}()
+		// Posters that never pause may keep a loop going.
+		time.AfterFunc(time.Millisecond, func() { close(quit) })
+		within(t, "stop", stopped)
+		posters.Wait()
+		if before.Load() != 10 {
+			t.Fatalf("%d of 10 tasks posted before Stop ran", before.Load())
+		}
+	}
+}
+
+// threads are the names of the process's threads.
+func threads(t *testing.T) map[string]int {
+	t.Helper()
+	names := make(map[string]int)
+	paths, err := filepath.Glob("/proc/self/task/*/comm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range paths {
+		if b, err := os.ReadFile(p); err == nil {
+			names[strings.TrimSpace(string(b))]++
+		}
+	}
+	return names
+}
+
+func openFiles(t *testing.T) map[string]string {
+	t.Helper()
+	list, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fds := make(map[string]string)
+	for _, e := range list {
+		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil {
+			fds[e.Name()] = to
+		}
+	}
+	return fds
+}
+
+// settledGoroutines is the number of goroutines once those of earlier tests
+// are gone.
+func settledGoroutines() int {
+	n, same := runtime.NumGoroutine(), 0
+	for same < 20 {
+		time.Sleep(time.Millisecond)
+		if now := runtime.NumGoroutine(); now == n {
+			same++
+		} else {
+			n, same = now, 0
+		}
+	}
+	return n
+}
+
+func TestLoopThreadAndDescriptors(t *testing.T) {
+	goroutines := settledGoroutines()
+	before := openFiles(t)
+	var cpus unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
+		t.Fatal(err)
+	}
+	first := 0
+	for !cpus.IsSet(first) {
+		first++
+	}
+	var one unix.CPUSet
+	one.Set(first)
+	l := startLoop(t, LoopConfig{Name: "a-very-long-name-indeed", Depth: 4, CPUs: &one})
+	var got unix.CPUSet
+	onThread(t, l, func() {
+		if err := unix.SchedGetaffinity(0, &got); err != nil {
+			t.Error(err)
+		}
+		if unix.Gettid() == unix.Getpid() {
+			t.Error("the loop runs on the main thread")
+		}
+	})
+	if got != one {
+		t.Errorf("the thread runs on %d processors, want 1", got.Count())
+	}
+	if names := threads(t); names["a-very-long-nam"] != 1 {
+		t.Errorf("threads %v, want one with the loop's name", names)
+	}
+	if n := runtime.NumGoroutine(); n != goroutines+1 {
+		t.Errorf("%d goroutines with the loop, %d without", n, goroutines)
+	}
+	added := 0
+	for fd, to := range openFiles(t) {
+		if before[fd] == to {
+			continue
+		}
+		info, err := os.ReadFile("/proc/self/fdinfo/" + fd)
+		if err != nil || !strings.Contains(to, "anon_inode") {
+			continue // the listing of the directory itself
+		}
+		added++
+		var flags int
+		for _, line := range strings.Split(string(info), "\n") {
+			fmt.Sscanf(line, "flags: %o", &flags)
+		}
+		if flags&unix.O_CLOEXEC == 0 {
+			t.Errorf("%s is not close-on-exec", to)
+		}
+	}
+	if added != 2 {
+		t.Errorf("%d descriptors added, want the ring and the eventfd", added)
+	}
+	l.Stop()
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		names, fds := threads(t), openFiles(t)
+		if names["a-very-long-nam"] == 0 && len(fds) == len(before) && runtime.NumGoroutine() == goroutines {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("left after Stop: threads %v, files %v, %d goroutines", names, fds, runtime.NumGoroutine())
+		}
+	}
+}
+
+func TestLoopBadConfig(t *testing.T) {
+	goroutines := settledGoroutines()
+	before := len(openFiles(t))
+	gone := NewOSFile(1<<20, "gone")
+	for what, cfg := range map[string]LoopConfig{
+		"no depth":     {},
+		"too deep":     {Depth: uring.MaxEntries + 1},
+		"two tables":   {Depth: 1, SparseBuffers: 1, Buffers: [][]byte{make([]byte, 1)}},
+		"closed file":  {Depth: 1, Files: []*OSFile{gone}},
+		"no processor": {Depth: 1, CPUs: &unix.CPUSet{}},
+		"empty buffer": {Depth: 1, Buffers: [][]byte{{}}},
+	} {
+		if l, err := NewLoop(cfg); err == nil {
+			l.Stop()
+			t.Errorf("%s: a loop was made", what)
+		} else if what == "closed file" && !errors.Is(err, unix.EBADF) {
+			t.Errorf("%s: %v, want EBADF", what, err)
+		}
+	}
+	for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() != goroutines || len(openFiles(t)) != before; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d goroutines and %d files left, were %d and %d", runtime.NumGoroutine(), len(openFiles(t)), goroutines, before)
+		}
+	}
+}
+
+func TestLoopSparseBuffers(t *testing.T) {
+	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 1, Files: []*OSFile{f}, SparseBuffers: 4})
+	// The place is there, and empty until a driver fills it.
+	if e := onLoop(t, l, &Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Index: 3}}); e != unix.EFAULT {
+		t.Fatalf("read into an empty place: %v, want EFAULT", e)
+	}
+}
+
+// TestLoopAllocatesNothing counts what the whole process allocates while a
+// loop works in its steady state.
+func TestLoopAllocatesNothing(t *testing.T) {
+	f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{})
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 8, Commands: 4, Files: []*OSFile{f}, OnCommand: func(uint32, int32) {}})
+	other := startLoop(t, LoopConfig{Name: "other", Depth: 1})
+	mem := mapped(t, 16*4096)
+	ops := make([]Op, 16) // twice the depth: half of them wait
+	left := 0
+	finished := make(chan struct{}, 1)
+	flying := 0
+	submit := func(op *Op) {
+		left--
+		flying++
+		op.Kind = []Kind{Read, Write, Read, Flush}[left%4]
+		op.FUA = left%64 == 1
+		if left%8 == 0 {
+			l.Command(uint32(left)).PrepNop()
+		}
+		l.Submit(op)
+	}
+	back := &Task{Run: func() {}}
+	there := &Task{Run: func() { l.Post(back) }}
+	for i := range ops {
+		ops[i] = Op{File: f, Off: int64(i) * 4096, Len: 4096, Buf: MemBuf(mem[i*4096:])}
+		ops[i].Done = func(op *Op) {
+			if flying--; left > 0 {
+				submit(op)
+			} else if flying == 0 {
+				finished <- struct{}{}
+			}
+		}
+	}
+	begin := &Task{Run: func() {
+		other.Post(there)
+		for i := range ops {
+			submit(&ops[i])
+		}
+	}}
+	run := func(n int) uint64 {
+		var a, b runtime.MemStats
+		runtime.ReadMemStats(&a)
+		left = n
+		l.Post(begin)
+		<-finished
+		runtime.ReadMemStats(&b)
+		return b.Mallocs - a.Mallocs
+	}
+	run(500)
+	const n = 5000
+	// The runtime itself allocates now and then: the best of three counts.
+	if allocs := min(run(n), run(n), run(n)); allocs > n/100 {
+		t.Fatalf("%d allocations in %d operations", allocs, n)
+	}
+	// One more goroutine per loop, however much it does.
+	if g := runtime.NumGoroutine(); g > 20 {
+		t.Fatalf("%d goroutines", g)
+	}
+}
+
+// TestLoopGivesItsProcessorBack: an idle loop does not wait raw for long, and
+// collections end while it does.
+func TestLoopGivesItsProcessorBack(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(3))
+	var loops []*Loop
+	for i := range 4 {
+		loops = append(loops, startLoop(t, LoopConfig{Name: fmt.Sprint("idle", i), Depth: 1}))
+	}
+	for range 30 {
+		for _, l := range loops {
+			onThread(t, l, func() {})
+		}
+		if n := rawLoops.Load(); n > 2 {
+			t.Fatalf("%d loops wait raw with 3 processors, want at most 2", n)
+		}
+		done := make(chan struct{})
+		go func() {
+			runtime.GC()
+			close(done)
+		}()
+		within(t, "collection", done)
+	}
+	for end := time.Now().Add(10 * time.Second); rawLoops.Load() != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d idle loops still wait raw", rawLoops.Load())
+		}
+	}
+	// Idle ones wake up again.
+	for _, l := range loops {
+		onThread(t, l, func() {})
+	}
+}
+
+func TestRawLimit(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(5))
+	if n := rawLimit("madvdontneed=1,asyncpreemptoff=0"); n != 4 {
+		t.Errorf("%d loops may wait raw with 5 processors, want 4", n)
+	}
+	if n := rawLimit("x=1,asyncpreemptoff=1"); n != 0 {
+		t.Errorf("%d loops may wait raw without preemption, want 0", n)
+	}
 }
