@@ -333,6 +333,16 @@ func TestLiesOn(t *testing.T) {
 			t.Errorf("LiesOn(%s, %v) = %v, %v; want %v", c.path, c.target, got, err, c.want)
 		}
 	}
+	m.mount(1, 50, "252:0", "/on-dm", "ext4", "/dev/dm-0", "rw")
+	m.mount(1, 58, "252:0", "/again", "ext4", "/dev/dm-0", "rw")
+	m.mount(1, 51, "254:32", "/on-vdc", "ext4", "/dev/vdc", "rw")
+	var points []string
+	for _, x := range m.MountsOver(vdb, below) {
+		points = append(points, x.Point)
+	}
+	if got := strings.Join(points, " "); got != "/btrfs /on-dm" {
+		t.Errorf("mounts over vdb: %s", got)
+	}
 	for _, path := range []string{"/pool/f", "/lost/f", "/no/such/file"} {
 		if _, err := m.LiesOn(path, vdb, below); !errors.Is(err, ErrUnknown) {
 			t.Errorf("LiesOn(%s): %v, want %v", path, err, ErrUnknown)
@@ -359,6 +369,15 @@ func TestOpenInRoot(t *testing.T) {
 	n, _ := f.Read(b)
 	if string(b[:n]) != "inside" {
 		t.Fatalf("read %q", b[:n])
+	}
+	for path, want := range map[string]string{"/link": "/file", "/new": "/new"} {
+		got, err := h.Resolve(path)
+		if err != nil || got != dir+want {
+			t.Errorf("Resolve(%s) = %s, %v; want %s", path, got, err, dir+want)
+		}
+	}
+	if _, err := h.Resolve("/no/dir"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("Resolve below a directory that is not there: %v", err)
 	}
 	if _, err := h.Open("/none", os.O_RDONLY, 0); !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)

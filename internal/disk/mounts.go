@@ -76,6 +76,12 @@ func parseMount(line string) (Mount, bool) {
 	return m, true
 }
 
+// MountPoint is the mount point in a line of mountinfo.
+func MountPoint(line string) (string, bool) {
+	m, ok := parseMount(line)
+	return m.Point, ok
+}
+
 // unescape undoes the kernel's octal escapes for blanks and backslashes.
 func unescape(s string) string {
 	if !strings.Contains(s, `\`) {
@@ -131,4 +137,10 @@ func sources(m Mount) []string {
 		}
 	}
 	return out
+}
+
+// ReadsMounts says whether the mounts of process 1 can be read.
+func (h *Host) ReadsMounts() bool {
+	ms := h.Mounts()
+	return len(ms) > 0 && ms[0].PID == 1
 }

@@ -16,11 +16,42 @@ import (
 // filters and images); it may be nil. Where the stack cannot be followed to its
 // end, the error is an *Error with ErrUnknown.
 func (h *Host) LiesOn(path string, target Num, below func(Num) []Num) (bool, error) {
-	w := &walk{Host: h, target: target, below: below, seen: map[Num]bool{}}
+	return h.walkTo(target, below).path(path)
+}
+
+func (h *Host) walkTo(target Num, below func(Num) []Num) *walk {
+	w := &walk{Host: h, target: target, targetWhole: target, below: below, seen: map[Num]bool{}}
 	if d, err := h.byNumber(target); err == nil {
 		w.targetWhole = h.wholeOf(d)
 	}
-	return w.path(path)
+	return w
+}
+
+// MountsOver are the mounts of filesystems that lie on the device target, one
+// mount for each filesystem; see LiesOn for below. Filesystems that cannot be
+// followed to a disk are left out.
+func (h *Host) MountsOver(target Num, below func(Num) []Num) []Mount {
+	var out []Mount
+	mounts := h.Mounts()
+	seen := map[Num]bool{}
+	for _, m := range mounts {
+		if seen[m.Num] || local[m.FSType] || m.FSType == "overlay" {
+			continue
+		}
+		w := h.walkTo(target, below)
+		w.mounts = mounts
+		on, err := false, error(nil)
+		if m.Num.Major != 0 {
+			on, err = w.device(m.Num)
+		} else {
+			on, err = w.onSources(&m)
+		}
+		if on && err == nil {
+			seen[m.Num] = true
+			out = append(out, m)
+		}
+	}
+	return out
 }
 
 type walk struct {
@@ -85,21 +116,22 @@ func (w *walk) filesystem(path string, st status) (bool, error) {
 		}
 		return false, &Error{ErrUnknown, path, "lies on an overlay without an upper directory", ""}
 	}
-	found := false
+	if len(sources(*m)) == 0 {
+		return false, &Error{ErrUnknown, path, "lies on " + m.FSType + " (" + m.Source + "), whose disks are not known", "choose another place"}
+	}
+	return w.onSources(m)
+}
+
+// onSources follows the disks of a filesystem with an anonymous number.
+func (w *walk) onSources(m *Mount) (bool, error) {
 	for _, src := range sources(*m) {
-		found = true
 		if on, err := w.path(src); on || err != nil {
 			return on, err
 		}
 	}
-	// A btrfs over several devices names one of them as its source.
 	if m.FSType == "btrfs" {
-		if on, err := w.btrfs(m); on || err != nil {
-			return on, err
-		}
-	}
-	if !found {
-		return false, &Error{ErrUnknown, path, "lies on " + m.FSType + " (" + m.Source + "), whose disks are not known", "choose another place"}
+		// Over several devices, it names one of them as its source.
+		return w.btrfs(m)
 	}
 	return false, nil
 }

@@ -1,0 +1,317 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func (p *program) blksnapSnapshotCreate() *cobra.Command {
+	var devices []string
+	var file string
+	var limit sizeFlag
+	c := &cobra.Command{
+		Use:   "snapshot_create -d DEV... [-f FILE|DIR|BLOCKDEV [-l LIMIT]]",
+		Short: "Create a snapshot and print its UUID (blksnap)",
+		RunE: func(c *cobra.Command, args []string) (err error) {
+			r := control.CreateRequest{Attach: true}
+			if r.Devices, err = devicePaths(append(devices, args...)); err != nil {
+				return err
+			}
+			if file != "" {
+				if r.Storage, err = storages([]string{file}, int64(limit)); err != nil {
+					return err
+				}
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error {
+				s, err := api.CreateSnapshot(ctx, r)
+				if err != nil {
+					return err
+				}
+				return p.print(s, func(w io.Writer) { fmt.Fprintln(w, s.ID) })
+			})
+		},
+	}
+	f := c.Flags()
+	f.StringArrayVarP(&devices, "device", "d", nil, "block devices")
+	f.StringVarP(&file, "file", "f", "", "file, directory or block device for differences")
+	f.VarP(&limit, "limit", "l", "the most that differences may take, with K, M or G")
+	return c
+}
+
+func (p *program) blksnapSnapshotAdd() *cobra.Command {
+	var id, device string
+	c := &cobra.Command{
+		Use:   "snapshot_add -i ID -d DEV",
+		Short: "Add a device to a snapshot (blksnap)",
+		Args:  args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := checkID(c, id); err != nil {
+				return err
+			}
+			path, err := devicePath(device)
+			if err != nil {
+				return err
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error {
+				_, err := api.AddToSnapshot(ctx, control.SnapshotDeviceRequest{ID: id, Device: path, Attach: true})
+				return err
+			})
+		},
+	}
+	idOption(c, &id)
+	deviceOption(c, &device)
+	return c
+}
+
+func (p *program) blksnapSnapshotAppendStorage() *cobra.Command {
+	var id, file string
+	c := &cobra.Command{
+		Use:   "snapshot_appendstorage -i ID -f FILE",
+		Short: "Give a snapshot more difference storage (blksnap)",
+		Args:  args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := checkID(c, id); err != nil {
+				return err
+			}
+			st, err := storages([]string{file}, 0)
+			if err != nil {
+				return err
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error {
+				_, err := api.AppendStorage(ctx, control.StorageRequest{ID: id, Storage: st[0]})
+				return err
+			})
+		},
+	}
+	idOption(c, &id)
+	c.Flags().StringVarP(&file, "file", "f", "", "file, directory or block device")
+	require(c, "file")
+	return c
+}
+
+func (p *program) blksnapSnapshotTake() *cobra.Command {
+	return p.blksnapWithID("snapshot_take", "Take a snapshot (blksnap)", func(ctx context.Context, api control.API, id string) error {
+		_, err := api.TakeSnapshot(ctx, control.TakeRequest{ID: id})
+		return err
+	})
+}
+
+func (p *program) blksnapSnapshotDestroy() *cobra.Command {
+	return p.blksnapWithID("snapshot_destroy", "Destroy a snapshot (blksnap)", func(ctx context.Context, api control.API, id string) error {
+		return api.DestroySnapshot(ctx, id)
+	})
+}
+
+// blksnapWithID is a command that only needs a UUID and prints nothing.
+func (p *program) blksnapWithID(name, short string, do func(context.Context, control.API, string) error) *cobra.Command {
+	var id string
+	c := &cobra.Command{
+		Use:   name + " -i ID",
+		Short: short,
+		Args:  args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := checkID(c, id); err != nil {
+				return err
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error { return do(ctx, api, id) })
+		},
+	}
+	idOption(c, &id)
+	return c
+}
+
+func (p *program) blksnapSnapshotInfo() *cobra.Command {
+	var device, field string
+	c := &cobra.Command{
+		Use:   "snapshot_info -d DEV [-f image|error_code]",
+		Short: "Tell the image of a device and its error (blksnap)",
+		Long: `Tell the image of a device and the error that broke its snapshot, 0 for none. With
+several snapshots of one device it is the latest one.`,
+		Args: args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			if field != "" && field != "image" && field != "error_code" {
+				return fmt.Errorf("snapshot_info: no field %q: use image or error_code", field)
+			}
+			path, err := devicePath(device)
+			if err != nil {
+				return err
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error {
+				im, err := latestImage(ctx, api, path)
+				if err != nil {
+					return err
+				}
+				v := map[string]any{"error_code": im.Errno, "image": im.Link}
+				if field != "" {
+					v = map[string]any{field: v[field]}
+				}
+				return p.print(v, func(w io.Writer) {
+					if field != "" {
+						fmt.Fprintln(w, v[field])
+						return
+					}
+					fmt.Fprintf(w, "error_code=%d\nimage=%s\n", im.Errno, im.Link)
+				})
+			})
+		},
+	}
+	deviceOption(c, &device)
+	c.Flags().StringVarP(&field, "field", "f", "", "print only this: image or error_code")
+	return c
+}
+
+// latestImage is the image of a device in the latest snapshot that has it.
+func latestImage(ctx context.Context, api control.API, device string) (control.SnapshotImage, error) {
+	d, err := api.DeviceStatus(ctx, device)
+	if err != nil {
+		return control.SnapshotImage{}, err
+	}
+	ss, err := api.Snapshots(ctx)
+	if err != nil {
+		return control.SnapshotImage{}, err
+	}
+	for i := len(ss) - 1; i >= 0; i-- {
+		for _, im := range ss[i].Images {
+			if im.Device == d.Name {
+				return im, nil
+			}
+		}
+	}
+	return control.SnapshotImage{}, &control.Error{Code: control.NotFound, Message: "snapshot_info " + device + ": in no snapshot"}
+}
+
+func (p *program) blksnapSnapshotCollect() *cobra.Command {
+	return &cobra.Command{
+		Use:   "snapshot_collect",
+		Short: "List the UUIDs of all snapshots (blksnap)",
+		Args:  args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			return p.with(c, func(ctx context.Context, api control.API) error {
+				ss, err := api.Snapshots(ctx)
+				if err != nil {
+					return err
+				}
+				ids := []string{}
+				for _, s := range ss {
+					ids = append(ids, s.ID)
+				}
+				return p.print(ids, func(w io.Writer) {
+					for _, id := range ids {
+						fmt.Fprintln(w, id)
+					}
+				})
+			})
+		},
+	}
+}
+
+func (p *program) blksnapSnapshotWaitEvent() *cobra.Command {
+	var id string
+	var timeout uint32
+	c := &cobra.Command{
+		Use:   "snapshot_waitevent -i ID -t MS",
+		Short: "Wait for the next event of a snapshot (blksnap)",
+		Args:  args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := checkID(c, id); err != nil {
+				return err
+			}
+			api, err := p.connect(c.Context())
+			if err != nil {
+				return err
+			}
+			e, err := api.WaitEvent(c.Context(), control.WaitRequest{ID: id, Timeout: time.Duration(timeout) * time.Millisecond})
+			result := "ok"
+			switch control.CodeOf(err) {
+			case control.Timeout:
+				result = "timeout"
+			case control.Interrupted:
+				result = "interrupted"
+			case control.NotFound:
+				result = "not found"
+			default:
+				if err != nil {
+					return err
+				}
+			}
+			if result != "ok" {
+				return p.print(map[string]string{"result": result}, func(w io.Writer) { fmt.Fprintln(w, "result="+result) })
+			}
+			return p.print(map[string]any{"result": result, "event": e}, func(w io.Writer) {
+				fmt.Fprintf(w, "result=ok\ntime=%d\nevent=%s\n", e.Time.UnixNano(), e.Kind)
+				for _, line := range eventFields(e) {
+					fmt.Fprintln(w, line)
+				}
+			})
+		},
+	}
+	idOption(c, &id)
+	c.Flags().Uint32VarP(&timeout, "timeout", "t", 0, "how long to wait, in milliseconds")
+	require(c, "timeout")
+	return c
+}
+
+// eventFields are what belongs to an event, as blksnap names it.
+func eventFields(e control.Event) []string {
+	var out []string
+	if e.Kind == control.EventLowFreeSpace {
+		out = append(out, fmt.Sprintf("requested_nr_sect=%d", e.Sectors))
+	}
+	if e.Kind == control.EventCorrupted {
+		out = append(out, "device="+e.Device, fmt.Sprintf("error_code=%d", e.Errno))
+	}
+	return out
+}
+
+// errWatched ends watching.
+var errWatched = errors.New("watched to the end")
+
+func (p *program) blksnapSnapshotWatcher() *cobra.Command {
+	var id string
+	c := &cobra.Command{
+		Use:   "snapshot_watcher -i ID",
+		Short: "Print the events of a snapshot until it is corrupted or gone (blksnap)",
+		Args:  args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := checkID(c, id); err != nil {
+				return err
+			}
+			api, err := p.connect(c.Context())
+			if err != nil {
+				return err
+			}
+			err = api.Watch(c.Context(), id, func(e control.Event) error {
+				if p.json {
+					if err := p.printJSON(p.out, e); err != nil {
+						return err
+					}
+				} else {
+					line := e.Kind
+					for _, f := range eventFields(e) {
+						line += " " + f
+					}
+					if _, err := fmt.Fprintln(p.out, line); err != nil {
+						return err
+					}
+				}
+				if e.Kind == control.EventCorrupted {
+					return errWatched
+				}
+				return nil
+			})
+			if errors.Is(err, errWatched) {
+				return nil
+			}
+			return err
+		},
+	}
+	idOption(c, &id)
+	return c
+}

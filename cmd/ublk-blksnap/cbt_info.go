@@ -1,0 +1,38 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func (p *program) cbtInfo() *cobra.Command {
+	return &cobra.Command{
+		Use:               "info DEV",
+		Short:             "Describe the change map of a filter",
+		Args:              args(1, 1),
+		ValidArgsFunction: p.deviceNames,
+		RunE:              func(c *cobra.Command, args []string) error { return p.showCBTInfo(c, args[0]) },
+	}
+}
+
+func (p *program) showCBTInfo(c *cobra.Command, device string) error {
+	dev, err := devicePath(device)
+	if err != nil {
+		return err
+	}
+	return p.with(c, func(ctx context.Context, api control.API) error {
+		i, err := api.CBTInfo(ctx, dev)
+		if err != nil {
+			return err
+		}
+		return p.print(i, func(w io.Writer) {
+			fmt.Fprintf(w, "block_size=%d\ndevice_capacity=%d\nblock_count=%d\ngeneration_id=%s\nchanges_number=%d\n",
+				i.BlockSize, i.DeviceCapacity, i.BlockCount, i.GenerationID, i.ChangesNumber)
+		})
+	})
+}

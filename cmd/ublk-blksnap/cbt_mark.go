@@ -1,0 +1,35 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func (p *program) cbtMark() *cobra.Command {
+	return &cobra.Command{
+		Use:   "mark DEV SECTOR:COUNT...",
+		Short: "Count ranges as changed: all of them, or none if one is wrong",
+		Args:  args(2, -1),
+		RunE:  func(c *cobra.Command, args []string) error { return p.markRanges(c, args[0], args[1:]) },
+	}
+}
+
+func (p *program) markRanges(c *cobra.Command, device string, ranges []string) error {
+	dev, err := devicePath(device)
+	if err != nil {
+		return err
+	}
+	r := control.MarkRequest{Device: dev}
+	for _, s := range ranges {
+		x, err := control.ParseRange(s)
+		if err != nil {
+			return fmt.Errorf("mark %s: %w", device, err)
+		}
+		r.Ranges = append(r.Ranges, x)
+	}
+	return p.with(c, func(ctx context.Context, api control.API) error { return api.MarkDirty(ctx, r) })
+}

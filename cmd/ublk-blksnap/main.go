@@ -1,0 +1,28 @@
+// Command ublk-blksnap makes block-device snapshots and tracks changed blocks,
+// as a userspace driver on Linux ublk.
+//
+// One file holds one command. Every command only asks the daemon through
+// package control; doctor, config and daemon itself do their own work. Called
+// as "blksnap" the program offers blksnap's own commands alone.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	p := &program{out: os.Stdout, err: os.Stderr}
+	p.connect = func(ctx context.Context) (control.API, error) {
+		s := control.Starter{Dir: p.dir(), ConfigPath: p.configPath, Starting: func() { p.say("starting the daemon") }}
+		return s.Connect(ctx)
+	}
+	os.Exit(p.run(ctx, os.Args))
+}

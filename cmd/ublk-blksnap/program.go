@@ -1,0 +1,237 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// program is one run of the command line.
+type program struct {
+	name     string // ublk-blksnap or blksnap
+	out, err io.Writer
+	// connect reaches the daemon, starting it if need be.
+	connect func(context.Context) (control.API, error)
+
+	json       bool
+	runDir     string
+	configPath string
+}
+
+// run executes a command line and returns the exit status: 0, or 1 after an
+// error, which has been written.
+func (p *program) run(ctx context.Context, args []string) int {
+	p.name = filepath.Base(args[0])
+	root := p.root()
+	root.SetArgs(args[1:])
+	root.SetOut(p.out)
+	root.SetErr(p.err)
+	return p.exit(root.ExecuteContext(ctx))
+}
+
+// exit is the one place where an error becomes text and an exit status.
+func (p *program) exit(err error) int {
+	if err == nil {
+		return 0
+	}
+	var silent silentError
+	if errors.As(err, &silent) {
+		return 1
+	}
+	if p.json {
+		var e *control.Error
+		if !errors.As(err, &e) {
+			e = &control.Error{Code: control.Invalid, Message: err.Error()}
+		}
+		p.printJSON(p.err, map[string]any{"error": e})
+		return 1
+	}
+	fmt.Fprintf(p.err, "%s: %s\n", p.name, err)
+	return 1
+}
+
+// silentError ends the program with status 1 after it has said everything.
+type silentError struct{}
+
+func (silentError) Error() string { return "failed" }
+
+func (p *program) root() *cobra.Command {
+	asBlksnap := p.name == "blksnap"
+	root := &cobra.Command{
+		Use:           p.name,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          noCommand,
+		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
+	}
+	root.PersistentFlags().BoolVarP(&p.json, "json", "j", false, "print JSON")
+	root.PersistentFlags().StringVar(&p.runDir, "run-dir", control.DefaultRunDir, "run directory of the daemon")
+	root.PersistentFlags().StringVar(&p.configPath, "config", "", "configuration of a daemon that is started (default "+control.DefaultConfigPath+")")
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return fmt.Errorf("%s: %w: see %s --help", c.Name(), err, c.CommandPath())
+	})
+	if asBlksnap {
+		root.Short = "Snapshots and changed-block tracking of block devices"
+		root.AddCommand(p.version())
+		root.AddCommand(p.blksnapCommands()...)
+		return root
+	}
+	root.Short = "Snapshots and changed-block tracking of block devices, on ublk"
+	root.Long = root.Short + `
+
+A filter device is put over a disk and used in its place. Through it changed
+blocks are tracked and snapshots of one or several disks are taken at one
+instant; each has a writable image device.
+
+  ublk-blksnap add /dev/vdb                 a filter over /dev/vdb
+  mount /dev/ublk-blksnap/vdb /mnt          used instead of /dev/vdb
+  ublk-blksnap snapshot create vdb --storage /var/tmp --take
+  mount -o ro /dev/ublk-blksnap/images/…    as it was
+  ublk-blksnap cbt changes vdb --since 1    what changed
+  ublk-blksnap remove vdb
+
+A daemon does the work; the first command that needs it starts it.
+"ublk-blksnap doctor" tells whether this machine can run it.`
+	root.AddGroup(
+		&cobra.Group{ID: "device", Title: "Devices:"},
+		&cobra.Group{ID: "snapshot", Title: "Snapshots and changes:"},
+		&cobra.Group{ID: "program", Title: "The program:"},
+		&cobra.Group{ID: "blksnap", Title: "As blksnap has them:"},
+	)
+	root.SetHelpCommandGroupID("program")
+	root.SetCompletionCommandGroupID("program")
+	group := func(id string, cs ...*cobra.Command) {
+		for _, c := range cs {
+			c.GroupID = id
+		}
+		root.AddCommand(cs...)
+	}
+	group("device", p.add(), p.remove(), p.list(), p.status())
+	group("snapshot", p.snapshot(), p.cbt())
+	group("program", p.daemon(), p.doctor(), p.config(), p.version())
+	group("blksnap", p.blksnapCommands()...)
+	return root
+}
+
+// noCommand refuses arguments that are no command, for commands that only hold
+// others.
+func noCommand(c *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("no command %q: see %s --help", args[0], c.CommandPath())
+	}
+	return nil
+}
+
+// args refuses the wrong number of arguments in the words of the command's usage.
+func args(least, most int) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) < least || most >= 0 && len(args) > most {
+			return fmt.Errorf("%s: %d arguments given: use %s", c.Name(), len(args), c.UseLine())
+		}
+		return nil
+	}
+}
+
+func (p *program) dir() control.RunDir { return control.RunDir(p.runDir) }
+
+// with runs f with the daemon, and says what goes on if it takes long.
+func (p *program) with(c *cobra.Command, f func(ctx context.Context, api control.API) error) error {
+	api, err := p.connect(c.Context())
+	if err != nil {
+		return err
+	}
+	done := p.tellWhatGoesOn(c.Context(), c.Name(), api)
+	defer done()
+	return f(c.Context(), api)
+}
+
+// slow is when waiting starts to need an explanation.
+const slow = 2 * time.Second
+
+func (p *program) tellWhatGoesOn(ctx context.Context, what string, api control.API) (done func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	stopped := make(chan struct{})
+	began := time.Now()
+	go func() {
+		defer close(stopped)
+		pause := slow
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(pause):
+			}
+			doing := what
+			if info, err := api.Info(ctx); err == nil && info.Doing != "" {
+				doing = info.Doing
+			}
+			if ctx.Err() == nil {
+				p.say(fmt.Sprintf("%s … %ds", doing, int(time.Since(began).Seconds())))
+			}
+			pause = min(2*pause, 30*time.Second)
+		}
+	}()
+	return func() {
+		cancel()
+		<-stopped
+	}
+}
+
+// say tells a person something that is not the result.
+func (p *program) say(s string) { fmt.Fprintf(p.err, "%s: %s\n", p.name, s) }
+
+// print writes a result: as JSON if that is wanted, else by text.
+func (p *program) print(v any, text func(w io.Writer)) error {
+	if p.json {
+		return p.printJSON(p.out, v)
+	}
+	text(p.out)
+	return nil
+}
+
+func (p *program) printJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+// devicePath makes a device named by a person fit for the daemon, whose working
+// directory is another: paths become absolute, bare names stay.
+func devicePath(s string) (string, error) {
+	if !strings.Contains(s, "/") {
+		if _, err := os.Lstat(s); err != nil || s == "" {
+			return s, nil
+		}
+	}
+	return filepath.Abs(s)
+}
+
+// deviceNames completes the names of devices; no daemon is started for it.
+func (p *program) deviceNames(c *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	client := control.NewClient(p.dir().Socket())
+	defer client.Close()
+	ds, err := client.Devices(c.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	var names []string
+	for _, d := range ds {
+		names = append(names, d.Name)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// errno says whether err carries the errno.
+func errno(err error, n unix.Errno) bool { return errors.Is(err, n) }

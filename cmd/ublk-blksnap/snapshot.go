@@ -1,0 +1,17 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+)
+
+func (p *program) snapshot() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "snapshot",
+		Short: "Create, take, watch and destroy snapshots",
+		Args:  noCommand,
+		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
+	}
+	c.AddCommand(p.snapshotCreate(), p.snapshotAdd(), p.snapshotAppend(), p.snapshotTake(),
+		p.snapshotDestroy(), p.snapshotList(), p.snapshotInfo(), p.snapshotWatch())
+	return c
+}

@@ -1,0 +1,30 @@
+package main
+
+import (
+	"context"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func (p *program) snapshotAppend() *cobra.Command {
+	var limit sizeFlag
+	c := &cobra.Command{
+		Use:   "append UUID STORAGE",
+		Short: "Give a snapshot more difference storage, taken or not",
+		Args:  args(2, 2),
+		RunE: func(c *cobra.Command, args []string) error {
+			st, err := storages(args[1:], int64(limit))
+			if err != nil {
+				return err
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error {
+				_, err := api.AppendStorage(ctx, control.StorageRequest{ID: args[0], Storage: st[0]})
+				return err
+			})
+		},
+	}
+	c.Flags().Var(&limit, "limit", "the most that the storage may take (default: all there is)")
+	return c
+}

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func (p *program) snapshotCreate() *cobra.Command {
+	var (
+		storage      []string
+		limit, chunk sizeFlag
+		take         bool
+		noFreeze     bool
+	)
+	c := &cobra.Command{
+		Use:   "create [DEV...]",
+		Short: "Create a snapshot of one or several filters and print its UUID",
+		Long: `Create a snapshot of one or several filters and print its UUID. Nothing is kept
+until it is taken ("snapshot take", or --take here).
+
+What the filters' disks held at the take and is overwritten later goes to the
+difference storage: a file, a directory (a nameless file in it) or a whole block
+device. It must not lie on any of the disks, through no stack of devices.`,
+		Example: "  ublk-blksnap snapshot create vdb vdc --storage /var/tmp --limit 20G --take",
+		Args:    args(0, -1),
+		RunE: func(c *cobra.Command, args []string) (err error) {
+			if noFreeze && !take {
+				return fmt.Errorf("create: --no-freeze is for the take: give --take too")
+			}
+			r := control.CreateRequest{ChunkSize: int64(chunk)}
+			if r.Devices, err = devicePaths(args); err != nil {
+				return err
+			}
+			if r.Storage, err = storages(storage, int64(limit)); err != nil {
+				return err
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error {
+				s, err := api.CreateSnapshot(ctx, r)
+				if err != nil {
+					return err
+				}
+				if take {
+					id := s.ID
+					if s, err = api.TakeSnapshot(ctx, control.TakeRequest{ID: id, NoFreeze: noFreeze}); err != nil {
+						// The caller has no UUID to destroy it by.
+						_ = api.DestroySnapshot(context.WithoutCancel(ctx), id)
+						return err
+					}
+				}
+				return p.print(s, func(w io.Writer) { fmt.Fprintln(w, s.ID) })
+			})
+		},
+	}
+	f := c.Flags()
+	f.StringArrayVar(&storage, "storage", nil, "file, directory or block device for differences; may be given again")
+	f.Var(&limit, "limit", "the most that each storage may take (default: all there is)")
+	f.Var(&chunk, "chunk-size", "4K to 64M, a power of two (default: from the disks' sizes, as configured)")
+	f.BoolVar(&take, "take", false, "take it at once")
+	f.BoolVar(&noFreeze, "no-freeze", false, "with --take: leave mounted filesystems unfrozen")
+	return c
+}
+
+func devicePaths(args []string) ([]string, error) {
+	var out []string
+	for _, a := range args {
+		d, err := devicePath(a)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, d)
+	}
+	return out, nil
+}
+
+func storages(paths []string, limit int64) ([]control.Storage, error) {
+	var out []control.Storage
+	for _, path := range paths {
+		abs, err := filepath.Abs(path)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, control.Storage{Path: abs, Limit: limit})
+	}
+	return out, nil
+}
+
+// sizeFlag is a flag that holds a size in bytes.
+type sizeFlag int64
+
+func (s *sizeFlag) String() string { return control.FormatSize(int64(*s)) }
+func (s *sizeFlag) Type() string   { return "size" }
+func (s *sizeFlag) Set(text string) error {
+	v, err := control.ParseSize(text)
+	if err == nil && v == 0 {
+		err = fmt.Errorf("%q: zero", text)
+	}
+	*s = sizeFlag(v)
+	return err
+}

@@ -1,0 +1,75 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func (p *program) status() *cobra.Command {
+	return &cobra.Command{
+		Use:               "status NAME|DEV",
+		Short:             "Tell all about a filter and what it has done",
+		Args:              args(1, 1),
+		ValidArgsFunction: p.deviceNames,
+		RunE: func(c *cobra.Command, args []string) error {
+			name, err := devicePath(args[0])
+			if err != nil {
+				return err
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error {
+				s, err := api.DeviceStatus(ctx, name)
+				if err != nil {
+					return err
+				}
+				return p.print(s, func(w io.Writer) { writeStatus(w, s) })
+			})
+		},
+	}
+}
+
+func writeStatus(w io.Writer, s control.DeviceStatus) {
+	line := func(key string, v any) { fmt.Fprintf(w, "%-16s %v\n", key+":", v) }
+	line("name", s.Name)
+	line("original", s.Original+" ("+s.OriginalNumber+")")
+	line("device", s.Path+" ("+s.Number+")")
+	line("link", s.Link)
+	line("state", s.State)
+	line("size", fmt.Sprintf("%d bytes (%s)", s.Size, control.FormatSize(s.Size)))
+	line("block size", fmt.Sprintf("%d logical, %d physical", s.LogicalBlockSize, s.PhysicalBlockSize))
+	line("queues", fmt.Sprintf("%d of depth %d", s.Queues, s.Depth))
+	line("mode", s.Mode)
+	line("recovery", yesNo(s.Recovery))
+	line("added", s.Added.Format(time.RFC3339))
+	snapshots := "none"
+	if len(s.Snapshots) > 0 {
+		snapshots = strings.Join(s.Snapshots, " ")
+	}
+	line("snapshots", snapshots)
+	for _, kind := range []string{control.OpRead, control.OpWrite, control.OpFlush, control.OpDiscard, control.OpWriteZeroes} {
+		o := s.Operations[kind]
+		line(kind, fmt.Sprintf("%d requests, %d bytes", o.Requests, o.Bytes))
+	}
+	line("errors", s.Errors)
+	line("in flight", s.InFlight)
+	if s.DiscardsSkipped > 0 {
+		line("discards skipped", fmt.Sprintf("%d bytes that a snapshot needs", s.DiscardsSkipped))
+	}
+	if s.CBT != nil {
+		line("change tracking", fmt.Sprintf("%d blocks of %s, generation %s, take %d",
+			s.CBT.BlockCount, control.FormatSize(s.CBT.BlockSize), s.CBT.GenerationID, s.CBT.ChangesNumber))
+	}
+}
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}

@@ -1,0 +1,287 @@
+package control
+
+import (
+	"context"
+	"time"
+)
+
+// API is what the daemon can do. [Client] asks for it over the socket, [Daemon]
+// does it. Every error is an *[Error] that says what was being done to what.
+//
+// A device is named by the name it was added under, by the path of its original
+// disk, or by the path of its filter device; any path of the same block device
+// will do. Paths are absolute.
+type API interface {
+	// Info says who the daemon is and what it is doing.
+	Info(ctx context.Context) (Info, error)
+
+	// AddDevice puts a filter over a disk. [Exists] if there is one.
+	AddDevice(ctx context.Context, r AddRequest) (Device, error)
+	// RemoveDevice syncs and removes a filter. [Busy] if it is mounted, open or
+	// held by a snapshot, unless forced.
+	RemoveDevice(ctx context.Context, r RemoveRequest) error
+	Devices(ctx context.Context) ([]Device, error)
+	DeviceStatus(ctx context.Context, device string) (DeviceStatus, error)
+
+	CBTInfo(ctx context.Context, device string) (CBTInfo, error)
+	// CBTMap is one byte per block: the number of the take since which it
+	// changed.
+	CBTMap(ctx context.Context, device string) ([]byte, error)
+	// CBTChanges are the ranges that changed since a take, merged and in order.
+	CBTChanges(ctx context.Context, r ChangesRequest) (Changes, error)
+	// MarkDirty counts ranges as changed: all of them or none.
+	MarkDirty(ctx context.Context, r MarkRequest) error
+
+	// CreateSnapshot makes a snapshot, not yet taken.
+	CreateSnapshot(ctx context.Context, r CreateRequest) (Snapshot, error)
+	// AddToSnapshot adds a device to a snapshot not yet taken. [Exists] if it is
+	// in it.
+	AddToSnapshot(ctx context.Context, r SnapshotDeviceRequest) (Snapshot, error)
+	// AppendStorage gives a snapshot more difference storage, taken or not.
+	AppendStorage(ctx context.Context, r StorageRequest) (Snapshot, error)
+	// TakeSnapshot cuts all devices of the snapshot at one instant and makes
+	// their images: all or nothing.
+	TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, error)
+	// DestroySnapshot removes images and differences, also under users, whose
+	// I/O then fails.
+	DestroySnapshot(ctx context.Context, id string) error
+	Snapshots(ctx context.Context) ([]Snapshot, error)
+	Snapshot(ctx context.Context, id string) (Snapshot, error)
+	// WaitEvent takes the snapshot's next event that no WaitEvent has had,
+	// waiting for it if need be. [Timeout], or [NotFound] once the snapshot is
+	// gone.
+	WaitEvent(ctx context.Context, r WaitRequest) (Event, error)
+	// Watch calls each for every event from the snapshot's first on, or those of
+	// all snapshots from now on if id is empty. It ends without an error when the
+	// snapshot is gone and all its events were seen, and with each's error if
+	// that fails.
+	Watch(ctx context.Context, id string, each func(Event) error) error
+}
+
+// Info says who a daemon is.
+type Info struct {
+	Version string    `json:"version"`
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+	RunDir  string    `json:"run_dir"`
+	Config  string    `json:"config"` // the file it was configured from; empty: defaults
+	// Doing is what is going on at this moment, empty when nothing is.
+	Doing string `json:"doing,omitempty"`
+}
+
+// Mode is how payloads travel between the kernel and the disk.
+type Mode string
+
+// The modes.
+const (
+	ModeAuto     Mode = "auto"     // zero copy where the kernel has it
+	ModeCopy     Mode = "copy"     // through buffers of the daemon
+	ModeZeroCopy Mode = "zerocopy" // by the kernel's own pages
+)
+
+// AddRequest asks for a filter. Zero values mean the configured ones.
+type AddRequest struct {
+	Path   string `json:"path"`           // of the original disk
+	Name   string `json:"name,omitempty"` // default: the disk's own
+	Queues int    `json:"queues,omitempty"`
+	Depth  int    `json:"depth,omitempty"` // requests in flight per queue
+	Mode   Mode   `json:"mode,omitempty"`
+	// Recovery makes a device that survives its daemon: its I/O waits for the
+	// next one.
+	Recovery *bool `json:"recovery,omitempty"`
+}
+
+// RemoveRequest asks to remove a filter.
+type RemoveRequest struct {
+	Device string `json:"device"`
+	// Force removes it under its users, whose I/O fails; what was not yet
+	// written is lost.
+	Force bool `json:"force,omitempty"`
+}
+
+// Device is a filter over a disk.
+type Device struct {
+	Name              string    `json:"name"`
+	Original          string    `json:"original"`
+	OriginalNumber    string    `json:"original_number"` // major:minor
+	Path              string    `json:"path"`            // /dev/ublkbN
+	Link              string    `json:"link"`            // /dev/ublk-blksnap/NAME
+	Number            string    `json:"number"`
+	ID                uint32    `json:"id"`   // of the ublk device
+	Size              int64     `json:"size"` // bytes
+	LogicalBlockSize  int       `json:"logical_block_size"`
+	PhysicalBlockSize int       `json:"physical_block_size"`
+	Queues            int       `json:"queues"`
+	Depth             int       `json:"depth"`
+	Mode              Mode      `json:"mode"`
+	Recovery          bool      `json:"recovery"`
+	Added             time.Time `json:"added"`
+	Snapshots         []string  `json:"snapshots"` // that hold it
+}
+
+// The kinds of requests, as keys of [DeviceStatus].Operations.
+const (
+	OpRead        = "read"
+	OpWrite       = "write"
+	OpFlush       = "flush"
+	OpDiscard     = "discard"
+	OpWriteZeroes = "write-zeroes"
+)
+
+// DeviceStatus is a device and what it has done since it was added.
+type DeviceStatus struct {
+	Device
+	State      string               `json:"state"`      // of the ublk device: live, quiesced, dead
+	Operations map[string]Operation `json:"operations"` // by kind
+	Errors     uint64               `json:"errors"`
+	InFlight   int64                `json:"in_flight"`
+	// DiscardsSkipped counts the bytes of discards that were not passed on
+	// because a snapshot needs them.
+	DiscardsSkipped uint64   `json:"discards_skipped"`
+	CBT             *CBTInfo `json:"cbt,omitempty"`
+}
+
+// Operation counts the requests of one kind.
+type Operation struct {
+	Requests uint64 `json:"requests"`
+	Bytes    uint64 `json:"bytes"`
+}
+
+// CBTInfo describes the readable change map of a device.
+type CBTInfo struct {
+	DeviceCapacity int64  `json:"device_capacity"` // bytes
+	BlockSize      int64  `json:"block_size"`      // bytes
+	BlockCount     int64  `json:"block_count"`
+	GenerationID   string `json:"generation_id"`
+	ChangesNumber  uint8  `json:"changes_number"` // of the last take
+}
+
+// ChangesRequest asks what changed between a take and the last one.
+type ChangesRequest struct {
+	Device string `json:"device"`
+	Since  uint8  `json:"since"`
+	// Generation is the one that Since belongs to; empty: the present one.
+	Generation string `json:"generation,omitempty"`
+}
+
+// Changes are changed ranges.
+type Changes struct {
+	CBTInfo
+	Since  uint8   `json:"since"`
+	Ranges []Range `json:"ranges"`
+}
+
+// MarkRequest asks to count ranges as changed.
+type MarkRequest struct {
+	Device string  `json:"device"`
+	Ranges []Range `json:"ranges"`
+}
+
+// Storage is where a snapshot keeps differences.
+type Storage struct {
+	Path string `json:"path"` // a file, a directory or a block device
+	// Limit is the most it may take, in bytes; 0: all there is.
+	Limit int64 `json:"limit,omitempty"`
+}
+
+// CreateRequest asks for a snapshot.
+type CreateRequest struct {
+	Devices []string  `json:"devices,omitempty"`
+	Storage []Storage `json:"storage,omitempty"`
+	// ChunkSize in bytes, a power of two; 0: chosen from the devices' sizes.
+	ChunkSize int64 `json:"chunk_size,omitempty"`
+	// Attach adds a filter over a device that has none.
+	Attach bool `json:"attach,omitempty"`
+}
+
+// SnapshotDeviceRequest names a snapshot and a device.
+type SnapshotDeviceRequest struct {
+	ID     string `json:"id"`
+	Device string `json:"device"`
+	Attach bool   `json:"attach,omitempty"` // as in CreateRequest
+}
+
+// StorageRequest gives a snapshot storage.
+type StorageRequest struct {
+	ID string `json:"id"`
+	Storage
+}
+
+// TakeRequest asks to take a snapshot.
+type TakeRequest struct {
+	ID string `json:"id"`
+	// NoFreeze leaves mounted filesystems unfrozen: the image is as after a
+	// power failure.
+	NoFreeze bool `json:"no_freeze,omitempty"`
+}
+
+// Snapshot is a snapshot of one or more devices.
+type Snapshot struct {
+	ID        string     `json:"id"`
+	State     string     `json:"state"` // created, taken, corrupted
+	Created   time.Time  `json:"created"`
+	Taken     *time.Time `json:"taken,omitempty"`
+	ChunkSize int64      `json:"chunk_size"`
+	// Frozen is how long filesystems stood still for the take, in nanoseconds.
+	Frozen time.Duration   `json:"frozen_ns"`
+	Errno  int             `json:"error_code"` // negative; 0 while it is whole
+	Images []SnapshotImage `json:"images"`
+	// Storage as given, in the order of giving.
+	Storage []Storage     `json:"storage"`
+	Usage   SnapshotUsage `json:"usage"`
+}
+
+// SnapshotImage is one device of a snapshot and its image.
+type SnapshotImage struct {
+	Device   string `json:"device"`         // the filter's name
+	Original string `json:"original"`       // path of the original disk
+	Path     string `json:"path,omitempty"` // /dev/ublkbM, once taken
+	Link     string `json:"link,omitempty"` // /dev/ublk-blksnap/images/…
+	Errno    int    `json:"error_code"`     // negative
+	// Generation and ChangesNumber name this take in the device's change map.
+	Generation    string `json:"generation_id,omitempty"`
+	ChangesNumber uint8  `json:"changes_number"`
+}
+
+// SnapshotUsage is what a snapshot takes up, in bytes.
+type SnapshotUsage struct {
+	Copied   int64 `json:"copied"`   // old data copied so far
+	Stored   int64 `json:"stored"`   // of it in the storage
+	Capacity int64 `json:"capacity"` // of the storage as grown so far
+}
+
+// The states of a snapshot.
+const (
+	SnapshotCreated   = "created"
+	SnapshotTaken     = "taken"
+	SnapshotCorrupted = "corrupted"
+)
+
+// WaitRequest asks for a snapshot's next event.
+type WaitRequest struct {
+	ID      string        `json:"id"`
+	Timeout time.Duration `json:"timeout_ns"` // 0: do not wait
+}
+
+// Event is something that happened to a snapshot.
+type Event struct {
+	Seq      uint64    `json:"seq"` // counts the events of a daemon
+	Time     time.Time `json:"time"`
+	Snapshot string    `json:"snapshot"`
+	Kind     string    `json:"event"`
+	// Sectors asked for, with low_free_space.
+	Sectors int64 `json:"requested_sectors,omitempty"`
+	// Device (major:minor of the original) and Errno (negative) with corrupted.
+	Device string `json:"device,omitempty"`
+	Errno  int    `json:"error_code,omitempty"`
+}
+
+// The kinds of events.
+const (
+	EventCreated      = "created"
+	EventTaken        = "taken"
+	EventDestroyed    = "destroyed"
+	EventLowFreeSpace = "low_free_space"
+	EventNoSpace      = "no_space"
+	EventCorrupted    = "corrupted"
+)

@@ -1,0 +1,197 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+
+	"golang.org/x/sys/unix"
+)
+
+// Client asks a daemon. It may be used from several goroutines at once.
+type Client struct {
+	socket string
+	http   *http.Client
+}
+
+var _ API = (*Client)(nil)
+
+// NewClient makes a client of the daemon that listens on the UNIX socket. It
+// does not connect yet.
+func NewClient(socket string) *Client {
+	t := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		},
+	}
+	return &Client{socket: socket, http: &http.Client{Transport: t}}
+}
+
+// Close gives up idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+func (c *Client) send(ctx context.Context, path string, req any) (*http.Response, error) {
+	body, err := json.Marshal(req)
+	if err != nil {
+		return nil, fmt.Errorf("write request %s: %w", path, err)
+	}
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://daemon/v1/"+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, fmt.Errorf("write request %s: %w", path, err)
+	}
+	r.Header.Set("Content-Type", "application/json")
+	resp, err := c.http.Do(r)
+	if err != nil {
+		return nil, c.transportError(ctx, err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	var e Error
+	if err := json.NewDecoder(resp.Body).Decode(&e); err != nil || e.Message == "" {
+		return nil, &Error{Code: Internal, Message: fmt.Sprintf("%s: the daemon answered %s", path, resp.Status)}
+	}
+	return nil, &e
+}
+
+// transportError says why the daemon could not be asked.
+func (c *Client) transportError(ctx context.Context, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		return fail(ctx.Err(), "ask the daemon")
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return &Error{Code: Denied, Errno: unix.EACCES, Message: "connect to " + c.socket + ": permission denied", Fix: "run this as root"}
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED):
+		return &Error{Code: Unavailable, Errno: unix.ECONNREFUSED, Message: "no daemon listens on " + c.socket,
+			Fix: "start one: systemctl start ublk-blksnap, or ublk-blksnap daemon"}
+	}
+	return &Error{Code: Unavailable, Errno: unix.ECONNRESET, Message: "the daemon on " + c.socket + " broke off: " + err.Error(),
+		Fix: "see its log: journalctl -u ublk-blksnap, or daemon.log beside the socket"}
+}
+
+func call[Resp any](ctx context.Context, c *Client, path string, req any) (Resp, error) {
+	var out Resp
+	resp, err := c.send(ctx, path, req)
+	if err != nil {
+		return out, err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(&out); err != nil {
+		return out, c.transportError(ctx, err)
+	}
+	return out, nil
+}
+
+// Info implements API.
+func (c *Client) Info(ctx context.Context) (Info, error) { return call[Info](ctx, c, "info", none{}) }
+
+// AddDevice implements API.
+func (c *Client) AddDevice(ctx context.Context, r AddRequest) (Device, error) {
+	return call[Device](ctx, c, "device/add", r)
+}
+
+// RemoveDevice implements API.
+func (c *Client) RemoveDevice(ctx context.Context, r RemoveRequest) error {
+	_, err := call[none](ctx, c, "device/remove", r)
+	return err
+}
+
+// Devices implements API.
+func (c *Client) Devices(ctx context.Context) ([]Device, error) {
+	return call[[]Device](ctx, c, "device/list", none{})
+}
+
+// DeviceStatus implements API.
+func (c *Client) DeviceStatus(ctx context.Context, device string) (DeviceStatus, error) {
+	return call[DeviceStatus](ctx, c, "device/status", deviceRef{device})
+}
+
+// CBTInfo implements API.
+func (c *Client) CBTInfo(ctx context.Context, device string) (CBTInfo, error) {
+	return call[CBTInfo](ctx, c, "cbt/info", deviceRef{device})
+}
+
+// CBTMap implements API.
+func (c *Client) CBTMap(ctx context.Context, device string) ([]byte, error) {
+	m, err := call[mapAnswer](ctx, c, "cbt/map", deviceRef{device})
+	return m.Map, err
+}
+
+// CBTChanges implements API.
+func (c *Client) CBTChanges(ctx context.Context, r ChangesRequest) (Changes, error) {
+	return call[Changes](ctx, c, "cbt/changes", r)
+}
+
+// MarkDirty implements API.
+func (c *Client) MarkDirty(ctx context.Context, r MarkRequest) error {
+	_, err := call[none](ctx, c, "cbt/mark", r)
+	return err
+}
+
+// CreateSnapshot implements API.
+func (c *Client) CreateSnapshot(ctx context.Context, r CreateRequest) (Snapshot, error) {
+	return call[Snapshot](ctx, c, "snapshot/create", r)
+}
+
+// AddToSnapshot implements API.
+func (c *Client) AddToSnapshot(ctx context.Context, r SnapshotDeviceRequest) (Snapshot, error) {
+	return call[Snapshot](ctx, c, "snapshot/add", r)
+}
+
+// AppendStorage implements API.
+func (c *Client) AppendStorage(ctx context.Context, r StorageRequest) (Snapshot, error) {
+	return call[Snapshot](ctx, c, "snapshot/append", r)
+}
+
+// TakeSnapshot implements API.
+func (c *Client) TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, error) {
+	return call[Snapshot](ctx, c, "snapshot/take", r)
+}
+
+// DestroySnapshot implements API.
+func (c *Client) DestroySnapshot(ctx context.Context, id string) error {
+	_, err := call[none](ctx, c, "snapshot/destroy", snapshotRef{id})
+	return err
+}
+
+// Snapshots implements API.
+func (c *Client) Snapshots(ctx context.Context) ([]Snapshot, error) {
+	return call[[]Snapshot](ctx, c, "snapshot/list", none{})
+}
+
+// Snapshot implements API.
+func (c *Client) Snapshot(ctx context.Context, id string) (Snapshot, error) {
+	return call[Snapshot](ctx, c, "snapshot/info", snapshotRef{id})
+}
+
+// WaitEvent implements API.
+func (c *Client) WaitEvent(ctx context.Context, r WaitRequest) (Event, error) {
+	return call[Event](ctx, c, "snapshot/wait", r)
+}
+
+// Watch implements API.
+func (c *Client) Watch(ctx context.Context, id string, each func(Event) error) error {
+	resp, err := c.send(ctx, "snapshot/watch", snapshotRef{id})
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	for d := json.NewDecoder(resp.Body); ; {
+		var e Event
+		switch err := d.Decode(&e); {
+		case err == io.EOF:
+			return nil
+		case err != nil:
+			return c.transportError(ctx, err)
+		}
+		if err := each(e); err != nil {
+			return err
+		}
+	}
+}

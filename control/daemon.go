@@ -1,0 +1,250 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// Daemon does what the API says, on this machine.
+type Daemon struct {
+	o       Options
+	started time.Time
+	host    *disk.Host
+	ctl     *ublk.Control
+	loop    *blockdev.Loop // control work of snapshots
+	events  *eventLog
+	doing   atomic.Pointer[string]
+
+	// change is held through every operation that changes anything.
+	change sync.Mutex
+
+	// mu guards the tables below. Never held during I/O; taken after change. The
+	// things in the tables change under both, so that either suffices to read.
+	mu        sync.Mutex
+	devices   map[string]*device // by name
+	snapshots map[string]*snapshot
+}
+
+var _ API = (*Daemon)(nil)
+
+// The kinds of our ublk devices, as the driver keeps them for us.
+const (
+	filterKind = 'f'
+	imageKind  = 'i'
+)
+
+// NewDaemon opens the ublk driver and clears away what a dead daemon left. The
+// run directory is locked, with the state directory mounted.
+func NewDaemon(o Options) (*Daemon, error) {
+	d := &Daemon{
+		o: o, started: time.Now(), host: host(),
+		events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
+	}
+	d.doing.Store(new(string))
+	for _, dir := range []string{o.Dir.State(), filepath.Join(o.Dir.State(), "cbt"), filepath.Join(o.Dir.State(), "snapshots"), o.Dir.udev()} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fail(err, "make the state directory")
+		}
+	}
+	if err := os.Chmod(o.Dir.udev(), 0o755); err != nil {
+		return nil, fail(err, "make the state directory")
+	}
+	var err error
+	if d.ctl, err = ublk.OpenControl(); err != nil {
+		return nil, driverError(err)
+	}
+	if d.loop, err = blockdev.NewLoop(blockdev.LoopConfig{Name: "snapshots", Depth: 64}); err != nil {
+		d.ctl.Close()
+		return nil, driverError(err)
+	}
+	d.clearAway()
+	return d, nil
+}
+
+// driverError gives the reasons why no device can be had their codes. The
+// messages say what to do themselves.
+func driverError(err error) error {
+	code := Internal
+	switch {
+	case errors.Is(err, ublk.ErrNoDriver), errors.Is(err, ublk.ErrTooOld), errors.Is(err, uring.ErrNotSupported):
+		code = Unsupported
+	case errors.Is(err, ublk.ErrPermission), errors.Is(err, uring.ErrDisabled):
+		code = Denied
+	default:
+		return fail(err, "open the ublk driver")
+	}
+	return &Error{Code: code, Message: err.Error()}
+}
+
+// clearAway removes what a dead daemon left: ublk devices without a disk, and
+// links and notes of devices that are not there.
+func (d *Daemon) clearAway() {
+	ctx, cancel := context.WithTimeout(context.Background(), stopLimit)
+	defer cancel()
+	left, err := d.ctl.List(ctx)
+	if err != nil {
+		d.o.Log.Warn("cannot look for devices of a dead daemon", "error", err)
+		return
+	}
+	for _, i := range left {
+		if _, ours := ublk.IsOurs(i.Tag); !ours {
+			continue
+		}
+		if i.State != ublk.Dead {
+			// Somebody may have it mounted: not ours to throw away.
+			d.o.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", i.ID), "state", i.State.String(), "pid", i.PID)
+			continue
+		}
+		if err := d.ctl.DeleteDevice(ctx, i.ID); err != nil {
+			d.o.Log.Warn("cannot remove the device of a dead daemon", "device", i.ID, "error", err)
+		}
+	}
+	_ = filepath.WalkDir(linkDir, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && e.Type() == fs.ModeSymlink {
+			if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+				_ = os.Remove(path)
+			}
+		}
+		return nil
+	})
+	notes, _ := os.ReadDir(d.o.Dir.udev())
+	for _, e := range notes {
+		d.forgetNote(e.Name())
+	}
+}
+
+// begin starts a change: it waits for its turn and says what is going on. The
+// returned function ends it.
+func (d *Daemon) begin(format string, args ...any) (end func()) {
+	d.change.Lock()
+	d.step(format, args...)
+	return func() {
+		d.doing.Store(new(string))
+		d.change.Unlock()
+	}
+}
+
+// step says what is going on now.
+func (d *Daemon) step(format string, args ...any) {
+	s := fmt.Sprintf(format, args...)
+	d.doing.Store(&s)
+}
+
+// Info implements API.
+func (d *Daemon) Info(context.Context) (Info, error) {
+	return Info{
+		Version: Version, PID: os.Getpid(), Started: d.started,
+		RunDir: string(d.o.Dir), Config: d.o.ConfigPath, Doing: *d.doing.Load(),
+	}, nil
+}
+
+// Stop implements stopper.
+func (d *Daemon) Stop(ctx context.Context) error {
+	defer d.begin("stop")()
+	all := d.sorted()
+	for _, v := range all {
+		if err := d.idle(v); err != nil {
+			return err
+		}
+	}
+	for _, s := range d.sortedSnapshots() {
+		if err := d.destroy(s); err != nil {
+			return err
+		}
+	}
+	for _, v := range all {
+		if err := d.removeIdle(ctx, v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close implements stopper.
+func (d *Daemon) Close() {
+	d.loop.Stop()
+	d.ctl.Close()
+}
+
+func (d *Daemon) sorted() []*device {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := make([]*device, 0, len(d.devices))
+	for _, v := range d.devices {
+		out = append(out, v)
+	}
+	slices.SortFunc(out, func(a, b *device) int { return a.Added.Compare(b.Added) })
+	return out
+}
+
+// below tells what lies under our own devices, for the search through stacks.
+func (d *Daemon) below(n disk.Num) []disk.Num {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, v := range d.devices {
+		if v.dev.Num == n {
+			return []disk.Num{v.disk.Num}
+		}
+	}
+	for _, s := range d.snapshots {
+		for _, im := range s.images {
+			if im.dev != nil && im.dev.Num == n {
+				return []disk.Num{im.of.disk.Num}
+			}
+		}
+	}
+	return nil
+}
+
+// linkDir is where the stable names of devices are.
+const linkDir = "/dev/ublk-blksnap"
+
+// imageDir is the folder of images in it, and therefore no device's name.
+const imageDir = "images"
+
+// link makes the stable name of a ublk device.
+func link(name, target string) (string, error) {
+	path := filepath.Join(linkDir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return "", err
+	}
+	up := strings.Repeat("../", strings.Count(path, "/")-2)
+	if err := os.Symlink(up+filepath.Base(target), path); err != nil {
+		return "", err
+	}
+	return path, nil
+}
+
+// note tells the udev rules what a kernel device is, until forgetNote. It has to
+// be there before the device is.
+func (d *Daemon) note(kernelName, kind, name string) error {
+	text := fmt.Sprintf("UBLK_BLKSNAP_KIND=%s\nUBLK_BLKSNAP_NAME=%s\n", kind, name)
+	path := filepath.Join(d.o.Dir.udev(), kernelName)
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		return fmt.Errorf("write the note for udev: %w", err)
+	}
+	return nil
+}
+
+func (d *Daemon) forgetNote(kernelName string) {
+	_ = os.Remove(filepath.Join(d.o.Dir.udev(), kernelName))
+}
+
+// rescan has udev look at a device again. Without udev nothing happens.
+func rescan(kernelName string) {
+	_ = os.WriteFile(filepath.Join("/sys/class/block", kernelName, "uevent"), []byte("change"), 0)
+}

@@ -1,0 +1,507 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// device is a filter over a disk.
+type device struct {
+	Device
+	disk   *disk.Disk // the original
+	orig   *blockdev.OSFile
+	cbt    *cbtmap.Map
+	cbtAt  string // its file
+	filter *filter.Filter
+	dev    *ublk.Device
+	geo    ublk.Geometry
+
+	// use is held by those who look into the above without holding
+	// Daemon.change, and by takeDown while it goes away.
+	use  sync.RWMutex
+	gone bool
+}
+
+// hold finds a device and keeps it from going away until release.
+func (d *Daemon) hold(ref string) (v *device, release func(), err error) {
+	if v, err = d.find(ref); err != nil {
+		return nil, nil, err
+	}
+	v.use.RLock()
+	if v.gone {
+		v.use.RUnlock()
+		return nil, nil, &Error{Code: NotFound, Errno: unix.ENODEV, Message: "has no filter any more"}
+	}
+	return v, v.use.RUnlock, nil
+}
+
+const (
+	// stopLimit bounds the waiting for the driver when a device is stopped and
+	// deleted.
+	stopLimit = 30 * time.Second
+	// settleLimit is how long a device that is in use may be so by a passer-by:
+	// udev looks at new and changed devices.
+	settleLimit = 2 * time.Second
+)
+
+// validName is what a device can be called: a file name that needs no quoting.
+var validName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$`)
+
+func checkName(name string) error {
+	if !validName.MatchString(name) {
+		return invalid("name %q: use up to 64 letters, digits and . _ + -", name)
+	}
+	if name == imageDir {
+		return invalid("name %q: is the folder of images", name)
+	}
+	return nil
+}
+
+// AddDevice implements API.
+func (d *Daemon) AddDevice(ctx context.Context, r AddRequest) (Device, error) {
+	defer d.begin("add %s", r.Path)()
+	v, err := d.add(ctx, r)
+	if err != nil {
+		return Device{}, fail(err, "add %s", r.Path)
+	}
+	d.o.Log.Info("added", "name", v.Name, "disk", v.Original, "device", v.Path, "queues", v.Queues, "depth", v.Depth, "mode", v.Mode)
+	return v.Device, nil
+}
+
+// add needs change.
+func (d *Daemon) add(ctx context.Context, r AddRequest) (*device, error) {
+	if err := d.fillIn(&r); err != nil {
+		return nil, err
+	}
+	v := &device{}
+	var err error
+	if v.disk, err = d.host.Lookup(r.Path); err != nil {
+		return nil, err
+	}
+	if err := d.notOurs(v.disk); err != nil {
+		return nil, err
+	}
+	if err := d.host.CheckUsable(v.disk); err != nil {
+		return nil, d.nameFilter(v.disk, err)
+	}
+	if r.Name == "" {
+		r.Name = v.disk.Title()
+	}
+	if err := checkName(r.Name); err != nil {
+		return nil, err
+	}
+	if old := d.named(r.Name); old != nil {
+		return nil, &Error{Code: Exists, Errno: unix.EEXIST,
+			Message: fmt.Sprintf("the name %s is taken by the filter over %s", r.Name, old.Original), Fix: "choose another with --name"}
+	}
+	if err := d.open(ctx, v, r); err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	d.devices[v.Name] = v
+	d.mu.Unlock()
+	return v, nil
+}
+
+// fillIn gives a request the configured values and refuses impossible ones.
+func (d *Daemon) fillIn(r *AddRequest) error {
+	c := d.o.Config
+	if r.Queues == 0 {
+		r.Queues = int(c.Queues)
+	}
+	if r.Depth == 0 {
+		r.Depth = int(c.QueueDepth)
+	}
+	if r.Mode == "" {
+		r.Mode = c.Mode
+	}
+	if r.Recovery == nil {
+		r.Recovery = &c.Recovery
+	}
+	if n := ublk.MaxQueues(); r.Queues < 1 || r.Queues > n {
+		return invalid("%d queues: this machine has processors for 1 to %d", r.Queues, n)
+	}
+	if r.Depth < 1 || r.Depth > ublk.MaxDepth {
+		return invalid("queue depth %d: want 1 to %d", r.Depth, ublk.MaxDepth)
+	}
+	if _, err := ParseMode(string(r.Mode)); err != nil {
+		return invalid("%v", err)
+	}
+	return nil
+}
+
+// notOurs refuses a disk that has a filter, or is one, or an image.
+func (d *Daemon) notOurs(x *disk.Disk) error {
+	for _, v := range d.sorted() {
+		if v.disk.Num == x.Num {
+			return &Error{Code: Exists, Errno: unix.EALREADY, Message: "already added as " + v.Name}
+		}
+		if v.dev.Num == x.Num || filepath.Base(v.Path) == x.Parent {
+			return &Error{Code: Invalid, Errno: unix.EINVAL, Message: "is itself the filter over " + v.Original}
+		}
+	}
+	for _, s := range d.sortedSnapshots() {
+		for _, im := range s.images {
+			if im.dev != nil && (im.dev.Num == x.Num || filepath.Base(im.dev.Path) == x.Parent) {
+				return &Error{Code: Invalid, Errno: unix.EINVAL, Message: "is an image of snapshot " + s.id}
+			}
+		}
+	}
+	return nil
+}
+
+// nameFilter explains an exclusive user that is ours: a filter over a partition
+// of the disk, or over the disk of the partition.
+func (d *Daemon) nameFilter(x *disk.Disk, err error) error {
+	if !errors.Is(err, disk.ErrInUse) {
+		return err
+	}
+	for _, v := range d.sorted() {
+		if v.disk.Parent == x.Name || x.Parent == v.disk.Name {
+			return &Error{Code: Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", v.disk.Node, v.Name)}
+		}
+	}
+	return err
+}
+
+// open makes everything a filter is made of, or nothing.
+func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) {
+	var undo []func()
+	defer func() {
+		if err != nil {
+			for _, f := range slices.Backward(undo) {
+				f()
+			}
+		}
+	}()
+
+	f, err := d.host.OpenExclusive(v.disk)
+	if err != nil {
+		return d.nameFilter(v.disk, err)
+	}
+	// What readers of the disk have in the page cache is about to become old.
+	_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	f.Close()
+	if err != nil {
+		return fmt.Errorf("keep %s open: %w", v.disk.Node, err)
+	}
+	v.orig = blockdev.NewOSFile(fd, v.disk.Node)
+	undo = append(undo, func() { v.orig.Close() })
+
+	if v.geo, err = ublk.ReadGeometry(v.disk.Node); err != nil {
+		return err
+	}
+	v.cbtAt = filepath.Join(d.o.Dir.State(), "cbt", r.Name)
+	if v.cbt, err = cbtmap.Create(v.cbtAt, v.geo.Size, d.o.Config.CBTParams()); err != nil {
+		return err
+	}
+	undo = append(undo, v.closeCBT)
+	v.filter = filter.New(filter.Config{Orig: v.orig, Size: v.geo.Size, CBT: v.cbt, Queues: r.Queues})
+
+	v.dev, err = d.addUblk(ctx, filterKind, r.Name, ublk.Config{
+		Name: r.Name, Queues: r.Queues, Depth: r.Depth, MaxIO: ublk.DefaultMaxIO,
+		Mode: ublkMode(r.Mode), Geometry: v.geo, Recovery: *r.Recovery,
+		Files:      []*blockdev.OSFile{v.orig},
+		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return v.filter.NewQueue(q, bq) },
+	})
+	if err != nil {
+		return err
+	}
+	undo = append(undo, func() { d.removeUblk(v.dev) })
+
+	l, err := link(r.Name, v.dev.Path)
+	if err != nil {
+		return err
+	}
+	if err := d.note(v.disk.Name, "original", r.Name); err != nil {
+		os.Remove(l)
+		return err
+	}
+	rescan(v.disk.Name)
+	v.Device = Device{
+		Name: r.Name, Original: v.disk.Node, OriginalNumber: v.disk.Num.String(),
+		Path: v.dev.Path, Link: l, Number: v.dev.Num.String(), ID: uint32(v.dev.ID),
+		Size: v.geo.Size, LogicalBlockSize: v.geo.LogicalBlock, PhysicalBlockSize: v.geo.PhysicalBlock,
+		Queues: v.dev.Queues, Depth: v.dev.Depth, Mode: modeOf(v.dev.Mode), Recovery: *r.Recovery,
+		Added: time.Now(), Snapshots: []string{},
+	}
+	return nil
+}
+
+func (v *device) closeCBT() {
+	_ = v.cbt.Close()
+	_ = os.Remove(v.cbtAt)
+}
+
+func ublkMode(m Mode) ublk.Mode {
+	switch m {
+	case ModeCopy:
+		return ublk.ModeCopy
+	case ModeZeroCopy:
+		return ublk.ModeZeroCopy
+	}
+	return ublk.ModeAuto
+}
+
+func modeOf(m ublk.Mode) Mode {
+	if m == ublk.ModeZeroCopy {
+		return ModeZeroCopy
+	}
+	return ModeCopy
+}
+
+// addUblk adds a ublk device of ours, with its note for udev written before it
+// appears: therefore its number is chosen here.
+func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.Config) (*ublk.Device, error) {
+	cfg.Tag = ublk.Tag(kind)
+	noteKind := "filter"
+	if kind == imageKind {
+		noteKind = "image"
+	}
+	used, err := d.ctl.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for id := 0; ; id++ {
+		if slices.ContainsFunc(used, func(i ublk.Info) bool { return i.ID == id }) {
+			continue
+		}
+		cfg.ID = id
+		kernelName := fmt.Sprintf("ublkb%d", id)
+		if err := d.note(kernelName, noteKind, name); err != nil {
+			return nil, err
+		}
+		dev, err := ublk.Add(ctx, d.ctl, cfg)
+		if err != nil {
+			d.forgetNote(kernelName)
+		}
+		if errors.Is(err, unix.EEXIST) {
+			// Another server took the number meanwhile.
+			continue
+		}
+		return dev, err
+	}
+}
+
+// removeUblk stops and deletes a ublk device under its users.
+func (d *Daemon) removeUblk(dev *ublk.Device) error {
+	ctx, cancel := context.WithTimeout(context.Background(), stopLimit)
+	defer cancel()
+	err := dev.Delete(ctx)
+	if err == nil {
+		d.forgetNote(filepath.Base(dev.Path))
+	}
+	return err
+}
+
+// named is the device of that very name, nil if there is none.
+func (d *Daemon) named(name string) *device {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.devices[name]
+}
+
+// find is the device that ref names: by its name, or as a path of the original
+// or of the filter device.
+func (d *Daemon) find(ref string) (*device, error) {
+	if v := d.named(ref); v != nil {
+		return v, nil
+	}
+	all := d.sorted()
+	x, err := d.host.Lookup(ref)
+	if err != nil {
+		// The original may have been pulled out.
+		for _, v := range all {
+			if v.Original == ref || v.Link == ref {
+				return v, nil
+			}
+		}
+		e := &Error{Code: NotFound, Errno: unix.ENODEV, Message: "no filter of this name"}
+		var de *disk.Error
+		if errors.As(err, &de) && filepath.IsAbs(ref) {
+			e = diskError(de)
+			e.Message, e.Fix = de.What, ""
+		}
+		return nil, e
+	}
+	for _, v := range all {
+		if v.disk.Num == x.Num || v.dev.Num == x.Num {
+			return v, nil
+		}
+	}
+	return nil, &Error{Code: NotFound, Errno: unix.ENODEV, Message: "has no filter", Fix: "add it first: ublk-blksnap add " + ref}
+}
+
+// RemoveDevice implements API.
+func (d *Daemon) RemoveDevice(ctx context.Context, r RemoveRequest) error {
+	defer d.begin("remove %s", r.Device)()
+	v, err := d.find(r.Device)
+	if err != nil {
+		return fail(err, "remove %s", r.Device)
+	}
+	if r.Force {
+		err = d.removeForced(v)
+	} else {
+		err = d.removeIdle(ctx, v)
+	}
+	if err != nil {
+		return fail(err, "remove %s", r.Device)
+	}
+	d.o.Log.Info("removed", "name", v.Name, "disk", v.Original, "forced", r.Force)
+	return nil
+}
+
+// idle says who uses the device, if anybody does.
+func (d *Daemon) idle(v *device) error {
+	if ids := d.holding(v); len(ids) > 0 {
+		return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Name + ": held by snapshot " + ids[0],
+			Fix: "destroy it first: ublk-blksnap snapshot destroy " + ids[0]}
+	}
+	x, err := d.host.ByNumber(v.dev.Num)
+	if err != nil {
+		return nil // no disk any more: nobody can use it
+	}
+	x.Path = v.Path
+	if err := d.host.CheckFree(x); err != nil {
+		return err
+	}
+	if who := d.host.Openers(v.dev.Num); len(who) > 0 {
+		return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Path + ": opened by " + who[0].String(), Fix: "end that process first"}
+	}
+	return nil
+}
+
+// removeIdle removes a device that nobody uses; needs change.
+func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
+	if ids := d.holding(v); len(ids) > 0 {
+		return d.idle(v)
+	}
+	d.step("remove %s: sync", v.Name)
+	until := time.Now().Add(settleLimit)
+	for {
+		// Once begun it is not given up half-way.
+		c, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
+		err := v.dev.TryStop(c)
+		cancel()
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, ublk.ErrBusy) {
+			return err
+		}
+		if time.Now().After(until) || ctx.Err() != nil {
+			return d.inUse(v, err)
+		}
+		// Mounted is mounted; an opener may be udev, soon done.
+		if x, err := d.host.ByNumber(v.dev.Num); err == nil && d.host.CheckFree(x) != nil {
+			return d.inUse(v, err)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return d.takeDown(v)
+}
+
+// inUse tells who uses the device, as far as can be found out.
+func (d *Daemon) inUse(v *device, err error) error {
+	if who := d.idle(v); who != nil {
+		return who
+	}
+	return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Path + ": in use", Fix: "find the user first: fuser -v " + v.Path}
+}
+
+// removeForced removes a device under its users; needs change.
+func (d *Daemon) removeForced(v *device) error {
+	for _, id := range d.holding(v) {
+		if err := d.destroyBroken(id, v); err != nil {
+			return err
+		}
+	}
+	return d.takeDown(v)
+}
+
+// takeDown frees what a device is made of.
+func (d *Daemon) takeDown(v *device) error {
+	d.step("remove %s", v.Name)
+	// The name goes first: it must not lead to another device.
+	_ = os.Remove(v.Link)
+	if err := d.removeUblk(v.dev); err != nil {
+		return err
+	}
+	// Who reads the disk from now on shall not see what its page cache had kept
+	// from before.
+	_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKFLSBUF, 0)
+	if err := v.orig.Close(); err != nil {
+		d.o.Log.Warn("disk not closed", "disk", v.Original, "error", err)
+	}
+	v.use.Lock()
+	v.gone = true
+	v.closeCBT()
+	v.use.Unlock()
+	d.forgetNote(v.disk.Name)
+	rescan(v.disk.Name)
+	d.mu.Lock()
+	delete(d.devices, v.Name)
+	d.mu.Unlock()
+	return nil
+}
+
+// Devices implements API.
+func (d *Daemon) Devices(context.Context) ([]Device, error) {
+	out := []Device{}
+	for _, v := range d.sorted() {
+		out = append(out, d.describe(v))
+	}
+	return out, nil
+}
+
+func (d *Daemon) describe(v *device) Device {
+	x := v.Device
+	x.Snapshots = d.holding(v)
+	return x
+}
+
+// DeviceStatus implements API.
+func (d *Daemon) DeviceStatus(ctx context.Context, ref string) (DeviceStatus, error) {
+	v, release, err := d.hold(ref)
+	if err != nil {
+		return DeviceStatus{}, fail(err, "status of %s", ref)
+	}
+	defer release()
+	s := DeviceStatus{Device: d.describe(v), State: "unknown", Operations: map[string]Operation{}}
+	if i, err := v.dev.Info(ctx); err == nil {
+		s.State = i.State.String()
+	}
+	for q := range v.Queues {
+		c := v.filter.Counters(q)
+		for op := ublk.OpRead; op <= ublk.OpWriteZeroes; op++ {
+			o := s.Operations[op.String()]
+			o.Requests += c.Requests[op].Load()
+			o.Bytes += c.Bytes[op].Load()
+			s.Operations[op.String()] = o
+		}
+		s.Errors += c.Errors.Load()
+		s.InFlight += c.InFlight.Load()
+		s.DiscardsSkipped += c.Skipped.Load()
+	}
+	if i, err := v.cbt.Info(); err == nil {
+		c := cbtInfo(i)
+		s.CBT = &c
+	}
+	return s, nil
+}

@@ -1,0 +1,107 @@
+package control
+
+import (
+	"os"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+)
+
+// insideEnv says to a daemon that it has been started anew in a mount namespace
+// of its own.
+const insideEnv = "UBLK_BLKSNAP_OWN_NAMESPACE"
+
+// EnterNamespace gives the process a mount namespace of its own, by starting the
+// program anew in the same process, so that it returns only in the second life,
+// or with an error. Before, it mounts the state directory where everybody sees
+// it.
+//
+// Why: a process whose namespace is the last to hold a mount on a device that
+// the process itself serves can not exit: the kernel unmounts, writes to the
+// device and waits for an answer for ever. For the same reason the inherited
+// mounts are let go; only what the daemon needs stays: the root, /dev, /proc,
+// /sys and the run directory. Everything else it reaches through the root
+// directory of process 1.
+//
+// Where process 1 does not see what this process sees, nothing is done.
+func EnterNamespace(dir RunDir, c Config) error {
+	if os.Geteuid() != 0 {
+		return &Error{Code: Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
+	}
+	if os.Getenv(insideEnv) != "" {
+		return letGoOfMounts(string(dir))
+	}
+	if err := dir.make(); err != nil {
+		return err
+	}
+	// A second daemon ends here, before it changes anything.
+	lock, err := dir.lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := dir.mountState(c.StateSize); err != nil {
+		return err
+	}
+	if !withInit() {
+		return nil
+	}
+	// The thread that execs becomes the process, with its namespace.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fail(err, "make a mount namespace")
+	}
+	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fail(err, "make the mount namespace private")
+	}
+	env := append(os.Environ(), insideEnv+"=1")
+	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew in the mount namespace")
+}
+
+// host is the machine as everybody sees it.
+func host() *disk.Host {
+	h := disk.Machine()
+	if os.Getenv(insideEnv) != "" {
+		h.Root = "/proc/1/root"
+	}
+	return h
+}
+
+// withInit says whether process 1 sees the same mounts.
+func withInit() bool {
+	own, err1 := os.Readlink("/proc/self/ns/mnt")
+	init, err2 := os.Readlink("/proc/1/ns/mnt")
+	return err1 == nil && err2 == nil && own == init
+}
+
+func letGoOfMounts(dir string) error {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return fail(err, "read the mounts")
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	// The last mounted first: what is mounted inside another mount goes before.
+	for i := len(lines) - 1; i >= 0; i-- {
+		point, ok := disk.MountPoint(lines[i])
+		if ok && !needed(point, dir) {
+			// Detached whatever its use, and a mount that went with another is
+			// none to complain about.
+			_ = unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		}
+	}
+	return nil
+}
+
+// needed says whether the daemon keeps the mount at point.
+func needed(point, dir string) bool {
+	for _, keep := range []string{"/dev", "/proc", "/sys", dir} {
+		if point == keep || strings.HasPrefix(point, keep+"/") || strings.HasPrefix(keep, point+"/") {
+			return true
+		}
+	}
+	return point == "/"
+}

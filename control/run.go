@@ -1,0 +1,256 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Version is the program's version.
+const Version = "0.1.0"
+
+// Options are what a daemon is started with.
+type Options struct {
+	Dir        RunDir
+	Config     Config
+	ConfigPath string // where Config comes from, for Info
+	Log        *slog.Logger
+	// Ready is called once, when the daemon answers.
+	Ready func()
+}
+
+// stopper is an API that can be ended.
+type stopper interface {
+	API
+	// Stop removes every device, or nothing and an error if one is in use.
+	Stop(context.Context) error
+	// Close frees what Stop left, at the end of the process.
+	Close()
+}
+
+// Run is the daemon: it serves until it is told to stop by SIGTERM or SIGINT and
+// no device is in use any more.
+func Run(o Options) error {
+	return run(o, func() (stopper, error) { return NewDaemon(o) })
+}
+
+func run(o Options, open func() (stopper, error)) error {
+	// Signals first: from the first device on, none may end the process unasked.
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	defer signal.Stop(signals)
+	signal.Ignore(unix.SIGHUP, unix.SIGPIPE)
+
+	if err := o.Dir.make(); err != nil {
+		return err
+	}
+	lock, err := o.Dir.lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	api, err := open()
+	if err != nil {
+		return fail(err, "start the daemon")
+	}
+	defer api.Close()
+
+	l, err := o.Dir.listen()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	srv := &http.Server{
+		Handler:           NewHandler(api, o.Log),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog:          slog.NewLogLogger(o.Log.Handler(), slog.LevelWarn),
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	o.Log.Info("daemon started", "version", Version, "pid", os.Getpid(), "socket", o.Dir.Socket())
+	if o.Ready != nil {
+		o.Ready()
+	}
+	notify("READY=1")
+
+	for {
+		select {
+		case err := <-served:
+			return fail(err, "serve %s", o.Dir.Socket())
+		case s := <-signals:
+			o.Log.Info("asked to stop", "signal", s.String())
+			notify("STOPPING=1")
+			err := api.Stop(ctx)
+			if err == nil {
+				// Watchers would keep Shutdown waiting.
+				cancel()
+				_ = srv.Close()
+				_ = os.Remove(o.Dir.Socket())
+				o.Log.Info("daemon stopped")
+				return nil
+			}
+			o.Log.Error("not stopped, still serving", "error", err)
+			notify("READY=1\nSTATUS=asked to stop, but " + err.Error())
+		}
+	}
+}
+
+// listen replaces what a dead daemon left: the lock says that it is dead.
+func (d RunDir) listen() (net.Listener, error) {
+	if err := os.Remove(d.Socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fail(err, "remove the old socket")
+	}
+	l, err := net.Listen("unix", d.Socket())
+	if err != nil {
+		return nil, fail(err, "listen")
+	}
+	if err := os.Chmod(d.Socket(), 0o600); err != nil {
+		l.Close()
+		return nil, fail(err, "close the socket to others")
+	}
+	return l, nil
+}
+
+// notify tells systemd, if it waits to be told (sd_notify(3)).
+func notify(state string) {
+	name := os.Getenv("NOTIFY_SOCKET")
+	if name == "" {
+		return
+	}
+	c, err := net.Dial("unixgram", name)
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	_, _ = io.WriteString(c, state)
+}
+
+// startReport is what a daemon started by a command says through the pipe that
+// it inherited, once: an error, or nothing wrong.
+type startReport struct {
+	Error *Error `json:"error,omitempty"`
+}
+
+// ReportStart tells the command that started this daemon, through the inherited
+// file descriptor fd, that it runs (err nil) or why not. It may be called once.
+func ReportStart(fd int, err error) {
+	if fd < 3 {
+		return
+	}
+	f := os.NewFile(uintptr(fd), "starter")
+	defer f.Close()
+	var r startReport
+	if err != nil && !errors.As(err, &r.Error) {
+		r.Error = &Error{Code: Internal, Message: err.Error()}
+	}
+	_ = json.NewEncoder(f).Encode(r)
+}
+
+// Starter knows how to reach the daemon of a run directory, and how to start it.
+type Starter struct {
+	Dir        RunDir
+	ConfigPath string // empty: the default
+	Program    string // empty: this one
+	// Starting is called when a daemon is about to be started; may be nil.
+	Starting func()
+}
+
+// startTimeout is how long a daemon may take to answer: loading the driver and
+// taking over devices included.
+const startTimeout = 60 * time.Second
+
+// Connect gives a client of the daemon, which it starts if none runs.
+func (s Starter) Connect(ctx context.Context) (*Client, error) {
+	c := NewClient(s.Dir.Socket())
+	_, err := c.Info(ctx)
+	if CodeOf(err) != Unavailable || err == nil {
+		return c, err
+	}
+	if os.Geteuid() != 0 {
+		return nil, &Error{Code: Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
+	}
+	if s.Starting != nil {
+		s.Starting()
+	}
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if err := s.start(ctx); err != nil && CodeOf(err) != Exists {
+		return nil, err
+	}
+	// Exists: another command has just started one, which may not listen yet.
+	for {
+		_, err := c.Info(ctx)
+		if CodeOf(err) != Unavailable || err == nil || ctx.Err() != nil {
+			return c, err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func (s Starter) start(ctx context.Context) error {
+	if err := s.Dir.make(); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(s.Dir.Log(), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return fail(err, "start the daemon")
+	}
+	defer log.Close()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return fail(err, "start the daemon")
+	}
+	defer null.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fail(err, "start the daemon")
+	}
+	defer r.Close()
+
+	program := s.Program
+	if program == "" {
+		program = "/proc/self/exe"
+	}
+	args := []string{"ublk-blksnap", "daemon", "--run-dir", string(s.Dir), "--report-fd", "3"}
+	if s.ConfigPath != "" {
+		args = append(args, "--config", s.ConfigPath)
+	}
+	// A session of its own: neither the terminal's signals nor its end reach it.
+	p, err := os.StartProcess(program, args, &os.ProcAttr{
+		Dir:   "/",
+		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
+		Files: []*os.File{null, log, log, w},
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
+	w.Close()
+	if err != nil {
+		return fail(err, "start the daemon")
+	}
+	// Waited for, so that it leaves no zombie if it ends before us.
+	go func() { _, _ = p.Wait() }()
+
+	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Now()) })
+	defer stop()
+	var report startReport
+	switch err := json.NewDecoder(r).Decode(&report); {
+	case ctx.Err() != nil:
+		return fail(ctx.Err(), "start the daemon")
+	case err != nil:
+		return &Error{Code: Unavailable, Errno: unix.ECONNREFUSED, Message: "start the daemon: it ended at once", Fix: "see " + s.Dir.Log()}
+	case report.Error != nil:
+		return report.Error
+	}
+	return nil
+}

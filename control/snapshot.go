@@ -1,0 +1,573 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// snapshot is a snapshot with its image devices.
+type snapshot struct {
+	id      string
+	live    *snapimage.Live
+	chunk   int64
+	created time.Time
+	// told carries events from the queue threads, which must not wait; over is
+	// closed after the last one.
+	told chan diffarea.Event
+	over chan struct{}
+
+	// use is held by those who look into live without holding Daemon.change, and
+	// by destroy while it goes away.
+	use  sync.RWMutex
+	gone bool
+
+	// Daemon.mu guards what follows.
+	images  []*image
+	storage []Storage
+	taken   *time.Time
+	frozen  time.Duration
+}
+
+// image is one device of a snapshot.
+type image struct {
+	of   *device
+	dev  *ublk.Device // nil until taken
+	link string
+	take cbtmap.Info
+}
+
+// snapshotError gives the engine's errors their codes.
+func snapshotError(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	e := fail(err, format, args...)
+	set := func(c Code, n unix.Errno) { e.Code, e.Errno = c, n }
+	switch {
+	case errors.Is(err, snapimage.ErrNoDevices):
+		set(NotFound, unix.ENODEV)
+	case errors.Is(err, snapimage.ErrNoStorage):
+		set(NoSpace, unix.ENOSPC)
+	case errors.Is(err, snapimage.ErrTaken), errors.Is(err, snapimage.ErrAdded):
+		set(Exists, unix.EALREADY)
+	case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapimage.ErrFreezeTimeout):
+		set(Timeout, unix.ETIMEDOUT)
+	case errors.Is(err, snapimage.ErrStorageInUse):
+		set(Busy, unix.EBUSY)
+	}
+	return e
+}
+
+func (d *Daemon) sortedSnapshots() []*snapshot {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := make([]*snapshot, 0, len(d.snapshots))
+	for _, s := range d.snapshots {
+		out = append(out, s)
+	}
+	slices.SortFunc(out, func(a, b *snapshot) int { return a.created.Compare(b.created) })
+	return out
+}
+
+// holding are the UUIDs of the snapshots that hold the device.
+func (d *Daemon) holding(v *device) []string {
+	ids := []string{}
+	for _, s := range d.sortedSnapshots() {
+		if d.has(s, v) {
+			ids = append(ids, s.id)
+		}
+	}
+	return ids
+}
+
+func (d *Daemon) has(s *snapshot, v *device) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.ContainsFunc(s.images, func(im *image) bool { return im.of == v })
+}
+
+// findSnapshot is the snapshot of that UUID.
+func (d *Daemon) findSnapshot(id string) (*snapshot, error) {
+	u, err := uuid.Parse(id)
+	if err != nil {
+		return nil, invalid("snapshot %q: not a UUID", id)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := d.snapshots[u.String()]
+	if s == nil {
+		return nil, noSnapshot(u.String())
+	}
+	return s, nil
+}
+
+// CreateSnapshot implements API.
+func (d *Daemon) CreateSnapshot(ctx context.Context, r CreateRequest) (Snapshot, error) {
+	defer d.begin("create snapshot")()
+	s, err := d.create(ctx, r)
+	if err != nil {
+		return Snapshot{}, snapshotError(err, "create snapshot")
+	}
+	d.o.Log.Info("snapshot created", "snapshot", s.id, "chunk", s.chunk)
+	return d.describeSnapshot(s), nil
+}
+
+func (d *Daemon) create(ctx context.Context, r CreateRequest) (*snapshot, error) {
+	var devices []*device
+	for _, ref := range r.Devices {
+		v, err := d.findOrAttach(ctx, ref, r.Attach)
+		if err != nil {
+			return nil, err
+		}
+		if slices.Contains(devices, v) {
+			return nil, fail(snapshotError(snapimage.ErrAdded, "%s", v.Name), "add a device")
+		}
+		devices = append(devices, v)
+	}
+	chunk, err := d.chunkSize(r.ChunkSize, devices)
+	if err != nil {
+		return nil, err
+	}
+	s := &snapshot{chunk: chunk, created: time.Now(), told: make(chan diffarea.Event, 256), over: make(chan struct{})}
+	id := uuid.New()
+	s.id = id.String()
+	pool := d.o.Config.DiffBufferPoolSize
+	if n := d.o.Config.ChunkMaximumInQueue; n > 0 {
+		pool = min(pool, n*chunk)
+	}
+	s.live, err = snapimage.NewLive(snapimage.LiveConfig{
+		ID: id, ChunkSize: chunk, PoolSize: pool,
+		Portion:  d.o.Config.DiffStorageMinimum << 9,
+		StateDir: filepath.Join(d.o.Dir.State(), "snapshots"),
+		Control:  d.loop,
+		OnEvent: func(e diffarea.Event) {
+			select {
+			case s.told <- e:
+			default: // a queue thread does not wait; what broke is in the state too
+			}
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.events.emit(Event{Snapshot: s.id, Kind: EventCreated})
+	go d.tell(s)
+	d.mu.Lock()
+	d.snapshots[s.id] = s
+	d.mu.Unlock()
+	for _, v := range devices {
+		if err := d.addTo(s, v); err != nil {
+			return nil, errors.Join(err, d.destroy(s))
+		}
+	}
+	for _, st := range r.Storage {
+		if err := d.appendTo(s, st); err != nil {
+			return nil, errors.Join(err, d.destroy(s))
+		}
+	}
+	return s, nil
+}
+
+// findOrAttach is the device that ref names, with a filter put over it if it has
+// none and attach allows it.
+func (d *Daemon) findOrAttach(ctx context.Context, ref string, attach bool) (*device, error) {
+	v, err := d.find(ref)
+	if err == nil || !attach || CodeOf(err) != NotFound {
+		if err != nil {
+			return nil, fail(err, "%s", ref)
+		}
+		return v, nil
+	}
+	if v, err = d.add(ctx, AddRequest{Path: ref}); err != nil {
+		return nil, fail(err, "attach %s", ref)
+	}
+	d.o.Log.Info("added", "name", v.Name, "disk", v.Original, "device", v.Path)
+	return v, nil
+}
+
+// chunkSize chooses the chunk size for devices: as asked for, or the smallest
+// that needs no more than the configured number of chunks.
+func (d *Daemon) chunkSize(asked int64, devices []*device) (int64, error) {
+	c := d.o.Config
+	if asked != 0 {
+		if err := diffarea.CheckChunkSize(asked); err != nil {
+			return 0, invalid("%v", err)
+		}
+		return asked, nil
+	}
+	shift := c.ChunkMinimumShift
+	for _, v := range devices {
+		if v.Size > 0 {
+			n := (v.Size + c.ChunkMaximumCount - 1) / c.ChunkMaximumCount // bytes a chunk has to have
+			shift = max(shift, int64(bits.Len64(uint64(n-1))))
+		}
+	}
+	return 1 << min(shift, c.ChunkMaximumShift), nil
+}
+
+// addTo needs change.
+func (d *Daemon) addTo(s *snapshot, v *device) error {
+	if err := s.live.AddDevice(v.filter, unix.Mkdev(v.disk.Num.Major, v.disk.Num.Minor)); err != nil {
+		return snapshotError(err, "add %s", v.Name)
+	}
+	d.mu.Lock()
+	s.images = append(s.images, &image{of: v})
+	d.mu.Unlock()
+	return nil
+}
+
+// AddToSnapshot implements API.
+func (d *Daemon) AddToSnapshot(ctx context.Context, r SnapshotDeviceRequest) (Snapshot, error) {
+	defer d.begin("add %s to snapshot %s", r.Device, r.ID)()
+	s, err := d.findSnapshot(r.ID)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	v, err := d.findOrAttach(ctx, r.Device, r.Attach)
+	if err == nil {
+		err = d.addTo(s, v)
+	}
+	if err != nil {
+		return Snapshot{}, fail(err, "snapshot %s", s.id)
+	}
+	return d.describeSnapshot(s), nil
+}
+
+// AppendStorage implements API.
+func (d *Daemon) AppendStorage(_ context.Context, r StorageRequest) (Snapshot, error) {
+	defer d.begin("append storage to snapshot %s", r.ID)()
+	s, err := d.findSnapshot(r.ID)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	if err := d.appendTo(s, r.Storage); err != nil {
+		return Snapshot{}, fail(err, "snapshot %s", s.id)
+	}
+	return d.describeSnapshot(s), nil
+}
+
+// appendTo needs change.
+func (d *Daemon) appendTo(s *snapshot, st Storage) error {
+	if !filepath.IsAbs(st.Path) {
+		return invalid("storage %q: not an absolute path", st.Path)
+	}
+	if st.Limit < 0 || st.Limit > 0 && st.Limit < s.chunk {
+		return invalid("storage %s: a limit of %s holds no chunk of %s", st.Path, FormatSize(st.Limit), FormatSize(s.chunk))
+	}
+	// A write to the storage that needed a copy to the storage would wait for
+	// itself.
+	for _, v := range d.sorted() {
+		on, err := d.host.LiesOn(st.Path, v.disk.Num, d.below)
+		if err != nil {
+			return fail(err, "storage %s", st.Path)
+		}
+		if on {
+			return &Error{Code: Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
+				Message: fmt.Sprintf("storage %s: lies on %s, which has the filter %s", st.Path, v.Original, v.Name)}
+		}
+	}
+	path, err := d.host.Resolve(st.Path)
+	if err != nil {
+		return fail(err, "storage %s", st.Path)
+	}
+	d.step("allocate storage in %s", st.Path)
+	if err := s.live.AppendStorage(path, st.Limit); err != nil {
+		return snapshotError(err, "storage %s", st.Path)
+	}
+	d.mu.Lock()
+	s.storage = append(s.storage, st)
+	d.mu.Unlock()
+	return nil
+}
+
+// TakeSnapshot implements API.
+func (d *Daemon) TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, error) {
+	defer d.begin("take snapshot %s", r.ID)()
+	s, err := d.findSnapshot(r.ID)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	if err := d.take(ctx, s, r); err != nil {
+		return Snapshot{}, snapshotError(err, "take snapshot %s", s.id)
+	}
+	d.o.Log.Info("snapshot taken", "snapshot", s.id, "frozen", s.frozen)
+	return d.describeSnapshot(s), nil
+}
+
+func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
+	if s.live.Taken() {
+		return snapimage.ErrTaken
+	}
+	o := snapimage.TakeOptions{Limit: d.o.Config.FreezeTimeout}
+	defer func() {
+		for _, f := range o.Freeze {
+			f.Close()
+		}
+	}()
+	if !r.NoFreeze {
+		for _, m := range d.mountsOver(s) {
+			root := *d.host
+			if m.PID != 1 || root.Root != "/" {
+				root.Root = fmt.Sprintf("/proc/%d/root", m.PID)
+			}
+			f, err := root.Open(m.Point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+			if err != nil {
+				return fmt.Errorf("open the filesystem on %s: %w", m.Point, err)
+			}
+			o.Freeze = append(o.Freeze, f)
+		}
+	}
+	before := make([]cbtmap.Info, len(s.images))
+	for i, im := range s.images {
+		// A corrupted map has no numbers to go back to; the take heals it.
+		before[i], _ = im.of.cbt.Info()
+	}
+	d.step("take snapshot %s: %d filesystems to freeze, writes to wait for", s.id, len(o.Freeze))
+	frozen, err := s.live.TakeDevices(ctx, o)
+	if err != nil {
+		if s.live.Taken() {
+			return errors.Join(err, d.undoTake(s, before))
+		}
+		return err
+	}
+	if err := d.makeImages(ctx, s); err != nil {
+		return errors.Join(fmt.Errorf("make images: %w: the snapshot is destroyed", err), d.undoTake(s, before))
+	}
+	now := time.Now()
+	d.mu.Lock()
+	s.taken, s.frozen = &now, frozen
+	d.mu.Unlock()
+	d.events.emit(Event{Snapshot: s.id, Kind: EventTaken})
+	return nil
+}
+
+// undoTake makes good a take whose images could not be made.
+func (d *Daemon) undoTake(s *snapshot, before []cbtmap.Info) error {
+	images := s.images
+	err := d.destroy(s)
+	for i, im := range images {
+		im.of.cbt.Void(before[i])
+	}
+	return err
+}
+
+// mountsOver are the filesystems on the snapshot's devices, each once.
+func (d *Daemon) mountsOver(s *snapshot) []disk.Mount {
+	var out []disk.Mount
+	seen := map[disk.Num]bool{}
+	for _, im := range s.images {
+		for _, m := range d.host.MountsOver(im.of.dev.Num, d.below) {
+			if !seen[m.Num] {
+				seen[m.Num] = true
+				out = append(out, m)
+			}
+		}
+	}
+	return out
+}
+
+func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
+	for i, im := range s.images {
+		d.step("take snapshot %s: make the image of %s", s.id, im.of.Name)
+		name := filepath.Join(imageDir, im.of.Name+"-"+s.id)
+		geo := im.of.geo
+		geo.ReadOnly = false
+		dev, err := d.addUblk(ctx, imageKind, im.of.Name+"-"+s.id, ublk.Config{
+			Name: im.of.Name + "@", Queues: im.of.Queues, Depth: im.of.Depth, MaxIO: ublk.DefaultMaxIO,
+			Mode: im.of.dev.Mode, Geometry: geo, NoPartScan: true,
+			Recovery:   im.of.Recovery,
+			Files:      []*blockdev.OSFile{im.of.orig},
+			NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.live.Image(i).NewQueue(bq) },
+		})
+		if err != nil {
+			return err
+		}
+		d.mu.Lock()
+		im.dev, im.take = dev, s.live.TakeInfo(i)
+		d.mu.Unlock()
+		l, err := link(name, dev.Path)
+		if err != nil {
+			return err
+		}
+		d.mu.Lock()
+		im.link = l
+		d.mu.Unlock()
+	}
+	return nil
+}
+
+// DestroySnapshot implements API.
+func (d *Daemon) DestroySnapshot(_ context.Context, id string) error {
+	defer d.begin("destroy snapshot %s", id)()
+	s, err := d.findSnapshot(id)
+	if err != nil {
+		return err
+	}
+	if err := d.destroy(s); err != nil {
+		return snapshotError(err, "destroy snapshot %s", s.id)
+	}
+	d.o.Log.Info("snapshot destroyed", "snapshot", s.id)
+	return nil
+}
+
+// destroyBroken destroys a snapshot because its device v is removed by force.
+func (d *Daemon) destroyBroken(id string, v *device) error {
+	s, err := d.findSnapshot(id)
+	if err != nil {
+		return err
+	}
+	if s.taken != nil {
+		d.events.emit(Event{Snapshot: s.id, Kind: EventCorrupted, Device: v.OriginalNumber, Errno: -int(unix.ENODEV)})
+		d.o.Log.Warn("snapshot broken by the removal of its device", "snapshot", s.id, "name", v.Name)
+	}
+	return d.destroy(s)
+}
+
+// destroy needs change. With an error the snapshot is still there, less what of
+// it could be removed.
+func (d *Daemon) destroy(s *snapshot) error {
+	for _, im := range s.images {
+		if im.dev == nil {
+			continue
+		}
+		d.step("destroy snapshot %s: remove the image of %s", s.id, im.of.Name)
+		if im.link != "" {
+			_ = os.Remove(im.link)
+		}
+		if err := d.removeUblk(im.dev); err != nil {
+			return err
+		}
+		d.mu.Lock()
+		im.dev = nil
+		d.mu.Unlock()
+	}
+	d.step("destroy snapshot %s: give the storage back", s.id)
+	s.use.Lock()
+	s.gone = true
+	err := s.live.DestroyFiles()
+	s.use.Unlock()
+	d.mu.Lock()
+	delete(d.snapshots, s.id)
+	d.mu.Unlock()
+	close(s.over)
+	if err != nil {
+		// Nothing uses them any more: what is left is files.
+		d.o.Log.Error("storage or state not given back", "snapshot", s.id, "error", err)
+		return err
+	}
+	return nil
+}
+
+// tell passes on the events of a snapshot until it is destroyed.
+func (d *Daemon) tell(s *snapshot) {
+	for {
+		var e diffarea.Event
+		select {
+		case e = <-s.told:
+		case <-s.over:
+			select {
+			case e = <-s.told:
+			default:
+				d.events.emit(Event{Snapshot: s.id, Kind: EventDestroyed})
+				return
+			}
+		}
+		ev := Event{Snapshot: s.id, Kind: e.Kind.String(), Sectors: e.Sectors, Errno: -int(e.Errno)}
+		if e.Device != 0 {
+			ev.Device = disk.Num{Major: unix.Major(e.Device), Minor: unix.Minor(e.Device)}.String()
+		}
+		d.o.Log.Warn("snapshot", "snapshot", s.id, "event", ev.Kind, "device", ev.Device, "sectors", ev.Sectors, "error", e.Errno)
+		d.events.emit(ev)
+	}
+}
+
+// Snapshots implements API.
+func (d *Daemon) Snapshots(context.Context) ([]Snapshot, error) {
+	out := []Snapshot{}
+	for _, s := range d.sortedSnapshots() {
+		out = append(out, d.describeSnapshot(s))
+	}
+	return out, nil
+}
+
+// Snapshot implements API.
+func (d *Daemon) Snapshot(_ context.Context, id string) (Snapshot, error) {
+	s, err := d.findSnapshot(id)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	return d.describeSnapshot(s), nil
+}
+
+func (d *Daemon) describeSnapshot(s *snapshot) Snapshot {
+	out := Snapshot{ID: s.id, State: SnapshotCreated, Created: s.created, ChunkSize: s.chunk, Images: []SnapshotImage{}, Storage: []Storage{}}
+	s.use.RLock()
+	if !s.gone {
+		u := s.live.Log().Usage()
+		out.Usage = SnapshotUsage{
+			Copied:   u.Regions * u.ChunkSize,
+			Stored:   (u.Regions - u.Unstored) * u.ChunkSize,
+			Capacity: u.Capacity * u.ChunkSize,
+		}
+		out.Errno = -int(s.live.Log().Err())
+	}
+	s.use.RUnlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out.Taken, out.Frozen = s.taken, s.frozen
+	out.Storage = append(out.Storage, s.storage...)
+	switch {
+	case out.Errno != 0:
+		out.State = SnapshotCorrupted
+	case s.taken != nil:
+		out.State = SnapshotTaken
+	}
+	for _, im := range s.images {
+		x := SnapshotImage{Device: im.of.Name, Original: im.of.Original, Errno: out.Errno}
+		if im.dev != nil {
+			x.Path, x.Link = im.dev.Path, im.link
+			x.Generation, x.ChangesNumber = im.take.GenerationID.String(), im.take.ChangesNumber
+		}
+		out.Images = append(out.Images, x)
+	}
+	return out
+}
+
+// WaitEvent implements API.
+func (d *Daemon) WaitEvent(ctx context.Context, r WaitRequest) (Event, error) {
+	u, err := uuid.Parse(r.ID)
+	if err != nil {
+		return Event{}, invalid("snapshot %q: not a UUID", r.ID)
+	}
+	r.ID = u.String()
+	return d.events.wait(ctx, r)
+}
+
+// Watch implements API.
+func (d *Daemon) Watch(ctx context.Context, id string, each func(Event) error) error {
+	if id != "" {
+		u, err := uuid.Parse(id)
+		if err != nil {
+			return invalid("snapshot %q: not a UUID", id)
+		}
+		id = u.String()
+	}
+	return d.events.watch(ctx, id, each)
+}
