@@ -4,8 +4,8 @@
 //
 // One word is a line for bash, several are a program and its arguments. The command starts in the current directory,
 // which the guest shows at the same path; what it writes is lost, except below the directory $VM_OUT. Its output and
-// exit status become vm's own; vm's status is 124 if the time was up, 125 if the machine did not work, and 123 if
-// the command ended before a kill that was asked for. After such a kill it is 0.
+// exit status become vm's own. Otherwise vm's status is 124 if the time was up, 125 if the machine did not work, 130 if
+// vm was interrupted, 0 after a kill that was asked for, and 123 if the command ended before that.
 package main
 
 import (
@@ -14,12 +14,9 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,17 +27,34 @@ import (
 
 // Exit statuses of our own.
 const (
-	statusNotKilled = 123
-	statusTimeout   = 124
-	statusBroken    = 125
+	statusNotKilled   = 123
+	statusTimeout     = 124
+	statusBroken      = 125
+	statusInterrupted = 130
 )
 
 func main() {
-	status, err := run(os.Args[1:])
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	status, err := run(ctx, os.Args[1:])
+	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "vm:", err)
 	}
 	os.Exit(status)
+}
+
+// options is what the command line and the environment ask for.
+type options struct {
+	machine.Config
+	env       list          // of the command, on top of machine.Env
+	newDisks  list          // NAME=SIZE
+	files     list          // [NAME=]PATH[:SIZE]
+	killAfter time.Duration // no kill if zero
+	killOn    string        // no kill if empty
+	console   string
+	where     string
+	fetch     bool
+	noSkips   bool
 }
 
 type list []string
@@ -48,166 +62,168 @@ type list []string
 func (l *list) String() string     { return strings.Join(*l, " ") }
 func (l *list) Set(s string) error { *l = append(*l, s); return nil }
 
-func run(args []string) (status int, err error) {
-	var (
-		cfg              machine.Config
-		disks, files, ev list
-		killAfter        time.Duration
-		killOn, console  string
-		where            string
-		fetch, noSkips   bool
-	)
+// parse reads the command line on top of the environment. Its error is flag.ErrHelp if only help was wanted.
+func parse(args []string) (*options, error) {
+	o := &options{}
 	flags := flag.NewFlagSet("vm", flag.ContinueOnError)
-	flags.StringVar(&cfg.Kernel, "kernel", env("KERNEL", "6.12"), `kernel: "newest" or a version such as 6.12 (KERNEL)`)
-	flags.StringVar(&cfg.Accel, "accel", env("VM_ACCEL", ""), "kvm or tcg; kvm where a trial boot works, if empty (VM_ACCEL)")
-	flags.StringVar(&cfg.Cache, "cache", env("VM_CACHE", ".cache/vm"), "directory for kernels (VM_CACHE)")
-	flags.StringVar(&cfg.Out, "out", env("VM_OUT", ""), "directory that the command may write to; cache/out, if empty (VM_OUT)")
-	flags.BoolVar(&cfg.Udev, "udev", env("VM_UDEV", "") != "", "run udev in the guest (VM_UDEV)")
-	flags.StringVar(&where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
-	flags.BoolVar(&noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\"")
-	flags.BoolVar(&fetch, "fetch", false, "fetch the kernel, print its release, and end")
-	flags.StringVar(&console, "console", env("VM_CONSOLE", ""), "file for the kernel's messages (VM_CONSOLE)")
-	flags.Var(&disks, "disk", "NAME=SIZE: new disk at /dev/disk/by-vm/NAME, gone afterwards; size in bytes, or with K, M, G, T")
-	flags.Var(&files, "disk-file", "[NAME=]PATH[:SIZE]: disk image that stays; made if missing and SIZE is given")
-	flags.Var(&ev, "e", "NAME or NAME=VALUE: environment of the command")
-	flags.DurationVar(&killAfter, "kill-after", 0, "kill the machine this long after the command has started")
-	flags.StringVar(&killOn, "kill-on", "", "kill the machine as soon as the command prints a line with this text")
-	flags.Func("mem", "memory of the guest in MiB, or with M or G (VM_MEM; 4G)", func(s string) error { return setMem(&cfg, s) })
-	flags.IntVar(&cfg.CPUs, "cpus", 0, "processors of the guest (VM_CPUS; 2)")
-	flags.DurationVar(&cfg.Timeout, "timeout", 0, "limit for the whole run (VM_TIMEOUT; 20m)")
-	if err := envFlags(flags, map[string]string{"mem": "VM_MEM", "cpus": "VM_CPUS", "timeout": "VM_TIMEOUT"}); err != nil {
-		return statusBroken, err
+	flags.StringVar(&o.Kernel, "kernel", env("KERNEL", "6.12"), `"newest" or a version such as 6.12 (KERNEL)`)
+	flags.StringVar(&o.Accel, "accel", env("VM_ACCEL", ""), "kvm or tcg; kvm where a trial boot works, if empty (VM_ACCEL)")
+	flags.StringVar(&o.Cache, "cache", env("VM_CACHE", ""), "directory for kernels; .cache/vm of the module, if empty (VM_CACHE)")
+	flags.StringVar(&o.Out, "out", env("VM_OUT", ""), "directory that the command may write to; cache/out, if empty (VM_OUT)")
+	flags.BoolVar(&o.Udev, "udev", env("VM_UDEV", "") != "", "run udev in the guest (VM_UDEV)")
+	flags.StringVar(&o.where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
+	flags.BoolVar(&o.noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\"")
+	flags.BoolVar(&o.fetch, "fetch", false, "fetch the kernel, print its release, and end")
+	flags.StringVar(&o.console, "console", env("VM_CONSOLE", ""), "file for the kernel's messages (VM_CONSOLE)")
+	flags.Var(&o.newDisks, "disk", "NAME=SIZE: new disk at /dev/disk/by-vm/NAME, gone afterwards; size in bytes, or with K, M, G, T")
+	flags.Var(&o.files, "disk-file", "[NAME=]PATH[:SIZE]: disk image that stays; made if missing and SIZE is given")
+	flags.Var(&o.env, "e", "NAME or NAME=VALUE: environment of the command")
+	flags.DurationVar(&o.killAfter, "kill-after", 0, "kill the machine this long after the command has started")
+	flags.StringVar(&o.killOn, "kill-on", "", "kill the machine as soon as the command prints a line with this text")
+	flags.Func("mem", "memory of the guest in MiB, or with M or G (VM_MEM; 4G)", func(s string) error { return setMem(&o.Config, s) })
+	flags.IntVar(&o.CPUs, "cpus", 2, "processors of the guest (VM_CPUS)")
+	flags.DurationVar(&o.Timeout, "timeout", 20*time.Minute, "limit for the whole run (VM_TIMEOUT)")
+	for name, variable := range map[string]string{"mem": "VM_MEM", "cpus": "VM_CPUS", "timeout": "VM_TIMEOUT"} {
+		if value := os.Getenv(variable); value != "" {
+			if err := flags.Set(name, value); err != nil {
+				return nil, fmt.Errorf("%s=%s: %w", variable, value, err)
+			}
+		}
 	}
-	if cfg.Timeout == 0 {
-		cfg.Timeout = 20 * time.Minute
+	if err := flags.Parse(args); err != nil {
+		return nil, err
 	}
-	switch err := flags.Parse(args); {
-	case errors.Is(err, flag.ErrHelp):
-		return 0, nil
-	case err != nil:
-		return statusBroken, nil // flag has told
+	o.Command = flags.Args()
+	switch {
+	case len(o.Command) == 0 && !o.fetch:
+		return nil, errors.New("no command given; see vm -help")
+	case o.where != "machine" && o.where != "host" && o.where != "auto":
+		return nil, fmt.Errorf("where %q: want machine, host or auto", o.where)
 	}
-	if cfg.Cache, err = filepath.Abs(cfg.Cache); err != nil {
-		return statusBroken, err
+	for i, v := range o.env {
+		if !strings.Contains(v, "=") {
+			o.env[i] = v + "=" + os.Getenv(v)
+		}
 	}
+	return o, o.resolve()
+}
 
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	defer stop()
-	if fetch {
-		kernel, err := machine.Fetch(ctx, cfg.Cache, cfg.Kernel)
+// resolve makes every path absolute: the guest has the same ones.
+func (o *options) resolve() (err error) {
+	if o.Dir, err = os.Getwd(); err != nil {
+		return fmt.Errorf("find current directory: %w", err)
+	}
+	if o.Dir, err = filepath.EvalSymlinks(o.Dir); err != nil {
+		return fmt.Errorf("find current directory: %w", err)
+	}
+	if o.Cache == "" {
+		o.Cache = filepath.Join(moduleRoot(o.Dir), ".cache/vm")
+	}
+	if o.Cache, err = filepath.Abs(o.Cache); err != nil {
+		return fmt.Errorf("find cache: %w", err)
+	}
+	if o.Out == "" {
+		o.Out = filepath.Join(o.Cache, "out")
+	}
+	if o.Out, err = filepath.Abs(o.Out); err != nil {
+		return fmt.Errorf("find output directory: %w", err)
+	}
+	if err := os.MkdirAll(o.Out, 0o755); err != nil {
+		return fmt.Errorf("create output directory: %w", err)
+	}
+	return nil
+}
+
+// moduleRoot is the directory of the Go module that dir lies in, or dir.
+func moduleRoot(dir string) string {
+	for d := dir; ; d = filepath.Dir(d) {
+		if _, err := os.Stat(filepath.Join(d, "go.mod")); err == nil {
+			return d
+		}
+		if d == filepath.Dir(d) {
+			return dir
+		}
+	}
+}
+
+func run(ctx context.Context, args []string) (status int, err error) {
+	o, err := parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		return 0, nil
+	} else if err != nil {
+		return statusBroken, err
+	}
+	if o.fetch {
+		kernel, err := machine.Fetch(ctx, o.Cache, o.Kernel)
 		if err != nil {
 			return statusBroken, err
 		}
 		fmt.Println(kernel.Release)
 		return 0, nil
 	}
-	if cfg.Command = flags.Args(); len(cfg.Command) == 0 {
-		return statusBroken, errors.New("no command given; see vm -help")
-	}
-	if cfg.Dir, err = os.Getwd(); err != nil {
-		return statusBroken, fmt.Errorf("find current directory: %w", err)
-	}
-	if cfg.Dir, err = filepath.EvalSymlinks(cfg.Dir); err != nil {
-		return statusBroken, fmt.Errorf("find current directory: %w", err)
-	}
-	if cfg.Out == "" {
-		cfg.Out = filepath.Join(cfg.Cache, "out")
-	}
-	if cfg.Out, err = filepath.Abs(cfg.Out); err != nil {
-		return statusBroken, err
-	}
-	if err := os.MkdirAll(cfg.Out, 0o755); err != nil {
-		return statusBroken, fmt.Errorf("create output directory: %w", err)
-	}
-	cfg.Env = machine.Env()
-	for _, v := range ev {
-		if !strings.Contains(v, "=") {
-			v += "=" + os.Getenv(v)
-		}
-		cfg.Env = append(cfg.Env, v)
-	}
-	cfg.Stdout, cfg.Stderr = os.Stdout, os.Stderr
-	judge := &skips{to: os.Stdout}
-	if noSkips {
-		cfg.Stdout = judge
-		defer func() {
-			if status == 0 && err == nil {
-				if err = judge.err(); err != nil {
-					status = 1
-				}
-			}
-		}()
-	}
-	switch where {
-	case "machine":
-	case "host", "auto":
-		if hasUblk() {
-			return runHere(ctx, cfg)
-		}
-		if where == "host" {
-			return statusBroken, errors.New("this machine's kernel has no ublk (modprobe ublk_drv failed)")
-		}
-	default:
-		return statusBroken, fmt.Errorf("where %q: want machine, host or auto", where)
-	}
 
-	for _, d := range disks {
-		disk, err := newDisk(d)
+	o.Stdout, o.Stderr = os.Stdout, os.Stderr
+	judge := &skips{to: os.Stdout}
+	if o.noSkips {
+		o.Stdout = judge
+	}
+	switch here := o.where != "machine" && hasUblk(); {
+	case here:
+		o.Env = append(os.Environ(), append(o.env, "UBLK_BLKSNAP_VM=1", "VM_OUT="+o.Out)...)
+		status, err = runHere(ctx, o.Config)
+	case o.where == "host":
+		return statusBroken, errors.New("this machine's kernel has no ublk (modprobe ublk_drv failed)")
+	default:
+		o.Env = append(machine.Env(), o.env...)
+		status, err = o.boot(ctx)
+	}
+	if status == 0 && err == nil {
+		if err = judge.err(); err != nil {
+			status = 1
+		}
+	}
+	return status, err
+}
+
+// boot runs the command in a machine.
+func (o *options) boot(ctx context.Context) (status int, err error) {
+	for _, spec := range o.newDisks {
+		disk, err := newDisk(spec)
 		if err != nil {
 			return statusBroken, err
 		}
 		defer disk.close()
-		cfg.Disks = append(cfg.Disks, disk.Disk)
+		o.Disks = append(o.Disks, disk.Disk)
 	}
-	for i, f := range files {
-		disk, err := keptDisk(f, i)
+	for i, spec := range o.files {
+		disk, err := keptDisk(spec, i)
 		if err != nil {
 			return statusBroken, err
 		}
-		cfg.Disks = append(cfg.Disks, disk)
+		o.Disks = append(o.Disks, disk)
 	}
-
 	var log bytes.Buffer
-	cfg.Console = &log
-	if console != "" {
-		f, err := os.Create(console)
+	o.Config.Console = &log
+	if o.console != "" {
+		f, err := os.Create(o.console)
 		if err != nil {
 			return statusBroken, fmt.Errorf("create console log: %w", err)
 		}
 		defer f.Close()
-		cfg.Console = f
+		o.Config.Console = f
+	}
+	marked := make(chan struct{}, 1)
+	if o.killOn != "" {
+		o.Stdout = &watcher{to: o.Stdout, text: o.killOn, seen: marked}
 	}
 
-	kill := make(chan struct{}, 1)
-	if killOn != "" {
-		cfg.Stdout = &watcher{to: cfg.Stdout, text: killOn, seen: kill}
-	}
-	m, err := machine.Start(ctx, cfg)
+	m, err := machine.Start(ctx, o.Config)
 	if err != nil {
 		return statusBroken, err
 	}
 	ended := make(chan struct{})
 	killed := make(chan bool, 1)
-	go func() {
-		var after <-chan time.Time
-		if killAfter > 0 {
-			select {
-			case <-m.Running():
-				after = time.After(killAfter)
-			case <-ended:
-			}
-		}
-		select {
-		case <-kill:
-			m.Kill()
-			killed <- true
-		case <-after:
-			m.Kill()
-			killed <- true
-		case <-ended:
-			killed <- false
-		}
-	}()
+	go func() { killed <- o.killWhenDue(m, marked, ended) }()
 	status, err = m.Wait()
 	close(ended)
 	byUs := <-killed
@@ -215,62 +231,45 @@ func run(args []string) (status int, err error) {
 	case errors.Is(err, machine.ErrKilled) && byUs:
 		return 0, nil
 	case errors.Is(err, machine.ErrKilled):
-		return statusBroken, errors.New("interrupted")
+		return statusInterrupted, errors.New("interrupted")
 	case errors.Is(err, machine.ErrTimeout):
 		return statusTimeout, err
 	case err != nil:
-		if log.Len() > 0 {
-			err = fmt.Errorf("%w%s", err, keepLog(cfg.Cache, log.Bytes()))
-		}
-		return statusBroken, err
-	case killOn != "" || killAfter > 0:
+		return statusBroken, fmt.Errorf("%w%s", err, keepLog(o.Cache, log.Bytes()))
+	case o.killOn != "" || o.killAfter > 0:
 		return statusNotKilled, fmt.Errorf("the command ended with status %d before the kill", status)
 	}
 	return status, nil
 }
 
+// killWhenDue kills m when that was asked for, and tells whether it has.
+func (o *options) killWhenDue(m *machine.Machine, marked, ended <-chan struct{}) bool {
+	var due <-chan time.Time
+	if o.killAfter > 0 {
+		select {
+		case <-m.Running():
+			due = time.After(o.killAfter)
+		case <-ended:
+			return false
+		}
+	}
+	select {
+	case <-marked:
+	case <-due:
+	case <-ended:
+		return false
+	}
+	m.Kill()
+	return true
+}
+
 // keepLog saves the console's messages of a machine that died and says where.
 func keepLog(cache string, log []byte) string {
 	name := filepath.Join(cache, "console.log")
-	if err := os.WriteFile(name, log, 0o644); err != nil {
+	if len(log) == 0 || os.WriteFile(name, log, 0o644) != nil {
 		return ""
 	}
 	return "\nall of the console: " + name
-}
-
-// hasUblk says whether this machine's own kernel can do it.
-func hasUblk() bool {
-	if _, err := os.Stat("/dev/ublk-control"); err == nil {
-		return true
-	}
-	return exec.Command("modprobe", "ublk_drv").Run() == nil
-}
-
-// runHere runs the command without a machine.
-func runHere(ctx context.Context, cfg machine.Config) (status int, err error) {
-	words := cfg.Command
-	if len(words) == 1 {
-		words = []string{"bash", "-c", words[0]}
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, cfg.Timeout, machine.ErrTimeout)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, words[0], words[1:]...)
-	cmd.Env = append(os.Environ(), append(cfg.Env, "VM_OUT="+cfg.Out)...)
-	cmd.Stdout, cmd.Stderr = cfg.Stdout, cfg.Stderr
-	// The whole group ends with it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	err = cmd.Run()
-	var exit *exec.ExitError
-	switch {
-	case err == nil:
-		return 0, nil
-	case errors.Is(context.Cause(ctx), machine.ErrTimeout):
-		return statusTimeout, fmt.Errorf("%w after %v", machine.ErrTimeout, cfg.Timeout)
-	case errors.As(err, &exit) && exit.ExitCode() >= 0:
-		return exit.ExitCode(), nil
-	}
-	return statusBroken, err
 }
 
 func env(name, otherwise string) string {
@@ -278,18 +277,6 @@ func env(name, otherwise string) string {
 		return value
 	}
 	return otherwise
-}
-
-// envFlags sets flags from the environment; the command line, parsed later, overrides them.
-func envFlags(flags *flag.FlagSet, names map[string]string) error {
-	for name, variable := range names {
-		if value := os.Getenv(variable); value != "" {
-			if err := flags.Set(name, value); err != nil {
-				return fmt.Errorf("%s=%s: %w", variable, value, err)
-			}
-		}
-	}
-	return nil
 }
 
 func setMem(cfg *machine.Config, s string) error {
@@ -300,99 +287,4 @@ func setMem(cfg *machine.Config, s string) error {
 	n, err := parseSize(s)
 	cfg.MemMiB = int(n >> 20)
 	return err
-}
-
-// parseSize reads a number of bytes with an optional binary unit.
-func parseSize(s string) (int64, error) {
-	m := regexp.MustCompile(`^(\d+)([KMGT]?)$`).FindStringSubmatch(s)
-	if m == nil {
-		return 0, fmt.Errorf("size %q: want a number of bytes, or one with K, M, G or T", s)
-	}
-	n, err := strconv.ParseInt(m[1], 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("size %q: %w", s, err)
-	}
-	return n << (10 * (strings.Index("KMGT", m[2]) + 1) * min(1, len(m[2]))), nil
-}
-
-// scratch is a disk image without a name.
-type scratch struct {
-	machine.Disk
-	image *os.File
-}
-
-func (s *scratch) close() { s.image.Close() }
-
-func newDisk(spec string) (*scratch, error) {
-	name, size, ok := strings.Cut(spec, "=")
-	if !ok {
-		return nil, fmt.Errorf("disk %q: want NAME=SIZE", spec)
-	}
-	n, err := parseSize(size)
-	if err != nil {
-		return nil, err
-	}
-	f, err := os.CreateTemp("", "vm-disk-")
-	if err != nil {
-		return nil, fmt.Errorf("create disk: %w", err)
-	}
-	os.Remove(f.Name()) // QEMU reaches it through our descriptor
-	if err := f.Truncate(n); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("create disk: %w", err)
-	}
-	file := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd())
-	return &scratch{machine.Disk{Name: name, File: file}, f}, nil
-}
-
-func keptDisk(spec string, i int) (machine.Disk, error) {
-	disk := machine.Disk{Name: fmt.Sprintf("file%d", i), File: spec}
-	if name, file, ok := strings.Cut(spec, "="); ok {
-		disk.Name, disk.File = name, file
-	}
-	if m := regexp.MustCompile(`^(.*):(\d+[KMGT]?)$`).FindStringSubmatch(disk.File); m != nil {
-		disk.File = m[1]
-		if _, err := os.Stat(disk.File); errors.Is(err, os.ErrNotExist) {
-			size, err := parseSize(m[2])
-			if err != nil {
-				return disk, err
-			}
-			f, err := os.Create(disk.File)
-			if err != nil {
-				return disk, fmt.Errorf("create disk: %w", err)
-			}
-			defer f.Close()
-			if err := f.Truncate(size); err != nil {
-				return disk, fmt.Errorf("create disk: %w", err)
-			}
-		}
-	}
-	if _, err := os.Stat(disk.File); err != nil {
-		return disk, fmt.Errorf("open disk: %w", err)
-	}
-	return disk, nil
-}
-
-// watcher passes its input on and tells once when a line with text has gone by.
-type watcher struct {
-	to   io.Writer
-	text string
-	seen chan<- struct{}
-	line []byte
-}
-
-func (w *watcher) Write(p []byte) (int, error) {
-	w.line = append(w.line, p...)
-	for {
-		end := bytes.IndexByte(w.line, '\n')
-		if end < 0 {
-			break
-		}
-		if w.seen != nil && bytes.Contains(w.line[:end], []byte(w.text)) {
-			w.seen <- struct{}{}
-			w.seen = nil
-		}
-		w.line = w.line[end+1:]
-	}
-	return w.to.Write(p)
 }
