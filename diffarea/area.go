@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // AreaConfig is what an area is made of.
@@ -64,7 +65,16 @@ func (a *Area) Start(c Chunk) int64 { return int64(c) << a.log.shift }
 
 // length is the chunk's bytes on the device: less than a full chunk at the end
 // of a disk.
-func (a *Area) length(c Chunk) int64 { return min(a.log.chunkSize, a.size-a.Start(c)) }
+func (a *Area) length(c Chunk) int64 {
+	n := a.size - a.Start(c)
+	if mutation.Is(mutation.LongLastChunk) || n >= a.log.chunkSize {
+		return a.log.chunkSize
+	}
+	if mutation.Is(mutation.ShortLastChunk) {
+		return max(n-blockdev.SectorSize, blockdev.SectorSize)
+	}
+	return n
+}
 
 // Load is the word of chunk c.
 func (a *Area) Load(c Chunk) Word { return a.table.Load(c) }
@@ -215,6 +225,10 @@ func (a *Area) Protect(w *Worker, c Chunk, lead *Copy, wake func()) (ok bool, st
 		return true, nil
 	}
 	if cp := a.findLocked(c); cp != nil {
+		if mutation.Is(mutation.PassWaiter) {
+			l.mu.Unlock()
+			return true, nil
+		}
 		cp.waiters.push(w.waiter(wake))
 		l.mu.Unlock()
 		return false, nil
@@ -265,6 +279,9 @@ func (c *Copy) start() {
 	case c.fill != nil:
 		c.fill(c)
 	case c.lead == nil:
+		if mutation.Is(mutation.WordBeforeData) {
+			c.area.table.set(c.chunk, makeWord(InMemory, c.region))
+		}
 		c.read()
 	}
 }
@@ -277,7 +294,12 @@ func (c *Copy) memory() []byte {
 func (c *Copy) read() { c.ReadOld(&c.op) }
 
 // landed runs when the old data is in the slot, or could not be read.
-func (c *Copy) landed(op *blockdev.Op) { c.finish(op.Err) }
+func (c *Copy) landed(op *blockdev.Op) {
+	if mutation.Is(mutation.CopyAnyway) {
+		op.Err = 0
+	}
+	c.finish(op.Err)
+}
 
 // finish ends a copy: with errno 0 its slot holds the chunk. The word is set
 // before anyone who waits for the copy can go on.
@@ -291,6 +313,9 @@ func (c *Copy) finish(errno unix.Errno) {
 			// itself, for the original is not overwritten before it is done.
 			if errno == 0 && f.granted {
 				off := f.area.Start(f.chunk) - a.Start(c.chunk)
+				if mutation.Is(mutation.FollowWrong) {
+					off = 0
+				}
 				copy(f.memory(), c.memory()[off:])
 				f.finish(0)
 			} else if f.granted {
@@ -324,6 +349,9 @@ func (c *Copy) finish(errno unix.Errno) {
 	}
 	l.busy--
 	woken := c.waiters
+	if mutation.Is(mutation.ForgetWaiter) && woken.head != nil {
+		woken.head.next, woken.tail = nil, woken.head
+	}
 	w := c.w
 	c.recycle()
 	l.settle(w, woken)

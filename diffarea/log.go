@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // Chunk sizes that a log takes, in bytes.
@@ -176,6 +177,9 @@ func (l *Log) place(w Word) (blockdev.File, int64) {
 		return l.pool.File, int64(r%l.poolSlots) << l.shift
 	}
 	x := l.state.find(r)
+	if mutation.Is(mutation.ExtentOff) && x.first > 0 {
+		x.first--
+	}
 	return l.file(x.source), x.off + int64(r-x.first)<<l.shift
 }
 
@@ -201,7 +205,7 @@ func (l *Log) settle(w *Worker, woken waitList) {
 	events := l.events
 	l.events = nil
 	var closed func()
-	if l.busy == 0 && l.closing != nil {
+	if (l.busy == 0 || mutation.Is(mutation.CloseEarly)) && l.closing != nil {
 		closed, l.closing = l.closing, nil
 	}
 	l.mu.Unlock()
@@ -252,7 +256,9 @@ func (l *Log) grantLocked() (granted copyList) {
 		c.region, c.granted = l.next, true
 		s.state, s.area, s.chunk = slotCopying, c.area, c.chunk
 		l.next++
-		l.state.setNext(l.next)
+		if !mutation.Is(mutation.NextUnrecorded) {
+			l.state.setNext(l.next)
+		}
 		granted.push(c)
 	}
 	return granted
@@ -264,7 +270,9 @@ func (l *Log) breakLocked(errno unix.Errno, a *Area) {
 	if l.dead.Load() != 0 {
 		return
 	}
-	l.state.setDead(errno)
+	if !mutation.Is(mutation.DeadUnrecorded) {
+		l.state.setDead(errno)
+	}
 	l.dead.Store(uint32(errno))
 	e := Event{Kind: Corrupted, Errno: errno}
 	if a != nil {
@@ -335,6 +343,9 @@ func (l *Log) nextStoreLocked() *store {
 	}
 	for r := first; r < first+n; r++ {
 		l.slot(r).state = slotStoring
+		if mutation.Is(mutation.ReuseSlotEarly) {
+			l.slot(r).state = slotFree
+		}
 	}
 	s.first, s.n = first, n
 	s.op.File = l.file(x.source)
@@ -351,6 +362,11 @@ func (s *store) submit(w *Worker) {
 	s.w = w
 	s.op.Len = int64(s.n) << l.shift
 	s.op.Buf = blockdev.MemBuf(l.pool.Mem[off : off+s.op.Len])
+	if mutation.Is(mutation.StoredBeforeWrite) {
+		for r := s.first; r < s.first+s.n; r++ {
+			l.slot(r).area.table.set(l.slot(r).chunk, makeWord(Stored, r))
+		}
+	}
 	w.q.Submit(&s.op)
 }
 
@@ -359,6 +375,9 @@ func (s *store) submit(w *Worker) {
 // its slot was used again.
 func (s *store) done(op *blockdev.Op) {
 	l := s.l
+	if mutation.Is(mutation.StoreAnyway) {
+		op.Err = 0
+	}
 	if op.Err == 0 {
 		for r := s.first; r < s.first+s.n; r++ {
 			t := l.slot(r)

@@ -310,7 +310,7 @@ func (l *Log) nextGrowthLocked() bool {
 		return false
 	}
 	s := l.sources[pick]
-	if s.appended == nil && free >= l.portion/2 {
+	if s.appended == nil && (free >= l.portion/2 || mutation.Is(mutation.GrowNever)) {
 		return false
 	}
 	g.active, g.source = true, uint64(pick)

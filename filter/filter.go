@@ -32,6 +32,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -158,7 +159,8 @@ func (q *Queue) request(r *ublk.Request) *request {
 // finish it counts as in flight, and no cut happens.
 func (q *Queue) admit(t *request) {
 	q.gate.inflight++
-	if q.f.cbt != nil {
+	drop := mutation.Is(mutation.MarkLate) || mutation.Is(mutation.DropMark) && t.r.Op == ublk.OpWriteZeroes
+	if q.f.cbt != nil && !drop {
 		q.f.cbt.Mark(t.r.Off, t.r.Len)
 	}
 	if len(q.areas) == 0 {
@@ -175,8 +177,16 @@ func (t *request) advance() {
 		t.advanceDiscard()
 		return
 	}
+	if mutation.Is(mutation.ZeroesUncopied) && t.r.Op == ublk.OpWriteZeroes {
+		t.forward(t.pos, t.r.Off+t.r.Len)
+		return
+	}
 	t.pending = 1
 	t.end = t.protect(t.pos, t.r.Off+t.r.Len)
+	if mutation.Is(mutation.ForwardEarly) {
+		t.forward(t.pos, t.end)
+		return
+	}
 	t.chunkCopied()
 }
 
@@ -197,10 +207,16 @@ func (t *request) protect(from, end int64) int64 {
 	copies := 0
 	var lead *diffarea.Copy
 	for pos := from; pos < end; pos = pos&^(step-1) + step {
+		if mutation.Is(mutation.ProtectFirst) && pos > from {
+			break
+		}
 		if copies >= maxCopies {
 			return pos
 		}
-		for _, a := range q.areas {
+		for i, a := range q.areas {
+			if mutation.Is(mutation.OneArea) && i > 0 {
+				break
+			}
 			c := a.Chunk(pos)
 			if pos > from && pos > a.Start(c) || a.Protected(c) {
 				continue // seen at its first byte
@@ -224,6 +240,14 @@ func (t *request) protect(from, end int64) int64 {
 // piece may be overwritten.
 func (t *request) chunkCopied() {
 	if t.pending--; t.pending == 0 {
+		if mutation.Is(mutation.FailWithCopy) {
+			for _, a := range t.q.areas {
+				if errno := a.Err(); errno != 0 {
+					t.finish(errno)
+					return
+				}
+			}
+		}
 		t.forward(t.pos, t.end)
 	}
 }
@@ -239,10 +263,13 @@ func (t *request) advanceDiscard() {
 		for _, a := range t.q.areas {
 			// Whole chunks only: a chunk that is still new keeps all its bytes.
 			c, last := a.Chunk(start), a.Chunk(end-1)+1
-			if s := a.SkipNew(c, last); s != c {
+			if s := a.SkipNew(c, last); s != c && !mutation.Is(mutation.DiscardAll) {
 				t.q.counters.Skipped.Add(uint64(min(a.Start(s), end) - start))
 				start, again = min(a.Start(s), end), true
 				break
+			}
+			if mutation.Is(mutation.DiscardAll) {
+				continue
 			}
 			stop = min(stop, a.Start(a.SkipProtected(c, last)))
 		}
@@ -269,7 +296,11 @@ func (t *request) forward(from, to int64) {
 	case ublk.OpWriteZeroes:
 		op.Kind = blockdev.WriteZeroes
 	}
-	op.FUA, op.NoUnmap = r.FUA, r.NoUnmap
+	op.FUA, op.NoUnmap = r.FUA && !mutation.Is(mutation.DropFUA), r.NoUnmap
+	if mutation.Is(mutation.FlushNothing) && r.Op == ublk.OpFlush {
+		t.finish(0)
+		return
+	}
 	op.Off, op.Len = from, to-from
 	op.Buf = r.Buf.At(from - r.Off)
 	t.q.q.Submit(op)
@@ -297,7 +328,13 @@ func (t *request) finish(errno unix.Errno) {
 	n.InFlight.Add(-1)
 	write := r.Op != ublk.OpRead && r.Op != ublk.OpFlush
 	t.r = nil
+	if mutation.Is(mutation.MarkLate) && write && q.f.cbt != nil {
+		q.f.cbt.Mark(r.Off, r.Len)
+	}
 	r.Complete(errno)
+	if mutation.Is(mutation.CompleteTwice) && errno != 0 {
+		r.Complete(errno)
+	}
 	if write {
 		q.gate.leave()
 	}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // gate is a queue's part of a cut. It is owned by the queue's thread.
@@ -41,6 +42,10 @@ func (g *gate) leave() {
 // is in flight.
 func (g *gate) close(drained func()) {
 	g.closed = true
+	if mutation.Is(mutation.OpenGateEarly) && g.inflight == 1 {
+		drained()
+		return
+	}
 	if g.inflight == 0 {
 		drained()
 		return
@@ -53,13 +58,18 @@ func (g *gate) close(drained func()) {
 func (q *Queue) open() {
 	g := &q.gate
 	g.closed, g.drained = false, nil
-	q.areas = q.f.shown()
+	if !mutation.Is(mutation.InstallLate) || g.held == nil {
+		q.areas = q.f.shown()
+	}
 	held := g.held
 	g.held, g.heldTail = nil, nil
 	for held != nil {
 		t := held
 		held = t.next
 		t.next = nil
+		if mutation.Is(mutation.LoseHeld) && held != nil {
+			continue
+		}
 		q.admit(t)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -127,7 +128,11 @@ func (t *read) again() bool {
 	for i, off := 0, t.pos; off < t.end; i++ {
 		end := min(t.end, a.Start(first+diffarea.Chunk(i)+1))
 		if w := a.Load(first + diffarea.Chunk(i)); w != t.words[i] {
+			old := t.words[i]
 			t.words[i], moved = w, true
+			if mutation.Is(mutation.ReadOldPlace) {
+				w = old
+			}
 			s.add(t, w, off, end)
 		}
 		off = end
@@ -209,7 +214,7 @@ func (t *read) arrived() {
 		r.Complete(t.err)
 		return
 	}
-	if t.again() {
+	if !mutation.Is(mutation.SkipRecheck) && t.again() {
 		return
 	}
 	if t.pos = t.end; t.pos < r.Off+r.Len {
@@ -250,7 +255,7 @@ func (q *Queue) write(r *ublk.Request) {
 	}
 	t := q.wrs[r.Tag]
 	t.r, t.pos = r, r.Off
-	if q.im.cbt != nil {
+	if q.im.cbt != nil && !mutation.Is(mutation.MarkNoImage) {
 		q.im.cbt.MarkBoth(r.Off, r.Len)
 	}
 	t.doStep()
@@ -282,6 +287,11 @@ func (t *write) doStep() {
 				return
 			}
 		case diffarea.InMemory:
+			if mutation.Is(mutation.WriteInFlight) {
+				f, at := a.Place(w, t.pos)
+				t.submit(f, at, t.stored)
+				return
+			}
 			if !a.AwaitStored(t.q.w, c, t.step) {
 				return
 			}
@@ -322,7 +332,7 @@ func (t *write) doStored(op *blockdev.Op) {
 func (t *write) doFill(c *diffarea.Copy) {
 	t.fill = c
 	mem, _, _ := c.Slot()
-	if t.n == int64(len(mem)) {
+	if t.n == int64(len(mem)) || mutation.Is(mutation.ForgetOld) {
 		t.apply()
 		return
 	}
