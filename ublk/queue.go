@@ -10,6 +10,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
 // queue serves one hardware queue of a device, on the thread of its loop.
@@ -137,7 +138,10 @@ func (u *queue) fetchAll() {
 
 // issue makes the entry of a command for tag.
 func (u *queue) issue(op, tag uint32, result int32) {
-	sqe := u.loop.Command(tag)
+	u.fill(u.loop.Command(tag), op, tag, result)
+}
+
+func (u *queue) fill(sqe *uring.SQE, op, tag uint32, result int32) {
 	sqe.PrepCommand(cdevFile, op)
 	sqe.SetFixedFile()
 	cmd := (*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))

@@ -1,0 +1,260 @@
+package ublk
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
+)
+
+// pretend makes a Control whose commands are what prep makes of them.
+func pretend(t *testing.T, prep func(*uring.SQE, int, *command)) *Control {
+	t.Helper()
+	fd, err := unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := newControl(fd, prep)
+	if err != nil {
+		t.Skipf("no io_uring here: %v", err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+// pipeOps pretends that a command with data 1 reads from a pipe, which waits,
+// and any other one does nothing.
+func pipeOps(r int) func(*uring.SQE, int, *command) {
+	return func(sqe *uring.SQE, _ int, w *command) {
+		if w.cmd.Data[0] == 1 {
+			sqe.PrepRead(r, w.cmd.Addr, uint32(w.cmd.Len), 0, 0)
+		} else {
+			sqe.PrepNop()
+		}
+	}
+}
+
+func testPipe(t *testing.T) (r, w int) {
+	t.Helper()
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(p[0]); unix.Close(p[1]) })
+	return p[0], p[1]
+}
+
+func TestPrepCommand(t *testing.T) {
+	var sqe [2]uring.SQE // 128 bytes
+	w := &command{op: uapi.UBLK_U_CMD_START_DEV, cmd: uapi.UblksrvCtrlCmd{
+		DevID: 0x11223344, QueueID: 0x5566, Len: 0x7788, Addr: 0x1020304050607080, Data: [1]uint64{42}, DevPathLen: 9}}
+	prepCommand(&sqe[0], 7, w)
+	if sqe[0].Opcode != uring.IORING_OP_URING_CMD || sqe[0].Fd != 7 || uint32(sqe[0].Off) != 0xc0207506 {
+		t.Errorf("entry %+v", sqe[0])
+	}
+	want := "\x44\x33\x22\x11\x66\x55\x88\x77\x80\x70\x60\x50\x40\x30\x20\x10\x2a\x00\x00\x00\x00\x00\x00\x00\x09\x00"
+	if got := string(sqe[0].Cmd80()[:len(want)]); got != want {
+		t.Errorf("command area %q, want %q", got, want)
+	}
+}
+
+func TestControlBuffers(t *testing.T) {
+	r, w := testPipe(t)
+	c := pretend(t, pipeOps(r))
+	if _, err := unix.Write(w, []byte("answer")); err != nil {
+		t.Fatal(err)
+	}
+	buf := []byte("......")
+	if err := c.do(context.Background(), uapi.UBLK_U_CMD_GET_DEV_INFO, uapi.UblksrvCtrlCmd{Data: [1]uint64{1}}, buf); err != nil {
+		t.Fatal(err)
+	}
+	if string(buf) != "answer" {
+		t.Errorf("buffer %q", buf)
+	}
+}
+
+func TestControlErrno(t *testing.T) {
+	c := pretend(t, func(sqe *uring.SQE, _ int, _ *command) { sqe.PrepRead(-1, 0, 0, 0, 0) })
+	err := c.command(context.Background(), uapi.UBLK_U_CMD_STOP_DEV, 3, 0)
+	if !errors.Is(err, unix.EBADF) || !strings.Contains(err.Error(), "stop device 3") {
+		t.Errorf("error %v", err)
+	}
+}
+
+// TestControlGivesUp leaves commands that never end, more of them than there
+// are slots, while others go on.
+func TestControlGivesUp(t *testing.T) {
+	r, _ := testPipe(t)
+	c := pretend(t, pipeOps(r))
+	for i := range 2 * commandSlots {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+		var buf [8]byte
+		err := c.do(ctx, uapi.UBLK_U_CMD_START_DEV, uapi.UblksrvCtrlCmd{Data: [1]uint64{1}}, buf[:])
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("command %d: %v", i, err)
+		}
+		if err := c.command(context.Background(), uapi.UBLK_U_CMD_STOP_DEV, 0, 0); err != nil {
+			t.Fatalf("after command %d: %v", i, err)
+		}
+	}
+}
+
+// TestControlMany runs commands from many goroutines and gives some up before
+// their turn.
+func TestControlMany(t *testing.T) {
+	c := pretend(t, func(sqe *uring.SQE, _ int, _ *command) { sqe.PrepNop() })
+	var wg sync.WaitGroup
+	for g := range 8 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for i := range 200 {
+				ctx, cancel := context.WithCancel(context.Background())
+				if (g+i)%5 == 0 {
+					cancel()
+				}
+				err := c.command(ctx, uapi.UBLK_U_CMD_STOP_DEV, g, 0)
+				if err != nil && !errors.Is(err, context.Canceled) {
+					t.Error(err)
+				}
+				cancel()
+			}
+		}()
+	}
+	wg.Wait()
+}
+
+func TestControlClose(t *testing.T) {
+	fds := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	before := fds()
+	r, w := testPipe(t)
+	c := pretend(t, pipeOps(r))
+	running := make(chan error)
+	go func() {
+		var buf [4]byte
+		running <- c.do(context.Background(), uapi.UBLK_U_CMD_START_DEV, uapi.UblksrvCtrlCmd{Data: [1]uint64{1}}, buf[:])
+	}()
+	for {
+		c.mu.Lock()
+		taken := len(c.queue) == 0
+		c.mu.Unlock()
+		if taken {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(10 * time.Millisecond)
+	waiting := make(chan error)
+	go func() { waiting <- c.command(context.Background(), uapi.UBLK_U_CMD_STOP_DEV, 0, 0) }()
+	for {
+		c.mu.Lock()
+		queued := len(c.queue) == 1
+		c.mu.Unlock()
+		if queued {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	closed := make(chan bool)
+	go func() { c.Close(); close(closed) }()
+	select {
+	case <-closed:
+		t.Error("closed while a command was running")
+	case <-time.After(20 * time.Millisecond):
+	}
+	if _, err := unix.Write(w, []byte("done")); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-running; err != nil {
+		t.Errorf("the running command: %v", err)
+	}
+	if err := <-waiting; !errors.Is(err, ErrClosed) {
+		t.Errorf("the waiting command: %v", err)
+	}
+	<-closed
+	c.Close()
+	if err := c.command(context.Background(), uapi.UBLK_U_CMD_STOP_DEV, 0, 0); !errors.Is(err, ErrClosed) {
+		t.Errorf("a command after the end: %v", err)
+	}
+	if n := fds(); n > before+2 { // the pipe
+		t.Errorf("%d files open, %d before", n, before)
+	}
+}
+
+func TestNoDriver(t *testing.T) {
+	cases := []struct {
+		release string
+		exists  bool
+		out     string
+		want    string
+	}{
+		{"6.1.0-31-amd64", false, "", "kernel 6.1.0-31-amd64 is too old: Linux 6.5 or newer"},
+		{"5.10.0", false, "", "too old"},
+		{"6.12.9", false, "", "no module ublk_drv: install a kernel built with CONFIG_BLK_DEV_UBLK"},
+		{"6.12.9", true, "modprobe: ERROR: key was rejected", "key was rejected"},
+		{"6.12.9", true, "", "exit status 1"},
+	}
+	for _, c := range cases {
+		err := noDriver(c.release, c.exists, []byte(c.out), errors.New("exit status 1"))
+		if !errors.Is(err, ErrNoDriver) || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q in it", c.release, err, c.want)
+		}
+	}
+}
+
+func TestOlderThan(t *testing.T) {
+	for release, want := range map[string]bool{
+		"6.4.16": true, "5.19": true, "6.5.0-rc1": false, "6.12.117+deb12-cloud-amd64": false, "7.2.12": false, "strange": false,
+	} {
+		if got := olderThan(release, "6.5"); got != want {
+			t.Errorf("%s older than 6.5: %v", release, got)
+		}
+	}
+}
+
+func TestFeatures(t *testing.T) {
+	seen := uint64(0)
+	for i, f := range Features {
+		if f.Flag != 1<<i {
+			t.Errorf("%s is number %d in the list, flag %#x", f.Name, i, f.Flag)
+		}
+		if f.Since == "" || f.Means == "" || olderThan(f.Since, "6.0") {
+			t.Errorf("incomplete: %+v", f)
+		}
+		seen |= f.Flag
+	}
+	// The flags of a 6.12 kernel.
+	answers := map[Answer]int{}
+	for _, p := range probes(0x1fe, nil) {
+		answers[p.Answer]++
+		if want := 0x1fe&p.Flag != 0; want != (p.Answer == Yes) {
+			t.Errorf("%s: %s", p.Name, p.Answer)
+		}
+	}
+	if answers[Yes] != 8 || answers[No] != len(Features)-8 {
+		t.Errorf("answers %v", answers)
+	}
+	for _, p := range probes(^uint64(0), ErrNoDriver) {
+		if p.Answer != Unknown || !errors.Is(p.Err, ErrNoDriver) {
+			t.Errorf("%s: %s, %v without a driver", p.Name, p.Answer, p.Err)
+		}
+	}
+	if err := missing(uapi.UBLK_F_AUTO_BUF_REG); !errors.Is(err, ErrTooOld) || !strings.Contains(err.Error(), "AUTO_BUF_REG: Linux 6.16") {
+		t.Error(err)
+	}
+}
