@@ -57,7 +57,7 @@ $(LINT): | setup
 	mv .cache/bin/golangci-lint $@
 
 integration: build bin/vm
-	go test -c -o .cache/test/integration.test ./tests/integration
+	CGO_ENABLED=0 go test -c -o .cache/test/integration.test ./tests/integration
 	bin/vm -no-skips 'cd tests/integration && exec ../../.cache/test/integration.test -test.v -test.timeout 19m -test.run "$(RUN)"'
 
 sim: setup-go

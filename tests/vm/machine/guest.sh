@@ -18,6 +18,16 @@ done
 release=$(uname -r)
 mkdir -p "/lib/modules/$release"
 mount --bind "$VM_MODULES" "/lib/modules/$release" || fail "mount the kernel's modules"
+# The nodes that load their module when they are opened, /dev/loop-control for one.
+while IFS=' :' read -r _ node major minor; do
+	case $major in
+	c*)
+		node=/dev/$node
+		[ -d "${node%/*}" ] || mkdir "${node%/*}"
+		[ -e "$node" ] || mknod "$node" c "${major#c}" "$minor"
+		;;
+	esac
+done <"$VM_MODULES/modules.devname"
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t debugfs debugfs /sys/kernel/debug
 mount -t tracefs tracefs /sys/kernel/tracing
