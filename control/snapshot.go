@@ -334,21 +334,16 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
 			o.Freeze = append(o.Freeze, f)
 		}
 	}
-	before := make([]cbtmap.Info, len(s.images))
-	for i, im := range s.images {
-		// A corrupted map has no numbers to go back to; the take heals it.
-		before[i], _ = im.of.cbt.Info()
-	}
 	d.step("take snapshot %s: %d filesystems to freeze, writes to wait for", s.id, len(o.Freeze))
 	frozen, err := s.live.TakeDevices(ctx, o)
 	if err != nil {
 		if s.live.Taken() {
-			return errors.Join(err, d.undoTake(s, before))
+			return errors.Join(err, d.destroy(s))
 		}
 		return err
 	}
 	if err := d.makeImages(ctx, s); err != nil {
-		return errors.Join(fmt.Errorf("make images: %w: the snapshot is destroyed", err), d.undoTake(s, before))
+		return errors.Join(fmt.Errorf("make images: %w: the snapshot is destroyed", err), d.destroy(s))
 	}
 	now := time.Now()
 	d.mu.Lock()
@@ -356,16 +351,6 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
 	d.mu.Unlock()
 	d.events.emit(Event{Snapshot: s.id, Kind: EventTaken})
 	return nil
-}
-
-// undoTake makes good a take whose images could not be made.
-func (d *Daemon) undoTake(s *snapshot, before []cbtmap.Info) error {
-	images := s.images
-	err := d.destroy(s)
-	for i, im := range images {
-		im.of.cbt.Void(before[i])
-	}
-	return err
 }
 
 // mountsOver are the filesystems on the snapshot's devices, each once.
@@ -388,7 +373,10 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 		d.step("take snapshot %s: make the image of %s", s.id, im.of.Name)
 		name := filepath.Join(imageDir, im.of.Name+"-"+s.id)
 		geo := im.of.geo
-		geo.ReadOnly = false
+		// An image outlives no power failure, so there is nothing to flush; and
+		// a trim of it must not fill the storage with zeroes.
+		geo.ReadOnly, geo.VolatileCache, geo.FUA = false, false, false
+		geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
 		dev, err := d.addUblk(ctx, imageKind, im.of.Name+"-"+s.id, ublk.Config{
 			Name: im.of.Name + "@", Queues: im.of.Queues, Depth: im.of.Depth, MaxIO: ublk.DefaultMaxIO,
 			Mode: im.of.dev.Mode, Geometry: geo, NoPartScan: true,
