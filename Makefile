@@ -61,7 +61,7 @@ integration: build bin/vm
 	bin/vm -no-skips 'cd tests/integration && exec ../../.cache/test/integration.test -test.v -test.timeout 19m -test.run "$(RUN)"'
 
 sim: setup-go
-	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test ./tests/sim -run Sim -v -count=1 -timeout 0
+	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test -tags mutation ./tests/sim -v -count=1 -timeout 0
 
 bench: JSON ?= bench.json
 bench: build bin/vm

@@ -45,6 +45,9 @@ type Config struct {
 	KillPoint int
 	// Kills is how many times that happens.
 	Kills int
+
+	// PowerStep is the scheduler's step at which the power fails; 0: never.
+	PowerStep int
 }
 
 func (c *Config) size(dev int) int64 {
@@ -132,15 +135,16 @@ type Profile int
 
 // The profiles.
 const (
-	Plain  Profile = iota // nothing goes wrong
-	Faulty                // an operation fails
-	Tight                 // storage is short
-	Deadly                // the process is killed
-	Mixed                 // all of it
+	Plain     Profile = iota // nothing goes wrong
+	Faulty                   // an operation fails
+	Tight                    // storage is short
+	Deadly                   // the process is killed
+	Mixed                    // all of it
+	Powerless                // the power fails
 	profiles
 )
 
-var profileNames = [profiles]string{"plain", "faulty", "tight", "deadly", "mixed"}
+var profileNames = [profiles]string{"plain", "faulty", "tight", "deadly", "mixed", "powerless"}
 
 func (p Profile) String() string { return profileNames[p] }
 
@@ -186,6 +190,12 @@ func generateConfig(r *blockdev.Random, p Profile) Config {
 		c.FaultErr = pick(5, 28, 12)
 		c.FaultEffect = r.Intn(3)
 	}
+	if p == Powerless {
+		c.PowerStep = 1 + r.Intn(pick(50, 500, 1000))
+		if r.OneIn(3) {
+			c.Kills, c.KillStep = 1, 1+r.Intn(300)
+		}
+	}
 	if p == Deadly || p == Mixed {
 		c.Kills = pick(1, 1, 2, 4)
 		if r.OneIn(2) {
@@ -203,10 +213,15 @@ type generator struct {
 	c       *Config
 	profile Profile
 	hot     uint32 // where writers crowd
+	taken   bool   // by the last step
 }
 
 func (g *generator) step() Step {
 	r := g.r
+	if g.taken = g.taken && r.OneIn(5); g.taken {
+		g.taken = false
+		return Step{Verb: Cancel, Gap: uint8(r.Intn(6))}
+	}
 	s := Step{
 		Dev:   uint8(r.Intn(g.c.Devices)),
 		Snap:  uint8(r.Intn(3)),
@@ -227,6 +242,7 @@ func (g *generator) step() Step {
 			break
 		}
 	}
+	g.taken = s.Verb == Take
 	switch s.Verb {
 	case Read, Write, Discard, WriteZeroes, ImageRead, ImageWrite, ImageDiscard, ImageWriteZeroes, Mark:
 		g.span(&s)

@@ -133,7 +133,13 @@ func (m *model) finished(r *request, buf []byte, errno unix.Errno, now moment) {
 	if errno != 0 {
 		m.checkError(r, errno)
 	}
+	if errno == 0 && d.reg.volatile && r.op == ublk.OpFlush {
+		d.reg.flushed(r.start)
+	}
 	if r.writes() {
+		if errno == 0 && r.fua && r.op == ublk.OpWrite {
+			d.reg.harden(r.id, r.from(), r.to())
+		}
 		d.reg.end(r.id, r.from(), r.to(), now, errno != 0 || r.op == ublk.OpDiscard)
 		if errno == 0 && d.image == nil {
 			m.checkDisk(d, r.from(), r.to(), r.start, now, "an acknowledged write")
@@ -193,6 +199,39 @@ func (m *model) checkDisk(d *device, from, to int64, start, now moment, what str
 				text = tell(q)
 			}
 			m.w.fail("I2: %s: disk%d sector %d holds %s, allowed are %v", what, d.dev, s, text, c.versions(now+1))
+		}
+	}
+}
+
+// checkLost looks at the original disk after a power failure.
+func (m *model) checkLost(d *device) {
+	p := make([]byte, d.size)
+	if _, err := m.w.origs[d.dev].ReadAt(p, 0); err != nil {
+		panic(err)
+	}
+	for s := int64(0); s < d.size/sectorSize; s++ {
+		v := versionOf(p[s*sectorSize:][:sectorSize], d.dev, s)
+		if c := d.reg.cell(s); !c.survives(v) {
+			m.w.fail("I6: after a power failure disk%d sector %d holds %v; it was %v, and what is durable of that is lost",
+				d.dev, s, v, c)
+		}
+	}
+}
+
+// checkMarked says whether what is about to change on a disk is marked in the
+// active map, which lies where package cbtmap says.
+func (d *devModel) checkMarked(op *blockdev.Op) {
+	const activeAt = 512
+	w := d.w
+	info, err := w.proc.cbts[d.dev].Info()
+	if err != nil {
+		return // corrupted: nobody will rely on it
+	}
+	first, last := d.blocks(op.Off, op.Len)
+	for b := first; b <= last; b++ {
+		if v := w.cbtMemory[d.dev][activeAt+b]; v <= info.ChangesNumber {
+			w.fail("I3: %v of disk%d at sector %d+%d submitted while block %d is marked with %d, not %d",
+				op.Kind, d.dev, op.Off/sectorSize, op.Len/sectorSize, b, v, info.ChangesNumber+1)
 		}
 	}
 }

@@ -17,6 +17,8 @@ type written struct {
 	// weak: it may have happened or not, so it puts an end to nothing before
 	// it. Discards and failed writes are weak.
 	weak bool
+	// hard: it survives a power failure, unless it is overwritten.
+	hard bool
 }
 
 // cell is what one sector may hold: the writes that are not known to be
@@ -36,6 +38,26 @@ func (c cell) over(w written, start moment) bool {
 	return false
 }
 
+// lost says whether w is overwritten for whoever looks after a power failure.
+func (c cell) lost(w written) bool {
+	for _, x := range c {
+		if x.hard && !x.weak && x.from > w.to {
+			return true
+		}
+	}
+	return false
+}
+
+// survives says whether v may be there after a power failure.
+func (c cell) survives(v Version) bool {
+	for _, w := range c {
+		if w.v == v && !c.lost(w) {
+			return true
+		}
+	}
+	return false
+}
+
 // allows says whether a read that began at start, and ends now, may see v.
 func (c cell) allows(v Version, start moment) bool {
 	for _, w := range c {
@@ -48,7 +70,7 @@ func (c cell) allows(v Version, start moment) bool {
 
 // begin notes a write submitted at now.
 func (c cell) begin(id uint64, v Version, now moment, weak bool) cell {
-	return append(c, written{id, v, now, never, weak})
+	return append(c, written{id: id, v: v, from: now, to: never, weak: weak})
 }
 
 // end notes its completion at now. failed: it may have happened or not.
@@ -61,14 +83,15 @@ func (c cell) end(id uint64, now moment, failed bool) {
 	}
 }
 
-// prune forgets what no read begun at oldest or later may see.
-func (c cell) prune(oldest moment) cell {
+// prune forgets what no read begun at oldest or later may see, nor, if the
+// disk has a volatile cache, anyone after a power failure.
+func (c cell) prune(oldest moment, volatile bool) cell {
 	if len(c) < 2 {
 		return c
 	}
 	var gone []bool
 	for i, w := range c {
-		if c.over(w, oldest) {
+		if c.over(w, oldest) && (!volatile || c.lost(w)) {
 			if gone == nil {
 				gone = make([]bool, len(c))
 			}
@@ -122,6 +145,8 @@ type register struct {
 	base   func(sector int64) Version
 	cells  map[int64]cell // sectors that were written since
 	readAt map[moment]int // starts of the reads under way
+	// volatile: what was not flushed can be lost.
+	volatile bool
 }
 
 func newRegister(dev int, base func(int64) Version) *register {
@@ -148,7 +173,27 @@ func (r *register) end(id uint64, from, to int64, now moment, failed bool) {
 	for s := from; s < to; s++ {
 		c := r.cells[s]
 		c.end(id, now, failed)
-		r.cells[s] = c.prune(oldest)
+		r.cells[s] = c.prune(oldest, r.volatile)
+	}
+}
+
+// harden notes that write id is durable.
+func (r *register) harden(id uint64, from, to int64) {
+	for s := from; s < to; s++ {
+		for i := range r.cells[s] {
+			if r.cells[s][i].id == id {
+				r.cells[s][i].hard = true
+			}
+		}
+	}
+}
+
+// flushed notes that all that had completed by start is durable.
+func (r *register) flushed(start moment) {
+	for _, c := range r.cells {
+		for i := range c {
+			c[i].hard = c[i].hard || c[i].to < start
+		}
 	}
 }
 
@@ -181,6 +226,8 @@ func (r *register) check(sector int64, v Version, start moment) bool {
 	if !c.allows(v, start) {
 		return false
 	}
-	r.cells[sector] = c.decided(v, r.oldestRead())
+	if !r.volatile {
+		r.cells[sector] = c.decided(v, r.oldestRead())
+	}
 	return true
 }

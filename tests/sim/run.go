@@ -197,16 +197,25 @@ func (w *world) finish() {
 		for _, im := range s.images {
 			im.readAll()
 		}
-		w.settle()
-		if !s.broken() {
-			s.checkUsage()
+		if w.settle(); w.over {
+			return
 		}
+		s.checkUsage()
 	}
 	for _, s := range w.snaps {
-		if s != nil {
+		if s == nil {
+			continue
+		}
+		// The process may still die, and forget what it was told.
+		for deaths := w.deaths; ; deaths = w.deaths {
 			s.destroy()
-			w.settle()
-			if w.snaps[s.slot] != nil {
+			if w.settle(); w.over {
+				return
+			}
+			if w.snaps[s.slot] == nil {
+				break
+			}
+			if w.deaths == deaths {
 				w.fail("%v was not destroyed", s)
 			}
 		}

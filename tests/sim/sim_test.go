@@ -1,46 +1,351 @@
 package sim
 
 import (
+	"bytes"
 	"flag"
+	"fmt"
 	"os"
-	"regexp"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
 	"testing"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 var (
-	flagSeed  = flag.Uint64("sim.seed", 0, "run this seed alone, with -v traced")
-	flagSteps = flag.Int("sim.steps", 150, "steps of a generated workload")
+	flagSeed    = flag.Uint64("sim.seed", 0, "run this seed alone; with -v everything that happens is printed")
+	flagCase    = flag.String("sim.case", "", "run the case in this file alone, as -sim.seed does")
+	flagSteps   = flag.Int("sim.steps", 150, "steps of a generated workload")
+	flagFirst   = flag.Uint64("sim.first", 1, "first seed")
+	flagCount   = flag.Uint64("sim.count", 0, "number of seeds; 0: a short fixed set")
+	flagMinutes = flag.Float64("sim.minutes", 0, "go on with new seeds for so long, one process a core")
+	flagStride  = flag.Uint64("sim.stride", 1, "take every so many-th seed")
 )
 
-func TestSeeds(t *testing.T) {
-	if *flagSeed != 0 {
-		c := Generate(*flagSeed, *flagSteps)
-		var f *Failure
-		if testing.Verbose() {
-			_, f = Run(c, os.Stderr)
-		} else {
-			_, f = Run(c, nil)
+// TestMain reads what make sim passes on: SEEDS is one seed or a range of
+// them, as in 1-5000, MINUTES for how long to try new ones.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if seeds := os.Getenv("SEEDS"); seeds != "" {
+		from, to, ok := strings.Cut(seeds, "-")
+		if !ok {
+			to = from
 		}
-		if f != nil {
-			t.Fatal(f)
+		a, errA := strconv.ParseUint(from, 10, 64)
+		b, errB := strconv.ParseUint(to, 10, 64)
+		if errA != nil || errB != nil || a > b {
+			fmt.Fprintf(os.Stderr, "SEEDS=%s: not a seed or a range of them\n", seeds)
+			os.Exit(2)
 		}
+		*flagFirst, *flagCount = a, b-a+1
+	}
+	if minutes := os.Getenv("MINUTES"); minutes != "" {
+		n, err := strconv.ParseFloat(minutes, 64)
+		if err != nil || n < 0 {
+			fmt.Fprintf(os.Stderr, "MINUTES=%s: not a number of minutes\n", minutes)
+			os.Exit(2)
+		}
+		*flagMinutes = n
+		if *flagCount == 0 && *flagFirst == 1 {
+			*flagFirst = uint64(time.Now().Unix()) * 100000
+		}
+	}
+	os.Unsetenv("SEEDS")
+	os.Unsetenv("MINUTES")
+	os.Exit(m.Run())
+}
+
+const (
+	fixedSeeds = 1500
+	shortSeeds = 300
+)
+
+// one runs a single case; -v traces it.
+func one(t *testing.T, c Case) {
+	var f *Failure
+	if testing.Verbose() {
+		_, f = Run(c, os.Stderr)
+	} else {
+		_, f = Run(c, nil)
+	}
+	if f != nil {
+		t.Fatal(f)
+	}
+}
+
+// report fails the test with a smaller case and how to run it again.
+func report(t *testing.T, name string, c Case, f *Failure) {
+	t.Helper()
+	small, sf := Shrink(c, 20*time.Second)
+	if sf == nil {
+		t.Errorf("%s: %v\nand the same case does not fail again: the run is not determined by its seed", name, f)
 		return
 	}
-	var total Stats
-	fails := map[string]int{}
-	for seed := uint64(1); seed < 4000; seed++ {
+	path := filepath.Join(os.TempDir(), "sim-"+strings.ReplaceAll(name, " ", "-")+".txt")
+	text := fmt.Sprintf("# %.300s\n%v", strings.SplitN(sf.Message, "\n", 2)[0], small)
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Error(err)
+	}
+	t.Errorf("%s: %v\nmade smaller: %v\n%s\nreplay: go test %s./tests/sim -run TestSimulation -v -sim.case=%s\n"+
+		"once fixed, keep that file in tests/sim/seeds", name, f, sf, small, tags(), path)
+}
 
-		s, f := Run(Generate(seed, *flagSteps), nil)
+func tags() string {
+	if mutation.Enabled {
+		return "-tags mutation "
+	}
+	return ""
+}
+
+// TestRegressions runs what once failed.
+func TestRegressions(t *testing.T) {
+	files, err := filepath.Glob("seeds/*.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range files {
+		t.Run(filepath.Base(path), func(t *testing.T) {
+			text, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := ParseCase(string(text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, f := Run(c, nil); f != nil {
+				t.Error(f)
+			}
+		})
+	}
+}
+
+// TestSimulation runs generated cases: a fixed set, or as the flags say.
+func TestSimulation(t *testing.T) {
+	if *flagCase != "" {
+		text, err := os.ReadFile(*flagCase)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := ParseCase(string(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		one(t, c)
+		return
+	}
+	if *flagSeed != 0 {
+		one(t, Generate(*flagSeed, *flagSteps))
+		return
+	}
+	count := *flagCount
+	switch {
+	case *flagMinutes > 0 && *flagStride == 1 && runtime.NumCPU() > 1:
+		each(t)
+		return
+	case *flagMinutes > 0 && count == 0:
+		count = 1 << 62
+	case count == 0 && testing.Short():
+		count = shortSeeds
+	case count == 0:
+		count = fixedSeeds
+	}
+	var total Stats
+	began := time.Now()
+	failed := 0
+	seed := *flagFirst
+	for n := uint64(0); n < count && failed < 3; n++ {
+		if *flagMinutes > 0 && time.Since(began).Minutes() > *flagMinutes {
+			break
+		}
+		c := Generate(seed, *flagSteps)
+		s, f := Run(c, nil)
 		total.add(s)
 		if f != nil {
-			key := regexp.MustCompile("[0-9]+").ReplaceAllString(f.Message, "N")
-			if len(key) > 100 {
-				key = key[:100]
+			failed++
+			report(t, fmt.Sprintf("seed %d", seed), c, f)
+		}
+		seed += *flagStride
+	}
+	took := time.Since(began)
+	t.Logf("seeds %d to %d: %v; %.0f requests a second", *flagFirst, seed-*flagStride, total, float64(total.Requests)/took.Seconds())
+}
+
+// each runs TestSimulation once a core, each with its share of the seeds: a
+// process each, for the places to die are one to a process.
+func each(t *testing.T) {
+	var wait sync.WaitGroup
+	n := runtime.NumCPU()
+	for i := 0; i < n; i++ {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestSimulation$", "-test.v", "-test.timeout=0",
+			fmt.Sprintf("-sim.first=%d", *flagFirst+uint64(i)), fmt.Sprintf("-sim.stride=%d", n),
+			fmt.Sprintf("-sim.count=%d", *flagCount/uint64(n)),
+			fmt.Sprintf("-sim.minutes=%g", *flagMinutes), fmt.Sprintf("-sim.steps=%d", *flagSteps))
+		wait.Add(1)
+		go func() {
+			defer wait.Done()
+			out, err := cmd.CombinedOutput()
+			out = bytes.TrimSpace(out)
+			if err != nil {
+				t.Errorf("%v\n%s", err, out)
+				return
 			}
-			if fails[key]++; fails[key] < 3 {
-				t.Errorf("seed %d: %v", seed, f)
+			t.Logf("%s", out)
+		}()
+	}
+	wait.Wait()
+}
+
+// small is a case for tests that run it again and again with one thing
+// changed: a snapshot early on, and everything near it.
+func small(seed uint64) Case {
+	c := Generate(seed*uint64(profiles), 24)
+	c.Size0, c.Size1, c.Size2 = 61, 40, 24
+	c.Depth, c.Queues, c.IQueues = 4, 2, 1
+	c.Devices = 1 + int(seed%2)
+	start := []Step{
+		{Verb: Create, Arg: 1<<c.Devices - 1, Off: uint32(seed % 2), Len: 1 + uint32(seed%3), Queue: uint8(seed)},
+		{Verb: Write, Off: 3, Len: 9},
+		{Verb: Take, Gap: 2},
+	}
+	for i := range c.Steps {
+		s := &c.Steps[i]
+		s.Snap %= 2
+		if s.Gap != settled {
+			s.Gap = min(s.Gap, 4)
+		}
+		if s.Verb == Stick || s.Verb == Slow || s.Verb == Fill {
+			s.Verb, s.Len = ImageRead, 30
+		}
+	}
+	c.Steps = append(start, c.Steps...)
+	return c
+}
+
+// smallCases is how many small cases each of the exhaustive tests takes.
+func smallCases() uint64 {
+	if testing.Short() {
+		return 2
+	}
+	return 6
+}
+
+// TestFaultAtEveryOperation lets the n-th operation fail, for n = 0, 1, 2 …
+// until there is none left, with every errno and every effect.
+func TestFaultAtEveryOperation(t *testing.T) {
+	runs := 0
+	for seed := uint64(1); seed <= smallCases(); seed++ {
+		for on := 1; on <= 2; on++ {
+			for effect := 0; effect < 3; effect++ {
+				errno := []int{5, 28, 12}[(int(seed)+effect)%3]
+				for n := 0; ; n++ {
+					c := small(seed)
+					c.FaultOn, c.FaultAfter, c.FaultCount, c.FaultErr, c.FaultEffect = on, n, 1, errno, effect
+					s, f := Run(c, nil)
+					runs++
+					if f != nil {
+						report(t, fmt.Sprintf("small %d fault %d on %d effect %d", seed, n, on, effect), c, f)
+						return
+					}
+					if s.Faults == 0 {
+						break
+					}
+				}
 			}
 		}
 	}
-	t.Logf("%+v", total)
+	t.Logf("%d runs", runs)
+}
+
+// TestDeathAtEveryStep kills the process after n steps of the scheduler, for
+// every n, and its successor after as many.
+func TestDeathAtEveryStep(t *testing.T) {
+	everyDeath(t, func(c *Config, n int) { c.KillStep = n })
+}
+
+func everyDeath(t *testing.T, at func(c *Config, n int)) {
+	runs := 0
+	for seed := uint64(1); seed <= smallCases(); seed++ {
+		for kills := 1; kills <= 2; kills++ {
+			for n := 1; ; n++ {
+				c := small(seed)
+				c.Kills = kills
+				at(&c.Config, n)
+				s, f := Run(c, nil)
+				runs++
+				if f != nil {
+					report(t, fmt.Sprintf("small %d kills %d at %d", seed, kills, n), c, f)
+					return
+				}
+				if s.Deaths == 0 {
+					break
+				}
+			}
+		}
+	}
+	t.Logf("%d runs", runs)
+}
+
+// TestPowerFailureAtEveryStep cuts the power after n steps.
+func TestPowerFailureAtEveryStep(t *testing.T) {
+	runs := 0
+	for seed := uint64(1); seed <= smallCases(); seed++ {
+		for n := 1; ; n++ {
+			c := small(seed)
+			for i := range c.Steps {
+				if s := &c.Steps[i]; s.Verb == ImageRead {
+					s.Verb = Flush
+				} else if s.Verb == Write {
+					s.FUA = s.FUA || i%2 == 0
+				}
+			}
+			c.PowerStep = n
+			s, f := Run(c, nil)
+			runs++
+			if f != nil {
+				report(t, fmt.Sprintf("small %d power %d", seed, n), c, f)
+				return
+			}
+			if s.Steps < uint64(n) {
+				break
+			}
+		}
+	}
+	t.Logf("%d runs", runs)
+}
+
+// TestRunsAreDetermined: a seed that is to be replayed must do the same again.
+func TestRunsAreDetermined(t *testing.T) {
+	for seed := uint64(1); seed < 2*uint64(profiles); seed++ {
+		var a, b bytes.Buffer
+		Run(Generate(seed, *flagSteps), &a)
+		Run(Generate(seed, *flagSteps), &b)
+		if !bytes.Equal(a.Bytes(), b.Bytes()) {
+			t.Errorf("seed %d: two runs differ", seed)
+		}
+	}
+}
+
+func TestCaseText(t *testing.T) {
+	for seed := uint64(1); seed < 20; seed++ {
+		c := Generate(seed, 50)
+		d, err := ParseCase(c.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d.String() != c.String() || d.Config != c.Config {
+			t.Errorf("seed %d: reads back as another case", seed)
+		}
+	}
+	for _, bad := range []string{"", "config Devices=9", "config Devices=1 Foo=2", "config Devices=1\nfly dev=1",
+		"config Devices=1\nread dev=x", "config Devices=1\norder q"} {
+		if _, err := ParseCase(bad); err == nil {
+			t.Errorf("%q is accepted", bad)
+		}
+	}
 }

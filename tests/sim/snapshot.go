@@ -384,6 +384,9 @@ func (s *snapshot) giveBack() {
 
 // checkUsage is for a log at rest.
 func (s *snapshot) checkUsage() {
+	if err := s.snap.Log().Check(); err != nil {
+		s.w.fail("%v: %v", s, err)
+	}
 	u := s.snap.Log().Usage()
 	if u.Regions > u.Capacity && !s.broken() {
 		s.w.fail("%v: %d regions in storage for %d", s, u.Regions, u.Capacity)

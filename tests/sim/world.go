@@ -35,6 +35,7 @@ type world struct {
 	outstanding int // requests under way
 	steps       int // taken
 	done        bool
+	over        bool                     // the power has failed
 	waiting     bool                     // for everything before to complete
 	onIdle      []func()                 // called when anything has ended
 	changing    map[*blockdev.Memory]int // operations in flight that change an original
@@ -125,6 +126,10 @@ func newWorld(c Case, trace io.Writer) *world {
 		}
 		w.origs = append(w.origs, m)
 		reg := newRegister(i, func(int64) Version { return initial })
+		if c.PowerStep != 0 {
+			m.LoseUnsynced()
+			reg.volatile = true
+		}
 		w.devices = append(w.devices, newDevice(w, fmt.Sprintf("dev%d", i), i, size, c.Queues, c.Depth, reg))
 		w.model.add(i)
 	}
@@ -176,6 +181,7 @@ func (w *world) onSubmit(q *blockdev.SchedQueue, op *blockdev.Op) {
 		return
 	}
 	w.changing[w.origs[i]]++
+	w.model.devs[i].checkMarked(op)
 	for _, s := range w.snaps {
 		if s == nil {
 			continue
@@ -278,7 +284,21 @@ func (w *world) step() (more bool) {
 	if w.c.KillStep != 0 && w.deaths < w.c.Kills && w.proc != nil && w.sched.Steps()-w.bornAt >= uint64(w.c.KillStep) {
 		w.kill()
 	}
+	if w.c.PowerStep != 0 && w.sched.Steps() >= uint64(w.c.PowerStep) {
+		w.powerFail()
+		return false
+	}
 	return w.sched.Step()
+}
+
+// powerFail ends the world: the originals are all that is left.
+func (w *world) powerFail() {
+	w.tracef("POWER FAILURE")
+	w.over = true
+	w.sched.PowerFail(w.origs...)
+	for _, d := range w.devices {
+		w.model.checkLost(d)
+	}
 }
 
 // settle steps until nothing is under way, and sees to it that what is stuck
@@ -286,6 +306,9 @@ func (w *world) step() (more bool) {
 func (w *world) settle() {
 	for {
 		for w.step() {
+		}
+		if w.over {
+			return
 		}
 		if w.unstick() {
 			continue
@@ -335,6 +358,11 @@ func (w *world) files() []*blockdev.Memory {
 	return append(append([]*blockdev.Memory(nil), w.origs...), w.storages...)
 }
 
+func (s Stats) String() string {
+	return fmt.Sprintf("%d requests in %d steps, %d takes, %d snapshots broken, %d deaths, %d faults",
+		s.Requests, s.Steps, s.Takes, s.Breaks, s.Deaths, s.Faults)
+}
+
 // add counts another run.
 func (s *Stats) add(t Stats) {
 	s.Requests += t.Requests
@@ -380,6 +408,8 @@ func Run(c Case, trace io.Writer) (stats Stats, failure *Failure) {
 	w.boot()
 	w.client.After(0, w.next)
 	w.settle()
-	w.finish()
+	if !w.over {
+		w.finish()
+	}
 	return
 }
