@@ -487,6 +487,16 @@ func TestLoopRetries(t *testing.T) {
 			t.Fatalf("%v: %d in flight and %d slots free afterwards", c.answers, l.inFlight, len(l.free))
 		}
 	}
+	// Progress counts: EAGAIN may come more often than maxTries in all.
+	calls = 0
+	l.Submit(op)
+	for range 2 * maxTries {
+		l.completed(uint32(answer().UserData), -int32(unix.EAGAIN))
+		l.completed(uint32(answer().UserData), 8192/(2*maxTries))
+	}
+	if calls != 1 || op.Err != 0 {
+		t.Fatalf("EAGAIN between parts: done %d times with %v", calls, op.Err)
+	}
 	// A device that never has the means is believed in the end.
 	calls = 0
 	l.Submit(op)
@@ -522,6 +532,75 @@ func TestLoopRetries(t *testing.T) {
 			t.Errorf("%s, block %v: %d ways tried, then %v; want %d, then EOPNOTSUPP", c.op.Kind, c.block, n, o.Err, c.ways)
 		}
 	}
+}
+
+// TestLoopWaitSeesWork: what came up after the loop looked for work and before
+// it went to sleep.
+func TestLoopWaitSeesWork(t *testing.T) {
+	for what, happens := range map[string]func(*Loop){
+		"task":     func(l *Loop) { l.Post(&Task{}) },
+		"stop":     func(l *Loop) { l.stopping.Store(true) },
+		"finished": func(l *Loop) { l.Submit(&Op{Len: -1}) },
+	} {
+		l := manualLoop(t, LoopConfig{Depth: 1})
+		l.readWake()
+		happens(l)
+		overslept := time.AfterFunc(5*time.Second, l.signal)
+		l.wait()
+		if !overslept.Stop() {
+			t.Errorf("%s: the loop went to sleep over it", what)
+		}
+		l.signal()
+		for l.wakeRead {
+			l.wait()
+			l.reap()
+		}
+	}
+}
+
+// TestLoopLateWakeUp: a poster that comes late must not write into whatever
+// has the eventfd's number by then.
+func TestLoopLateWakeUp(t *testing.T) {
+	l := manualLoop(t, LoopConfig{Depth: 1})
+	number := l.wakeFd
+	l.armed.Store(true)
+	l.close()
+	var mine []int
+	for {
+		efd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(efd)
+		mine = append(mine, efd)
+		if efd >= number {
+			break
+		}
+	}
+	l.wake()
+	for _, efd := range mine {
+		if _, err := unix.Read(efd, make([]byte, 8)); !errors.Is(err, unix.EAGAIN) {
+			t.Errorf("eventfd %d was written to (%v); the loop's was %d", efd, err, number)
+		}
+	}
+}
+
+// TestLoopFailuresFromDone: operations that fail without I/O, each submitted
+// from inside the Done before it, with nothing else to wake the loop.
+func TestLoopFailuresFromDone(t *testing.T) {
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 1})
+	done := make(chan struct{})
+	left := 100
+	op := &Op{Kind: Read, Len: -1}
+	op.Done = func(op *Op) {
+		if left--; left == 0 {
+			close(done)
+			return
+		}
+		l.Submit(op)
+	}
+	l.Post(&Task{Run: func() { l.Submit(op) }})
+	within(t, "failures", done)
 }
 
 // TestLoopWaitingInOrder: with one slot, operations run one at a time, oldest

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -120,6 +121,35 @@ func TestLoopOnBlockDevice(t *testing.T) {
 				t.Errorf("%s: wrong content at %d", c.what, off)
 			}
 		}
+	}
+	// The disk has a cache and no FUA of its own: the block layer flushes.
+	flushes := func() int {
+		t.Helper()
+		b, err := os.ReadFile("/sys/block/" + filepath.Base(disk) + "/stat")
+		fields := strings.Fields(string(b))
+		if err != nil || len(fields) < 16 {
+			t.Fatalf("statistics of %s: %q, %v", disk, b, err)
+		}
+		n, err := strconv.Atoi(fields[15])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := flushes()
+	mustDo(t, l, at(0, Write, false))
+	if n := flushes(); n != before {
+		t.Errorf("a plain write flushed the disk %d times", n-before)
+	}
+	op := at(0, Write, false)
+	op.FUA = true
+	mustDo(t, l, op)
+	if n := flushes(); n != before+1 {
+		t.Errorf("a write with FUA flushed the disk %d times, want 1", n-before)
+	}
+	mustDo(t, l, &Op{Kind: Flush, File: f})
+	if n := flushes(); n != before+2 {
+		t.Errorf("write with FUA and flush flushed the disk %d times, want 2", n-before)
 	}
 	for _, c := range []struct {
 		what string
