@@ -270,7 +270,7 @@ func (l *Log) canGrowLocked() bool {
 // refusedLocked is the callbacks of Appends that came too late: nothing grows
 // any more in a log that is dead.
 func (l *Log) refusedLocked() (done []func(error)) {
-	if l.dead.Load() == 0 {
+	if l.dead.Load() == 0 || mutation.Is(mutation.ForgetAppend) {
 		return nil
 	}
 	for i, s := range l.sources {

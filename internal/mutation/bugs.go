@@ -65,6 +65,8 @@ const (
 	NextUnrecorded
 	// DeadUnrecorded does not record that the log is broken.
 	DeadUnrecorded
+	// ForgetAppend never answers an Append that comes to a dead log.
+	ForgetAppend
 	// ForgetMemory does not store again what the dead process had in memory.
 	ForgetMemory
 
@@ -95,7 +97,7 @@ var names = [bugs]string{
 	"ProtectFirst", "FailWithCopy", "OneArea", "CompleteTwice", "DropFUA", "FlushNothing", "InstallLate",
 	"WordBeforeData", "StoredBeforeWrite", "ReuseSlotEarly", "ForgetWaiter", "PassWaiter", "LongLastChunk",
 	"ShortLastChunk", "StoreAnyway", "CopyAnyway", "FollowWrong", "ExtentOff", "GrowNever", "NextUnrecorded",
-	"DeadUnrecorded", "ForgetMemory", "SkipRecheck", "ReadOldPlace", "WriteInFlight", "ForgetOld", "MarkNoImage",
+	"DeadUnrecorded", "ForgetAppend", "ForgetMemory", "SkipRecheck", "ReadOldPlace", "WriteInFlight", "ForgetOld", "MarkNoImage",
 	"SwitchOneMap", "CloseEarly", "ReinstallNot",
 }
 

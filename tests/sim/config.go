@@ -24,6 +24,7 @@ type Config struct {
 	MaxIO    int // sectors of a request
 	Block    int // log2 of the change tracking block, bytes
 	Discards int // blockdev.DiscardEffect of the originals
+	Earlier  int // takes of each original before the run, in its change map
 
 	Storages int // to be appended to snapshots
 	Fixed    int // bits: which storages are block devices
@@ -167,15 +168,19 @@ func generateConfig(r *blockdev.Random, p Profile) Config {
 		Queues:   pick(1, 2, 2, 3),
 		IQueues:  pick(1, 2),
 		Depth:    pick(1, 2, 4, 8),
-		MaxIO:    pick(16, 64, 64, 256),
+		MaxIO:    pick(16, 64, 64, 64, 256, 256, 2200),
 		Block:    pick(9, 12, 13, 16),
 		Discards: r.Intn(3),
+		Earlier:  pick(0, 0, 0, 252, 253, 254, 255, 508),
 		Storages: pick(1, 2, 3),
 		Limit:    1 << 20,
 		Portion:  pick(8, 64, 200, 1024),
 	}
 	size := func() int { return 8*pick(2, 8, 32, 64, 128) + pick(0, 0, 1, 3, 7) }
 	c.Size0, c.Size1, c.Size2 = size(), size(), size()
+	if c.MaxIO > 256 {
+		c.Size0 = 8*pick(300, 600) + pick(0, 5) // more chunks than one request has copied at a time
+	}
 	if r.OneIn(3) {
 		c.Fixed = r.Intn(8)
 	}
@@ -260,6 +265,8 @@ func (g *generator) step() Step {
 		}
 	case Append:
 		s.Arg = uint32(r.Intn(8))
+	case Replace:
+		s.Arg = uint32(max(0, r.Intn(40)-20))
 	case Stick, Slow, Pause:
 		s.Arg = uint32(r.Intn(8))
 		s.Len = uint32(r.Intn(8))
@@ -279,9 +286,9 @@ var verbChances = []struct {
 	verb   Verb
 	of1000 int
 }{
-	{Write, 330}, {Read, 80}, {Discard, 40}, {WriteZeroes, 40}, {Flush, 15},
+	{Write, 326}, {Read, 80}, {Discard, 40}, {WriteZeroes, 40}, {Flush, 15},
 	{ImageRead, 190}, {ImageWrite, 80}, {ImageDiscard, 10}, {ImageWriteZeroes, 20}, {ImageFlush, 8},
-	{Create, 35}, {Append, 15}, {Take, 60}, {Cancel, 6}, {Destroy, 15}, {Mark, 8},
+	{Create, 35}, {Append, 15}, {Take, 60}, {Cancel, 6}, {Destroy, 15}, {Mark, 8}, {Replace, 4},
 	{Stick, 6}, {Unstick, 12}, {Slow, 6}, {Pause, 10}, {Fill, 3}, {Room, 7}, {Kill, 4},
 }
 

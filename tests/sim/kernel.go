@@ -155,8 +155,13 @@ func (h *hwqueue) serve(thread *blockdev.SchedQueue, handler ublk.Handler) {
 	h.dispatch()
 }
 
-// abandon is the death of the process that serves the queue.
-func (h *hwqueue) abandon() { h.handler, h.thread = nil, nil }
+// abandon ends the serving of a device: by the death of its process, or for
+// new requests only.
+func (d *device) abandon() {
+	for _, h := range d.queues {
+		h.handler = nil
+	}
+}
 
 // remove deletes the device: what waits fails, what the process has is the
 // process's to complete.

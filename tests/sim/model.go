@@ -6,6 +6,7 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -64,6 +65,29 @@ func (d *devModel) begin(generation uuid.UUID, number uint8) {
 				}
 			}
 		}
+	}
+}
+
+// resize is for a disk whose map has begun anew.
+func (d *devModel) resize(size int64) {
+	n := (size-1)>>d.w.c.Block + 1
+	for int64(len(d.last)) < n {
+		d.last = append(d.last, -1)
+	}
+}
+
+// renew starts an epoch if a new process has found the map in another one.
+func (d *devModel) renew(info cbtmap.Info) {
+	if x := d.epochs[len(d.epochs)-1]; x.generation != info.GenerationID || x.number != info.ChangesNumber {
+		d.begin(info.GenerationID, info.ChangesNumber)
+	}
+}
+
+// allMay notes that the present epoch began with every block marked.
+func (d *devModel) allMay() {
+	may := d.epochs[len(d.epochs)-1].may
+	for b := range may {
+		may[b] = true
 	}
 }
 

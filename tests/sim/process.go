@@ -101,6 +101,9 @@ func (w *world) boot() {
 		if err != nil {
 			panic(err)
 		}
+		for n := 0; n < w.c.Earlier; n++ {
+			cbt.Switch()
+		}
 		info, err := cbt.Info()
 		if err != nil {
 			panic(err)
@@ -115,24 +118,35 @@ func (w *world) boot() {
 
 // filter makes the filters of the originals; nobody serves them yet.
 func (p *process) filter() {
-	for i, d := range p.w.devices {
-		f := filter.New(filter.Config{Orig: p.w.origs[i], Size: d.size, CBT: p.cbts[i], Queues: len(d.queues)})
-		p.filters = append(p.filters, f)
-		p.handlers = append(p.handlers, nil)
-		for n := range d.queues {
-			thread := p.thread(fmt.Sprintf("%s.%d", d.name, n))
-			p.handlers[i] = append(p.handlers[i], handler{thread, f.NewQueue(n, p.queue(thread))})
-		}
+	p.filters = make([]*filter.Filter, len(p.w.devices))
+	p.handlers = make([][]handler, len(p.w.devices))
+	for i := range p.w.devices {
+		p.filterOf(i)
+	}
+}
+
+func (p *process) filterOf(dev int) {
+	d := p.w.devices[dev]
+	f := filter.New(filter.Config{Orig: p.w.origs[dev], Size: d.size, CBT: p.cbts[dev], Queues: len(d.queues)})
+	p.filters[dev] = f
+	p.handlers[dev] = nil
+	for n := range d.queues {
+		thread := p.thread(fmt.Sprintf("%s.%d", d.name, n))
+		p.handlers[dev] = append(p.handlers[dev], handler{thread, f.NewQueue(n, p.queue(thread))})
 	}
 }
 
 // serve lets the kernel's requests come to the filters.
 func (p *process) serve() {
-	for i, d := range p.w.devices {
-		for n, h := range d.queues {
-			x := p.handlers[i][n]
-			h.serve(x.thread, x.handler)
-		}
+	for i := range p.w.devices {
+		p.serveOf(i)
+	}
+}
+
+func (p *process) serveOf(dev int) {
+	for n, h := range p.w.devices[dev].queues {
+		x := p.handlers[dev][n]
+		h.serve(x.thread, x.handler)
 	}
 }
 
@@ -148,9 +162,7 @@ func (w *world) kill() {
 	w.proc = nil
 	w.sched.Kill(p.threads...)
 	for _, d := range w.allDevices() {
-		for _, h := range d.queues {
-			h.abandon()
-		}
+		d.abandon()
 	}
 	clear(w.changing)
 	w.onIdle = nil
@@ -170,6 +182,7 @@ func (w *world) recover() {
 			w.fail("I6: change map of disk%d: %v", i, err)
 		}
 		p.cbts = append(p.cbts, cbt)
+		w.checkAdopted(i, cbt)
 	}
 	p.filter()
 	for i, s := range w.snaps {
@@ -189,6 +202,11 @@ func (w *world) recover() {
 		}
 		s.reopen()
 	}
+	for i, cbt := range p.cbts {
+		if info, err := cbt.Info(); err == nil {
+			w.model.devs[i].renew(info)
+		}
+	}
 	p.serve()
 	for _, s := range w.snaps {
 		if s != nil {
@@ -197,4 +215,22 @@ func (w *world) recover() {
 		}
 	}
 	w.resume()
+}
+
+// checkAdopted compares a change map taken over from a dead process with its
+// disk, which may have been about to grow.
+func (w *world) checkAdopted(dev int, cbt *cbtmap.Map) {
+	size := w.devices[dev].size
+	info, _ := cbt.Info()
+	if info.DeviceCapacity == size {
+		return
+	}
+	if info.DeviceCapacity > size {
+		w.fail("I6: the change map of disk%d is for %d bytes, the disk has %d", dev, info.DeviceCapacity, size)
+	}
+	if err := cbt.Resize(size); err != nil {
+		w.fail("I6: resize: %v", err)
+	}
+	w.cbtMemory[dev] = cbt.Memory()
+	w.model.devs[dev].resize(size)
 }

@@ -1,6 +1,8 @@
 package sim
 
 import (
+	"fmt"
+	"slices"
 	"unsafe"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
@@ -109,6 +111,10 @@ func (w *world) do(st Step) {
 		if w.proc != nil {
 			w.mark(dev, st)
 		}
+	case Replace:
+		if w.proc != nil {
+			w.replace(dev, int64(st.Arg)*sectorSize)
+		}
 	case Stick:
 		files := w.files()
 		w.sched.Stick(files[int(st.Arg)%len(files)])
@@ -178,6 +184,53 @@ func (w *world) mark(dev int, st Step) {
 		d.changed(off*sectorSize, n*sectorSize)
 		done()
 	})
+}
+
+// replace removes a device that no snapshot holds and adds it again, grown.
+func (w *world) replace(dev int, grow int64) {
+	w.proc.do(fmt.Sprintf("replace %d", dev), func(done func()) {
+		for _, s := range w.snaps {
+			if s != nil && slices.Contains(s.devs, dev) {
+				done()
+				return
+			}
+		}
+		d, p := w.devices[dev], w.proc
+		d.abandon() // requests that come now wait
+		p.replaceIdle(dev, d.size+grow, done)
+	})
+}
+
+// replaceIdle goes on when the process has completed what it had.
+func (p *process) replaceIdle(dev int, size int64, done func()) {
+	w := p.w
+	d, cbt := w.devices[dev], p.cbts[dev]
+	if d.busy() {
+		w.onIdle = append(w.onIdle, func() { p.control.After(0, func() { p.replaceIdle(dev, size, done) }) })
+		return
+	}
+	m := w.model.devs[dev]
+	if size != d.size {
+		w.origs[dev].Resize(size)
+		d.size = size
+		err := cbt.Resize(size)
+		if err != nil {
+			w.fail("resize: %v", err)
+		}
+		w.cbtMemory[dev] = cbt.Memory()
+	} else {
+		cbt.NewGeneration()
+	}
+	info, err := cbt.Info()
+	if err != nil || info.DeviceCapacity != size {
+		w.fail("I3: disk%d of %d bytes has a change map of %d: %v", dev, size, info.DeviceCapacity, err)
+	}
+	m.resize(size)
+	m.begin(info.GenerationID, info.ChangesNumber)
+	m.allMay()
+	p.filterOf(dev)
+	p.serveOf(dev)
+	done()
 }
 
 // finish is the end of a run: everything is looked at, then taken apart.

@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math"
@@ -318,9 +319,56 @@ func (w *world) checkSwitched(i, dev int, s *snapshot) {
 	if _, err := cbt.ReadMap(info.GenerationID, m, 0); err != nil {
 		w.fail("I3: change map of disk%d: %v", dev, err)
 	}
+	w.checkIncrement(dev, s, info)
 	d := w.model.devs[dev]
 	d.checkMap(m, info.GenerationID, info.ChangesNumber, w.deaths == 0)
 	d.begin(info.GenerationID, info.ChangesNumber)
+}
+
+// checkIncrement does what a backup does: it takes what the change map calls
+// changed since the take before, and must then have all that differs.
+func (w *world) checkIncrement(dev int, s *snapshot, info cbtmap.Info) {
+	now := taken{w.origs[dev].Clone(), info}
+	before := w.takes[dev]
+	w.takes[dev] = now
+	if before.disk == nil || before.info.GenerationID != info.GenerationID {
+		return
+	}
+	changed, err := w.proc.cbts[dev].Changes(info.GenerationID, before.info.ChangesNumber)
+	if err != nil {
+		w.fail("I3: changes of disk%d since take %d: %v", dev, before.info.ChangesNumber, err)
+	}
+	p, q := make([]byte, 1<<w.c.Block), make([]byte, 1<<w.c.Block)
+	same := func(from, to int64) {
+		for ; from < to; from += int64(len(p)) {
+			n := min(to-from, int64(len(p)))
+			if _, err := before.disk.ReadAt(p[:n], from); err != nil {
+				panic(err)
+			}
+			if _, err := now.disk.ReadAt(q[:n], from); err != nil {
+				panic(err)
+			}
+			if !bytes.Equal(p[:n], q[:n]) {
+				w.fail("I3: disk%d differs at sector %d+%d between takes %d and %d, and the change map has no change there",
+					dev, from/sectorSize, n/sectorSize, before.info.ChangesNumber, info.ChangesNumber)
+			}
+		}
+	}
+	at := int64(0)
+	for r := range changed {
+		if r.Offset < at || r.Length <= 0 {
+			w.fail("I3: disk%d: changes %d+%d after %d", dev, r.Offset, r.Length, at)
+		}
+		same(at, r.Offset)
+		at = r.Offset + r.Length
+	}
+	same(at, info.DeviceCapacity)
+}
+
+// taken is a disk at a cut, as a backup has it.
+type taken struct {
+	disk *blockdev.Memory
+	info cbtmap.Info
 }
 
 // show serves the images.

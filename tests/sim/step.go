@@ -30,6 +30,7 @@ const (
 	Cancel  // the take of snapshot Snap that is under way
 	Destroy // snapshot Snap
 	Mark    // blocks of device Dev dirty by hand
+	Replace // device Dev is removed and added again, larger by Arg sectors
 
 	Stick   // the file number Arg stops answering
 	Unstick // all files answer again
@@ -44,7 +45,7 @@ const (
 var verbNames = [verbs]string{
 	"read", "write", "discard", "zeroes", "flush",
 	"iread", "iwrite", "idiscard", "izeroes", "iflush",
-	"create", "append", "take", "cancel", "destroy", "mark",
+	"create", "append", "take", "cancel", "destroy", "mark", "replace",
 	"stick", "unstick", "slow", "pause", "fill", "room", "kill",
 }
 

@@ -44,7 +44,8 @@ type world struct {
 	bornAt      uint64 // steps of the scheduler when the process started
 	points      int    // mutation points passed since then
 	retired     map[blockdev.File]string
-	cbtMemory   [][]byte // of the change maps, which outlives a process
+	cbtMemory   [][]byte          // of the change maps, which outlives a process
+	takes       [maxDevices]taken // the last of each disk
 	stats       Stats
 }
 
@@ -125,7 +126,12 @@ func newWorld(c Case, trace io.Writer) *world {
 			panic(err)
 		}
 		w.origs = append(w.origs, m)
-		reg := newRegister(i, func(int64) Version { return initial })
+		reg := newRegister(i, func(s int64) Version {
+			if s >= size/sectorSize {
+				return zeroes // the disk has grown
+			}
+			return initial
+		})
 		if c.PowerStep != 0 {
 			m.LoseUnsynced()
 			reg.volatile = true
