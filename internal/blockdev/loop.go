@@ -55,7 +55,7 @@ type Loop struct {
 	// The loop's thread alone.
 	slots    []slot
 	free     []uint32 // unused slots
-	waiting  opList   // for a slot, or room in the submission queue
+	waiting  opList   // for a slot
 	finished opList   // Done is due without the kernel's doing
 	inFlight int      // operations in the ring
 	commands int      // commands in the ring
