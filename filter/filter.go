@@ -163,16 +163,17 @@ func (q *Queue) admit(t *request) {
 	if q.f.cbt != nil && !drop {
 		q.f.cbt.Mark(t.r.Off, t.r.Len)
 	}
-	if len(q.areas) == 0 {
-		t.forward(t.r.Off, t.r.Off+t.r.Len)
-		return
-	}
 	t.advance()
 }
 
 // advance goes on with a request from pos: the next piece of a discard, or the
 // copying that the next piece of a write needs.
 func (t *request) advance() {
+	if len(t.q.areas) == 0 {
+		// From the beginning, or because the last snapshot has gone meanwhile.
+		t.forward(t.pos, t.r.Off+t.r.Len)
+		return
+	}
 	if t.r.Op == ublk.OpDiscard {
 		t.advanceDiscard()
 		return
