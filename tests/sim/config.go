@@ -24,6 +24,8 @@ type Config struct {
 	MaxIO    int // sectors of a request
 	Block    int // log2 of the change tracking block, bytes
 	Discards int // blockdev.DiscardEffect of the originals
+	Sector   int // sectors in a logical block of the disks, 1 or 8
+	NoMemory int // the so many-th wish for a chunk table is refused; 0: none
 	Earlier  int // takes of each original before the run, in its change map
 
 	Storages int // to be appended to snapshots
@@ -171,6 +173,7 @@ func generateConfig(r *blockdev.Random, p Profile) Config {
 		MaxIO:    pick(16, 64, 64, 64, 256, 256, 2200),
 		Block:    pick(9, 12, 13, 16),
 		Discards: r.Intn(3),
+		Sector:   pick(1, 1, 1, 8),
 		Earlier:  pick(0, 0, 0, 252, 253, 254, 255, 508),
 		Storages: pick(1, 2, 3),
 		Limit:    1 << 20,
@@ -187,7 +190,16 @@ func generateConfig(r *blockdev.Random, p Profile) Config {
 	if p == Tight || p == Mixed {
 		c.Limit = pick(8, 16, 40, 100, 400)
 	}
+	if c.Sector > 1 {
+		for _, n := range []*int{&c.Size0, &c.Size1, &c.Size2} {
+			*n = *n / c.Sector * c.Sector
+		}
+		c.MaxIO = c.MaxIO / c.Sector * c.Sector
+	}
 	if p == Faulty || p == Mixed {
+		if r.OneIn(3) {
+			c.NoMemory = 1 + r.Intn(6)
+		}
 		c.FaultOn = pick(1, 1, 1, 2, 3)
 		c.FaultKinds = pick(0, 0, 1, 2, 3, 32)
 		c.FaultAfter = r.Intn(pick(4, 40, 400))

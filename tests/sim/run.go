@@ -113,7 +113,8 @@ func (w *world) do(st Step) {
 		}
 	case Replace:
 		if w.proc != nil {
-			w.replace(dev, int64(st.Arg)*sectorSize)
+			b := int64(max(w.c.Sector, 1))
+			w.replace(dev, (int64(st.Arg)+b-1)/b*b*sectorSize)
 		}
 	case Stick:
 		files := w.files()
@@ -153,6 +154,10 @@ func (w *world) issue(d *device, st Step, op ublk.Op) {
 		n := min(max(int64(st.Len), 1), size-off)
 		if op == ublk.OpRead || op == ublk.OpWrite {
 			n = min(n, int64(w.c.MaxIO))
+		}
+		if b := int64(w.c.Sector); b > 1 {
+			off = off / b * b
+			n = min((n+b-1)/b*b, size-off)
 		}
 		r.off, r.len = off*sectorSize, n*sectorSize
 	}

@@ -216,7 +216,7 @@ func each(t *testing.T) {
 // changed: a snapshot early on, and everything near it.
 func small(seed uint64) Case {
 	c := Generate(seed*uint64(profiles), 24)
-	c.Size0, c.Size1, c.Size2 = 61, 40, 24
+	c.Size0, c.Size1, c.Size2, c.Sector = 61, 40, 24, 1
 	c.Depth, c.Queues, c.IQueues = 4, 2, 1
 	c.Devices = 1 + int(seed%2)
 	start := []Step{

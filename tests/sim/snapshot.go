@@ -76,6 +76,9 @@ func (s *snapshot) unprotected(dev int, off, n int64) (diffarea.Chunk, bool) {
 
 // memory is memory that outlives the process.
 func (s *snapshot) memory(name string, size int64) ([]byte, error) {
+	if s.w.tables++; s.w.tables == s.w.c.NoMemory {
+		return nil, unix.ENOMEM
+	}
 	mem := words(size)
 	s.words = append(s.words, mem)
 	return mem, nil
@@ -137,7 +140,7 @@ func (s *snapshot) reopen() {
 	var members []snapimage.Member
 	for i, dev := range s.devs {
 		members = append(members, snapimage.Member{
-			Filter: p.filters[dev], Device: uint64(dev + 1), Words: s.words[i], Take: s.takes[i],
+			Filter: p.filters[dev], Device: uint64(dev + 1), Words: s.words[i], Take: s.takes[i], Data: pages(s.words[i]),
 		})
 	}
 	snap, err := snapimage.Reopen(s.config(), p.queue(p.control), members, s.appended)
@@ -145,6 +148,21 @@ func (s *snapshot) reopen() {
 		s.w.fail("I6: %v: %v", s, err)
 	}
 	s.snap = snap
+}
+
+// pages is what a sparse file of mem has data in, page by page.
+func pages(mem []byte) func(yield func(from, to int64)) {
+	return func(yield func(from, to int64)) {
+		for at := 0; at < len(mem); at += 4096 {
+			end := min(at+4096, len(mem))
+			for _, b := range mem[at:end] {
+				if b != 0 {
+					yield(int64(at), int64(end))
+					break
+				}
+			}
+		}
+	}
 }
 
 // void is for a take that the last process did not bring to an end.
@@ -181,6 +199,7 @@ func (s *snapshot) append(kind int, done func()) {
 			m.SetLimit(0)
 		}
 	}
+	m.SetBlockSize(int64(max(w.c.Sector, 1)) * sectorSize)
 	st.File = m
 	w.storages = append(w.storages, m)
 	fired := w.fired
@@ -273,6 +292,7 @@ func (s *snapshot) take() {
 					w.fail("take: %v", err)
 				}
 			case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapimage.ErrNoStorage):
+			case errors.Is(err, unix.ENOMEM) && w.tables == w.c.NoMemory:
 			default:
 				w.fail("take: %v", err)
 			}
@@ -458,7 +478,8 @@ func (s *snapshot) request(st Step, op ublk.Op) {
 func (im *image) readAll() {
 	w := im.snap.w
 	for off := int64(0); off < im.device.size; {
-		n := min(int64(1+w.sched.Random().Intn(w.c.MaxIO))*sectorSize, im.device.size-off)
+		b := int64(max(w.c.Sector, 1)) * sectorSize
+		n := min((int64(1+w.sched.Random().Intn(w.c.MaxIO))*sectorSize+b-1)/b*b, im.device.size-off)
 		im.device.submit(w.sched.Random().Intn(math.MaxInt16), &request{op: ublk.OpRead, off: off, len: n}, nil)
 		off += n
 	}

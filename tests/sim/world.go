@@ -41,6 +41,7 @@ type world struct {
 	changing    map[*blockdev.Memory]int // operations in flight that change an original
 	fired       int                      // faults that hit something other than a client's own operation
 	deaths      int
+	tables      int    // chunk tables asked for
 	bornAt      uint64 // steps of the scheduler when the process started
 	points      int    // mutation points passed since then
 	retired     map[blockdev.File]string
@@ -120,6 +121,7 @@ func newWorld(c Case, trace io.Writer) *world {
 		size := c.size(i)
 		m := blockdev.NewMemoryDevice(fmt.Sprintf("disk%d", i), size)
 		m.SetDiscards(blockdev.DiscardEffect(c.Discards))
+		m.SetBlockSize(int64(max(c.Sector, 1)) * sectorSize)
 		p := make([]byte, size)
 		fill(p, initial, i, 0)
 		if _, err := m.WriteAt(p, 0); err != nil {
