@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // insideEnv says to a daemon that it has been started anew in a mount namespace
@@ -48,6 +49,10 @@ func EnterNamespace(dir RunDir, c Config) error {
 	}
 	if !withInit() {
 		return nil
+	}
+	// The modules may be on a mount that is let go of.
+	if err := ublk.Load(); err != nil {
+		return driverError(err)
 	}
 	// The thread that execs becomes the process, with its namespace.
 	runtime.LockOSThread()
