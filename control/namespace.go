@@ -44,15 +44,16 @@ func EnterNamespace(dir RunDir, c Config) error {
 		return err
 	}
 	defer lock.Close()
+	// Now, for the module may be on a mount that is let go of; and before
+	// anything is left on a machine that has none.
+	if err := ublk.Load(); err != nil {
+		return driverError(err)
+	}
 	if err := dir.mountState(c.StateSize); err != nil {
 		return err
 	}
 	if !withInit() {
 		return nil
-	}
-	// The modules may be on a mount that is let go of.
-	if err := ublk.Load(); err != nil {
-		return driverError(err)
 	}
 	// The thread that execs becomes the process, with its namespace.
 	runtime.LockOSThread()

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // Version is the program's version.
@@ -41,6 +43,9 @@ type stopper interface {
 // Run is the daemon: it serves until it is told to stop by SIGTERM or SIGINT and
 // no device is in use any more.
 func Run(o Options) error {
+	for _, err := range ublk.PrepareProcess() {
+		o.Log.Warn("the process is not as it should be", "error", err)
+	}
 	return run(o, func() (stopper, error) { return NewDaemon(o) })
 }
 

@@ -1,0 +1,38 @@
+package control
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+)
+
+func TestFail(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		code Code
+		text string
+	}{
+		{&disk.Error{Kind: disk.ErrInUse, Path: "/dev/vdb", What: "mounted on /mnt", Fix: "unmount it first"}, Busy, "add /dev/vdb: mounted on /mnt: unmount it first"},
+		{&disk.Error{Kind: disk.ErrNotFound, Path: "/dev/vdb", What: "no such device"}, NotFound, "add /dev/vdb: no such device"},
+		{&disk.Error{Kind: disk.ErrNotBlock, Path: "/dev/vdb", What: "a directory"}, Invalid, "add /dev/vdb: a directory"},
+		{&disk.Error{Kind: disk.ErrReadOnly, Path: "/dev/vdb", What: "read-only"}, ReadOnly, "add /dev/vdb: read-only"},
+		{&disk.Error{Kind: unix.EIO, Path: "/dev/vdb", What: "open: input/output error"}, Internal, "add /dev/vdb: open: input/output error"},
+		{&Error{Code: Exists, Message: "there", Fix: "go"}, Exists, "add /dev/vdb: there: go"},
+		{fmt.Errorf("queue 3: %w", &Error{Code: Exists, Message: "there"}), Exists, "add /dev/vdb: queue 3: there"},
+		{fmt.Errorf("open it: %w", unix.EBUSY), Busy, "add /dev/vdb: open it: device or resource busy"},
+		{os.ErrNotExist, NotFound, "add /dev/vdb: file does not exist"},
+		{context.DeadlineExceeded, Timeout, "add /dev/vdb: took too long"},
+		{context.Canceled, Interrupted, "add /dev/vdb: interrupted"},
+		{fmt.Errorf("odd"), Internal, "add /dev/vdb: odd"},
+	} {
+		e := fail(c.err, "add %s", "/dev/vdb")
+		if e.Code != c.code || e.Error() != c.text {
+			t.Errorf("fail(%v) = %s %q, want %s %q", c.err, e.Code, e, c.code, c.text)
+		}
+	}
+}

@@ -1,0 +1,249 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestMain lets the test binary be a daemon, for the tests of starting one.
+func TestMain(m *testing.M) {
+	if how := os.Getenv("CONTROL_TEST_DAEMON"); how != "" {
+		os.Exit(testDaemon(how, os.Args))
+	}
+	os.Exit(m.Run())
+}
+
+func testDaemon(how string, args []string) int {
+	dir := RunDir(args[3])
+	switch how {
+	case "dies":
+		return 3
+	case "fails":
+		ReportStart(3, &Error{Code: Unsupported, Message: "no ublk driver", Fix: "boot another kernel"})
+		return 1
+	case "hangs":
+		time.Sleep(time.Minute)
+	}
+	fake := &fakeAPI{}
+	err := run(Options{Dir: dir, Log: quiet(), Ready: func() { ReportStart(3, nil) }}, func() (stopper, error) { return fake, nil })
+	if err != nil {
+		ReportStart(3, err)
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// starter starts this test binary, as a daemon that behaves as how says.
+func starter(t *testing.T, how string) Starter {
+	t.Helper()
+	dir := RunDir(t.TempDir())
+	script := filepath.Join(string(dir), "program")
+	text := fmt.Sprintf("#!/bin/sh\nCONTROL_TEST_DAEMON=%s exec %s \"$@\"\n", how, os.Args[0])
+	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return Starter{Dir: dir, Program: script}
+}
+
+func rootOnly(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: starting a daemon is refused to others")
+	}
+}
+
+// stopDaemon sends SIGTERM to the daemon of a run directory and waits for its
+// end.
+func stopDaemon(t *testing.T, dir RunDir) {
+	t.Helper()
+	var pid int
+	b, err := os.ReadFile(dir.lockFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscan(string(b), &pid); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(pid, unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	for range 1000 {
+		if f, err := dir.lock(); err == nil {
+			f.Close()
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("the daemon does not end")
+}
+
+func TestConnectStartsADaemon(t *testing.T) {
+	rootOnly(t)
+	s := starter(t, "well")
+	starts := 0
+	s.Starting = func() { starts++ }
+	ctx := context.Background()
+	for range 2 {
+		c, err := s.Connect(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i, err := c.Info(ctx); err != nil || i.PID != 7 {
+			t.Fatalf("%+v, %v", i, err)
+		}
+		c.Close()
+	}
+	if starts != 1 {
+		t.Errorf("started %d times", starts)
+	}
+	for path, mode := range map[string]os.FileMode{string(s.Dir): 0o700, s.Dir.Socket(): 0o600, s.Dir.Log(): 0o600} {
+		st, err := os.Stat(path)
+		if err != nil || st.Mode().Perm() != mode {
+			t.Errorf("%s: %v, %v; want %v", path, st.Mode(), err, mode)
+		}
+	}
+	stopDaemon(t, s.Dir)
+	if _, err := os.Stat(s.Dir.Socket()); !os.IsNotExist(err) {
+		t.Errorf("the socket is left: %v", err)
+	}
+}
+
+func TestConnectTogether(t *testing.T) {
+	rootOnly(t)
+	s := starter(t, "well")
+	errs := make(chan error, 4)
+	for range cap(errs) {
+		go func() {
+			c, err := s.Connect(context.Background())
+			if err == nil {
+				_, err = c.Info(context.Background())
+			}
+			errs <- err
+		}()
+	}
+	for range cap(errs) {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	stopDaemon(t, s.Dir)
+}
+
+func TestConnectTellsWhyNot(t *testing.T) {
+	rootOnly(t)
+	if _, err := starter(t, "fails").Connect(context.Background()); CodeOf(err) != Unsupported || err.Error() != "no ublk driver: boot another kernel" {
+		t.Errorf("fails: %v", err)
+	}
+	s := starter(t, "dies")
+	if _, err := s.Connect(context.Background()); CodeOf(err) != Unavailable || !strings.Contains(err.Error(), s.Dir.Log()) {
+		t.Errorf("dies: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := starter(t, "hangs").Connect(ctx); CodeOf(err) != Timeout {
+		t.Errorf("hangs: %v", err)
+	}
+}
+
+// runFake runs a daemon over a fake in this process.
+func runFake(t *testing.T, dir RunDir, fake *fakeAPI) (ended chan error) {
+	t.Helper()
+	ready := make(chan struct{})
+	ended = make(chan error, 1)
+	go func() {
+		ended <- run(Options{Dir: dir, Log: quiet(), Ready: func() { close(ready) }}, func() (stopper, error) { return fake, nil })
+	}()
+	select {
+	case <-ready:
+	case err := <-ended:
+		t.Fatal(err)
+	}
+	return ended
+}
+
+func TestSecondDaemon(t *testing.T) {
+	dir := RunDir(t.TempDir())
+	fake := &fakeAPI{}
+	ended := runFake(t, dir, fake)
+	opened := false
+	err := run(Options{Dir: dir, Log: quiet()}, func() (stopper, error) { opened = true; return fake, nil })
+	want := fmt.Sprintf("start the daemon: another daemon (process %d) runs on %s", os.Getpid(), dir)
+	if CodeOf(err) != Exists || err.Error() != want {
+		t.Errorf("second daemon: %v, want %s", err, want)
+	}
+	if opened {
+		t.Error("the second daemon opened the driver")
+	}
+	if _, err := NewClient(dir.Socket()).Info(context.Background()); err != nil {
+		t.Errorf("the first one is disturbed: %v", err)
+	}
+	unix.Kill(os.Getpid(), unix.SIGTERM)
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestStaleSocketIsReplaced(t *testing.T) {
+	dir := RunDir(t.TempDir())
+	if err := os.WriteFile(dir.Socket(), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir.lockFile(), []byte("123456\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ended := runFake(t, dir, &fakeAPI{})
+	if _, err := NewClient(dir.Socket()).Info(context.Background()); err != nil {
+		t.Error(err)
+	}
+	unix.Kill(os.Getpid(), unix.SIGTERM)
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestSIGTERM: a daemon with devices in use goes on serving, and ends when asked
+// again after that.
+func TestSIGTERM(t *testing.T) {
+	dir := RunDir(t.TempDir())
+	fake := &fakeAPI{stops: make(chan error)}
+	ended := runFake(t, dir, fake)
+	unix.Kill(os.Getpid(), unix.SIGTERM)
+	fake.stops <- errors.New("vdb: mounted on /mnt")
+	if _, err := NewClient(dir.Socket()).Info(context.Background()); err != nil {
+		t.Fatalf("no longer served: %v", err)
+	}
+	select {
+	case err := <-ended:
+		t.Fatalf("ended: %v", err)
+	default:
+	}
+	unix.Kill(os.Getpid(), unix.SIGINT)
+	fake.stops <- nil
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	if fake.closings != 1 {
+		t.Errorf("closed %d times", fake.closings)
+	}
+}
+
+func TestStartErrorFreesTheLock(t *testing.T) {
+	dir := RunDir(t.TempDir())
+	err := run(Options{Dir: dir, Log: quiet()}, func() (stopper, error) { return nil, unix.ENODEV })
+	if !errors.Is(err, unix.ENODEV) || !strings.HasPrefix(err.Error(), "start the daemon: ") {
+		t.Fatal(err)
+	}
+	f, err := dir.lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+}
