@@ -372,14 +372,14 @@ func (m *Memory) writeLocked(off int64, p []byte, by *landing) {
 
 func (m *Memory) loadLocked(off int64, p []byte) {
 	if m.mapped != nil {
-		copy(p, m.mapped[off:])
+		dma(p, m.mapped[off:])
 		return
 	}
 	for len(p) > 0 {
 		at := off % pageSize
 		n := int(min(int64(len(p)), pageSize-at))
 		if pg := m.pages[off/pageSize]; pg != nil {
-			copy(p[:n], pg.data[at:])
+			dma(p[:n], pg.data[at:])
 		} else {
 			clear(p[:n])
 		}
@@ -389,7 +389,7 @@ func (m *Memory) loadLocked(off int64, p []byte) {
 
 func (m *Memory) storeLocked(off int64, p []byte) {
 	if m.mapped != nil {
-		copy(m.mapped[off:], p)
+		dma(m.mapped[off:], p)
 		return
 	}
 	for len(p) > 0 {
@@ -403,7 +403,7 @@ func (m *Memory) storeLocked(off int64, p []byte) {
 			pg = &page{data: pg.data}
 			m.pages[off/pageSize] = pg
 		}
-		n := copy(pg.data[at:], p)
+		n := dma(pg.data[at:], p)
 		off, p = off+int64(n), p[n:]
 	}
 }

@@ -1,0 +1,7 @@
+//go:build !race
+
+package blockdev
+
+// dma copies as a disk does, past all that Go knows of memory: the engine may
+// have read what is being overwritten, and find out afterwards.
+func dma(dst, src []byte) int { return copy(dst, src) }

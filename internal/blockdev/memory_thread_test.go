@@ -1,0 +1,34 @@
+package blockdev
+
+import (
+	"sync"
+	"testing"
+)
+
+func TestMemoryThread(t *testing.T) {
+	m := NewMemoryDevice("disk", 64*SectorSize)
+	a, b := NewMemoryThread(1), NewMemoryThread(2)
+	var all sync.WaitGroup
+	for i := 0; i < 32; i++ {
+		all.Add(1)
+		q := []*MemoryThread{a, b}[i%2]
+		q.Post(&Task{Run: func() {
+			w := write(m, int64(i)*SectorSize, sectors(byte(i+1), 1))
+			w.Done = func(op *Op) {
+				if op.Err != 0 {
+					t.Error(op.Err)
+				}
+				all.Done()
+			}
+			q.Submit(w)
+		}})
+	}
+	all.Wait()
+	a.Close()
+	b.Close()
+	for i := 0; i < 32; i++ {
+		if got := content(t, m, int64(i)*SectorSize, 1)[0]; got != byte(i+1) {
+			t.Errorf("sector %d: %d", i, got)
+		}
+	}
+}
