@@ -1,0 +1,281 @@
+package sim
+
+import (
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// On real threads the order of things is the machine's, not a seed's; what can
+// be checked is that each sector behaves as one register: that the history of
+// its reads and writes is linearizable. Run it with -race.
+
+// access is a read or a write of one sector.
+type access struct {
+	sector int64
+	write  bool
+	v      Version // written
+}
+
+// sectorModel is a register per sector; initially it holds what start says.
+func sectorModel(start func(sector int64) Version) porcupine.Model {
+	return porcupine.Model{
+		Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
+			by := make(map[int64][]porcupine.Operation)
+			for _, o := range history {
+				s := o.Input.(access).sector
+				by[s] = append(by[s], o)
+			}
+			var parts [][]porcupine.Operation
+			for _, p := range by {
+				parts = append(parts, p)
+			}
+			return parts
+		},
+		Init: func() any { return register1{} },
+		Step: func(state, input, output any) (bool, any) {
+			s, in := state.(register1), input.(access)
+			if !s.set {
+				s = register1{true, start(in.sector)}
+			}
+			if in.write {
+				return true, register1{true, in.v}
+			}
+			return output.(Version) == s.v, s
+		},
+		Equal: func(a, b any) bool { return a == b },
+	}
+}
+
+type register1 struct {
+	set bool
+	v   Version
+}
+
+// history collects what clients did.
+type history struct {
+	mu  sync.Mutex
+	ops []porcupine.Operation
+}
+
+func (h *history) add(client int, in access, call, back time.Time, out Version) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.ops = append(h.ops, porcupine.Operation{
+		ClientId: client, Input: in, Call: call.UnixNano(), Output: out, Return: back.UnixNano(),
+	})
+}
+
+func (h *history) check(t *testing.T, what string, start func(int64) Version) {
+	t.Helper()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if got := porcupine.CheckOperationsTimeout(sectorModel(start), h.ops, time.Minute); got != porcupine.Ok {
+		t.Errorf("%s: the history of %d reads and writes is not linearizable: %v", what, len(h.ops), got)
+	}
+}
+
+// waitFor runs f on a queue's thread and waits for done.
+func waitFor(q blockdev.Queue, f func(done func())) {
+	over := make(chan struct{})
+	q.Post(&blockdev.Task{Run: func() { f(func() { close(over) }) }})
+	<-over
+}
+
+// client is one user of a device's queue: one tag.
+type client struct {
+	id     int
+	dev    int
+	q      blockdev.Queue
+	h      ublk.Handler
+	r      *ublk.Request
+	buf    []byte
+	done   func()
+	errno  unix.Errno
+	random blockdev.Random
+}
+
+func newClient(id, dev int, q blockdev.Queue, h ublk.Handler, tag int) *client {
+	c := &client{id: id, dev: dev, q: q, h: h, buf: make([]byte, sectorSize), random: blockdev.NewRandom(uint64(id + 1))}
+	c.r = ublk.NewRequest(tag, c)
+	return c
+}
+
+// Completed takes the result of the client's request.
+func (c *client) Completed(_ *ublk.Request, errno unix.Errno) {
+	c.errno = errno
+	c.done()
+}
+
+// do reads or writes one sector.
+func (c *client) do(t *testing.T, in access, h *history) {
+	c.r.Op, c.r.Off, c.r.Len = ublk.OpRead, in.sector*sectorSize, sectorSize
+	c.r.Buf = blockdev.MemBuf(c.buf)
+	if in.write {
+		c.r.Op = ublk.OpWrite
+		fill(c.buf, in.v, c.dev, in.sector)
+	}
+	call := time.Now()
+	waitFor(c.q, func(done func()) {
+		c.done = done
+		c.h.Handle(c.r)
+	})
+	back := time.Now()
+	if c.errno != 0 {
+		t.Errorf("%v of sector %d: %v", c.r.Op, in.sector, c.errno)
+		return
+	}
+	out := Version(0)
+	if !in.write {
+		out = versionOf(c.buf, c.dev, in.sector)
+	}
+	h.add(c.id, in, call, back, out)
+}
+
+// run does n accesses to random sectors of those below sectors.
+func (c *client) run(t *testing.T, n int, sectors int, writes bool, versions *versionSource, h *history) {
+	for i := 0; i < n; i++ {
+		in := access{sector: int64(c.random.Intn(sectors)), write: writes && c.random.OneIn(2)}
+		if in.write {
+			in.v = versions.next()
+		}
+		c.do(t, in, h)
+	}
+}
+
+type versionSource struct {
+	mu sync.Mutex
+	v  Version
+}
+
+func (s *versionSource) next() Version {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.v++
+	return s.v
+}
+
+// TestLinearizable drives one device through three queues, with snapshots
+// taken and destroyed meanwhile, and the snapshots' images through two: every
+// sector of the device is a register, and so is every sector of each image,
+// beginning with what the device held at the cut.
+func TestLinearizable(t *testing.T) {
+	const (
+		diskSectors = 61
+		queues      = 3
+	)
+	rounds, accesses := 12, 60
+	if testing.Short() {
+		rounds = 3
+	}
+	disk := blockdev.NewMemoryDevice("disk", diskSectors*sectorSize)
+	p := make([]byte, diskSectors*sectorSize)
+	fill(p, initial, 0, 0)
+	if _, err := disk.WriteAt(p, 0); err != nil {
+		t.Fatal(err)
+	}
+	cbt, err := cbtmap.NewMemory(diskSectors*sectorSize, cbtmap.DefaultParams())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := filter.New(filter.Config{Orig: disk, Size: diskSectors * sectorSize, CBT: cbt, Queues: queues})
+	var threads []*blockdev.MemoryThread
+	thread := func() *blockdev.MemoryThread {
+		q := blockdev.NewMemoryThread(uint64(len(threads) + 7))
+		threads = append(threads, q)
+		return q
+	}
+	control := thread()
+	versions := &versionSource{v: initial}
+	var whole history
+	var clients []*client
+	for i := 0; i < queues; i++ {
+		q := thread()
+		h := f.NewQueue(i, q)
+		for tag := 0; tag < 2; tag++ {
+			clients = append(clients, newClient(len(clients), 0, q, h, tag))
+		}
+	}
+	for round := 0; round < rounds; round++ {
+		var writers sync.WaitGroup
+		for _, c := range clients {
+			writers.Add(1)
+			go func() {
+				defer writers.Done()
+				c.run(t, accesses, diskSectors, true, versions, &whole)
+			}()
+		}
+		nativeSnapshot(t, round, f, disk, control, thread, versions, accesses)
+		writers.Wait()
+	}
+	whole.check(t, "device", func(int64) Version { return initial })
+	for _, q := range threads {
+		q.Close()
+	}
+}
+
+// nativeSnapshot is a snapshot's life: taken, read and written, destroyed.
+func nativeSnapshot(t *testing.T, round int, f *filter.Filter, disk *blockdev.Memory, control blockdev.Queue,
+	thread func() *blockdev.MemoryThread, versions *versionSource, accesses int) {
+	pool := words(int64(diffarea.MinChunkSize * (1 + round%3)))
+	var s *snapimage.Snapshot
+	var cut *blockdev.Memory
+	fail := func(what string, err error) {
+		if err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	waitFor(control, func(done func()) {
+		var err error
+		s, err = snapimage.New(snapimage.Config{
+			ID: uuid.New(),
+			Log: diffarea.LogConfig{
+				ChunkSize: diffarea.MinChunkSize, State: words(diffarea.LogStateSize), Portion: 1 << 14,
+				Pool:    diffarea.Pool{Mem: pool, File: blockdev.MapMemory(fmt.Sprint("pool", round), pool)},
+				OnEvent: func(e diffarea.Event) { t.Errorf("event %v %v", e.Kind, e.Errno) },
+			},
+			Memory: func(_ string, size int64) ([]byte, error) { return words(size), nil },
+		}, control)
+		fail("new", err)
+		fail("add", s.Add(f, 1))
+		s.Append(diffarea.Storage{File: blockdev.NewMemoryFile(fmt.Sprint("store", round), 1<<30)}, func(err error) {
+			fail("append", err)
+			s.Take(func() { cut = disk.Clone() }, func(err error) {
+				fail("take", err)
+				done()
+			})
+		})
+	})
+	base := &image{base: cut}
+	var h history
+	var users sync.WaitGroup
+	for i := 0; i < 2; i++ {
+		q := thread()
+		hq := s.Image(0).NewQueue(q)
+		for tag := 0; tag < 2; tag++ {
+			c := newClient(100+2*i+tag, 0, q, hq, tag)
+			users.Add(1)
+			go func() {
+				defer users.Done()
+				// Reads alone first: what is read is what was there at the cut.
+				c.run(t, accesses/2, int(cut.Size()/sectorSize), false, versions, &h)
+				c.run(t, accesses/2, int(cut.Size()/sectorSize), true, versions, &h)
+			}()
+		}
+	}
+	users.Wait()
+	h.check(t, fmt.Sprint("image ", round), base.version)
+	waitFor(control, func(done func()) { s.Destroy(done) })
+}
