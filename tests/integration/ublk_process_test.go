@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -96,19 +97,19 @@ func TestUblkSteady(t *testing.T) {
 					t.Fatalf("dd: %v: %s", err, out)
 				}
 			}
-			load(2000)
+			load(500)
 			var m0, m1 runtime.MemStats
 			goroutines := runtime.NumGoroutine()
 			runtime.ReadMemStats(&m0)
 			served := counts.ops[ublk.OpRead].Load()
-			load(10000)
+			load(3000)
 			runtime.ReadMemStats(&m1)
 			served = counts.ops[ublk.OpRead].Load() - served
-			if served < 10000 {
+			if served < 3000 {
 				t.Fatalf("only %d requests", served)
 			}
-			// Starting dd takes some hundred.
-			if n := m1.Mallocs - m0.Mallocs; n > 1500 {
+			// Starting dd takes a hundred.
+			if n := m1.Mallocs - m0.Mallocs; n > 500 {
 				t.Errorf("%d allocations for %d requests", n, served)
 			} else {
 				t.Logf("%d allocations for %d requests", n, served)
@@ -143,8 +144,10 @@ func TestUblkCollect(t *testing.T) {
 	}
 	stop.Store(true)
 	wg.Wait()
+	// A millisecond on a quiet machine. A queue that does not let itself be
+	// stopped would take for ever.
 	t.Logf("longest collection: %v", longest)
-	if longest > 5*time.Second {
+	if longest > 30*time.Second {
 		t.Errorf("a collection took %v", longest)
 	}
 }
@@ -235,7 +238,7 @@ func TestUblkResize(t *testing.T) {
 	cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 4)
 	d := ublkAdd(t, ctl, cfg)
 	err := d.UpdateSize(ublkContext(t), ublkSize*2)
-	if !ctl.Has(1 << 10) {
+	if !ctl.Has(uapi.UBLK_F_UPDATE_SIZE) {
 		if !errors.Is(err, ublk.ErrTooOld) {
 			t.Errorf("update of the size: %v", err)
 		}

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -143,6 +144,8 @@ func TestUblkRecovery(t *testing.T) {
 			}()
 			dev := fmt.Sprintf("/dev/ublkb%d", id)
 
+			noise := make([]byte, 1<<20)
+			rand.New(rand.NewSource(99)).Read(noise)
 			const writers = 8
 			const part = ublkSize / writers
 			var stop atomic.Bool
@@ -160,7 +163,7 @@ func TestUblkRecovery(t *testing.T) {
 					for !stop.Load() {
 						n := (1 + rnd.Intn(32)) * 4096
 						off := rnd.Intn((part-n)/4096+1) * 4096
-						rnd.Read(buf[:n])
+						copy(buf[:n], noise[rnd.Intn(len(noise)-n):])
 						copy(shadow[off:], buf[:n])
 						if _, err := f.WriteAt(buf[:n], int64(w*part+off)); err != nil {
 							t.Errorf("write: %v", err)
@@ -216,7 +219,7 @@ func TestUblkRecovery(t *testing.T) {
 				t.Errorf("recovered as %+v", d)
 			}
 			progress()
-			if d.Flags&(1<<12) != 0 { // QUIESCE
+			if d.Flags&uapi.UBLK_F_QUIESCE != 0 {
 				if err := d.Quiesce(ublkContext(t)); err != nil {
 					t.Fatal(err)
 				}
