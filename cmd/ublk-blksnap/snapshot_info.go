@@ -37,7 +37,7 @@ func writeSnapshot(w io.Writer, s control.Snapshot) {
 		line("taken", s.Taken.Format(time.RFC3339))
 		line("frozen", s.Frozen)
 	}
-	line("chunk size", control.FormatSize(s.ChunkSize))
+	line("chunk", control.FormatSize(s.ChunkSize))
 	line("copied", fmt.Sprintf("%d bytes", s.Usage.Copied))
 	line("stored", fmt.Sprintf("%d of %d bytes", s.Usage.Stored, s.Usage.Capacity))
 	if s.Errno != 0 {

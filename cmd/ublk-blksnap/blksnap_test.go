@@ -1,0 +1,140 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func TestBlksnapCommands(t *testing.T) {
+	create := func(devices []string, storage []control.Storage) []any {
+		return []any{control.CreateRequest{Devices: devices, Storage: storage, Attach: true}}
+	}
+	mark := []any{control.MarkRequest{Device: "vdb", Ranges: []control.Range{{Sector: 0, Count: 8}, {Sector: 16, Count: 8}}}}
+	goldens := []golden{
+		{"attach -d /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "Attached successfully\n"},
+		{"attach --device=/dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "Attached successfully\n"},
+		{"detach -d /dev/vdb", []any{control.RemoveRequest{Device: "/dev/vdb"}}, ""},
+		{"cbtinfo -d vdb", []any{"vdb"}, cbtInfoText},
+		{"markdirtyblock -d vdb -r 0:8 16:8", mark, ""},
+		{"markdirtyblock -d vdb -r 0:8 -r 16:8", mark, ""},
+		{"markdirtyblock --ranges 0:8 16:8 --device vdb", mark, ""},
+		{"snapshot_create -d vdb", create([]string{"vdb"}, nil), id1 + "\n"},
+		{"snapshot_create -d vdb -d vdc", create([]string{"vdb", "vdc"}, nil), id1 + "\n"},
+		{"snapshot_create --device vdb vdc --file /d --limit 10g", create([]string{"vdb", "vdc"}, []control.Storage{{Path: "/d", Limit: 10 << 30}}), id1 + "\n"},
+		{"snapshot_add -i " + id1 + " -d vdb", []any{control.SnapshotDeviceRequest{ID: id1, Device: "vdb", Attach: true}}, ""},
+		{"snapshot_appendstorage -i " + id1 + " -f /s", []any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s"}}}, ""},
+		{"snapshot_take --id=" + id1, []any{control.TakeRequest{ID: id1}}, ""},
+		{"snapshot_destroy -i " + id1, []any{id1}, ""},
+		{"snapshot_info -d vdb", []any{"vdb", "snapshots"}, "error_code=-28\nimage=/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
+		{"snapshot_info -d vdb -f image", []any{"vdb", "snapshots"}, "/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
+		{"snapshot_info -d vdb --field error_code", []any{"vdb", "snapshots"}, "-28\n"},
+		{"snapshot_collect", []any{"snapshots"}, id1 + "\n" + id2 + "\n"},
+		{"snapshot_waitevent -i " + id1 + " -t 1500", []any{control.WaitRequest{ID: id1, Timeout: 1500 * time.Millisecond}},
+			"result=ok\ntime=1735787045000000000\nevent=low_free_space\nrequested_nr_sect=2097152\n"},
+		{"snapshot_watcher -i " + id1, nil, "low_free_space requested_nr_sect=2097152\ncorrupted device=254:16 error_code=-28\n"},
+	}
+	for _, name := range []string{"blksnap ", "ublk-blksnap "} {
+		for _, g := range goldens {
+			runGolden(t, []golden{{name + g.line, g.asked, g.out}})
+		}
+	}
+	runRefused(t, map[string]string{
+		"blksnap detach":                                     `blksnap: required flag(s) "device" not set`,
+		"blksnap snapshot_take -i 17":                        "blksnap: snapshot_take: --id 17: not a UUID",
+		"blksnap snapshot_destroy -i x":                      "blksnap: snapshot_destroy: --id x: not a UUID",
+		"blksnap snapshot_waitevent -i " + id1:               `blksnap: required flag(s) "timeout" not set`,
+		"blksnap snapshot_waitevent -i " + id1 + " -t -1":    "blksnap: snapshot_waitevent: invalid argument",
+		"blksnap snapshot_create -d vdb -f /s -l 10x":        `blksnap: snapshot_create: invalid argument "10x" for "-l, --limit"`,
+		"blksnap markdirtyblock -d vdb":                      "blksnap: markdirtyblock: give --device and --ranges, or --file",
+		"blksnap markdirtyblock -r 0:8":                      "blksnap: markdirtyblock: give --device and --ranges, or --file",
+		"blksnap markdirtyblock -d vdb -f x -r 0:8":          "blksnap: markdirtyblock: give --ranges or --file, not both",
+		"blksnap markdirtyblock -d vdb -r 8":                 `blksnap: mark vdb: "8" is not a range`,
+		"blksnap markdirtyblock -f /no/such/file":            "blksnap: markdirtyblock: open /no/such/file",
+		"blksnap snapshot_info -d vdb -f size":               `blksnap: snapshot_info: no field "size"`,
+		"blksnap snapshot_appendstorage -i " + id1:           `blksnap: required flag(s) "file" not set`,
+		"blksnap snapshot_appendstorage -i " + id1 + " /tmp": "blksnap: snapshot_appendstorage: 1 arguments given",
+	})
+}
+
+func TestAttachAgain(t *testing.T) {
+	f := newFake()
+	f.err = &control.Error{Code: control.Exists, Errno: unix.EALREADY, Message: "already added as vdb"}
+	if status, out, errs := execute(f, "blksnap", "attach", "-d", "/dev/vdb"); status != 0 || out != "Already was attached\n" || errs != "" {
+		t.Errorf("status %d, %q, %q", status, out, errs)
+	}
+	// The name of another disk's filter is no reason to think it attached.
+	f.err = &control.Error{Code: control.Exists, Errno: unix.EEXIST, Message: "name taken"}
+	if status, out, errs := execute(f, "blksnap", "attach", "-d", "/dev/vdb"); status != 1 || out != "" || errs != "blksnap: name taken\n" {
+		t.Errorf("status %d, %q, %q", status, out, errs)
+	}
+	f.err = &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add /dev/vdb: mounted on /mnt", Fix: "unmount it first"}
+	_, _, errs := execute(f, "blksnap", "attach", "-d", "/dev/vdb")
+	if !strings.Contains(errs, "mounted on /mnt: unmount it") || !strings.Contains(errs, "device-mapper") {
+		t.Errorf("not both ways out: %q", errs)
+	}
+}
+
+func TestWaitEventResults(t *testing.T) {
+	for code, want := range map[control.Code]string{
+		control.Timeout: "result=timeout\n", control.Interrupted: "result=interrupted\n", control.NotFound: "result=not found\n",
+	} {
+		f := newFake()
+		f.err = &control.Error{Code: code, Message: "x"}
+		if status, out, errs := execute(f, "blksnap", "snapshot_waitevent", "-i", id1, "-t", "0"); status != 0 || out != want || errs != "" {
+			t.Errorf("%s: status %d, %q, %q", code, status, out, errs)
+		}
+	}
+	f := newFake()
+	f.err = errors.New("broken")
+	if status, out, errs := execute(f, "blksnap", "snapshot_waitevent", "-i", id1, "-t", "0"); status != 1 || out != "" || errs != "blksnap: broken\n" {
+		t.Errorf("status %d, %q, %q", status, out, errs)
+	}
+	f = newFake()
+	f.events = f.events[1:]
+	_, out, _ := execute(f, "blksnap", "snapshot_waitevent", "-i", id1, "-t", "0")
+	if out != "result=ok\ntime=1735787045000000000\nevent=corrupted\ndevice=254:16\nerror_code=-28\n" {
+		t.Errorf("%q", out)
+	}
+}
+
+func TestSnapshotInfoOfNone(t *testing.T) {
+	f := newFake()
+	f.snapshots = nil
+	if status, out, errs := execute(f, "blksnap", "snapshot_info", "-d", "vdb"); status != 1 || out != "" || errs != "blksnap: snapshot_info vdb: in no snapshot\n" {
+		t.Errorf("status %d, %q, %q", status, out, errs)
+	}
+}
+
+// TestMarkFile marks the blocks of a real file; where the filesystem does not
+// tell its disk, the reason must be said and nothing marked.
+func TestMarkFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, make([]byte, 100_000), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f := newFake()
+	status, out, errs := execute(f, "blksnap", "markdirtyblock", "-f", file)
+	if status != 0 {
+		if !strings.HasPrefix(errs, "blksnap: markdirtyblock: "+file+": ") || len(f.asked) > 0 {
+			t.Errorf("said %q, asked %v", errs, f.asked)
+		}
+		t.Logf("not on a disk here: %s", errs)
+		return
+	}
+	r := f.asked[0].(control.MarkRequest)
+	sectors := uint64(0)
+	for _, x := range r.Ranges {
+		sectors += x.Count
+	}
+	if sectors*512 < 100_000 || !strings.HasPrefix(out, "device="+r.Device+"\nrange="+r.Ranges[0].String()+"\n") {
+		t.Errorf("marked %+v, printed %q", r, out)
+	}
+}

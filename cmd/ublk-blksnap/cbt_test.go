@@ -1,0 +1,48 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+const cbtInfoText = "block_size=65536\ndevice_capacity=1073741824\nblock_count=16384\ngeneration_id=" + id2 + "\nchanges_number=3\n"
+
+func TestCBTCommands(t *testing.T) {
+	runGolden(t, []golden{
+		{"ublk-blksnap cbt info vdb", []any{"vdb"}, cbtInfoText},
+		{"ublk-blksnap cbt map vdb", []any{"vdb"}, "\x00\x01\x02"},
+		{"ublk-blksnap cbt changes vdb --since 2", []any{control.ChangesRequest{Device: "vdb", Since: 2}}, "0:128\n512:256\n"},
+		{"ublk-blksnap cbt changes vdb --since 0 --generation " + id2, []any{control.ChangesRequest{Device: "vdb", Generation: id2}}, "0:128\n512:256\n"},
+		{"ublk-blksnap cbt mark vdb 0:1 8:16", []any{control.MarkRequest{Device: "vdb", Ranges: []control.Range{{Sector: 0, Count: 1}, {Sector: 8, Count: 16}}}}, ""},
+	})
+	runRefused(t, map[string]string{
+		"ublk-blksnap cbt changes vdb":                          "ublk-blksnap: changes: since which take?",
+		"ublk-blksnap cbt changes vdb --since 256":              "ublk-blksnap: changes: invalid argument",
+		"ublk-blksnap cbt changes vdb --since 1 --generation x": "ublk-blksnap: changes: --generation x: not a UUID",
+		"ublk-blksnap cbt mark vdb":                             "ublk-blksnap: mark: 1 arguments given",
+		"ublk-blksnap cbt mark vdb 0:1 8":                       `ublk-blksnap: mark vdb: "8" is not a range`,
+		"ublk-blksnap cbt mark vdb 0:0":                         `ublk-blksnap: mark vdb: range "0:0" is empty`,
+	})
+}
+
+func TestCBTMapToFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "map")
+	for _, args := range [][]string{
+		{"ublk-blksnap", "cbt", "map", "vdb", "-o", file},
+		{"blksnap", "readcbtmap", "-d", "vdb", "-f", file},
+	} {
+		os.Remove(file)
+		status, out, errs := execute(newFake(), args...)
+		b, err := os.ReadFile(file)
+		if status != 0 || out != "" || errs != "" || err != nil || string(b) != "\x00\x01\x02" {
+			t.Errorf("%v: status %d, %q, %q, file %q, %v", args, status, out, errs, b, err)
+		}
+	}
+	status, _, errs := execute(newFake(), "ublk-blksnap", "cbt", "map", "vdb", "-o", filepath.Join(file, "x"))
+	if status != 1 || errs == "" {
+		t.Errorf("a file that cannot be written: status %d, %q", status, errs)
+	}
+}

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"testing"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func TestDeviceCommands(t *testing.T) {
+	yes := true
+	runGolden(t, []golden{
+		{"ublk-blksnap add /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "/dev/ublk-blksnap/vdb\n"},
+		{"ublk-blksnap add vdb --name n --queues 2 --depth 3 --mode zerocopy --recovery",
+			[]any{control.AddRequest{Path: "vdb", Name: "n", Queues: 2, Depth: 3, Mode: control.ModeZeroCopy, Recovery: &yes}}, "/dev/ublk-blksnap/vdb\n"},
+		{"ublk-blksnap remove vdb", []any{control.RemoveRequest{Device: "vdb"}}, ""},
+		{"ublk-blksnap remove --force /dev/vdb", []any{control.RemoveRequest{Device: "/dev/vdb", Force: true}}, ""},
+		{"ublk-blksnap list", []any{"list"}, "" +
+			"NAME  ORIGINAL  DEVICE       SIZE  MODE  QUEUES  SNAPSHOTS\n" +
+			"vdb   /dev/vdb  /dev/ublkb0  1G    copy  2x64    2\n"},
+		{"ublk-blksnap status vdb", []any{"vdb"}, `name:            vdb
+original:        /dev/vdb (254:16)
+device:          /dev/ublkb0 (259:0)
+link:            /dev/ublk-blksnap/vdb
+state:           live
+size:            1073741824 bytes (1G)
+block size:      512 logical, 4096 physical
+queues:          2 of depth 64
+mode:            copy
+recovery:        no
+added:           2025-01-02T03:04:05Z
+snapshots:       ` + id1 + " " + id2 + `
+read:            10 requests, 5120 bytes
+write:           0 requests, 0 bytes
+flush:           3 requests, 0 bytes
+discard:         0 requests, 0 bytes
+write-zeroes:    0 requests, 0 bytes
+errors:          1
+in flight:       2
+discards skipped: 4096 bytes that a snapshot needs
+change tracking: 16384 blocks of 64K, generation ` + id2 + ", take 3\n"},
+	})
+	runRefused(t, map[string]string{
+		"ublk-blksnap add vdb --mode fast":  `ublk-blksnap: add vdb: "fast" is not a mode`,
+		"ublk-blksnap add vdb --queues 0":   "ublk-blksnap: add vdb: --queues 0: must be at least 1",
+		"ublk-blksnap add vdb --depth=-5":   "ublk-blksnap: add vdb: --depth -5: must be at least 1",
+		"ublk-blksnap status":               "ublk-blksnap: status: 0 arguments given",
+		"ublk-blksnap remove vdb --forced":  "ublk-blksnap: remove: unknown flag: --forced",
+		"ublk-blksnap remove --force a b c": "ublk-blksnap: remove: 3 arguments given",
+	})
+}
+
+func TestEmptyList(t *testing.T) {
+	f := newFake()
+	f.device = control.Device{}
+	if status, out, errs := execute(f, "ublk-blksnap", "list"); status != 0 || out != "" || errs != "" {
+		t.Errorf("status %d, %q, %q", status, out, errs)
+	}
+	if _, out, _ := execute(f, "ublk-blksnap", "list", "--json"); out != "[]\n" {
+		t.Errorf("JSON %q", out)
+	}
+}

@@ -1,0 +1,326 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// fakeDaemon answers what a test put into it and remembers what it was asked.
+type fakeDaemon struct {
+	control.API
+	asked []any
+	err   error
+
+	device    control.Device
+	status    control.DeviceStatus
+	snapshots []control.Snapshot
+	changes   control.Changes
+	events    []control.Event
+	doing     string
+	delay     time.Duration
+}
+
+func (f *fakeDaemon) ask(r any) error {
+	f.asked = append(f.asked, r)
+	time.Sleep(f.delay)
+	return f.err
+}
+
+func (f *fakeDaemon) Info(context.Context) (control.Info, error) {
+	return control.Info{Doing: f.doing}, nil
+}
+func (f *fakeDaemon) AddDevice(_ context.Context, r control.AddRequest) (control.Device, error) {
+	return f.device, f.ask(r)
+}
+func (f *fakeDaemon) RemoveDevice(_ context.Context, r control.RemoveRequest) error {
+	return f.ask(r)
+}
+func (f *fakeDaemon) Devices(context.Context) ([]control.Device, error) {
+	if f.device.Name == "" {
+		return []control.Device{}, f.ask("list")
+	}
+	return []control.Device{f.device}, f.ask("list")
+}
+func (f *fakeDaemon) DeviceStatus(_ context.Context, d string) (control.DeviceStatus, error) {
+	if errors.Is(f.err, unix.EALREADY) {
+		return f.status, nil // attach asks for it after that
+	}
+	return f.status, f.ask(d)
+}
+func (f *fakeDaemon) CBTInfo(_ context.Context, d string) (control.CBTInfo, error) {
+	return f.changes.CBTInfo, f.ask(d)
+}
+func (f *fakeDaemon) CBTMap(_ context.Context, d string) ([]byte, error) {
+	return []byte{0, 1, 2}, f.ask(d)
+}
+func (f *fakeDaemon) CBTChanges(_ context.Context, r control.ChangesRequest) (control.Changes, error) {
+	return f.changes, f.ask(r)
+}
+func (f *fakeDaemon) MarkDirty(_ context.Context, r control.MarkRequest) error { return f.ask(r) }
+func (f *fakeDaemon) CreateSnapshot(_ context.Context, r control.CreateRequest) (control.Snapshot, error) {
+	return f.snapshots[0], f.ask(r)
+}
+func (f *fakeDaemon) AddToSnapshot(_ context.Context, r control.SnapshotDeviceRequest) (control.Snapshot, error) {
+	return control.Snapshot{}, f.ask(r)
+}
+func (f *fakeDaemon) AppendStorage(_ context.Context, r control.StorageRequest) (control.Snapshot, error) {
+	return control.Snapshot{}, f.ask(r)
+}
+func (f *fakeDaemon) TakeSnapshot(_ context.Context, r control.TakeRequest) (control.Snapshot, error) {
+	return f.snapshots[0], f.ask(r)
+}
+func (f *fakeDaemon) DestroySnapshot(_ context.Context, id string) error { return f.ask(id) }
+func (f *fakeDaemon) Snapshots(context.Context) ([]control.Snapshot, error) {
+	return f.snapshots, f.ask("snapshots")
+}
+func (f *fakeDaemon) Snapshot(_ context.Context, id string) (control.Snapshot, error) {
+	return f.snapshots[0], f.ask(id)
+}
+func (f *fakeDaemon) WaitEvent(_ context.Context, r control.WaitRequest) (control.Event, error) {
+	if err := f.ask(r); err != nil {
+		return control.Event{}, err
+	}
+	return f.events[0], nil
+}
+func (f *fakeDaemon) Watch(_ context.Context, id string, each func(control.Event) error) error {
+	for _, e := range f.events {
+		if err := each(e); err != nil {
+			return err
+		}
+	}
+	return f.ask(id)
+}
+
+const (
+	id1 = "02e091ec-dae8-41ba-9dae-4e66f1473dd6"
+	id2 = "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8"
+)
+
+// newFake is a daemon with one device in two snapshots.
+func newFake() *fakeDaemon {
+	at := time.Date(2025, 1, 2, 3, 4, 5, 0, time.UTC)
+	d := control.Device{
+		Name: "vdb", Original: "/dev/vdb", OriginalNumber: "254:16", Path: "/dev/ublkb0", Link: "/dev/ublk-blksnap/vdb",
+		Number: "259:0", Size: 1 << 30, LogicalBlockSize: 512, PhysicalBlockSize: 4096, Queues: 2, Depth: 64,
+		Mode: control.ModeCopy, Added: at, Snapshots: []string{id1, id2},
+	}
+	cbt := control.CBTInfo{DeviceCapacity: 1 << 30, BlockSize: 65536, BlockCount: 16384, GenerationID: id2, ChangesNumber: 3}
+	image := control.SnapshotImage{Device: "vdb", Original: "/dev/vdb", Path: "/dev/ublkb1",
+		Link: "/dev/ublk-blksnap/images/vdb-" + id1, Generation: id2, ChangesNumber: 3}
+	broken := image
+	broken.Link, broken.Errno = "/dev/ublk-blksnap/images/vdb-"+id2, -28
+	return &fakeDaemon{
+		device: d,
+		status: control.DeviceStatus{Device: d, State: "live", Errors: 1, InFlight: 2, DiscardsSkipped: 4096,
+			Operations: map[string]control.Operation{control.OpRead: {Requests: 10, Bytes: 5120}, control.OpFlush: {Requests: 3}}, CBT: &cbt},
+		changes: control.Changes{CBTInfo: cbt, Since: 2, Ranges: []control.Range{{Sector: 0, Count: 128}, {Sector: 512, Count: 256}}},
+		snapshots: []control.Snapshot{
+			{ID: id1, State: control.SnapshotTaken, Created: at, Taken: &at, ChunkSize: 65536, Frozen: 12 * time.Millisecond,
+				Images: []control.SnapshotImage{image}, Storage: []control.Storage{{Path: "/var/tmp", Limit: 1 << 30}, {Path: "/dev/vdd"}},
+				Usage: control.SnapshotUsage{Copied: 1 << 20, Stored: 1 << 19, Capacity: 1 << 30}},
+			{ID: id2, State: control.SnapshotCorrupted, Created: at, ChunkSize: 4096, Errno: -28, Images: []control.SnapshotImage{broken}},
+		},
+		events: []control.Event{
+			{Seq: 1, Time: at, Snapshot: id1, Kind: control.EventLowFreeSpace, Sectors: 2097152},
+			{Seq: 2, Time: at, Snapshot: id1, Kind: control.EventCorrupted, Device: "254:16", Errno: -28},
+			{Seq: 3, Time: at, Snapshot: id1, Kind: control.EventDestroyed},
+		},
+	}
+}
+
+// execute runs a command line against a fake daemon.
+func execute(f *fakeDaemon, args ...string) (status int, out, errs string) {
+	return executeAPI(f, args...)
+}
+
+func executeAPI(f control.API, args ...string) (status int, out, errs string) {
+	var o, e bytes.Buffer
+	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }}
+	status = p.run(context.Background(), args)
+	return status, o.String(), e.String()
+}
+
+// golden is a command line, what the daemon must be asked and what must be
+// printed.
+type golden struct {
+	line  string
+	asked []any
+	out   string
+}
+
+func runGolden(t *testing.T, goldens []golden) {
+	t.Helper()
+	for _, g := range goldens {
+		f := newFake()
+		status, out, errs := execute(f, strings.Fields(g.line)...)
+		if status != 0 || errs != "" {
+			t.Errorf("%s: status %d: %s", g.line, status, errs)
+		}
+		if out != g.out {
+			t.Errorf("%s printed\n%swant\n%s", g.line, out, g.out)
+		}
+		if !reflect.DeepEqual(f.asked, g.asked) {
+			t.Errorf("%s asked for %+v, want %+v", g.line, f.asked, g.asked)
+		}
+	}
+}
+
+// refused are command lines that must fail without the daemon being asked, with
+// what they must say.
+func runRefused(t *testing.T, refused map[string]string) {
+	t.Helper()
+	for line, want := range refused {
+		f := newFake()
+		status, out, errs := execute(f, strings.Fields(line)...)
+		if status != 1 || out != "" || !strings.HasPrefix(errs, want) || strings.Count(errs, "\n") != 1 {
+			t.Errorf("%s: status %d, printed %q, said %q; want %q", line, status, out, errs, want)
+		}
+		if len(f.asked) > 0 {
+			t.Errorf("%s: the daemon was asked for %+v", line, f.asked)
+		}
+	}
+}
+
+func TestErrorsOfTheDaemon(t *testing.T) {
+	f := newFake()
+	f.err = &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add /dev/vdb: mounted on /mnt", Fix: "unmount it first"}
+	status, out, errs := execute(f, "ublk-blksnap", "add", "/dev/vdb")
+	if status != 1 || out != "" || errs != "ublk-blksnap: add /dev/vdb: mounted on /mnt: unmount it first\n" {
+		t.Errorf("status %d, %q, %q", status, out, errs)
+	}
+	status, out, errs = execute(f, "ublk-blksnap", "add", "/dev/vdb", "--json")
+	var e struct {
+		Error map[string]string `json:"error"`
+	}
+	if err := json.Unmarshal([]byte(errs), &e); err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{"code": "busy", "errno": "EBUSY", "message": "add /dev/vdb: mounted on /mnt", "fix": "unmount it first"}
+	if status != 1 || out != "" || !reflect.DeepEqual(e.Error, want) {
+		t.Errorf("status %d, %q, %v", status, out, e.Error)
+	}
+}
+
+func TestNoDaemon(t *testing.T) {
+	var o, e bytes.Buffer
+	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) {
+		return nil, &control.Error{Code: control.Denied, Message: "start the daemon: not root", Fix: "run this as root"}
+	}}
+	if p.run(context.Background(), []string{"ublk-blksnap", "list"}) != 1 || e.String() != "ublk-blksnap: start the daemon: not root: run this as root\n" {
+		t.Errorf("%q %q", o.String(), e.String())
+	}
+}
+
+// TestJSONEverywhere: every command that prints prints JSON with --json.
+func TestJSONEverywhere(t *testing.T) {
+	for _, line := range []string{
+		"ublk-blksnap add /dev/vdb", "ublk-blksnap list", "ublk-blksnap status vdb", "ublk-blksnap version", "ublk-blksnap config show",
+		"ublk-blksnap config check", "ublk-blksnap snapshot create vdb --storage /var/tmp", "ublk-blksnap snapshot take " + id1,
+		"ublk-blksnap snapshot list", "ublk-blksnap snapshot info " + id1, "ublk-blksnap cbt info vdb", "ublk-blksnap cbt map vdb",
+		"ublk-blksnap cbt changes vdb --since 1", "blksnap version", "blksnap attach -d vdb", "blksnap cbtinfo -d vdb",
+		"blksnap snapshot_create -d vdb", "blksnap snapshot_info -d vdb", "blksnap snapshot_info -d vdb -f image",
+		"blksnap snapshot_collect", "blksnap snapshot_waitevent -t 1 -i " + id1,
+	} {
+		for _, flag := range []string{" --json", " -j"} {
+			status, out, errs := execute(newFake(), strings.Fields(line+flag)...)
+			if status != 0 || !json.Valid([]byte(out)) {
+				t.Errorf("%s: status %d, printed %q, said %q", line+flag, status, out, errs)
+			}
+		}
+	}
+	// Streams are a line of JSON an event.
+	_, out, _ := execute(newFake(), "ublk-blksnap", "snapshot", "watch", id1, "--json")
+	for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
+		if !json.Valid([]byte(line)) {
+			t.Errorf("event %q", line)
+		}
+	}
+}
+
+func TestUsage(t *testing.T) {
+	runRefused(t, map[string]string{
+		"ublk-blksnap explode":            `ublk-blksnap: no command "explode": see ublk-blksnap --help`,
+		"ublk-blksnap snapshot burn":      `ublk-blksnap: no command "burn": see ublk-blksnap snapshot --help`,
+		"ublk-blksnap cbt x":              `ublk-blksnap: no command "x": see ublk-blksnap cbt --help`,
+		"ublk-blksnap add":                "ublk-blksnap: add: 0 arguments given: use ublk-blksnap add DEV [flags]",
+		"ublk-blksnap add a b":            "ublk-blksnap: add: 2 arguments given: use ",
+		"ublk-blksnap add vdb --deep":     "ublk-blksnap: add: unknown flag: --deep: see ublk-blksnap add --help",
+		"ublk-blksnap list x":             "ublk-blksnap: list: 1 arguments given: use ",
+		"blksnap add /dev/vdb":            `blksnap: no command "add": see blksnap --help`,
+		"blksnap attach":                  `blksnap: required flag(s) "device" not set`,
+		"ublk-blksnap add vdb --queues=x": "ublk-blksnap: add: invalid argument",
+	})
+	for _, line := range []string{"ublk-blksnap", "ublk-blksnap --help", "ublk-blksnap help", "blksnap --help", "blksnap help",
+		"ublk-blksnap snapshot", "ublk-blksnap cbt", "ublk-blksnap config", "ublk-blksnap completion bash", "ublk-blksnap daemon --help"} {
+		f := newFake()
+		status, out, errs := execute(f, strings.Fields(line)...)
+		if status != 0 || len(out) < 200 || errs != "" || len(f.asked) > 0 {
+			t.Errorf("%s: status %d, printed %d bytes, said %q", line, status, len(out), errs)
+		}
+	}
+}
+
+// TestSlowIsExplained: what takes long says what it is, once daemon and person
+// have waited for two seconds.
+func TestSlowIsExplained(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes more than two seconds: run without -short")
+	}
+	f := newFake()
+	f.delay, f.doing = slow+300*time.Millisecond, "take snapshot: 1 filesystems to freeze"
+	status, out, errs := execute(f, "ublk-blksnap", "snapshot", "take", id1)
+	if status != 0 || errs != "ublk-blksnap: take snapshot: 1 filesystems to freeze … 2s\n" {
+		t.Errorf("status %d, printed %q, said %q", status, out, errs)
+	}
+}
+
+func TestDevicePath(t *testing.T) {
+	dir := t.TempDir()
+	old, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chdir(dir); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Chdir(old)
+	if err := os.WriteFile("here", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for s, want := range map[string]string{
+		"vdb": "vdb", "/dev/vdb": "/dev/vdb", "here": dir + "/here", "./vdb": dir + "/vdb", "": "", "/dev/../dev/vdb": "/dev/vdb",
+	} {
+		if got, err := devicePath(s); err != nil || got != want {
+			t.Errorf("devicePath(%q) = %q, %v; want %q", s, got, err, want)
+		}
+	}
+}
+
+func TestVersion(t *testing.T) {
+	runGolden(t, []golden{
+		{"ublk-blksnap version", nil, "ublk-blksnap " + control.Version + "\n"},
+		{"blksnap version", nil, control.Version + ".0\n"},
+	})
+	if n, err := fmt.Sscanf(control.Version+".0", "%d.%d.%d.%d", new(int), new(int), new(int), new(int)); n != 4 || err != nil {
+		t.Errorf("version %s has not four numbers", control.Version)
+	}
+}
+
+// failingTake is a fake daemon whose takes fail.
+type failingTake struct{ *fakeDaemon }
+
+func (failingTake) TakeSnapshot(context.Context, control.TakeRequest) (control.Snapshot, error) {
+	return control.Snapshot{}, &control.Error{Code: control.NoSpace, Message: "take: no storage"}
+}

@@ -1,0 +1,73 @@
+package main
+
+import (
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+func TestSnapshotCommands(t *testing.T) {
+	runGolden(t, []golden{
+		{"ublk-blksnap snapshot create vdb /dev/vdc --storage /var/tmp --storage /dev/vdd --limit 10g --chunk-size 4K",
+			[]any{control.CreateRequest{Devices: []string{"vdb", "/dev/vdc"}, ChunkSize: 4096,
+				Storage: []control.Storage{{Path: "/var/tmp", Limit: 10 << 30}, {Path: "/dev/vdd", Limit: 10 << 30}}}}, id1 + "\n"},
+		{"ublk-blksnap snapshot create vdb --take --no-freeze",
+			[]any{control.CreateRequest{Devices: []string{"vdb"}}, control.TakeRequest{ID: id1, NoFreeze: true}}, id1 + "\n"},
+		{"ublk-blksnap snapshot add " + id1 + " vdb", []any{control.SnapshotDeviceRequest{ID: id1, Device: "vdb"}}, ""},
+		{"ublk-blksnap snapshot append " + id1 + " /s --limit 1M",
+			[]any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s", Limit: 1 << 20}}}, ""},
+		{"ublk-blksnap snapshot take " + id1, []any{control.TakeRequest{ID: id1}}, "vdb /dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
+		{"ublk-blksnap snapshot destroy " + id1 + " " + id2, []any{id1, id2}, ""},
+		{"ublk-blksnap snapshot list", []any{"snapshots"}, "" +
+			"UUID                                  STATE      CREATED              CHUNK  COPIED  DEVICES\n" +
+			id1 + "  taken      2025-01-02 03:04:05  64K    1M      vdb\n" +
+			id2 + "  corrupted  2025-01-02 03:04:05  4K     0       vdb\n"},
+		{"ublk-blksnap snapshot info " + id1, []any{id1}, "" +
+			"uuid:      " + id1 + "\n" +
+			"state:     taken\n" +
+			"created:   2025-01-02T03:04:05Z\n" +
+			"taken:     2025-01-02T03:04:05Z\n" +
+			"frozen:    12ms\n" +
+			"chunk:     64K\n" +
+			"copied:    1048576 bytes\n" +
+			"stored:    524288 of 1073741824 bytes\n" +
+			"storage:   /var/tmp, at most 1G\n" +
+			"storage:   /dev/vdd\n" +
+			"image:     vdb (/dev/vdb) at /dev/ublk-blksnap/images/vdb-" + id1 + ", change map " + id2 + " take 3\n"},
+		{"ublk-blksnap snapshot watch " + id1, []any{id1}, "" +
+			"2025-01-02T03:04:05Z " + id1 + " low_free_space requested_sectors=2097152\n" +
+			"2025-01-02T03:04:05Z " + id1 + " corrupted device=254:16 error_code=-28\n" +
+			"2025-01-02T03:04:05Z " + id1 + " destroyed\n"},
+	})
+	runRefused(t, map[string]string{
+		"ublk-blksnap snapshot create vdb --limit 10x":           `ublk-blksnap: create: invalid argument "10x" for "--limit"`,
+		"ublk-blksnap snapshot create vdb --chunk-size 0":        `ublk-blksnap: create: invalid argument "0" for "--chunk-size"`,
+		"ublk-blksnap snapshot create vdb --no-freeze":           "ublk-blksnap: create: --no-freeze is for the take",
+		"ublk-blksnap snapshot add " + id1:                       "ublk-blksnap: add: 1 arguments given",
+		"ublk-blksnap snapshot take":                             "ublk-blksnap: take: 0 arguments given",
+		"ublk-blksnap snapshot append " + id1 + " /s --limit -1": `ublk-blksnap: append: invalid argument "-1" for "--limit"`,
+	})
+}
+
+// TestCreateAndTakeFails: a snapshot that nobody got the UUID of does not stay.
+func TestCreateAndTakeFails(t *testing.T) {
+	f := &failingTake{newFake()}
+	status, out, errs := executeAPI(f, "ublk-blksnap", "snapshot", "create", "vdb", "--take")
+	if status != 1 || out != "" || errs != "ublk-blksnap: take: no storage\n" {
+		t.Errorf("status %d, %q, %q", status, out, errs)
+	}
+	if last := f.asked[len(f.asked)-1]; last != id1 {
+		t.Errorf("asked last for %v, want the destruction of %s", last, id1)
+	}
+}
+
+func TestDestroyGoesOn(t *testing.T) {
+	f := newFake()
+	f.err = &control.Error{Code: control.NotFound, Errno: unix.ESRCH, Message: "no such snapshot"}
+	status, _, errs := execute(f, "ublk-blksnap", "snapshot", "destroy", id1, id2)
+	if status != 1 || len(f.asked) != 2 || errs != "ublk-blksnap: no such snapshot\nno such snapshot\n" {
+		t.Errorf("status %d, asked %v, said %q", status, f.asked, errs)
+	}
+}
