@@ -449,6 +449,7 @@ func (d *Daemon) destroy(s *snapshot) error {
 	d.step("destroy snapshot %s: give the storage back", s.id)
 	s.use.Lock()
 	s.gone = true
+	failed := s.live.Log().Err() == unix.EIO
 	err := s.live.DestroyFiles()
 	s.use.Unlock()
 	d.mu.Lock()
@@ -458,6 +459,9 @@ func (d *Daemon) destroy(s *snapshot) error {
 	if err != nil {
 		// Nothing uses them any more: what is left is files.
 		d.o.Log.Error("storage or state not given back", "snapshot", s.id, "error", err)
+		if failed {
+			return nil // storage that does not work can not be emptied either
+		}
 		return err
 	}
 	return nil

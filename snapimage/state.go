@@ -110,6 +110,8 @@ func (s *state) close() error {
 	}
 	s.maps = nil
 	if s.pool != nil {
+		// Whoever still has the file open finds nothing in it.
+		_ = s.pool.Truncate(0)
 		s.pool.Close()
 	}
 	return os.RemoveAll(s.dir)
