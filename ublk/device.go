@@ -80,12 +80,15 @@ var ErrBusy = errors.New("device is in use")
 
 // Config describes a device.
 type Config struct {
-	Name     string // for people: part of the names of its threads
-	Tag      uint64 // kept by the driver and told by Info; see Tag
-	ID       int    // its number N in /dev/ublkbN, or AnyID
-	Queues   int    // 1 to MaxQueues
-	Depth    int    // requests in flight per queue, 1 to MaxDepth
-	MaxIO    int    // largest payload in bytes: a multiple of the page size, at most 32 MiB
+	Name   string // for people: part of the names of its threads
+	Tag    uint64 // kept by the driver and told by Info; see Tag
+	ID     int    // its number N in /dev/ublkbN, or AnyID
+	Queues int    // 1 to MaxQueues
+	Depth  int    // requests in flight per queue, 1 to MaxDepth
+	// MaxIO is the largest payload in bytes: a multiple of the page size, at
+	// most 32 MiB. ModeCopy takes Depth times as much memory for each queue,
+	// all of it at once.
+	MaxIO    int
 	Mode     Mode
 	Geometry Geometry
 	// Recovery: requests wait for a new server (Recover) when this one dies,

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -538,5 +539,47 @@ func TestUblkStopWaits(t *testing.T) {
 	}
 	if err := d.Stop(ublkContext(t)); err != nil {
 		t.Errorf("second stop: %v", err)
+	}
+}
+
+// TestUblkPartitions looks whether the kernel finds a partition.
+func TestUblkPartitions(t *testing.T) {
+	ctl := ublkControl(t)
+	for _, hide := range []bool{false, true} {
+		t.Run(fmt.Sprintf("hide=%v", hide), func(t *testing.T) {
+			cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 8)
+			cfg.NoPartScan = hide
+			// A table of the old kind with one partition, sectors 2048 to 4095.
+			table := make([]byte, 512)
+			copy(table[446:], []byte{0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0})
+			copy(table[510:], []byte{0x55, 0xaa})
+			if _, err := unix.Pwrite(cfg.Files[0].Fd(), table, 0); err != nil {
+				t.Fatal(err)
+			}
+			d := ublkAdd(t, ctl, cfg)
+			found := false
+			for range 100 {
+				name := filepath.Base(d.Path)
+				if _, err := os.Stat(filepath.Join("/sys/block", name, name+"p1")); err == nil {
+					found = true
+					break
+				}
+				time.Sleep(5 * time.Millisecond)
+			}
+			// Where the driver cannot leave it alone it looks all the same.
+			if want := !hide || !ctl.Has(uapi.UBLK_F_NO_AUTO_PART_SCAN); found != want {
+				t.Errorf("partition found: %v, want %v", found, want)
+			}
+			if found {
+				part := ublkOpen(t, d.Path+"p1", unix.O_EXCL)
+				if err := d.TryStop(ublkContext(t)); !errors.Is(err, ublk.ErrBusy) {
+					t.Errorf("try stop with a partition in use: %v", err)
+				}
+				part.Close()
+			}
+			if err := d.TryStop(ublkContext(t)); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

@@ -254,60 +254,75 @@ func TestUblkRecovery(t *testing.T) {
 	}
 }
 
-// TestUblkServerDeath kills the server of a device without recovery: requests
-// fail, the disk goes, and the rest can be deleted.
+// TestUblkServerDeath kills the server and deletes what it left. Without
+// recovery requests fail at once, with it when the device is deleted.
 func TestUblkServerDeath(t *testing.T) {
 	ctl := ublkControl(t)
 	for _, mode := range ublkModes(ctl) {
-		t.Run(mode.String(), func(t *testing.T) {
-			path := filepath.Join("/dev/shm", "death")
-			if err := os.WriteFile(path, nil, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			defer os.Remove(path)
-			if err := os.Truncate(path, ublkSize); err != nil {
-				t.Fatal(err)
-			}
-			t.Setenv("UBLK_TEST_NO_RECOVERY", "1")
-			s := startUblkServer(t, -1, path, mode)
-			f := ublkOpen(t, fmt.Sprintf("/dev/ublkb%d", s.id), 0)
-			buf := ublkPages(t, 4096)
-			failed := make(chan error, 1)
-			var ok atomic.Int64
-			go func() {
-				for {
-					if _, err := f.WriteAt(buf, 0); err != nil {
-						failed <- err
+		for _, recovery := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/recovery=%v", mode, recovery), func(t *testing.T) {
+				path := "/dev/shm/death"
+				if err := os.WriteFile(path, nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				defer os.Remove(path)
+				if err := os.Truncate(path, ublkSize); err != nil {
+					t.Fatal(err)
+				}
+				if !recovery {
+					t.Setenv("UBLK_TEST_NO_RECOVERY", "1")
+				}
+				s := startUblkServer(t, -1, path, mode)
+				f := ublkOpen(t, fmt.Sprintf("/dev/ublkb%d", s.id), 0)
+				buf := ublkPages(t, 4096)
+				failed := make(chan error, 1)
+				var ok atomic.Int64
+				go func() {
+					for {
+						if _, err := f.WriteAt(buf, 0); err != nil {
+							failed <- err
+							return
+						}
+						ok.Add(1)
+					}
+				}()
+				for ok.Load() < 20 {
+					time.Sleep(time.Millisecond)
+				}
+				s.kill()
+				if recovery {
+					select {
+					case err := <-failed:
+						t.Errorf("a write failed before the delete: %v", err)
+					case <-time.After(100 * time.Millisecond):
+					}
+				}
+				ctx := ublkContext(t)
+				var err error
+				for range 200 {
+					if err = ctl.DeleteDevice(ctx, s.id); !errors.Is(err, ublk.ErrBusy) {
+						break
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+				if err != nil {
+					t.Errorf("delete: %v", err)
+				}
+				select {
+				case err := <-failed:
+					t.Log(err)
+				case <-time.After(20 * time.Second):
+					t.Fatal("the writer hangs")
+				}
+				f.Close()
+				for range 200 {
+					if _, err = ctl.Info(ctx, s.id); errors.Is(err, unix.ENODEV) {
 						return
 					}
-					ok.Add(1)
+					time.Sleep(10 * time.Millisecond)
 				}
-			}()
-			for ok.Load() < 20 {
-				time.Sleep(time.Millisecond)
-			}
-			s.kill()
-			select {
-			case err := <-failed:
-				t.Log(err)
-			case <-time.After(20 * time.Second):
-				t.Fatal("the writer hangs")
-			}
-			f.Close()
-			ctx := ublkContext(t)
-			var err error
-			for range 200 {
-				if err = ctl.DeleteDevice(ctx, s.id); !errors.Is(err, ublk.ErrBusy) {
-					break
-				}
-				time.Sleep(10 * time.Millisecond)
-			}
-			if err != nil {
-				t.Errorf("delete: %v", err)
-			}
-			if _, err := ctl.Info(ctx, s.id); !errors.Is(err, unix.ENODEV) {
 				t.Errorf("after the delete: %v", err)
-			}
-		})
+			})
+		}
 	}
 }
