@@ -121,8 +121,11 @@ func newControl(dev int, prep func(*uring.SQE, int, *command)) (*Control, error)
 
 func openControlDevice() (int, error) {
 	open := func() (int, error) { return unix.Open(controlPath, unix.O_RDWR|unix.O_CLOEXEC, 0) }
+	absent := func(err error) bool {
+		return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO)
+	}
 	fd, err := open()
-	if err == unix.ENOENT || err == unix.ENODEV || err == unix.ENXIO {
+	if absent(err) {
 		why := loadDriver()
 		// devtmpfs makes the node with the module; udev may be a little late.
 		for range 50 {
@@ -135,12 +138,12 @@ func openControlDevice() (int, error) {
 			return -1, why
 		}
 	}
-	switch err {
-	case nil:
+	switch {
+	case err == nil:
 		return fd, nil
-	case unix.ENOENT, unix.ENODEV, unix.ENXIO:
+	case absent(err):
 		return -1, fmt.Errorf("%w: ublk_drv is loaded but %s did not appear: is devtmpfs mounted on /dev?", ErrNoDriver, controlPath)
-	case unix.EACCES, unix.EPERM:
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		return -1, fmt.Errorf("open %s: %w: run as root", controlPath, ErrPermission)
 	}
 	return -1, fmt.Errorf("open %s: %w", controlPath, err)

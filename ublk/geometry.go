@@ -56,7 +56,7 @@ func ReadGeometry(path string) (Geometry, error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return Geometry{}, fmt.Errorf("read geometry of %s: %w", path, unix.ENOTBLK)
 	}
-	return ReadGeometrySys("/sys", unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)))
+	return ReadGeometrySys("/sys", unix.Major(st.Rdev), unix.Minor(st.Rdev))
 }
 
 // ReadGeometrySys is ReadGeometry for a device number, from the sysfs at sys.
