@@ -60,7 +60,8 @@ func (s *logState) check(sources int) error {
 	first := Region(0)
 	for i := range int(n) {
 		x := s.extent(i)
-		if x.first != first || x.count <= 0 || x.off < 0 || x.source >= uint64(sources) {
+		misplaced := x.off < 0 || x.off&(1<<s.get(stateShift)-1) != 0 || x.source >= uint64(sources)
+		if misplaced || x.first != first || x.count <= 0 || x.count >= 1<<regionBits-first {
 			return fmt.Errorf("%w: extent %d: regions %d+%d in storage %d of %d at %d", ErrState, i, x.first, x.count, x.source, sources, x.off)
 		}
 		first += x.count
@@ -81,7 +82,9 @@ func OpenArea(c AreaConfig, data func(yield func(from, to int64))) (*Area, error
 	take := func(chunk Chunk, w Word) {
 		r := w.Region()
 		switch {
+		case w.State() == Failed && l.dead.Load() != 0:
 		case w.State() == Failed:
+			err = fmt.Errorf("%s: %w: chunk %d is FAILED in a whole snapshot", c.Orig.Name(), ErrState, chunk)
 		case w.State() == New || r >= l.next:
 			err = fmt.Errorf("%s: %w: chunk %d is %v in region %d of %d", c.Orig.Name(), ErrState, chunk, w.State(), r, l.next)
 		case w.State() == InMemory:
