@@ -114,7 +114,7 @@ func (w *world) do(st Step) {
 	case Replace:
 		if w.proc != nil {
 			b := int64(max(w.c.Sector, 1))
-			w.replace(dev, (int64(st.Arg)+b-1)/b*b*sectorSize)
+			w.replace(dev, (int64(st.Arg%64)+b-1)/b*b*sectorSize)
 		}
 	case Stick:
 		files := w.files()

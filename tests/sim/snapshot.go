@@ -292,6 +292,7 @@ func (s *snapshot) take() {
 					w.fail("take: %v", err)
 				}
 			case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapimage.ErrNoStorage):
+			case errors.Is(err, snapimage.ErrNoDevices) && len(s.devs) == 0:
 			case errors.Is(err, unix.ENOMEM) && w.tables == w.c.NoMemory:
 			default:
 				w.fail("take: %v", err)

@@ -296,8 +296,14 @@ func (w *world) step() (more bool) {
 		w.powerFail()
 		return false
 	}
+	if w.sched.Steps() > maxSteps {
+		w.fail("I8: no end after %d steps: %s", maxSteps, w.whatHangs())
+	}
 	return w.sched.Step()
 }
+
+// maxSteps is far more than any case needs.
+const maxSteps = 3000000
 
 // powerFail ends the world: the originals are all that is left.
 func (w *world) powerFail() {
