@@ -85,9 +85,9 @@ func driverError(err error) error {
 	case errors.Is(err, ublk.ErrPermission), errors.Is(err, uring.ErrDisabled):
 		code = Denied
 	default:
-		return fail(err, "open the ublk driver")
+		return fail(err, "start the daemon: open the ublk driver")
 	}
-	return &Error{Code: code, Message: err.Error()}
+	return &Error{Code: code, Message: "start the daemon: " + err.Error()}
 }
 
 // clearAway removes what a dead daemon left: ublk devices without a disk, and

@@ -395,6 +395,14 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 	d.step("remove %s: sync", v.Name)
 	until := time.Now().Add(settleLimit)
 	for {
+		// Before Linux 7.0 the driver does not know of users that do not claim the
+		// device, such as a loop device over it.
+		if x, err := d.host.ByNumber(v.dev.Num); err == nil {
+			x.Path = v.Path
+			if err := d.host.CheckFree(x); err != nil {
+				return err
+			}
+		}
 		// Once begun it is not given up half-way.
 		c, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
 		err := v.dev.TryStop(c)
@@ -405,12 +413,9 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 		if !errors.Is(err, ublk.ErrBusy) {
 			return err
 		}
+		// It may be udev, soon done with it.
 		if time.Now().After(until) || ctx.Err() != nil {
-			return d.inUse(v, err)
-		}
-		// Mounted is mounted; an opener may be udev, soon done.
-		if x, err := d.host.ByNumber(v.dev.Num); err == nil && d.host.CheckFree(x) != nil {
-			return d.inUse(v, err)
+			return d.inUse(v)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
@@ -418,7 +423,7 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 }
 
 // inUse tells who uses the device, as far as can be found out.
-func (d *Daemon) inUse(v *device, err error) error {
+func (d *Daemon) inUse(v *device) error {
 	if who := d.idle(v); who != nil {
 		return who
 	}

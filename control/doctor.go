@@ -1,7 +1,6 @@
 package control
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -9,7 +8,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -89,11 +87,8 @@ func examineRing() Check {
 		l.Stop()
 		return Check{"io_uring", OK, "allowed", ""}
 	}
-	fix := "boot a kernel with CONFIG_IO_URING"
-	if errors.Is(err, uring.ErrDisabled) {
-		fix = "allow it: sysctl kernel.io_uring_disabled=0"
-	}
-	return Check{"io_uring", Missing, err.Error(), fix}
+	// The message says what to do.
+	return Check{"io_uring", Missing, err.Error(), ""}
 }
 
 func examineUblk() []Check {

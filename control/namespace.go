@@ -45,10 +45,12 @@ func EnterNamespace(dir RunDir, c Config) error {
 	}
 	defer lock.Close()
 	// Now, for the module may be on a mount that is let go of; and before
-	// anything is left on a machine that has none.
-	if err := ublk.Load(); err != nil {
+	// anything is left on a machine that cannot do it.
+	ctl, err := ublk.OpenControl()
+	if err != nil {
 		return driverError(err)
 	}
+	ctl.Close()
 	if err := dir.mountState(c.StateSize); err != nil {
 		return err
 	}

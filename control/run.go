@@ -66,7 +66,7 @@ func run(o Options, open func() (stopper, error)) error {
 	defer lock.Close()
 	api, err := open()
 	if err != nil {
-		return fail(err, "start the daemon")
+		return err
 	}
 	defer api.Close()
 

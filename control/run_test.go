@@ -238,7 +238,7 @@ func TestSIGTERM(t *testing.T) {
 func TestStartErrorFreesTheLock(t *testing.T) {
 	dir := RunDir(t.TempDir())
 	err := run(Options{Dir: dir, Log: quiet()}, func() (stopper, error) { return nil, unix.ENODEV })
-	if !errors.Is(err, unix.ENODEV) || !strings.HasPrefix(err.Error(), "start the daemon: ") {
+	if !errors.Is(err, unix.ENODEV) {
 		t.Fatal(err)
 	}
 	f, err := dir.lock()

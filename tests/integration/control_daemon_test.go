@@ -1,0 +1,311 @@
+package integration
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// pidOf is the process of a run directory's daemon.
+func pidOf(t testing.TB, dir string) int {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(dir, "daemon.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	if _, err := fmt.Sscan(string(b), &pid); err != nil {
+		t.Fatal(err)
+	}
+	return pid
+}
+
+func alive(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err == nil && !bytes.Contains(b, []byte(") Z "))
+}
+
+// TestFirstCommand: the first command starts a daemon, whose life does not hang
+// on the command's.
+func TestFirstCommand(t *testing.T) {
+	needVM(t)
+	disk := ramDisks(t, 1, 64<<20)[0]
+	dir, call := fresh(t)
+	a := call("add", disk)
+	if a.status != 0 || a.out != "/dev/ublk-blksnap/ram0\n" || progress.ReplaceAllString(a.errout, "") != "ublk-blksnap: starting the daemon\n" {
+		t.Fatalf("%+v", a)
+	}
+	pid := pidOf(t, dir)
+	if sid, err := unix.Getsid(pid); err != nil || sid != pid {
+		t.Errorf("the daemon is in the session of %d, %v", sid, err)
+	}
+	if a := call("list"); a.status != 0 || !strings.Contains(a.out, disk) {
+		t.Errorf("%+v", a)
+	}
+	if to, err := os.Readlink("/dev/ublk-blksnap/ram0"); err != nil || to != "../ublkb0" {
+		t.Errorf("the link leads to %s, %v", to, err)
+	}
+	for path, mode := range map[string]os.FileMode{"": 0o700, "control.sock": 0o600, "daemon.log": 0o600, "state": 0o700} {
+		st, err := os.Stat(filepath.Join(dir, path))
+		if err != nil || st.Mode().Perm() != mode {
+			t.Errorf("%s: %v, want %v", path, st.Mode(), mode)
+		}
+	}
+	// A second daemon is refused and disturbs nothing.
+	if a := call("daemon"); a.status != 1 || a.errout != fmt.Sprintf("ublk-blksnap: start the daemon: another daemon (process %d) runs on %s\n", pid, dir) {
+		t.Errorf("second daemon: %+v", a)
+	}
+	if a := call("remove", "ram0"); a.status != 0 || a.out != "" || progress.ReplaceAllString(a.errout, "") != "" {
+		t.Errorf("%+v", a)
+	}
+	if _, err := os.Lstat("/dev/ublk-blksnap/ram0"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the link is left: %v", err)
+	}
+	if err := unix.Kill(pid, unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the end of the daemon", func() bool { return !alive(pid) })
+}
+
+// TestNamespace: the daemon keeps no mount of the machine alive, and yet reaches
+// what is mounted after its start.
+func TestNamespace(t *testing.T) {
+	needVM(t)
+	disks := ramDisks(t, 3, 64<<20)
+	ext4FS.make(t, disks[0])
+	early := mount(t, disks[0])
+	d := startDaemon(t)
+
+	own, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", d.pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ours, err := os.Readlink("/proc/self/ns/mnt"); err != nil || own == ours {
+		t.Errorf("the daemon is in our mount namespace %s, %v", ours, err)
+	}
+	info, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", d.pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bytes.Contains(info, []byte(early)) {
+		t.Errorf("the daemon keeps a mount:\n%s", info)
+	}
+	// State outlives the daemon: it is mounted where we see it.
+	if m, err := os.ReadFile("/proc/self/mountinfo"); err != nil || !bytes.Contains(m, []byte(" "+d.dir.State()+" ")) {
+		t.Errorf("the state directory is no mount here, %v", err)
+	}
+
+	// Unmounted means free, though the mount is older than the daemon.
+	umount(t, early)
+	d.remove(d.add(disks[0]))
+
+	// A filesystem mounted after the start holds storage, found through a
+	// symbolic link; the daemon sees its true place.
+	ext4FS.make(t, disks[1])
+	late := mount(t, disks[1])
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(late, link); err != nil {
+		t.Fatal(err)
+	}
+	dev := d.add(disks[2])
+	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: filepath.Join(link, "differences")}}})
+	if st, err := os.Stat(filepath.Join(late, "differences")); err != nil || st.Size() == 0 {
+		t.Errorf("the storage is not on %s: %v, %v", disks[1], st, err)
+	}
+	d.taken(s.ID)
+	d.destroy(s.ID)
+	if _, err := os.Stat(filepath.Join(late, "differences")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the storage is left: %v", err)
+	}
+	umount(t, late)
+	d.remove(dev)
+}
+
+// TestStopRefused: SIGTERM removes nothing while a filter is used, and names the
+// user; after that it removes all.
+func TestStopRefused(t *testing.T) {
+	needVM(t)
+	disks := ramDisks(t, 2, 64<<20)
+	d := startDaemon(t)
+	idle, used := d.add(disks[0]), d.add(disks[1])
+	ext4FS.make(t, used.Link)
+	dir := mount(t, used.Link)
+	refused := func(t *testing.T, why string) {
+		t.Helper()
+		if err := unix.Kill(d.pid, unix.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the refusal in the log", func() bool {
+			b, _ := os.ReadFile(d.log)
+			return bytes.Contains(b, []byte("not stopped")) && bytes.Contains(b, []byte(why))
+		})
+		if all, err := d.Devices(ctx(t)); err != nil || len(all) != 2 {
+			t.Errorf("%d devices, %v", len(all), err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "file"), []byte(why), 0o600); err != nil {
+			t.Error(err)
+		}
+		run(t, "sync", filepath.Join(dir, "file"))
+	}
+	refused(t, "mounted on "+dir)
+
+	umount(t, dir)
+	f, err := os.Open(used.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir = t.TempDir() // nothing is mounted: a file like any other
+	refused(t, fmt.Sprintf("(process %d)", os.Getpid()))
+	f.Close()
+
+	s := d.take(0, idle)
+	refused(t, "held by snapshot "+s.ID)
+	d.destroy(s.ID)
+
+	if err := unix.Kill(d.pid, unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if !d.ended(30*time.Second) || d.err != nil {
+		t.Fatalf("the daemon does not end: %v", d.err)
+	}
+	if left := ublkDevices(); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	for _, path := range []string{idle.Link, used.Link} {
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", path, err)
+		}
+	}
+	ext4FS.clean(t, disks[1])
+}
+
+// TestKilled: without recovery SIGKILL ends the I/O of its devices with errors.
+// Nothing hangs, and the next daemon begins from a clean machine.
+func TestKilled(t *testing.T) {
+	needVM(t)
+	disks := ramDisks(t, 2, 64<<20)
+	d := startDaemon(t)
+	dev, other := d.add(disks[0]), d.add(disks[1])
+	s := d.take(0, other)
+	ext4FS.make(t, dev.Link)
+	dir := mount(t, dev.Link, "errors=continue")
+	writer := func(path string) chan error {
+		end := make(chan error, 1)
+		f, err := os.OpenFile(path, os.O_RDWR|unix.O_SYNC|os.O_CREATE, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			defer f.Close()
+			for {
+				if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
+					end <- err
+					return
+				}
+			}
+		}()
+		return end
+	}
+	writers := []chan error{writer(filepath.Join(dir, "file")), writer(other.Path), writer(s.Images[0].Path)}
+	time.Sleep(300 * time.Millisecond)
+	if err := unix.Kill(d.pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	for i, w := range writers {
+		select {
+		case err := <-w:
+			t.Logf("writer %d: %v", i, err)
+		case <-time.After(time.Minute):
+			t.Fatalf("writer %d hangs", i)
+		}
+	}
+	if !d.ended(30 * time.Second) {
+		t.Fatal("the process does not end")
+	}
+	if _, err := try("umount", dir); err != nil {
+		t.Errorf("the dead filesystem cannot be unmounted: %v", err)
+	}
+
+	// The next daemon on the same directory.
+	next := exec.Command(program(t), "daemon", "--run-dir", string(d.dir))
+	next.Stdout, next.Stderr = os.Stdout, os.Stderr
+	if err := next.Start(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the next daemon", func() bool { _, err := d.Info(ctx(t)); return err == nil })
+	if left := ublkDevices(); len(left) > 0 {
+		t.Errorf("devices of the dead daemon: %v", left)
+	}
+	for _, disk := range disks {
+		again, err := d.AddDevice(ctx(t), control.AddRequest{Path: disk})
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		if err := d.RemoveDevice(ctx(t), control.RemoveRequest{Device: again.Name}); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := next.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Wait(); err != nil {
+		t.Error(err)
+	}
+	run(t, "e2fsck", "-p", disks[0])
+}
+
+// TestRemovedByForce: the users of a filter get errors, those of its images too,
+// and the snapshot breaks aloud.
+func TestRemovedByForce(t *testing.T) {
+	needVM(t)
+	disk := ramDisks(t, 1, 64<<20)[0]
+	d := startDaemon(t)
+	dev := d.add(disk)
+	s := d.take(0, dev)
+	image, err := os.OpenFile(s.Images[0].Path, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer image.Close()
+	var kinds []string
+	watched := make(chan error, 1)
+	go func() {
+		watched <- d.Watch(context.Background(), s.ID, func(e control.Event) error { kinds = append(kinds, e.Kind); return nil })
+	}()
+	if a := d.call("ublk-blksnap", "remove", "--force", dev.Name); a.status != 0 || progress.ReplaceAllString(a.errout, "") != "" {
+		t.Fatalf("%+v", a)
+	}
+	if err := <-watched; err != nil && control.CodeOf(err) != control.NotFound {
+		t.Error(err)
+	} else if got := strings.Join(kinds, " "); err == nil && got != "created taken corrupted destroyed" {
+		t.Errorf("events: %s", got)
+	}
+	if _, err := image.Read(alignedBuf(4096)); err == nil {
+		t.Error("the image of a removed device can be read")
+	}
+	if ss, err := d.Snapshots(ctx(t)); err != nil || len(ss) != 0 {
+		t.Errorf("snapshots left: %v, %v", ss, err)
+	}
+	image.Close()
+	d.remove(d.add(disk))
+}
+
+func alignedBuf(n int) []byte {
+	b, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
