@@ -53,7 +53,7 @@ func (q *Queue) Handle(r *ublk.Request) {
 	switch {
 	case r.Op == ublk.OpFlush || r.Op == ublk.OpDiscard:
 		r.Complete(0)
-	case q.im.area.Err() != 0:
+	case q.im.area.Err() != 0 && !mutation.Is(mutation.AnswerBroken):
 		r.Complete(unix.EIO)
 	case r.Op == ublk.OpRead:
 		q.read(r)
@@ -206,7 +206,7 @@ func (t *read) arrived() {
 		return
 	}
 	r := t.r
-	if t.q.im.area.Err() != 0 {
+	if t.q.im.area.Err() != 0 && !mutation.Is(mutation.AnswerBroken) {
 		t.err = unix.EIO
 	}
 	if t.err != 0 {

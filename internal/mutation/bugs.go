@@ -84,6 +84,8 @@ const (
 	MarkNoImage
 	// SwitchOneMap switches the change map of the first device only.
 	SwitchOneMap
+	// AnswerBroken reads images of a broken snapshot all the same.
+	AnswerBroken
 	// CloseEarly says that a snapshot is gone while it is still in use.
 	CloseEarly
 	// ReinstallNot does not protect a snapshot taken over from a dead process.
@@ -98,7 +100,7 @@ var names = [bugs]string{
 	"WordBeforeData", "StoredBeforeWrite", "ReuseSlotEarly", "ForgetWaiter", "PassWaiter", "LongLastChunk",
 	"ShortLastChunk", "StoreAnyway", "CopyAnyway", "FollowWrong", "ExtentOff", "GrowNever", "NextUnrecorded",
 	"DeadUnrecorded", "ForgetAppend", "ForgetMemory", "SkipRecheck", "ReadOldPlace", "WriteInFlight", "ForgetOld", "MarkNoImage",
-	"SwitchOneMap", "CloseEarly", "ReinstallNot",
+	"SwitchOneMap", "AnswerBroken", "CloseEarly", "ReinstallNot",
 }
 
 // All is every bug.

@@ -28,7 +28,8 @@ type Config struct {
 	NoMemory int // the so many-th wish for a chunk table is refused; 0: none
 	Earlier  int // takes of each original before the run, in its change map
 
-	Storages int // to be appended to snapshots
+	Slots    int // snapshots at a time
+	Storages int // to be appended to each
 	Fixed    int // bits: which storages are block devices
 	Limit    int // sectors of each storage
 	Portion  int // sectors by which storage grows
@@ -157,6 +158,9 @@ func Generate(seed uint64, n int) Case {
 	profile := Profile(seed % uint64(profiles))
 	c := Case{Config: generateConfig(&r, profile), Order: r.Uint64() | 1}
 	g := generator{r: &r, c: &c.Config, profile: profile}
+	for i := range g.slots {
+		g.slots[i] = Destroy
+	}
 	for i := 0; i < n; i++ {
 		c.Steps = append(c.Steps, g.step())
 	}
@@ -176,6 +180,7 @@ func generateConfig(r *blockdev.Random, p Profile) Config {
 		Sector:   pick(1, 1, 1, 8),
 		Earlier:  pick(0, 0, 0, 252, 253, 254, 255, 508),
 		Storages: pick(1, 2, 3),
+		Slots:    pick(1, 2, 3, 3, 8),
 		Limit:    1 << 20,
 		Portion:  pick(8, 64, 200, 1024),
 	}
@@ -229,8 +234,29 @@ type generator struct {
 	r       *blockdev.Random
 	c       *Config
 	profile Profile
-	hot     uint32 // where writers crowd
-	taken   bool   // by the last step
+	hot     uint32  // where writers crowd
+	taken   bool    // by the last step
+	slots   [8]Verb // Create, Take or Destroy: the last of these, as far as is known
+}
+
+// slot chooses a snapshot for which v makes sense, most of the time.
+func (g *generator) slot(v Verb) uint8 {
+	r := g.r
+	want := Take
+	switch v {
+	case Create:
+		want = Destroy
+	case Take, Append, Cancel:
+		want = Create
+	}
+	n := uint8(r.Intn(g.c.Slots))
+	for i := 0; i < g.c.Slots && g.slots[n] != want && !r.OneIn(20); i++ {
+		n = (n + 1) % uint8(g.c.Slots)
+	}
+	if v == Create || v == Take || v == Destroy {
+		g.slots[n] = v
+	}
+	return n
 }
 
 func (g *generator) step() Step {
@@ -241,7 +267,6 @@ func (g *generator) step() Step {
 	}
 	s := Step{
 		Dev:   uint8(r.Intn(g.c.Devices)),
-		Snap:  uint8(r.Intn(3)),
 		Queue: uint8(r.Intn(g.c.Queues)),
 	}
 	switch n := r.Intn(100); {
@@ -259,6 +284,7 @@ func (g *generator) step() Step {
 			break
 		}
 	}
+	s.Snap = g.slot(s.Verb)
 	g.taken = s.Verb == Take
 	switch s.Verb {
 	case Read, Write, Discard, WriteZeroes, ImageRead, ImageWrite, ImageDiscard, ImageWriteZeroes, Mark:

@@ -58,6 +58,7 @@ type request struct {
 	spoilt bool
 	epoch  int // of the original, when it was submitted to an image
 	done   func(unix.Errno)
+	broken bool // it is for an image whose snapshot was broken already
 }
 
 func (r *request) from() int64  { return r.off / sectorSize }
@@ -94,6 +95,7 @@ func (d *device) submit(i int, r *request, done func(unix.Errno)) {
 	if r.op == ublk.OpRead {
 		d.reg.beginRead(r.start)
 	}
+	r.broken = d.image != nil && d.image.snap.broken()
 	w.model.submitted(r)
 	w.outstanding++
 	h := d.queues[i%len(d.queues)]

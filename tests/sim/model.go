@@ -157,6 +157,9 @@ func (m *model) finished(r *request, buf []byte, errno unix.Errno, now moment) {
 	if errno != 0 {
 		m.checkError(r, errno)
 	}
+	if errno == 0 && r.broken && (r.op == ublk.OpRead || r.op == ublk.OpWrite || r.op == ublk.OpWriteZeroes) {
+		m.w.fail("I1: %v of %s sector %d+%d succeeds though the snapshot is broken", r.op, d.name, r.from(), r.len/sectorSize)
+	}
 	if errno == 0 && d.reg.volatile && r.op == ublk.OpFlush {
 		d.reg.flushed(r.start)
 	}

@@ -28,7 +28,7 @@ type world struct {
 	wasFull  bool // or could not at some time
 	model    *model
 	proc     *process
-	snaps    [3]*snapshot // by Step.Snap
+	snaps    [8]*snapshot // by Step.Snap
 
 	requests    uint64 // ids handed out
 	versions    Version
@@ -324,6 +324,7 @@ func (w *world) settle() {
 		if w.over {
 			return
 		}
+		w.checkReads()
 		if w.unstick() {
 			continue
 		}
@@ -331,6 +332,26 @@ func (w *world) settle() {
 			return
 		}
 		w.fail("I8: %s", w.whatHangs())
+	}
+}
+
+// checkReads is for when nothing goes on but for what is stuck: reads and
+// flushes of a disk wait for that disk, never for the storage of a snapshot.
+func (w *world) checkReads() {
+	if w.proc == nil {
+		return
+	}
+	for i, d := range w.devices {
+		if w.sched.Stuck(w.origs[i]) {
+			continue
+		}
+		for _, h := range d.queues {
+			for _, t := range h.tags {
+				if r := t.r; r != nil && (r.op == ublk.OpRead || r.op == ublk.OpFlush) {
+					w.fail("I5: %v of %s at sector %d+%d waits for something else than its disk", r.op, d.name, r.from(), r.len/sectorSize)
+				}
+			}
+		}
 	}
 }
 
