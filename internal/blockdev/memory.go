@@ -272,6 +272,7 @@ func (m *Memory) apply(op *Op, by *landing, off, n int64) {
 		m.fillLocked(at, n, 0, by)
 	case Allocate:
 		m.growLocked(at + n)
+	case Flush: // has its effect when it completes
 	case Discard:
 		switch {
 		case m.limit != 0 || m.mapped != nil || m.discards == DiscardZero:
