@@ -22,6 +22,9 @@ import (
 // be checked is that each sector behaves as one register: that the history of
 // its reads and writes is linearizable. Run it with -race.
 
+// maxSectors is how many a request has: enough to span three chunks.
+const maxSectors = 12
+
 // access is a read or a write of one sector.
 type access struct {
 	sector int64
@@ -108,7 +111,7 @@ type client struct {
 }
 
 func newClient(id, dev int, q blockdev.Queue, h ublk.Handler, tag int) *client {
-	c := &client{id: id, dev: dev, q: q, h: h, buf: make([]byte, sectorSize), random: blockdev.NewRandom(uint64(id + 1))}
+	c := &client{id: id, dev: dev, q: q, h: h, buf: make([]byte, maxSectors*sectorSize), random: blockdev.NewRandom(uint64(id + 1))}
 	c.r = ublk.NewRequest(tag, c)
 	return c
 }
@@ -119,13 +122,13 @@ func (c *client) Completed(_ *ublk.Request, errno unix.Errno) {
 	c.done()
 }
 
-// do reads or writes one sector.
-func (c *client) do(t *testing.T, in access, h *history) {
-	c.r.Op, c.r.Off, c.r.Len = ublk.OpRead, in.sector*sectorSize, sectorSize
+// do reads or writes n sectors; to the history each is an access of its own.
+func (c *client) do(t *testing.T, in access, n int64, h *history) {
+	c.r.Op, c.r.Off, c.r.Len = ublk.OpRead, in.sector*sectorSize, n*sectorSize
 	c.r.Buf = blockdev.MemBuf(c.buf)
 	if in.write {
 		c.r.Op = ublk.OpWrite
-		fill(c.buf, in.v, c.dev, in.sector)
+		fill(c.buf[:n*sectorSize], in.v, c.dev, in.sector)
 	}
 	call := time.Now()
 	waitFor(c.q, func(done func()) {
@@ -137,11 +140,14 @@ func (c *client) do(t *testing.T, in access, h *history) {
 		t.Errorf("%v of sector %d: %v", c.r.Op, in.sector, c.errno)
 		return
 	}
-	out := Version(0)
-	if !in.write {
-		out = versionOf(c.buf, c.dev, in.sector)
+	for i := int64(0); i < n; i++ {
+		out := Version(0)
+		if !in.write {
+			out = versionOf(c.buf[i*sectorSize:], c.dev, in.sector)
+		}
+		h.add(c.id, in, call, back, out)
+		in.sector++
 	}
-	h.add(c.id, in, call, back, out)
 }
 
 // run does n accesses to random sectors of those below sectors.
@@ -151,7 +157,7 @@ func (c *client) run(t *testing.T, n int, sectors int, writes bool, versions *ve
 		if in.write {
 			in.v = versions.next()
 		}
-		c.do(t, in, h)
+		c.do(t, in, min(int64(1+c.random.Intn(maxSectors)), int64(sectors)-in.sector), h)
 	}
 }
 
@@ -200,6 +206,7 @@ func TestLinearizable(t *testing.T) {
 	control := thread()
 	versions := &versionSource{v: initial}
 	var whole history
+	var work sync.Mutex
 	var clients []*client
 	for i := 0; i < queues; i++ {
 		q := thread()
@@ -217,7 +224,18 @@ func TestLinearizable(t *testing.T) {
 				c.run(t, accesses, diskSectors, true, versions, &whole)
 			}()
 		}
-		nativeSnapshot(t, round, f, disk, control, thread, versions, accesses)
+		for i := 0; i < 2; i++ {
+			// Two snapshots at a time, with chunks of 4 and 8 KiB.
+			s := &nativeSnapshot{t: t, n: 2*round + i, f: f, disk: disk, control: control, work: &work, accesses: accesses}
+			for range 2 {
+				s.queues = append(s.queues, thread())
+			}
+			writers.Add(1)
+			go func() {
+				defer writers.Done()
+				s.live(versions)
+			}()
+		}
 		writers.Wait()
 	}
 	whole.check(t, "device", func(int64) Version { return initial })
@@ -226,10 +244,23 @@ func TestLinearizable(t *testing.T) {
 	}
 }
 
-// nativeSnapshot is a snapshot's life: taken, read and written, destroyed.
-func nativeSnapshot(t *testing.T, round int, f *filter.Filter, disk *blockdev.Memory, control blockdev.Queue,
-	thread func() *blockdev.MemoryThread, versions *versionSource, accesses int) {
-	pool := words(int64(diffarea.MinChunkSize * (1 + round%3)))
+// nativeSnapshot is a snapshot on real threads.
+type nativeSnapshot struct {
+	t        *testing.T
+	n        int
+	f        *filter.Filter
+	disk     *blockdev.Memory
+	control  blockdev.Queue
+	work     *sync.Mutex // one piece of control work at a time
+	queues   []*blockdev.MemoryThread
+	accesses int
+}
+
+// live is its life: taken, read and written, destroyed.
+func (n *nativeSnapshot) live(versions *versionSource) {
+	t := n.t
+	chunk := int64(diffarea.MinChunkSize) << (n.n % 2)
+	pool := words(chunk * int64(1+n.n/2%3))
 	var s *snapimage.Snapshot
 	var cut *blockdev.Memory
 	fail := func(what string, err error) {
@@ -237,32 +268,33 @@ func nativeSnapshot(t *testing.T, round int, f *filter.Filter, disk *blockdev.Me
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	waitFor(control, func(done func()) {
+	n.work.Lock()
+	waitFor(n.control, func(done func()) {
 		var err error
 		s, err = snapimage.New(snapimage.Config{
 			ID: uuid.New(),
 			Log: diffarea.LogConfig{
-				ChunkSize: diffarea.MinChunkSize, State: words(diffarea.LogStateSize), Portion: 1 << 14,
-				Pool:    diffarea.Pool{Mem: pool, File: blockdev.MapMemory(fmt.Sprint("pool", round), pool)},
+				ChunkSize: chunk, State: words(diffarea.LogStateSize), Portion: 1 << 14,
+				Pool:    diffarea.Pool{Mem: pool, File: blockdev.MapMemory(fmt.Sprint("pool", n.n), pool)},
 				OnEvent: func(e diffarea.Event) { t.Errorf("event %v %v", e.Kind, e.Errno) },
 			},
 			Memory: func(_ string, size int64) ([]byte, error) { return words(size), nil },
-		}, control)
+		}, n.control)
 		fail("new", err)
-		fail("add", s.Add(f, 1))
-		s.Append(diffarea.Storage{File: blockdev.NewMemoryFile(fmt.Sprint("store", round), 1<<30)}, func(err error) {
+		fail("add", s.Add(n.f, 1))
+		s.Append(diffarea.Storage{File: blockdev.NewMemoryFile(fmt.Sprint("store", n.n), 1<<30)}, func(err error) {
 			fail("append", err)
-			s.Take(func() { cut = disk.Clone() }, func(err error) {
+			s.Take(func() { cut = n.disk.Clone() }, func(err error) {
 				fail("take", err)
 				done()
 			})
 		})
 	})
+	n.work.Unlock()
 	base := &image{base: cut}
 	var h history
 	var users sync.WaitGroup
-	for i := 0; i < 2; i++ {
-		q := thread()
+	for i, q := range n.queues {
 		hq := s.Image(0).NewQueue(q)
 		for tag := 0; tag < 2; tag++ {
 			c := newClient(100+2*i+tag, 0, q, hq, tag)
@@ -270,12 +302,14 @@ func nativeSnapshot(t *testing.T, round int, f *filter.Filter, disk *blockdev.Me
 			go func() {
 				defer users.Done()
 				// Reads alone first: what is read is what was there at the cut.
-				c.run(t, accesses/2, int(cut.Size()/sectorSize), false, versions, &h)
-				c.run(t, accesses/2, int(cut.Size()/sectorSize), true, versions, &h)
+				c.run(t, n.accesses/2, int(cut.Size()/sectorSize), false, versions, &h)
+				c.run(t, n.accesses/2, int(cut.Size()/sectorSize), true, versions, &h)
 			}()
 		}
 	}
 	users.Wait()
-	h.check(t, fmt.Sprint("image ", round), base.version)
-	waitFor(control, func(done func()) { s.Destroy(done) })
+	h.check(t, fmt.Sprint("image ", n.n), base.version)
+	n.work.Lock()
+	waitFor(n.control, func(done func()) { s.Destroy(done) })
+	n.work.Unlock()
 }
