@@ -83,6 +83,9 @@ var guestScript []byte
 // Start boots the machine and returns at once. The command's output goes to cfg.Stdout and cfg.Stderr from two
 // goroutines, so they must be safe for that if they are the same. When ctx ends, the machine is killed.
 func Start(ctx context.Context, cfg Config) (*Machine, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("boot a machine: only root may, for virtiofsd shows it every file of this one")
+	}
 	if cfg.MemMiB == 0 {
 		cfg.MemMiB = 4096
 	}
