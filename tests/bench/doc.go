@@ -1,0 +1,40 @@
+// Command bench measures systems × workloads, all in one run, and compares
+// them with the targets of the project. It wants root and a kernel with ublk;
+// "make bench" runs it in the virtual machine. BENCH, or -bench, is a regular
+// expression that selects rows by SYSTEM/WORKLOAD/CHUNK, chunk in KiB, 0 if
+// the system has none.
+//
+// # Systems
+//
+//	raw          the disk itself
+//	loop         the kernel's loop driver over it, direct I/O
+//	filter       ublk-blksnap over it, one queue, default mode, no snapshot
+//	dm-snapshot  device-mapper's snapshot-origin and snapshot
+//	snapshot     ublk-blksnap with a snapshot held
+//
+// Disk and difference storage are two RAM disks (brd). All of both is written
+// beforehand, for a RAM disk allocates its pages on first touch and would be
+// measured in place of the system. The COW device of dm-snapshot is the same
+// RAM disk that ublk-blksnap stores to. It is not persistent (N): that keeps
+// its table in memory, as ublk-blksnap keeps its own in a tmpfs.
+//
+// # Workloads
+//
+// fio, io_uring, direct I/O, and names that say the rest: randread-4k-qd32. On
+// a snapshot each of these begins with a fresh one:
+//
+//	first-randwrite-4k-qd32  16 MiB of 4 KiB writes all over 1 GiB, no block twice
+//	first-write-128k-qd8     256 MiB in a row
+//	second-randwrite-4k-qd32 random writes to the same 256 MiB
+//	image-…-cold             reads of an image of which nothing has been copied
+//	image-…-half             the same after every second 256 KiB, at random, has
+//	                         been overwritten
+//
+// # Figures
+//
+// The systems take turns, and a figure is the median of the turns. spread is
+// (highest - lowest) / median of iops. A ratio is the median of the ratios of
+// neighbours: turn i of one system to turn i of another. cpu_us_per_io is the
+// time that all processors of the machine were not idle, less what starting
+// fio costs, per I/O: it counts the issuer, the kernel and the daemon alike.
+package main
