@@ -1,0 +1,42 @@
+// Package ublk makes block devices whose requests this process serves, through
+// the kernel's ublk driver.
+//
+//	 /dev/ublk-control             /dev/ublkcN               /dev/ublkbN
+//	       ^                            ^                         ^
+//	       │ commands                   │ fetch, commit           │ requests
+//	 Control: 1 thread      queue: 1 thread and ring each     any program
+//	       ^                            │
+//	Add, Recover, Device            Handler.Handle(Request)
+//
+// OpenControl loads the driver and says what is missing. Add makes a device:
+// its parameters come from a Geometry, its requests go to one Handler for each
+// queue, and a queue's thread is a blockdev.Queue on which the handler starts
+// its own operations. Device ends it again. A device made with recovery
+// outlives its process and is taken over by Recover.
+//
+// # Requests
+//
+// A handler is called inline, on the queue's thread, and completes the request
+// there: at once, or from the completion of an operation. Nothing is allocated,
+// locked or handed to another goroutine on the way. Several requests are
+// fetched, and several results given back, in one system call of the loop.
+// Every request is completed exactly once; a second time is a panic, as is a
+// result that the kernel refuses: when the process dies the kernel fails its
+// requests, or keeps them for the next server.
+//
+// # Payloads
+//
+// With ModeCopy the kernel copies a request's payload into or out of the tag's
+// buffer, which is registered with the queue's ring. With ModeZeroCopy it
+// registers the request's own pages there. Either way the payload is a
+// blockdev.Buf with the tag as its index: a handler that only passes it on to
+// operations of its queue need not know which it is. One that looks at the
+// bytes needs ModeCopy.
+//
+// # Threads
+//
+// A queue's thread waits for the kernel without telling the Go scheduler, so
+// GOMAXPROCS is kept above the number of queues as devices come and go. No
+// function of this package may be called on a queue's thread, for most wait
+// for the queues. A process that serves disks calls PrepareProcess first.
+package ublk
