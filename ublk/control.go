@@ -97,17 +97,6 @@ func OpenControl() (*Control, error) {
 	return c, nil
 }
 
-// Load sees to it that the driver is there, loading it if need be. The errors
-// are those of OpenControl. It is for a process that will not find the module
-// later, because it lets go of the mount that has it.
-func Load() error {
-	fd, err := openControlDevice()
-	if err != nil {
-		return err
-	}
-	return unix.Close(fd)
-}
-
 // newControl starts the thread for dev, which is the Control's from then on.
 func newControl(dev int, prep func(*uring.SQE, int, *command)) (*Control, error) {
 	c := &Control{dev: dev, prep: prep, wake: -1, ended: make(chan struct{})}
