@@ -84,6 +84,12 @@ bin/vm: setup
 
 install: build
 	install -D -m 755 bin/ublk-blksnap $(DESTDIR)$(PREFIX)/sbin/ublk-blksnap
+	ln -sf ublk-blksnap $(DESTDIR)$(PREFIX)/sbin/blksnap
+	install -D -m 644 dist/59-ublk-blksnap.rules $(DESTDIR)/etc/udev/rules.d/59-ublk-blksnap.rules
+	install -d $(DESTDIR)/etc/systemd/system
+	sed 's|/usr/local/sbin|$(PREFIX)/sbin|' dist/ublk-blksnap.service >$(DESTDIR)/etc/systemd/system/ublk-blksnap.service
+	@# A configuration that somebody has written stays.
+	[ -e $(DESTDIR)/etc/ublk-blksnap.conf ] || install -D -m 644 dist/ublk-blksnap.conf $(DESTDIR)/etc/ublk-blksnap.conf
 
 clean:
 	rm -rf bin .cache

@@ -55,7 +55,7 @@ func NewDaemon(o Options) (*Daemon, error) {
 		events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 	}
 	d.doing.Store(new(string))
-	for _, dir := range []string{o.Dir.State(), filepath.Join(o.Dir.State(), "cbt"), filepath.Join(o.Dir.State(), "snapshots"), o.Dir.udev()} {
+	for _, dir := range []string{o.Dir.State(), d.cbtDir(), d.snapshotsDir(), o.Dir.udev()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fail(err, "make the state directory")
 		}
@@ -78,7 +78,7 @@ func NewDaemon(o Options) (*Daemon, error) {
 // driverError gives the reasons why no device can be had their codes. The
 // messages say what to do themselves.
 func driverError(err error) error {
-	code := Internal
+	var code Code
 	switch {
 	case errors.Is(err, ublk.ErrNoDriver), errors.Is(err, ublk.ErrTooOld), errors.Is(err, uring.ErrNotSupported):
 		code = Unsupported
@@ -100,12 +100,14 @@ func (d *Daemon) clearAway() {
 		d.o.Log.Warn("cannot look for devices of a dead daemon", "error", err)
 		return
 	}
+	waiting := false
 	for _, i := range left {
 		if _, ours := ublk.IsOurs(i.Tag); !ours {
 			continue
 		}
 		if i.State != ublk.Dead {
 			// Somebody may have it mounted: not ours to throw away.
+			waiting = true
 			d.o.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", i.ID), "state", i.State.String(), "pid", i.PID)
 			continue
 		}
@@ -113,6 +115,27 @@ func (d *Daemon) clearAway() {
 			d.o.Log.Warn("cannot remove the device of a dead daemon", "device", i.ID, "error", err)
 		}
 	}
+	d.clearLinks()
+	if !waiting {
+		// The memory of devices and snapshots that nobody can take over.
+		for _, dir := range []string{d.cbtDir(), d.snapshotsDir()} {
+			entries, _ := os.ReadDir(dir)
+			for _, e := range entries {
+				_ = os.RemoveAll(filepath.Join(dir, e.Name()))
+			}
+		}
+	}
+	notes, _ := os.ReadDir(d.o.Dir.udev())
+	for _, e := range notes {
+		d.forgetNote(e.Name())
+	}
+}
+
+func (d *Daemon) cbtDir() string       { return filepath.Join(d.o.Dir.State(), "cbt") }
+func (d *Daemon) snapshotsDir() string { return filepath.Join(d.o.Dir.State(), "snapshots") }
+
+// clearLinks removes the links to devices that are not there.
+func (d *Daemon) clearLinks() {
 	_ = filepath.WalkDir(linkDir, func(path string, e fs.DirEntry, err error) error {
 		if err == nil && e.Type() == fs.ModeSymlink {
 			if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
@@ -121,10 +144,6 @@ func (d *Daemon) clearAway() {
 		}
 		return nil
 	})
-	notes, _ := os.ReadDir(d.o.Dir.udev())
-	for _, e := range notes {
-		d.forgetNote(e.Name())
-	}
 }
 
 // begin starts a change: it waits for its turn and says what is going on. The

@@ -207,7 +207,7 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 	if v.geo, err = ublk.ReadGeometry(v.disk.Node); err != nil {
 		return err
 	}
-	v.cbtAt = filepath.Join(d.o.Dir.State(), "cbt", r.Name)
+	v.cbtAt = filepath.Join(d.cbtDir(), r.Name)
 	if v.cbt, err = cbtmap.Create(v.cbtAt, v.geo.Size, d.o.Config.CBTParams()); err != nil {
 		return err
 	}
@@ -223,7 +223,7 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 	if err != nil {
 		return err
 	}
-	undo = append(undo, func() { d.removeUblk(v.dev) })
+	undo = append(undo, func() { _ = d.removeUblk(v.dev) })
 
 	l, err := link(r.Name, v.dev.Path)
 	if err != nil {
@@ -255,6 +255,7 @@ func ublkMode(m Mode) ublk.Mode {
 		return ublk.ModeCopy
 	case ModeZeroCopy:
 		return ublk.ModeZeroCopy
+	case ModeAuto:
 	}
 	return ublk.ModeAuto
 }
@@ -353,6 +354,9 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r RemoveRequest) error {
 	defer d.begin("remove %s", r.Device)()
 	v, err := d.find(r.Device)
 	if err != nil {
+		if id, ok := d.orphan(ctx, r.Device); ok {
+			return d.removeOrphan(r, id)
+		}
 		return fail(err, "remove %s", r.Device)
 	}
 	if r.Force {
@@ -367,24 +371,66 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r RemoveRequest) error {
 	return nil
 }
 
+// orphan is the number of the ublk device that ref names, if a dead daemon of
+// ours has left it behind.
+func (d *Daemon) orphan(ctx context.Context, ref string) (id int, ok bool) {
+	x, err := d.host.Lookup(ref)
+	if err != nil {
+		return 0, false
+	}
+	if n, err := fmt.Sscanf(x.Name, "ublkb%d", &id); n != 1 || err != nil {
+		return 0, false
+	}
+	i, err := d.ctl.Info(ctx, id)
+	if err != nil {
+		return 0, false
+	}
+	_, ours := ublk.IsOurs(i.Tag)
+	return id, ours && i.State != ublk.Live
+}
+
+func (d *Daemon) removeOrphan(r RemoveRequest, id int) error {
+	if !r.Force {
+		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "remove " + r.Device + ": left by a daemon that died, its I/O waits",
+			Fix: "let the I/O fail and remove it: ublk-blksnap remove --force " + r.Device}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), stopLimit)
+	defer cancel()
+	if err := d.ctl.DeleteDevice(ctx, id); err != nil {
+		return fail(err, "remove %s", r.Device)
+	}
+	d.clearLinks()
+	d.o.Log.Info("device of a dead daemon removed", "device", r.Device)
+	return nil
+}
+
 // idle says who uses the device, if anybody does.
 func (d *Daemon) idle(v *device) error {
 	if ids := d.holding(v); len(ids) > 0 {
 		return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Name + ": held by snapshot " + ids[0],
 			Fix: "destroy it first: ublk-blksnap snapshot destroy " + ids[0]}
 	}
-	x, err := d.host.ByNumber(v.dev.Num)
-	if err != nil {
-		return nil // no disk any more: nobody can use it
-	}
-	x.Path = v.Path
-	if err := d.host.CheckFree(x); err != nil {
+	if err := d.free(v); err != nil {
 		return err
 	}
 	if who := d.host.Openers(v.dev.Num); len(who) > 0 {
 		return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Path + ": opened by " + who[0].String(), Fix: "end that process first"}
 	}
 	return nil
+}
+
+// free refuses a filter device that is mounted or has a device on it. One whose
+// disk is gone is free.
+func (d *Daemon) free(v *device) error {
+	x, err := d.host.ByNumber(v.dev.Num)
+	if errors.Is(err, disk.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	x.Path = v.Path
+	return d.host.CheckFree(x)
 }
 
 // removeIdle removes a device that nobody uses; needs change.
@@ -397,11 +443,8 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 	for {
 		// Before Linux 7.0 the driver does not know of users that do not claim the
 		// device, such as a loop device over it.
-		if x, err := d.host.ByNumber(v.dev.Num); err == nil {
-			x.Path = v.Path
-			if err := d.host.CheckFree(x); err != nil {
-				return err
-			}
+		if err := d.free(v); err != nil {
+			return err
 		}
 		// Once begun it is not given up half-way.
 		c, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)

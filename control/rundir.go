@@ -91,7 +91,7 @@ func (d RunDir) mountState(bytes int64) error {
 	options := fmt.Sprintf("mode=0700,size=%d", bytes)
 	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC)
 	err = unix.Mount("tmpfs", dir, "tmpfs", flags, options+",noswap")
-	if err == unix.EINVAL {
+	if errors.Is(err, unix.EINVAL) {
 		err = unix.Mount("tmpfs", dir, "tmpfs", flags, options)
 	}
 	if err != nil {

@@ -129,6 +129,7 @@ func httpStatus(c Code) int {
 		return http.StatusRequestTimeout
 	case Unavailable, Interrupted:
 		return http.StatusServiceUnavailable
+	case Internal:
 	}
 	return http.StatusInternalServerError
 }

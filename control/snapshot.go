@@ -155,7 +155,7 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (*snapshot, error)
 	s.live, err = snapimage.NewLive(snapimage.LiveConfig{
 		ID: id, ChunkSize: chunk, PoolSize: pool,
 		Portion:  d.o.Config.DiffStorageMinimum << 9,
-		StateDir: filepath.Join(d.o.Dir.State(), "snapshots"),
+		StateDir: d.snapshotsDir(),
 		Control:  d.loop,
 		OnEvent: func(e diffarea.Event) {
 			select {

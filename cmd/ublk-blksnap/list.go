@@ -60,4 +60,4 @@ func (t *table) row(cells ...any) {
 	}
 }
 
-func (t *table) flush() { t.w.Flush() }
+func (t *table) flush() { _ = t.w.Flush() }

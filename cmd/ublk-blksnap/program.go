@@ -54,7 +54,7 @@ func (p *program) exit(err error) int {
 		if !errors.As(err, &e) {
 			e = &control.Error{Code: control.Invalid, Message: err.Error()}
 		}
-		p.printJSON(p.err, map[string]any{"error": e})
+		_ = p.printJSON(p.err, map[string]any{"error": e})
 		return 1
 	}
 	fmt.Fprintf(p.err, "%s: %s\n", p.name, err)
@@ -211,7 +211,7 @@ func (p *program) printJSON(w io.Writer, v any) error {
 // directory is another: paths become absolute, bare names stay.
 func devicePath(s string) (string, error) {
 	if !strings.Contains(s, "/") {
-		if _, err := os.Lstat(s); err != nil || s == "" {
+		if info, _ := os.Lstat(s); info == nil {
 			return s, nil
 		}
 	}

@@ -210,7 +210,7 @@ func (h *Host) number(path string) (Num, error) {
 		}
 	}
 	switch {
-	case err == unix.ENOENT || err == unix.ENOTDIR:
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
 		return Num{}, &Error{ErrNotFound, path, "no such device", ""}
 	case err != nil:
 		return Num{}, &Error{ErrNotFound, path, err.Error(), ""}

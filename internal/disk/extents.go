@@ -45,7 +45,7 @@ func (h *Host) Extents(f *os.File) (*Disk, []Extent, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, nil, fmt.Errorf("look at %s: %w", f.Name(), err)
 	}
-	d, err := h.byNumber(numOf(uint64(st.Dev)))
+	d, err := h.byNumber(numOf(st.Dev))
 	if err != nil {
 		return nil, nil, unknown("its filesystem is not on one disk")
 	}

@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"errors"
 	"path/filepath"
 	"strings"
 
@@ -74,7 +75,7 @@ func (h *Host) wholeOf(d *Disk) Num {
 
 func (w *walk) path(path string) (bool, error) {
 	st, err := w.statPath(path)
-	if err == unix.ENOENT {
+	if errors.Is(err, unix.ENOENT) {
 		// A backing file that was unlinked: its directory is on the same
 		// filesystem.
 		path = filepath.Dir(path)

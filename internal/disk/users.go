@@ -2,6 +2,7 @@ package disk
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -124,22 +125,21 @@ func (h *Host) OpenExclusive(d *Disk) (*os.File, error) {
 	f, err := os.OpenFile(d.Node, os.O_RDWR|unix.O_DIRECT|unix.O_EXCL|unix.O_CLOEXEC, 0)
 	if err == nil {
 		var st unix.Stat_t
-		if err := unix.Fstat(int(f.Fd()), &st); err != nil || numOf(uint64(st.Rdev)) != d.Num {
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil || numOf(st.Rdev) != d.Num {
 			f.Close()
 			return nil, &Error{ErrNotFound, d.Path, fmt.Sprintf("%s is not device %s any more", d.Node, d.Num), ""}
 		}
 		return f, nil
 	}
-	pe := err.(*os.PathError)
-	switch pe.Err {
-	case unix.EBUSY:
+	switch {
+	case errors.Is(err, unix.EBUSY):
 		return nil, h.busy(d)
-	case unix.EROFS, unix.EACCES:
-		return nil, &Error{ErrReadOnly, d.Path, "cannot be opened for writing: " + pe.Err.Error(), ""}
-	case unix.ENXIO, unix.ENODEV, unix.ENOENT:
+	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES):
+		return nil, &Error{ErrReadOnly, d.Path, "cannot be opened for writing", ""}
+	case errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENOENT):
 		return nil, &Error{ErrNotFound, d.Path, "no such device", ""}
 	}
-	return nil, &Error{pe.Err, d.Path, "open: " + pe.Err.Error(), ""}
+	return nil, &Error{err, d.Path, err.Error(), ""}
 }
 
 // busy explains EBUSY as well as it can.
@@ -190,7 +190,7 @@ func (h *Host) Openers(n Num) []Process {
 				continue
 			}
 			var st unix.Stat_t
-			if unix.Stat(link, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && numOf(uint64(st.Rdev)) == n {
+			if unix.Stat(link, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && numOf(st.Rdev) == n {
 				out = append(out, Process{pid, text(filepath.Join(dir, "comm"))})
 				break
 			}

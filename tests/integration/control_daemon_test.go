@@ -247,6 +247,11 @@ func TestKilled(t *testing.T) {
 	if left := ublkDevices(); len(left) > 0 {
 		t.Errorf("devices of the dead daemon: %v", left)
 	}
+	for _, kind := range []string{"cbt", "snapshots"} {
+		if left, err := os.ReadDir(filepath.Join(d.dir.State(), kind)); err != nil || len(left) > 0 {
+			t.Errorf("state of the dead daemon: %v, %v", left, err)
+		}
+	}
 	for _, disk := range disks {
 		again, err := d.AddDevice(ctx(t), control.AddRequest{Path: disk})
 		if err != nil {
@@ -264,6 +269,76 @@ func TestKilled(t *testing.T) {
 		t.Error(err)
 	}
 	run(t, "e2fsck", "-p", disks[0])
+}
+
+// TestOrphan: a device with recovery outlives its daemon, its I/O waiting. The
+// next daemon throws it away only when told to; then the I/O fails.
+func TestOrphan(t *testing.T) {
+	needVM(t)
+	disk := ramDisks(t, 1, 64<<20)[0]
+	d := startDaemon(t)
+	yes := true
+	dev := d.add(disk, func(r *control.AddRequest) { r.Recovery = &yes })
+	if !dev.Recovery {
+		t.Fatal("no recovery")
+	}
+	ext4FS.make(t, dev.Link)
+	dir := mount(t, dev.Link, "errors=continue")
+	if err := unix.Kill(d.pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if !d.ended(30 * time.Second) {
+		t.Fatal("the process does not end")
+	}
+	written := make(chan error, 1)
+	go func() {
+		f, err := os.OpenFile(dev.Path, os.O_RDWR|unix.O_DSYNC, 0)
+		if err == nil {
+			_, err = f.WriteAt(make([]byte, 4096), 32<<20)
+			f.Close()
+		}
+		written <- err
+	}()
+	next := exec.Command(program(t), "daemon", "--run-dir", string(d.dir))
+	next.Stdout, next.Stderr = os.Stdout, os.Stderr
+	if err := next.Start(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the next daemon", func() bool { _, err := d.Info(ctx(t)); return err == nil })
+	d.refused([]string{"left by a daemon that died", "remove --force " + dev.Path}, "remove", dev.Path)
+	select {
+	case err := <-written:
+		t.Fatalf("the write did not wait: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	if a := d.call("ublk-blksnap", "remove", "--force", dev.Path); a.status != 0 {
+		t.Errorf("%+v", a)
+	}
+	select {
+	case err := <-written:
+		if err == nil {
+			t.Error("a write succeeded without a daemon")
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("the write hangs")
+	}
+	if _, err := try("umount", dir); err != nil {
+		t.Error(err)
+	}
+	waitFor(t, "the end of the device", func() bool { return len(ublkDevices()) == 0 })
+	again, err := d.AddDevice(ctx(t), control.AddRequest{Path: disk})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.RemoveDevice(ctx(t), control.RemoveRequest{Device: again.Name}); err != nil {
+		t.Error(err)
+	}
+	if err := next.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Wait(); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestRemovedByForce: the users of a filter get errors, those of its images too,
