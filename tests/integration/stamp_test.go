@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -677,4 +678,22 @@ func TestRandomPlaces(t *testing.T) {
 			t.Errorf("sector %d is never written", i)
 		}
 	}
+}
+
+func newRand(seed int64) *rand.Rand { return rand.New(rand.NewSource(seed)) }
+
+func le64(p []byte) uint64 { return binary.LittleEndian.Uint64(p) }
+
+// digest is the checksum of all of a disk.
+func digest(t testing.TB, path string) [32]byte {
+	t.Helper()
+	h := sha256.New()
+	err := scan(path, sizeOf(t, path), func(p []byte, _ int64) error {
+		h.Write(p)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return [32]byte(h.Sum(nil))
 }

@@ -1,0 +1,755 @@
+package integration
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// Difference storage: where it may lie, how it ends, and what is left of it.
+
+// corrupted waits until the snapshot is broken and returns the kinds of the
+// events that told of it, in order.
+func (d *daemon) corrupted(id string) (kinds []string, last control.Event) {
+	d.t.Helper()
+	for {
+		e, err := d.WaitEvent(ctx(d.t), control.WaitRequest{ID: id, Timeout: time.Minute})
+		if err != nil {
+			d.t.Fatalf("after the events %q: %v", kinds, err)
+		}
+		kinds = append(kinds, e.Kind)
+		if e.Kind == control.EventCorrupted {
+			return kinds, e
+		}
+	}
+}
+
+// TestOverflow is I5: the storage comes to its end, or breaks, while writers go
+// on. The snapshot breaks aloud; the original has no part in it.
+func TestOverflow(t *testing.T) {
+	needVM(t)
+	const size = 24 << 20
+	ram := ramDisks(t, 2, size)
+	run(t, "modprobe", "dm-mod")
+	store := linear(t, ram[1])
+	for _, c := range []struct {
+		name    string
+		storage func(t *testing.T) control.Storage
+		breaks  func(t *testing.T) // after the take
+		errno   unix.Errno
+		events  []string // after low_free_space, which a fast writer may outrun
+	}{
+		{
+			name:    "limit",
+			storage: func(t *testing.T) control.Storage { return control.Storage{Path: "/dev/shm", Limit: 6 << 20} },
+			errno:   unix.ENOSPC,
+			events:  []string{control.EventNoSpace, control.EventCorrupted},
+		}, {
+			name: "full filesystem",
+			storage: func(t *testing.T) control.Storage {
+				return control.Storage{Path: filepath.Join(smallFS(t, 6<<20), "differences")}
+			},
+			errno:  unix.ENOSPC,
+			events: []string{control.EventNoSpace, control.EventCorrupted},
+		}, {
+			name:    "full device",
+			storage: func(t *testing.T) control.Storage { return control.Storage{Path: loopDisk(t, 6<<20, 512)} },
+			errno:   unix.ENOSPC,
+			events:  []string{control.EventNoSpace, control.EventCorrupted},
+		}, {
+			name:    "storage error",
+			storage: func(t *testing.T) control.Storage { return control.Storage{Path: dmDisk(t, "store", store)} },
+			breaks:  func(t *testing.T) { reload(t, "store", fmt.Sprintf("0 %d error", size>>9)) },
+			errno:   unix.EIO,
+			events:  []string{control.EventCorrupted},
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			storage := c.storage(t)
+			d := startDaemon(t)
+			queues := queueCounts()
+			dev := d.add(ram[0], with(queues[len(queues)-1], 32))
+			w := newWorld(size)
+			if err := w.fill(dev.Path); err != nil {
+				t.Fatal(err)
+			}
+			stop := w.writers(t, 6, mix{writers: 4, zeroes: true}, dev.Path)
+			s := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10, Storage: []control.Storage{storage}})
+			s = d.taken(s.ID)
+			if c.breaks != nil {
+				c.breaks(t)
+			}
+			kinds, last := d.corrupted(s.ID)
+			if kinds[0] == control.EventLowFreeSpace {
+				kinds = kinds[1:]
+			}
+			if !slices.Equal(kinds, c.events) {
+				t.Errorf("events %q, want %q", kinds, c.events)
+			}
+			if last.Device != dev.OriginalNumber || last.Errno != -int(c.errno) {
+				t.Errorf("event %+v, want device %s, error %d", last, dev.OriginalNumber, -int(c.errno))
+			}
+			image := s.Images[0].Path
+			err := scan(image, 1<<20, func([]byte, int64) error { return nil })
+			if !errors.Is(err, unix.EIO) {
+				t.Errorf("read of the image: %v", err)
+			}
+			f := openDirect(t, image, unix.O_RDWR)
+			if err := f.write(ublkPages(t, 4096), 0); !errors.Is(err, unix.EIO) {
+				t.Errorf("write to the image: %v", err)
+			}
+			f.close()
+			s = d.snapshot(s.ID)
+			if s.State != control.SnapshotCorrupted || s.Errno != -int(c.errno) || s.Images[0].Errno != -int(c.errno) {
+				t.Errorf("I5: snapshot %+v", s)
+			}
+			if a := d.call("blksnap", "snapshot_info", "-d", dev.Path, "-f", "error_code"); a.out != fmt.Sprintf("%d\n", -int(c.errno)) {
+				t.Errorf("snapshot_info: %+v", a)
+			}
+			// The original goes on.
+			n := w.writes.Load()
+			for end := time.Now().Add(20 * time.Second); w.writes.Load() < n+50 && time.Now().Before(end); {
+				time.Sleep(20 * time.Millisecond)
+			}
+			if w.writes.Load() < n+50 {
+				t.Error("I5: writes to the original do not go on")
+			}
+			// A new one works at once, beside the broken one.
+			win := w.open()
+			next := d.take(16<<10, dev)
+			win.close()
+			d.destroy(s.ID)
+			if err := win.check(next.Images[0].Path); err != nil {
+				t.Errorf("I1, next snapshot: %v", err)
+			}
+			d.destroy(next.ID)
+			if err := stop(); err != nil {
+				t.Errorf("I5: a writer noticed: %v", err)
+			}
+			d.remove(dev)
+			if err := w.same(ram[0]); err != nil {
+				t.Errorf("I2: %v", err)
+			}
+		})
+	}
+}
+
+// TestAppendStorage appends storage to a snapshot that is running out of it:
+// the overflow that was near does not come.
+func TestAppendStorage(t *testing.T) {
+	needVM(t)
+	const size = 16 << 20
+	disk := ramDisks(t, 1, size)[0]
+	d := startDaemon(t, "diff_storage_minimum=4096") // 2 MiB
+	dev := d.add(disk)
+	w := newWorld(size)
+	if err := w.fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 64 << 10, Storage: []control.Storage{{Path: "/dev/shm", Limit: 4 << 20}}})
+	win := w.open()
+	s = d.taken(s.ID)
+	win.close()
+
+	f := openDirect(t, dev.Path, unix.O_RDWR)
+	buf := ublkPages(t, 64<<10)
+	pos := int64(0)
+	writeUntil := func(end int64) {
+		t.Helper()
+		for ; pos < end; pos += int64(len(buf)) {
+			x := w.disks[0].begin(pos/sectorSize, (pos+int64(len(buf)))/sectorSize, false)
+			stamp(buf, x.v, 0, pos/sectorSize)
+			if err := f.write(buf, pos); err != nil {
+				t.Fatal(err)
+			}
+			x.done()
+		}
+	}
+	for {
+		if pos == 4<<20 {
+			t.Fatal("storage is full, and nobody said that it was getting low")
+		}
+		writeUntil(pos + int64(len(buf)))
+		e, err := d.WaitEvent(ctx(t), control.WaitRequest{ID: s.ID, Timeout: 100 * time.Millisecond})
+		if err == nil {
+			if e.Kind != control.EventLowFreeSpace || e.Sectors <= 0 {
+				t.Fatalf("event %+v", e)
+			}
+			break
+		}
+		if control.CodeOf(err) != control.Timeout {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("low after %d KiB of 4096", pos>>10)
+	file := filepath.Join(t.TempDir(), "more")
+	got, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: file}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(got.Storage) != 2 || got.Usage.Capacity <= 4<<20 {
+		t.Errorf("after appending: %+v", got)
+	}
+	writeUntil(size)
+	if s = d.snapshot(s.ID); s.Errno != 0 || s.State != control.SnapshotTaken || s.Usage.Copied != size {
+		t.Errorf("after all was written: %+v", s)
+	}
+	if err := win.check(s.Images[0].Path); err != nil {
+		t.Errorf("I1: %v", err)
+	}
+	if e, err := d.WaitEvent(ctx(t), control.WaitRequest{ID: s.ID}); err == nil {
+		t.Errorf("event %+v", e)
+	}
+	f.close()
+	d.destroy(s.ID)
+	if _, err := os.Stat(file); err == nil {
+		t.Error("the storage is left")
+	}
+	d.remove(dev)
+}
+
+// TestStorageOnItself: storage that lies on a filtered device, in whatever way,
+// is refused, and nothing is left of the attempt.
+func TestStorageOnItself(t *testing.T) {
+	needVM(t)
+	disks := ramDisks(t, 2, 160<<20)
+	run(t, "modprobe", "dm-mod")
+	run(t, "modprobe", "loop")
+	d := startDaemon(t)
+	direct := d.add(disks[0])
+	stacked := d.add(disks[1])
+	dm := dmDisk(t, "over", linear(t, stacked.Path))
+	ext4FS.make(t, direct.Link)
+	ext4FS.make(t, dm)
+	dir, dmDir := mount(t, direct.Link), mount(t, dm)
+	// A loop device over a file on it, and a filesystem on the loop device.
+	file := sparseFile(t, dir, 80<<20)
+	loop := loopOver(t, file, 512)
+	ext4FS.make(t, loop)
+	loopDir := mount(t, loop)
+	// The same through an overlay.
+	upper, work := filepath.Join(dir, "upper"), filepath.Join(dir, "work")
+	if err := errors.Join(os.Mkdir(upper, 0o755), os.Mkdir(work, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	overlay := t.TempDir()
+	run(t, "mount", "-t", "overlay", "-o", "lowerdir=/usr/share,upperdir="+upper+",workdir="+work, "over", overlay)
+	t.Cleanup(func() { run(t, "umount", overlay) })
+	// A symbolic link and a bind mount.
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	bind := t.TempDir()
+	run(t, "mount", "--bind", dir, bind)
+	t.Cleanup(func() { run(t, "umount", bind) })
+
+	for _, c := range []struct{ what, path string }{
+		{"the original", disks[0]},
+		{"the filter device", direct.Path},
+		{"its link", direct.Link},
+		{"a directory", dir},
+		{"a new file", filepath.Join(dir, "new")},
+		{"a link to it", link},
+		{"a bind mount of it", bind},
+		{"an overlay", overlay},
+		{"a dm device over it", dm},
+		{"a filesystem on a dm device over it", dmDir},
+		{"a loop device over a file on it", loop},
+		{"a filesystem on a loop device over a file on it", filepath.Join(loopDir, "new")},
+	} {
+		_, err := d.CreateSnapshot(ctx(t), control.CreateRequest{Devices: []string{direct.Name, stacked.Name}, Storage: []control.Storage{{Path: c.path}}})
+		if err == nil {
+			t.Errorf("%s: not refused", c.what)
+			for _, id := range snapshotIDs(t, d) {
+				d.destroy(id)
+			}
+			continue
+		}
+		if control.CodeOf(err) != control.Busy || !strings.Contains(err.Error(), "lies on /dev/ram") {
+			t.Errorf("%s: %v", c.what, err)
+		}
+		// Not even of one that has only the other device.
+		s := d.create(control.CreateRequest{Devices: []string{stacked.Name}})
+		_, err = d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: c.path}})
+		want(t, err, control.Busy, c.path, "lies on /dev/ram")
+		d.destroy(s.ID)
+	}
+	if ids := snapshotIDs(t, d); len(ids) > 0 {
+		t.Errorf("snapshots %v are left", ids)
+	}
+	for _, p := range []string{filepath.Join(dir, "new"), filepath.Join(loopDir, "new")} {
+		if _, err := os.Stat(p); err == nil {
+			t.Errorf("%s is left", p)
+		}
+	}
+	// The other way round: what is in use as storage can not be added.
+	free := loopDisk(t, 16<<20, 512)
+	s := d.create(control.CreateRequest{Devices: []string{direct.Name}, Storage: []control.Storage{{Path: free}}})
+	_, err := d.AddDevice(ctx(t), control.AddRequest{Path: free})
+	want(t, err, control.Busy, free)
+	_, err = d.AddToSnapshot(ctx(t), control.SnapshotDeviceRequest{ID: s.ID, Device: free, Attach: true})
+	want(t, err, control.Busy, free)
+	d.destroy(s.ID)
+	d.remove(d.add(free))
+
+	for _, dir := range []string{loopDir, dmDir} {
+		umount(t, dir)
+	}
+}
+
+// TestTrim is the trim of a whole filesystem while a snapshot is held: it
+// neither copies nor overflows, and the image stays right.
+func TestTrim(t *testing.T) {
+	needVM(t)
+	disk := loopDisk(t, 128<<20, 512)
+	d := startDaemon(t)
+	dev := d.add(disk)
+	ext4FS.make(t, dev.Link)
+	dir := mount(t, dev.Link)
+	sums := someFiles(t, dir, 1)
+	big := filepath.Join(dir, "big")
+	if err := os.WriteFile(big, bytes.Repeat([]byte("data"), 8<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 4 << 10, Storage: []control.Storage{{Path: "/dev/shm", Limit: 8 << 20}}})
+	s = d.taken(s.ID)
+	image := s.Images[0].Path
+	was := digest(t, image)
+	if err := os.Remove(big); err != nil {
+		t.Fatal(err)
+	}
+	unix.Sync()
+	before := d.snapshot(s.ID).Usage.Copied
+	out := run(t, "fstrim", "-v", dir)
+	unix.Sync()
+	after := d.snapshot(s.ID)
+	// The filesystem writes a little of its own.
+	if after.Errno != 0 || after.Usage.Copied-before > 1<<20 {
+		t.Errorf("the trim (%s) copied %d bytes: %+v", strings.TrimSpace(out), after.Usage.Copied-before, after)
+	}
+	if got := digest(t, image); got != was {
+		t.Error("I1: the image has changed")
+	}
+	st, err := d.DeviceStatus(ctx(t), dev.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := st.Operations[control.OpDiscard].Bytes; n < 64<<20 || st.DiscardsSkipped < 32<<20 {
+		t.Errorf("%d bytes discarded, %d not passed on", n, st.DiscardsSkipped)
+	}
+	at := mount(t, image)
+	if p, err := os.ReadFile(filepath.Join(at, "big")); err != nil || !bytes.Equal(p, bytes.Repeat([]byte("data"), 8<<20)) {
+		t.Errorf("the removed file in the image: %d bytes, %v", len(p), err)
+	}
+	umount(t, at)
+	d.destroy(s.ID)
+
+	// Without a snapshot the trim reaches the original. Until it is mounted anew
+	// ext4 thinks that it has been trimmed.
+	umount(t, dir)
+	dir = mount(t, dev.Link)
+	allocated := blocksOf(t, disk)
+	run(t, "fstrim", "-v", dir)
+	if now := blocksOf(t, disk); now > allocated-16<<20 {
+		t.Errorf("%d bytes are allocated after the trim, %d before", now, allocated)
+	}
+	dropCaches(t)
+	sameFiles(t, filepath.Join(dir, "set1"), below("set1", sums))
+	umount(t, dir)
+	ext4FS.clean(t, dev.Link)
+	d.remove(dev)
+}
+
+// blocksOf is how many bytes the file below a loop device occupies.
+func blocksOf(t testing.TB, loop string) int64 {
+	t.Helper()
+	b, err := os.ReadFile("/sys/block/" + filepath.Base(loop) + "/loop/backing_file")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(strings.TrimSpace(string(b)), &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
+}
+
+// TestDiscardHeld discards pieces of the original in random order while it is
+// held, between writes: the image does not change.
+func TestDiscardHeld(t *testing.T) {
+	needVM(t)
+	const size = 16 << 20
+	disk := loopDisk(t, size, 512)
+	d := startDaemon(t)
+	dev := d.add(disk)
+	w := newWorld(size)
+	if err := w.fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	win := w.open()
+	a, b := d.take(4<<10, dev), d.take(64<<10, dev)
+	win.close()
+	f := openDirect(t, dev.Path, unix.O_RDWR)
+	r := &randomWriter{d: newWorld(size).disks[0], m: mix{block: sectorSize, writers: 1, largest: maxWrite}, rnd: newRand(9)}
+	buf := ublkPages(t, maxWrite)
+	for range 400 {
+		from, to := r.place()
+		var err error
+		if r.rnd.Intn(2) == 0 {
+			err = ioctlRange(f.fd, unix.BLKDISCARD, from*sectorSize, (to-from)*sectorSize)
+		} else {
+			stamp(buf[:(to-from)*sectorSize], 1<<40, 0, from)
+			err = f.write(buf[:(to-from)*sectorSize], from*sectorSize)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := ioctlRange(f.fd, unix.BLKDISCARD, 0, size); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []control.Snapshot{a, b} {
+		if err := win.check(s.Images[0].Path); err != nil {
+			t.Errorf("I1, chunks of %d: %v", s.ChunkSize, err)
+		}
+		d.destroy(s.ID)
+	}
+	// All of it counts as changed.
+	d.destroy(d.take(0, dev).ID)
+	m, err := d.CBTMap(ctx(t), dev.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if i := slices.Index(m, 0); i >= 0 {
+		t.Errorf("I3: block %d, which was discarded, is not marked", i)
+	}
+	f.close()
+	d.remove(dev)
+}
+
+// TestNothingToRead is I10: after its destruction nothing of a snapshot's data
+// can be read from where it lay.
+func TestNothingToRead(t *testing.T) {
+	needVM(t)
+	const size = 8 << 20
+	ram := ramDisks(t, 2, size)
+	noDiscard := scsiDisk(t, 8, 512)
+	d := startDaemon(t)
+	dev := d.add(ram[0])
+	w := newWorld(size)
+	file := filepath.Join(t.TempDir(), "differences")
+	for _, path := range []string{file, "/dev/shm", ram[1], noDiscard} {
+		t.Run(filepath.Base(path), func(t *testing.T) {
+			d := d.in(t)
+			if err := w.fill(dev.Path); err != nil {
+				t.Fatal(err)
+			}
+			s := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 64 << 10, Storage: []control.Storage{{Path: path}}})
+			s = d.taken(s.ID)
+			if err := w.fill(dev.Path); err != nil {
+				t.Fatal(err)
+			}
+			for end := time.Now().Add(20 * time.Second); d.snapshot(s.ID).Usage.Stored < 4<<20; time.Sleep(20 * time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatalf("nothing is stored: %+v", d.snapshot(s.ID).Usage)
+				}
+			}
+			// Everything the daemon keeps data in, by its own files: also those
+			// that have no name.
+			all := d.dataFiles(t)
+			found := 0
+			for _, f := range all {
+				if stamps(t, f) == 0 {
+					continue
+				}
+				found++
+				if st, err := f.Stat(); err == nil && st.Mode().IsRegular() && st.Mode().Perm()&0o077 != 0 {
+					t.Errorf("%s can be read by others: %v", f.Name(), st.Mode())
+				}
+			}
+			if found == 0 {
+				t.Fatalf("no data found in %v: the test does not see it", all)
+			}
+			d.destroy(s.ID)
+			unix.Sync()
+			for _, f := range all {
+				if n := stamps(t, f); n > 0 {
+					t.Errorf("I10: %d sectors of old data in %s", n, f.Name())
+				}
+			}
+			if path == file {
+				if _, err := os.Stat(file); err == nil {
+					t.Error("I10: the file is left")
+				}
+			}
+			if found := grepState(t, string(d.dir.State())); found != "" {
+				t.Errorf("I10: old data in %s", found)
+			}
+		})
+	}
+	d.remove(dev)
+}
+
+// dataFiles opens the regular files and block devices that the daemon has open
+// or mapped, but for the originals and the filters.
+func (d *daemon) dataFiles(t *testing.T) []*os.File {
+	t.Helper()
+	devs, err := d.Devices(ctx(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []*os.File
+	seen := map[[2]uint64]bool{}
+	for _, dir := range []string{"fd", "map_files"} {
+		paths, _ := filepath.Glob(fmt.Sprintf("/proc/%d/%s/*", d.pid, dir))
+		for _, p := range paths {
+			var st unix.Stat_t
+			if unix.Stat(p, &st) != nil {
+				continue
+			}
+			kind := st.Mode & unix.S_IFMT
+			if kind != unix.S_IFREG && kind != unix.S_IFBLK || seen[[2]uint64{st.Dev, st.Ino}] {
+				continue
+			}
+			seen[[2]uint64{st.Dev, st.Ino}] = true
+			number := fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+			if kind == unix.S_IFBLK && slices.ContainsFunc(devs, func(x control.Device) bool { return x.OriginalNumber == number || x.Number == number }) {
+				continue
+			}
+			f, err := os.Open(p)
+			if err != nil {
+				continue
+			}
+			t.Cleanup(func() { f.Close() })
+			out = append(out, f)
+		}
+	}
+	return out
+}
+
+// stamps counts the stamped sectors of disk 0 in a file.
+func stamps(t *testing.T, f *os.File) int {
+	t.Helper()
+	// What the page cache has of a disk may be old.
+	_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+	n := 0
+	buf := make([]byte, 1<<20)
+	for off := int64(0); ; off += int64(len(buf)) {
+		got, err := f.ReadAt(buf, off)
+		for p := buf[:got&^511]; len(p) > 0; p = p[512:] {
+			// A stamp says itself where it belongs.
+			at := int64(le64(p[8:]))
+			if at>>48 == 1 {
+				if v, ok := stampOf(p[:512], 0, at&(1<<48-1)); ok && v != zeroes {
+					n++
+				}
+			}
+		}
+		if err != nil || got == 0 {
+			return n
+		}
+	}
+}
+
+// grepState is the first file below dir with stamps in it.
+func grepState(t *testing.T, dir string) string {
+	found := ""
+	_ = filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+		if err == nil && e.Type().IsRegular() {
+			if f, err := os.Open(path); err == nil {
+				if stamps(t, f) > 0 {
+					found = path
+				}
+				f.Close()
+			}
+		}
+		return nil
+	})
+	return found
+}
+
+// TestDestroyBusy destroys snapshots whose images are open, mounted and under
+// I/O: their users get errors, nothing hangs, nothing is left, and the original
+// does not notice.
+func TestDestroyBusy(t *testing.T) {
+	needVM(t)
+	disk := ramDisks(t, 1, 128<<20)[0]
+	d := startDaemon(t)
+	dev := d.add(disk)
+	ext4FS.make(t, dev.Link)
+	dir := mount(t, dev.Link)
+	sums := someFiles(t, dir, 1)
+	round := func() {
+		stop := busyFiles(t, dir)
+		defer stop()
+		opened, mounted, written := d.take(16<<10, dev), d.take(64<<10, dev), d.take(64<<10, dev)
+
+		f := openDirect(t, opened.Images[0].Path, unix.O_RDWR)
+		buf := ublkPages(t, 4096)
+		if err := f.read(buf, 0); err != nil {
+			t.Fatal(err)
+		}
+		at := mount(t, mounted.Images[0].Path)
+		fileEnd := make(chan error, 1)
+		go func() {
+			// Writes to the mounted image until that fails.
+			p := make([]byte, 64<<10)
+			for i := 0; ; i++ {
+				g, err := os.Create(filepath.Join(at, fmt.Sprintf("new%d", i%8)))
+				if err == nil {
+					_, err = g.Write(p)
+				}
+				if err == nil {
+					err = g.Sync()
+				}
+				g.Close()
+				if err != nil {
+					fileEnd <- err
+					return
+				}
+			}
+		}()
+		ioCtx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		fioEnd := make(chan string, 1)
+		go func() {
+			out, err := try("timeout", "50", "fio", "--name=image", "--filename="+written.Images[0].Path, "--ioengine=libaio", "--direct=1",
+				"--rw=randrw", "--bs=4k", "--iodepth=16", "--time_based", "--runtime=40")
+			if err == nil {
+				out = ""
+			}
+			fioEnd <- out
+		}()
+		time.Sleep(700 * time.Millisecond)
+		began := time.Now()
+		for _, s := range []control.Snapshot{written, mounted, opened} {
+			d.destroy(s.ID)
+		}
+		if took := time.Since(began); took > 20*time.Second {
+			t.Errorf("destroying took %v", took)
+		}
+		select {
+		case err := <-fileEnd:
+			if !errors.Is(err, unix.EIO) && !errors.Is(err, unix.EROFS) {
+				t.Errorf("the writer on the mounted image got %v", err)
+			}
+		case <-ioCtx.Done():
+			t.Fatal("the writer on the mounted image hangs")
+		}
+		if out := <-fioEnd; !strings.Contains(out, "error") {
+			t.Errorf("fio on the image: %q", out)
+		}
+		if err := f.read(buf, 0); err == nil {
+			t.Error("an image that is gone can be read")
+		}
+		f.close()
+		umount(t, at)
+		for _, s := range []control.Snapshot{opened, mounted, written} {
+			if _, err := os.Stat(s.Images[0].Link); err == nil {
+				t.Errorf("%s is left", s.Images[0].Link)
+			}
+		}
+	}
+	round()
+	before := d.held()
+	round()
+	d.settled(before, 6)
+	dropCaches(t)
+	sameFiles(t, filepath.Join(dir, "set1"), below("set1", sums))
+	umount(t, dir)
+	ext4FS.clean(t, dev.Link)
+	d.remove(dev)
+	ext4FS.clean(t, disk)
+}
+
+// TestCopyError has the original fail to read what a snapshot needs: that
+// breaks the snapshot (I5), and the write that needed it goes on.
+func TestCopyError(t *testing.T) {
+	needVM(t)
+	const size = 8 << 20
+	ram := ramDisks(t, 1, size)[0]
+	run(t, "modprobe", "dm-flakey")
+	disk := dmDisk(t, "readerrors", linear(t, ram))
+	d := startDaemon(t)
+	dev := d.add(disk)
+	w := newWorld(size)
+	if err := w.fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	s := d.take(64<<10, dev)
+	reload(t, "readerrors", fmt.Sprintf("0 %d flakey %s 0 0 100 1 error_reads", size>>9, ram))
+	if err := w.fill(dev.Path); err != nil {
+		t.Errorf("I5: a write fails with the copy: %v", err)
+	}
+	kinds, last := d.corrupted(s.ID)
+	if len(kinds) != 1 || last.Errno != -int(unix.EIO) {
+		t.Errorf("events %q, the last %+v", kinds, last)
+	}
+	reload(t, "readerrors", linear(t, ram))
+	err := scan(s.Images[0].Path, size, func([]byte, int64) error { return nil })
+	if !errors.Is(err, unix.EIO) {
+		t.Errorf("read of the image: %v", err)
+	}
+	d.destroy(s.ID)
+	d.remove(dev)
+	if err := w.same(ram); err != nil {
+		t.Errorf("I2: %v", err)
+	}
+}
+
+// TestLargeDevice is I9 for tables: a snapshot of a device of 1 TiB needs little
+// memory before anything is written.
+func TestLargeDevice(t *testing.T) {
+	needVM(t)
+	disk := loopDisk(t, 1<<40, 512)
+	d := startDaemon(t, "diff_buffer_pool_size=64M", "state_size=1G")
+	dev := d.add(disk)
+	f := openDirect(t, dev.Path, unix.O_RDWR)
+	buf := ublkPages(t, 1<<20)
+	stamp(buf, 1, 0, 0)
+	for _, at := range []int64{0, 1<<39 - 4096, 1<<40 - 1<<20} {
+		if err := f.write(buf, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := d.take(0, dev)
+	memory := d.memory()
+	t.Logf("%d MiB resident, chunks of %d KiB", memory>>20, s.ChunkSize>>10)
+	if memory > 200<<20 {
+		t.Errorf("I9: %d bytes of memory", memory)
+	}
+	image := openDirect(t, s.Images[0].Path, unix.O_RDONLY)
+	clear(buf)
+	for _, at := range []int64{0, 1<<39 - 4096, 1<<40 - 1<<20} {
+		if err := f.write(buf, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, at := range []int64{0, 1<<39 - 4096, 1<<40 - 1<<20} {
+		if err := image.read(buf, at); err != nil {
+			t.Fatal(err)
+		}
+		for i := range int64(len(buf) / sectorSize) {
+			if v, ok := stampOf(buf[i*sectorSize:][:sectorSize], 0, i); v != 1 || !ok {
+				t.Fatalf("I1: image at %d, sector %d: version %d", at, i, v)
+			}
+		}
+	}
+	f.close()
+	image.close()
+	d.destroy(s.ID)
+	d.remove(dev)
+}
