@@ -3,7 +3,7 @@
 #   make demo                          the whole story, on this machine if its kernel has ublk, else in a virtual one
 #   make test                          everything below that tests, on both kernels; what CI runs
 #   make check                         format, vet, lint, unit tests with and without the race detector: no machine
-#   make integration [KERNEL=] [RUN=]  the tests that need ublk, or those that match RUN
+#   make integration [KERNEL=] [RUN=] [BUILD=giouring]  the tests that need ublk, or those that match RUN
 #   make sim [SEEDS=] [MINUTES=]       the simulator
 #   make bench [JSON=out.json] [BENCH=pattern] [KERNEL=]    figures, of both kernels unless one is named
 #   make vm CMD='…' [KERNEL=]          one command in the machine: its output and nothing else
@@ -39,6 +39,7 @@ test: check bin/vm
 	VM_TEST=1 go test -count=1 ./tests/vm/...
 	$(MAKE) integration KERNEL=6.12
 	$(MAKE) integration KERNEL=newest
+	$(MAKE) integration KERNEL=newest BUILD=giouring RUN=Ublk
 
 check: setup lint
 	go test ./...
@@ -57,8 +58,8 @@ $(LINT): | setup
 	mv .cache/bin/golangci-lint $@
 
 integration: build bin/vm
-	CGO_ENABLED=0 go test -c -o .cache/test/integration.test ./tests/integration
-	bin/vm -no-skips 'cd tests/integration && exec ../../.cache/test/integration.test -test.v -test.timeout 19m -test.run "$(RUN)"'
+	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o .cache/test/integration.test ./tests/integration
+	bin/vm -no-skips -timeout 30m 'cd tests/integration && exec ../../.cache/test/integration.test -test.v -test.timeout 29m -test.run "$(RUN)"'
 
 sim: setup-go
 	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test -tags mutation ./tests/sim -v -count=1 -timeout 0
