@@ -29,8 +29,9 @@ type Daemon struct {
 	events  *eventLog
 	doing   atomic.Pointer[string]
 
-	// change is held through every operation that changes anything.
-	change sync.Mutex
+	// change is a lock, of one token, that is held through every operation that
+	// changes anything; one can stop waiting for it.
+	change chan struct{}
 
 	// mu guards the tables below. Never held during I/O; taken after change. The
 	// things in the tables change under both, so that either suffices to read.
@@ -52,7 +53,7 @@ const (
 func NewDaemon(o Options) (*Daemon, error) {
 	d := &Daemon{
 		o: o, started: time.Now(), host: host(),
-		events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
+		change: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 	}
 	d.doing.Store(new(string))
 	for _, dir := range []string{o.Dir.State(), d.cbtDir(), d.snapshotsDir(), o.Dir.udev()} {
@@ -147,14 +148,24 @@ func (d *Daemon) clearLinks() {
 }
 
 // begin starts a change: it waits for its turn and says what is going on. The
-// returned function ends it.
-func (d *Daemon) begin(format string, args ...any) (end func()) {
-	d.change.Lock()
-	d.step(format, args...)
-	return func() {
-		d.doing.Store(new(string))
-		d.change.Unlock()
+// returned function ends it. A caller that has gone away while waiting gets
+// nothing done.
+func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end func(), err error) {
+	select {
+	case d.change <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fail(ctx.Err(), format, args...)
 	}
+	end = func() {
+		d.doing.Store(new(string))
+		<-d.change
+	}
+	if ctx.Err() != nil {
+		end()
+		return nil, fail(ctx.Err(), format, args...)
+	}
+	d.step(format, args...)
+	return end, nil
 }
 
 // step says what is going on now.
@@ -173,7 +184,11 @@ func (d *Daemon) Info(context.Context) (Info, error) {
 
 // Stop implements stopper.
 func (d *Daemon) Stop(ctx context.Context) error {
-	defer d.begin("stop")()
+	end, err := d.begin(ctx, "stop")
+	if err != nil {
+		return err
+	}
+	defer end()
 	all := d.sorted()
 	for _, v := range all {
 		if err := d.idle(v); err != nil {

@@ -74,7 +74,11 @@ func checkName(name string) error {
 
 // AddDevice implements API.
 func (d *Daemon) AddDevice(ctx context.Context, r AddRequest) (Device, error) {
-	defer d.begin("add %s", r.Path)()
+	end, err := d.begin(ctx, "add %s", r.Path)
+	if err != nil {
+		return Device{}, err
+	}
+	defer end()
 	v, err := d.add(ctx, r)
 	if err != nil {
 		return Device{}, fail(err, "add %s", r.Path)
@@ -351,7 +355,11 @@ func (d *Daemon) find(ref string) (*device, error) {
 
 // RemoveDevice implements API.
 func (d *Daemon) RemoveDevice(ctx context.Context, r RemoveRequest) error {
-	defer d.begin("remove %s", r.Device)()
+	end, err := d.begin(ctx, "remove %s", r.Device)
+	if err != nil {
+		return err
+	}
+	defer end()
 	v, err := d.find(r.Device)
 	if err != nil {
 		if id, ok := d.orphan(ctx, r.Device); ok {

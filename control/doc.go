@@ -25,7 +25,7 @@
 //
 // # Concurrency
 //
-// The daemon does one change at a time: [Daemon] has one mutex around every
+// The daemon does one change at a time: [Daemon] has one lock around every
 // operation that adds, removes or takes anything, from beginning to end. Looking
 // (list, status, info, events) waits only for a second mutex that guards the
 // tables and is never held during I/O. Lock order: the first, then the second.

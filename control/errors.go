@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // Code is the kind of an error, for programs.
@@ -120,6 +121,8 @@ func fail(err error, format string, args ...any) *Error {
 		c := diskError(d)
 		c.Message = what + ": " + d.What
 		return c
+	case errors.Is(err, ublk.ErrTooOld), errors.Is(err, ublk.ErrZoned):
+		return &Error{Code: Unsupported, Errno: unix.EOPNOTSUPP, Message: what + ": " + err.Error()}
 	case errors.Is(err, context.DeadlineExceeded):
 		return &Error{Code: Timeout, Errno: unix.ETIMEDOUT, Message: what + ": took too long"}
 	case errors.Is(err, context.Canceled):

@@ -120,7 +120,11 @@ func (d *Daemon) findSnapshot(id string) (*snapshot, error) {
 
 // CreateSnapshot implements API.
 func (d *Daemon) CreateSnapshot(ctx context.Context, r CreateRequest) (Snapshot, error) {
-	defer d.begin("create snapshot")()
+	end, err := d.begin(ctx, "create snapshot")
+	if err != nil {
+		return Snapshot{}, err
+	}
+	defer end()
 	s, err := d.create(ctx, r)
 	if err != nil {
 		return Snapshot{}, snapshotError(err, "create snapshot")
@@ -182,6 +186,10 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (*snapshot, error)
 			return nil, errors.Join(err, d.destroy(s))
 		}
 	}
+	if err := ctx.Err(); err != nil {
+		// Nobody will learn its UUID.
+		return nil, errors.Join(err, d.destroy(s))
+	}
 	return s, nil
 }
 
@@ -235,7 +243,11 @@ func (d *Daemon) addTo(s *snapshot, v *device) error {
 
 // AddToSnapshot implements API.
 func (d *Daemon) AddToSnapshot(ctx context.Context, r SnapshotDeviceRequest) (Snapshot, error) {
-	defer d.begin("add %s to snapshot %s", r.Device, r.ID)()
+	end, err := d.begin(ctx, "add %s to snapshot %s", r.Device, r.ID)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	defer end()
 	s, err := d.findSnapshot(r.ID)
 	if err != nil {
 		return Snapshot{}, err
@@ -251,8 +263,12 @@ func (d *Daemon) AddToSnapshot(ctx context.Context, r SnapshotDeviceRequest) (Sn
 }
 
 // AppendStorage implements API.
-func (d *Daemon) AppendStorage(_ context.Context, r StorageRequest) (Snapshot, error) {
-	defer d.begin("append storage to snapshot %s", r.ID)()
+func (d *Daemon) AppendStorage(ctx context.Context, r StorageRequest) (Snapshot, error) {
+	end, err := d.begin(ctx, "append storage to snapshot %s", r.ID)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	defer end()
 	s, err := d.findSnapshot(r.ID)
 	if err != nil {
 		return Snapshot{}, err
@@ -299,7 +315,11 @@ func (d *Daemon) appendTo(s *snapshot, st Storage) error {
 
 // TakeSnapshot implements API.
 func (d *Daemon) TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, error) {
-	defer d.begin("take snapshot %s", r.ID)()
+	end, err := d.begin(ctx, "take snapshot %s", r.ID)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	defer end()
 	s, err := d.findSnapshot(r.ID)
 	if err != nil {
 		return Snapshot{}, err
@@ -402,8 +422,12 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 }
 
 // DestroySnapshot implements API.
-func (d *Daemon) DestroySnapshot(_ context.Context, id string) error {
-	defer d.begin("destroy snapshot %s", id)()
+func (d *Daemon) DestroySnapshot(ctx context.Context, id string) error {
+	end, err := d.begin(ctx, "destroy snapshot %s", id)
+	if err != nil {
+		return err
+	}
+	defer end()
 	s, err := d.findSnapshot(id)
 	if err != nil {
 		return err

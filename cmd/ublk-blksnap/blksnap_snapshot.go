@@ -258,6 +258,11 @@ func (p *program) blksnapSnapshotWaitEvent() *cobra.Command {
 	return c
 }
 
+// blksnapEvent says whether blksnap has the event too.
+func blksnapEvent(kind string) bool {
+	return kind == control.EventLowFreeSpace || kind == control.EventNoSpace || kind == control.EventCorrupted
+}
+
 // eventFields are what belongs to an event, as blksnap names it.
 func eventFields(e control.Event) []string {
 	var out []string
@@ -288,6 +293,9 @@ func (p *program) blksnapSnapshotWatcher() *cobra.Command {
 				return err
 			}
 			err = api.Watch(c.Context(), id, func(e control.Event) error {
+				if !blksnapEvent(e.Kind) {
+					return nil
+				}
 				if p.json {
 					if err := p.printJSON(p.out, e); err != nil {
 						return err

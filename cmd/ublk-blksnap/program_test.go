@@ -92,7 +92,7 @@ func (f *fakeDaemon) WaitEvent(_ context.Context, r control.WaitRequest) (contro
 	if err := f.ask(r); err != nil {
 		return control.Event{}, err
 	}
-	return f.events[0], nil
+	return f.events[1], nil
 }
 func (f *fakeDaemon) Watch(_ context.Context, id string, each func(control.Event) error) error {
 	for _, e := range f.events {
@@ -133,6 +133,7 @@ func newFake() *fakeDaemon {
 			{ID: id2, State: control.SnapshotCorrupted, Created: at, ChunkSize: 4096, Errno: -28, Images: []control.SnapshotImage{broken}},
 		},
 		events: []control.Event{
+			{Seq: 0, Time: at, Snapshot: id1, Kind: control.EventTaken},
 			{Seq: 1, Time: at, Snapshot: id1, Kind: control.EventLowFreeSpace, Sectors: 2097152},
 			{Seq: 2, Time: at, Snapshot: id1, Kind: control.EventCorrupted, Device: "254:16", Errno: -28},
 			{Seq: 3, Time: at, Snapshot: id1, Kind: control.EventDestroyed},

@@ -37,6 +37,7 @@ func TestSnapshotCommands(t *testing.T) {
 			"storage:   /dev/vdd\n" +
 			"image:     vdb (/dev/vdb) at /dev/ublk-blksnap/images/vdb-" + id1 + ", change map " + id2 + " take 3\n"},
 		{"ublk-blksnap snapshot watch " + id1, []any{id1}, "" +
+			"2025-01-02T03:04:05Z " + id1 + " taken\n" +
 			"2025-01-02T03:04:05Z " + id1 + " low_free_space requested_sectors=2097152\n" +
 			"2025-01-02T03:04:05Z " + id1 + " corrupted device=254:16 error_code=-28\n" +
 			"2025-01-02T03:04:05Z " + id1 + " destroyed\n"},

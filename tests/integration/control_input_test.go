@@ -174,6 +174,13 @@ func TestBadParameters(t *testing.T) {
 	d.refused([]string{"--queues 0: must be at least 1"}, "add", disk, "--queues", "0")
 	d.refused([]string{"queue depth 4097: want 1 to 4096"}, "add", disk, "--depth", "4097")
 	d.refused([]string{"--depth 0: must be at least 1"}, "add", disk, "--depth", "0")
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		t.Fatal(err)
+	}
+	if strings.HasPrefix(unix.ByteSliceToString(u.Release[:]), "6.12") {
+		d.refused([]string{"no AUTO_BUF_REG: Linux 6.16 or newer is needed"}, "add", disk, "--mode", "zerocopy")
+	}
 	d.refused([]string{`"fast" is not a mode`}, "add", disk, "--mode", "fast")
 	for _, name := range []string{"a/b", "..", "images", "-x", "a b", strings.Repeat("n", 65)} {
 		d.refused([]string{"name"}, "add", disk, "--name="+name)
