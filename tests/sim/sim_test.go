@@ -152,7 +152,7 @@ func TestSimulation(t *testing.T) {
 		return
 	case *flagMinutes > 0 && count == 0:
 		count = 1 << 62
-	case count == 0 && testing.Short():
+	case count == 0 && (testing.Short() || underRace):
 		count = shortSeeds
 	case count == 0:
 		count = fixedSeeds
@@ -240,7 +240,7 @@ func small(seed uint64) Case {
 
 // smallCases is how many small cases each of the exhaustive tests takes.
 func smallCases() uint64 {
-	if testing.Short() {
+	if testing.Short() || underRace {
 		return 2
 	}
 	return 6
