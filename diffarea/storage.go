@@ -234,6 +234,9 @@ func (l *Log) Used(f blockdev.File) int64 {
 		x := l.state.extent(n)
 		if l.file(x.source) == f && x.first < l.next {
 			used = max(used, x.off+int64(min(x.count, l.next-x.first))<<l.shift)
+			if mutation.Is(mutation.UsedShort) {
+				used -= l.chunkSize
+			}
 		}
 	}
 	return used

@@ -86,6 +86,8 @@ const (
 	SwitchOneMap
 	// AnswerBroken reads images of a broken snapshot all the same.
 	AnswerBroken
+	// UsedShort forgets the last region when it says how much storage was used.
+	UsedShort
 	// CloseEarly says that a snapshot is gone while it is still in use.
 	CloseEarly
 	// ReinstallNot does not protect a snapshot taken over from a dead process.
@@ -100,7 +102,7 @@ var names = [bugs]string{
 	"WordBeforeData", "StoredBeforeWrite", "ReuseSlotEarly", "ForgetWaiter", "PassWaiter", "LongLastChunk",
 	"ShortLastChunk", "StoreAnyway", "CopyAnyway", "FollowWrong", "ExtentOff", "GrowNever", "NextUnrecorded",
 	"DeadUnrecorded", "ForgetAppend", "ForgetMemory", "SkipRecheck", "ReadOldPlace", "WriteInFlight", "ForgetOld", "MarkNoImage",
-	"SwitchOneMap", "AnswerBroken", "CloseEarly", "ReinstallNot",
+	"SwitchOneMap", "AnswerBroken", "UsedShort", "CloseEarly", "ReinstallNot",
 }
 
 // All is every bug.

@@ -430,10 +430,21 @@ func (s *snapshot) destroyIdle(done func()) {
 	}
 	s.gone = true
 	s.snap.Destroy(func() {
+		s.checkUsed()
 		s.giveBack()
 		w.snaps[s.slot] = nil
 		done()
 	})
+}
+
+// checkUsed is for a destroyed snapshot: what is to be wiped must be all that
+// was ever written.
+func (s *snapshot) checkUsed() {
+	for _, st := range s.appended {
+		if used, end := s.snap.Log().Used(st.File), s.w.written[st.File]; end > used {
+			s.w.fail("I10: %v says that %d bytes of %s were used, yet something was written up to %d", s, used, st.File.Name(), end)
+		}
+	}
 }
 
 // giveBack takes back the snapshot's memory and storage: nobody may use them

@@ -45,8 +45,9 @@ type world struct {
 	bornAt      uint64 // steps of the scheduler when the process started
 	points      int    // mutation points passed since then
 	retired     map[blockdev.File]string
-	cbtMemory   [][]byte          // of the change maps, which outlives a process
-	takes       [maxDevices]taken // the last of each disk
+	written     map[blockdev.File]int64 // up to where, bytes
+	cbtMemory   [][]byte                // of the change maps, which outlives a process
+	takes       [maxDevices]taken       // the last of each disk
 	stats       Stats
 }
 
@@ -110,6 +111,7 @@ func newWorld(c Case, trace io.Writer) *world {
 		versions: initial,
 		changing: make(map[*blockdev.Memory]int),
 		retired:  make(map[blockdev.File]string),
+		written:  make(map[blockdev.File]int64),
 	}
 	w.client = w.sched.NewQueue("client")
 	w.sched.OnSubmit = w.onSubmit
@@ -207,6 +209,9 @@ func (w *world) onEffect(q *blockdev.SchedQueue, op *blockdev.Op, off, n int64) 
 	}
 	if name, ok := w.retired[op.File]; ok && changes(op.Kind) {
 		w.fail("I10: %v of %s takes effect after %s gave it back", op.Kind, op.File.Name(), name)
+	}
+	if changes(op.Kind) {
+		w.written[op.File] = max(w.written[op.File], op.Off+off+n)
 	}
 	if i := w.isOrig(op.File); i >= 0 && changes(op.Kind) {
 		if op.Kind != blockdev.Discard || blockdev.DiscardEffect(w.c.Discards) != blockdev.DiscardKeep {
