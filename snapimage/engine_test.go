@@ -27,7 +27,6 @@ type world struct {
 	queues  []*filter.Queue
 	events  []diffarea.Event
 	done    int
-	pools   [][]byte
 }
 
 const diskSize = 1<<20 + 3*512
@@ -77,20 +76,6 @@ func (w *world) snapshot(chunk int64, poolSlots int64) *snapimage.Snapshot {
 		w.t.Fatal(err)
 	}
 	return s
-}
-
-func (w *world) take(s *snapimage.Snapshot, storage diffarea.Storage) (cut []byte) {
-	w.t.Helper()
-	fail := func(err error) {
-		if err != nil {
-			w.t.Fatal(err)
-		}
-	}
-	fail(s.Add(w.filter, 1))
-	s.Append(storage, fail)
-	w.sched.Run()
-	s.Take(func() { cut = w.content() }, fail)
-	return cut
 }
 
 func (w *world) content() []byte {

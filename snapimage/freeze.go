@@ -46,7 +46,7 @@ func freeze(mounts []*os.File, limit time.Duration) (*frozen, error) {
 			late, err := dup(m)
 			go func() {
 				if <-done == nil && late != nil {
-					ioctlMount(late, ioctlThaw)
+					_ = ioctlMount(late, ioctlThaw) // nobody is left to tell
 				}
 				if late != nil {
 					late.Close()

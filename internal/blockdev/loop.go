@@ -510,6 +510,7 @@ func firstMethod(op *Op) method {
 			return methodZero
 		}
 		return methodPunch
+	case Read, Write, Flush, Allocate:
 	}
 	return methodPlain
 }

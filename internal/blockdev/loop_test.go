@@ -316,8 +316,7 @@ func TestLoopAgainstModel(t *testing.T) {
 		begun := 0
 		flying := 0
 		all.Add(1)
-		var next func(op *Op)
-		next = func(op *Op) {
+		next := func(op *Op) {
 			if begun == total {
 				if flying == 0 {
 					all.Done()
@@ -662,8 +661,7 @@ func TestLoopCommands(t *testing.T) {
 	for _, commands := range []int{0, n} {
 		results := make(map[uint32]int)
 		done := make(chan struct{})
-		var l *Loop
-		l = startLoop(t, LoopConfig{Name: "test", Depth: 2, Commands: commands, OnCommand: func(tag uint32, res int32) {
+		l := startLoop(t, LoopConfig{Name: "test", Depth: 2, Commands: commands, OnCommand: func(tag uint32, res int32) {
 			results[tag]++
 			if res != 0 {
 				t.Errorf("command %d: result %d", tag, res)

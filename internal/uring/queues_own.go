@@ -3,6 +3,7 @@
 package uring
 
 import (
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"syscall"
@@ -59,7 +60,8 @@ func (q *queues) setup(entries uint32, p *params) (int, unix.Errno) {
 	}
 	if err != nil {
 		q.close(fd, p.flags)
-		if e, ok := err.(unix.Errno); ok {
+		var e unix.Errno
+		if errors.As(err, &e) {
 			return -1, e
 		}
 		return -1, unix.ENOMEM

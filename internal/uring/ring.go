@@ -182,7 +182,7 @@ func (r *Ring) Close() error {
 		r.register(ioringUnregisterBuffers, nil, 0)
 	}
 	if r.registered {
-		r.UnregisterRing()
+		_ = r.UnregisterRing() // closing ends it as well
 	}
 	err := r.q.close(r.fd, r.flags)
 	if e := unix.Munmap(r.waitMem); err == nil && e != nil {
