@@ -90,9 +90,12 @@ func (d RunDir) mountState(bytes int64) error {
 	}
 	options := fmt.Sprintf("mode=0700,size=%d", bytes)
 	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC)
-	err = unix.Mount("tmpfs", dir, "tmpfs", flags, options+",noswap")
-	if errors.Is(err, unix.EINVAL) {
-		err = unix.Mount("tmpfs", dir, "tmpfs", flags, options)
+	// Large pages where a file asks for them: the pools of snapshots do.
+	for _, more := range []string{",noswap,huge=advise", ",noswap", ",huge=advise", ""} {
+		err = unix.Mount("tmpfs", dir, "tmpfs", flags, options+more)
+		if !errors.Is(err, unix.EINVAL) {
+			break
+		}
 	}
 	if err != nil {
 		return fail(err, "mount a tmpfs on %s", dir)

@@ -1,0 +1,46 @@
+package snapimage
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestPoolIsPresent: no page of the pool is left to be made when a copy first
+// touches it, where the tmpfs could have no room for it.
+func TestPoolIsPresent(t *testing.T) {
+	dir, err := os.MkdirTemp("/dev/shm", "pool-") // state lies on a tmpfs
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	s, err := newState(filepath.Join(dir, "snapshot"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 5 << 20 // of pages large and small
+	c, err := s.logConfig(64<<10, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mem := c.Pool.Mem
+	if len(mem) != size {
+		t.Fatalf("pool of %d bytes, want %d", len(mem), size)
+	}
+	pages := make([]byte, size/os.Getpagesize())
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])), size, uintptr(unsafe.Pointer(&pages[0])))
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	for i, p := range pages {
+		if p&1 == 0 {
+			t.Fatalf("page %d of %d is not there", i, len(pages))
+		}
+	}
+	if err := s.close(); err != nil {
+		t.Fatal(err)
+	}
+}
