@@ -237,6 +237,25 @@ func TestUdev(t *testing.T) {
 	}
 }
 
+// A machine with ublk is at hand: the guest of another vm, which must be able to see the program.
+func TestHost(t *testing.T) {
+	vm := vm(t)
+	program, err := filepath.Abs("../../.cache/test/vm-on-host")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
+		t.Fatalf("build vm: %v\n%s", err, out)
+	}
+	defer os.Remove(program)
+	stdout, stderr, status := result(t, vm("-e", "VM=host", "-e", "PROGRAM="+program,
+		`"$PROGRAM" -e A=b 'echo $A; ls /dev/ublk-control; echo out >$VM_OUT/x && cat $VM_OUT/x; echo err >&2; exit 9'; echo $?
+		"$PROGRAM" -timeout 1s sleep 100; echo $?`))
+	if stdout != "b\n/dev/ublk-control\nout\n9\n124\n" || stderr != "err\nvm: the time is up after 1s\n" || status != 0 {
+		t.Errorf("status %d, stdout %q, stderr %q", status, stdout, stderr)
+	}
+}
+
 // However vm itself ends, QEMU and virtiofsd end with it.
 func TestSignals(t *testing.T) {
 	vm := vm(t)
@@ -247,11 +266,14 @@ func TestSignals(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			var said bytes.Buffer
+			cmd.Stderr = &said
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := io.ReadFull(pipe, make([]byte, len("up\n"))); err != nil {
-				t.Fatalf("wait for the guest: %v", err)
+				err2 := cmd.Wait()
+				t.Fatalf("wait for the guest: %v, %v: %s", err, err2, said.String())
 			}
 			cmd.Process.Signal(sig)
 			if err := cmd.Wait(); err == nil {

@@ -40,6 +40,10 @@ const (
 // processors may be shared with other work and the emulated ones are slow.
 const bootTimeout = 3 * time.Minute
 
+// kernelLine is the command line of the guest's kernel. A bug of the kernel ends the machine at once. On a busy host an
+// emulated timer may be late: the kernel is told not to panic at boot nor to give up the TSC for that.
+const kernelLine = "console=ttyS0 quiet loglevel=5 panic=-1 oops=panic mitigations=off tsc=reliable no_timer_check"
+
 // Disk is a virtio disk of the guest, at /dev/disk/by-vm/Name.
 type Disk struct {
 	Name string // serial number too; at most 20 bytes
@@ -150,7 +154,7 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 		"-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", cfg.MemMiB), // shared with virtiofsd
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-kernel", kernel.Image, "-initrd", fmt.Sprintf("/dev/fd/%d", initrdFD),
-		"-append", "console=ttyS0 quiet loglevel=5 panic=-1 oops=panic mitigations=off tsc=reliable",
+		"-append", kernelLine,
 	}
 
 	console, fd, err := r.pipe()
