@@ -281,13 +281,6 @@ func (l *Log) breakLocked(errno unix.Errno, a *Area) {
 	l.events = append(l.events, e)
 }
 
-// Break ends the log's life from outside: its images give errors from now on.
-func (l *Log) Break(w *Worker, errno unix.Errno) {
-	l.mu.Lock()
-	l.breakLocked(errno, nil)
-	l.settle(w, waitList{})
-}
-
 // Close ends the log's life without an event and calls done, on any queue's
 // thread, when no operation of the log is under way. Memory and files may be
 // given back after that and after every queue has forgotten the areas.
