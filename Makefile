@@ -35,11 +35,13 @@ demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
 
 test: check bin/vm
-	go test $(GIOURING) ./...
+	go test $(GIOURING) ./internal/...
+	go test -tags mutation ./tests/sim
 	VM_TEST=1 go test -count=1 ./tests/vm/...
 	$(MAKE) integration KERNEL=6.12
 	$(MAKE) integration KERNEL=newest
 	$(MAKE) integration KERNEL=newest BUILD=giouring RUN=Ublk
+	$(MAKE) demo KERNEL=newest
 
 check: setup lint
 	go test ./...
