@@ -388,6 +388,10 @@ func (d *Daemon) mountsOver(s *snapshot) []disk.Mount {
 	return out
 }
 
+// maxImageDepth bounds the requests in flight per queue of an image: without
+// zero copy each has a buffer that is locked in memory, for every snapshot anew.
+const maxImageDepth = 64
+
 func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 	for i, im := range s.images {
 		d.step("take snapshot %s: make the image of %s", s.id, im.of.Name)
@@ -398,7 +402,7 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 		geo.ReadOnly, geo.VolatileCache, geo.FUA = false, false, false
 		geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
 		dev, err := d.addUblk(ctx, imageKind, im.of.Name+"-"+s.id, ublk.Config{
-			Name: im.of.Name + "@", Queues: im.of.Queues, Depth: im.of.Depth, MaxIO: ublk.DefaultMaxIO,
+			Name: im.of.Name + "@", Queues: im.of.Queues, Depth: min(im.of.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
 			Mode: im.of.dev.Mode, Geometry: geo, NoPartScan: true,
 			Recovery:   im.of.Recovery,
 			Files:      []*blockdev.OSFile{im.of.orig},
