@@ -235,7 +235,7 @@ func TestMistake1NumberWraps(t *testing.T) {
 	const size = 2<<20 + 1<<10
 	disk := ramDisks(t, 1, size)[0]
 	d := startDaemon(t, "tracking_block_minimum_shift=12", "diff_buffer_pool_size=1M")
-	dev := d.add(disk)
+	dev := d.add(disk, with(1, 4))
 	w := newWorld(size)
 	if err := w.fill(dev.Path); err != nil {
 		t.Fatal(err)
@@ -268,7 +268,7 @@ func TestMistake1NumberWraps(t *testing.T) {
 		}
 		if im.Generation != last.Generation {
 			if lastID != "" {
-				if last.ChangesNumber != 255 || im.ChangesNumber != 0 {
+				if last.ChangesNumber < 254 || im.ChangesNumber != 0 {
 					t.Errorf("round %d: take %d of a generation is followed by take %d of the next", round, last.ChangesNumber, im.ChangesNumber)
 				}
 				// Who asks for an increment must not be told that nothing changed.

@@ -446,7 +446,7 @@ func TestSnapshotRounds(t *testing.T) {
 	const size = 4 << 20
 	disk := ramDisks(t, 1, size)[0]
 	d := startDaemon(t)
-	dev := d.add(disk)
+	dev := d.add(disk, with(1, 8))
 	w := newWorld(size)
 	round := func() {
 		if err := w.fill(dev.Path); err != nil {

@@ -1,0 +1,167 @@
+package integration
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// Images as disks.
+
+// TestImageShape: an image has the size and blocks of its original, on storage
+// of other blocks as well, and random writers get along with it.
+func TestImageShape(t *testing.T) {
+	needVM(t)
+	for _, c := range []struct {
+		block, storage int
+		size           int64
+	}{
+		{512, 4096, 6<<20 + 7*512},
+		{4096, 512, 6<<20 + 4096},
+		{4096, 4096, 6 << 20},
+	} {
+		t.Run(fmt.Sprintf("%d on %d", c.block, c.storage), func(t *testing.T) {
+			disk, store := loopDisk(t, c.size, c.block), loopDisk(t, 12<<20, c.storage)
+			d := startDaemon(t)
+			dev := d.add(disk)
+			w := newWorld(c.size)
+			if err := w.fill(dev.Path); err != nil {
+				t.Fatal(err)
+			}
+			s := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10, Storage: []control.Storage{{Path: store}}})
+			s = d.taken(s.ID)
+			image := s.Images[0].Path
+			if n := sizeOf(t, image); n != c.size {
+				t.Errorf("size %d, want %d", n, c.size)
+			}
+			for _, name := range []string{"logical_block_size", "physical_block_size"} {
+				if a, b := queueLimit(t, disk, name), queueLimit(t, image, name); a != b {
+					t.Errorf("%s: %s, of the original %s", name, b, a)
+				}
+			}
+			if to, err := filepath.EvalSymlinks(s.Images[0].Link); err != nil || to != image {
+				t.Errorf("%s leads to %s, %v; want %s", s.Images[0].Link, to, err, image)
+			}
+			// From here on the image is a disk of its own.
+			im := newWorld(c.size)
+			copy(im.disks[0].now, w.disks[0].now)
+			im.last = w.last + 1<<32
+			stopImage := im.writers(t, 21, mix{block: int64(c.block), writers: 3, zeroes: true, largest: 64 << 10}, image)
+			stop := w.writers(t, 22, mix{block: int64(c.block), writers: 3, zeroes: true, largest: 64 << 10}, dev.Path)
+			time.Sleep(span(700*time.Millisecond, 20*time.Second))
+			if err := errors.Join(stop(), stopImage()); err != nil {
+				t.Error(err)
+			}
+			if err := im.same(image); err != nil {
+				t.Errorf("I1: %v", err)
+			}
+			d.destroy(s.ID)
+			d.remove(dev)
+			if err := w.same(disk); err != nil {
+				t.Errorf("I2: %v", err)
+			}
+		})
+	}
+}
+
+// TestImageFio runs fio with checksums on an original and on its image at once.
+func TestImageFio(t *testing.T) {
+	needVM(t)
+	const size = 32 << 20
+	disk := ramDisks(t, 1, size)[0]
+	d := startDaemon(t)
+	dev := d.add(disk, with(queueCounts()[len(queueCounts())-1], 64))
+	s := d.take(64<<10, dev)
+	out, err := try("fio", "--ioengine=libaio", "--direct=1", "--rw=randrw", "--bsrange=4k-512k", "--iodepth=16", "--verify=crc32c",
+		fmt.Sprintf("--size=%d", span(12<<20, size)), "--output-format=terse",
+		"--name=original", "--filename="+dev.Path, "--name=image", "--filename="+s.Images[0].Path)
+	if err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if got := d.snapshot(s.ID); got.Errno != 0 || got.Usage.Copied == 0 {
+		t.Errorf("%+v", got)
+	}
+	d.destroy(s.ID)
+	d.remove(dev)
+}
+
+// TestImagePartitions: an image does not show the partitions of its original of
+// its own accord.
+func TestImagePartitions(t *testing.T) {
+	needVM(t)
+	needKernel(t, 7, 0, "a disk that is not to be scanned for partitions")
+	disk := ramDisks(t, 1, 16<<20)[0]
+	d := startDaemon(t)
+	dev := d.add(disk)
+	// A table of one partition, from sector 2048 to the end.
+	f := openDirect(t, dev.Path, unix.O_RDWR)
+	mbr := ublkPages(t, 512)
+	copy(mbr[446:], []byte{0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 0x70, 0, 0})
+	mbr[510], mbr[511] = 0x55, 0xaa
+	if err := f.write(mbr, 0); err != nil {
+		t.Fatal(err)
+	}
+	f.close()
+	run(t, "blockdev", "--rereadpt", dev.Path)
+	if parts, _ := filepath.Glob("/sys/block/" + filepath.Base(dev.Path) + "/ublkb*p1"); len(parts) != 1 {
+		t.Fatal("the filter does not show the partition: the test sees nothing")
+	}
+	s := d.take(0, dev)
+	image := s.Images[0].Path
+	for range 10 {
+		f, err := os.Open(image) // which is when the kernel would look
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		time.Sleep(20 * time.Millisecond)
+	}
+	if parts, _ := filepath.Glob("/sys/block/" + filepath.Base(image) + "/ublkb*p*"); len(parts) > 0 {
+		t.Errorf("the image shows %v", parts)
+	}
+	d.destroy(s.ID)
+	d.remove(dev)
+}
+
+// TestPulledOut takes the original away under load, with a snapshot held: its
+// users get errors, and everything can be put away.
+func TestPulledOut(t *testing.T) {
+	needVM(t)
+	disk := scsiDisk(t, 16, 512)
+	d := startDaemon(t)
+	dev := d.add(disk)
+	w := newWorld(dev.Size)
+	if err := w.fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	s := d.take(64<<10, dev)
+	stop := w.writers(t, 31, mix{writers: 4}, dev.Path)
+	time.Sleep(300 * time.Millisecond)
+	if err := os.WriteFile("/sys/block/"+filepath.Base(disk)+"/device/delete", []byte("1"), 0); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		time.Sleep(500 * time.Millisecond)
+		ended <- stop()
+	}()
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("nobody noticed")
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the writers hang")
+	}
+	d.destroy(s.ID)
+	if err := d.RemoveDevice(ctx(t), control.RemoveRequest{Device: dev.Name}); err != nil {
+		t.Errorf("remove: %v", err)
+	}
+}
