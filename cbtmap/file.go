@@ -8,8 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// newSuffix names a file that is not yet what its name says.
-const newSuffix = ".new"
+// newSuffix names a file that is not yet what its name says. No device's name
+// has a blank, so that no other map's file is called so.
+const newSuffix = " new"
 
 // Create makes a map for a device of size bytes in a file of its own, replacing
 // any at path. Its memory is allocated at once: marking cannot fail later for
@@ -84,7 +85,12 @@ func create(path string, size int64, p Params, start byte) (*Map, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(path+newSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	// What a dead process left is unlinked, never written to: memory of a map in
+	// use must not change under it.
+	if err := os.Remove(path + newSuffix); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	f, err := os.OpenFile(path+newSuffix, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, err
 	}

@@ -284,3 +284,27 @@ func replaced(b []byte, at int, v byte) []byte {
 	b[at] = v
 	return b
 }
+
+// A new map is written under another name first. That name is no other map's,
+// and memory that a process has mapped under it is left alone.
+func TestCreateLeavesOtherMapsAlone(t *testing.T) {
+	dir := t.TempDir()
+	for _, other := range []string{"data.new", "data" + newSuffix} {
+		m, err := Create(filepath.Join(dir, other), 100*512, sectorBlocks)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Mark(5*512, 512)
+		if _, err := Create(filepath.Join(dir, "data"), 10*512, sectorBlocks); err != nil {
+			t.Fatal(err)
+		}
+		base := info(t, m)
+		m.Switch()
+		if got := changedBlocks(t, m, base.GenerationID, base.ChangesNumber); !got[5] {
+			t.Errorf("the map %q has lost a mark to the map \"data\"", other)
+		}
+	}
+	if _, err := Open(filepath.Join(dir, "data.new")); err != nil {
+		t.Error(err)
+	}
+}
