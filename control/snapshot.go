@@ -459,6 +459,9 @@ func (d *Daemon) destroyBroken(id string, v *device) error {
 // destroy needs change. With an error the snapshot is still there, less what of
 // it could be removed.
 func (d *Daemon) destroy(s *snapshot) error {
+	// First of all, so that whatever hangs below, the original disks do not.
+	failed := s.live.Log().Err() == unix.EIO
+	s.live.Abort()
 	for _, im := range s.images {
 		if im.dev == nil {
 			continue
@@ -477,7 +480,6 @@ func (d *Daemon) destroy(s *snapshot) error {
 	d.step("destroy snapshot %s: give the storage back", s.id)
 	s.use.Lock()
 	s.gone = true
-	failed := s.live.Log().Err() == unix.EIO
 	err := s.live.DestroyFiles()
 	s.use.Unlock()
 	d.mu.Lock()

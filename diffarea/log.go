@@ -291,6 +291,15 @@ func (l *Log) Close(w *Worker, done func()) {
 	l.settle(w, waitList{})
 }
 
+// Abort ends the log's life without an event and waits for nothing: images give
+// errors from now on, and original I/O that waits for a copy goes on, even if
+// the storage answers no more. Close comes later.
+func (l *Log) Abort(w *Worker) {
+	l.mu.Lock()
+	l.dead.CompareAndSwap(0, uint32(unix.ESHUTDOWN))
+	l.settle(w, waitList{})
+}
+
 // store is one write of neighbouring regions to the storage.
 type store struct {
 	l     *Log

@@ -348,6 +348,42 @@ func TestCloseUnderWay(t *testing.T) {
 	}
 }
 
+// A snapshot can be given up while its storage hangs: who waits for room in the
+// pool goes on at once.
+func TestAbortWithStuckStorage(t *testing.T) {
+	b := newBench(t, 64, 4, 1<<20)
+	f := blockdev.NewMemoryFile("f", 1<<30)
+	if err := b.append(diffarea.Storage{File: f}); err != nil {
+		t.Fatal(err)
+	}
+	b.sched.Stick(f)
+	b.protect(0, 64)
+	stored := 0
+	if b.area.AwaitStored(b.w, 0, func() { stored++ }) {
+		stored++ // not even in memory yet
+	}
+	b.sched.Run()
+	if b.woken == 64 {
+		t.Fatal("nobody waits for the storage")
+	}
+	b.log.Abort(b.w)
+	b.sched.Run()
+	if b.woken != 64 || stored != 1 || len(b.events) != 0 {
+		t.Fatalf("%d of 64 woken, %d waits for the storage ended, events %v", b.woken, stored, b.events)
+	}
+	closed := 0
+	b.log.Close(b.w, func() { closed++ })
+	b.sched.Run()
+	if closed != 0 {
+		t.Fatal("closed with a store under way")
+	}
+	b.sched.Unstick(f)
+	b.sched.Run()
+	if closed != 1 {
+		t.Fatalf("closed %d times", closed)
+	}
+}
+
 // TestTakeOver kills the process, as far as a log is concerned, with copies in
 // every state, and takes over from its memory.
 func TestTakeOver(t *testing.T) {

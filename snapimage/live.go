@@ -137,6 +137,15 @@ func (v *Live) TakeDevices(ctx context.Context, o TakeOptions) (still time.Durat
 	return 0, err
 }
 
+// Abort gives the snapshot up without waiting for anything: the original disks
+// need it no more, and its images give errors. Destroying it is what is left.
+func (v *Live) Abort() {
+	_ = v.call(func(done func(error)) {
+		v.log.Abort(v.worker)
+		done(nil)
+	})
+}
+
 // DestroyFiles ends the snapshot and gives its memory and storage back, with
 // nothing left to read in them. The image devices are gone.
 func (v *Live) DestroyFiles() error {
