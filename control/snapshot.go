@@ -343,11 +343,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
 	}()
 	if !r.NoFreeze {
 		for _, m := range d.mountsOver(s) {
-			root := *d.host
-			if m.PID != 1 || root.Root != "/" {
-				root.Root = fmt.Sprintf("/proc/%d/root", m.PID)
-			}
-			f, err := root.Open(m.Point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+			f, err := d.host.OpenMount(m)
 			if err != nil {
 				return fmt.Errorf("open the filesystem on %s: %w", m.Point, err)
 			}

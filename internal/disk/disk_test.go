@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -336,11 +337,12 @@ func TestLiesOn(t *testing.T) {
 	m.mount(1, 50, "252:0", "/on-dm", "ext4", "/dev/dm-0", "rw")
 	m.mount(1, 58, "252:0", "/again", "ext4", "/dev/dm-0", "rw")
 	m.mount(1, 51, "254:32", "/on-vdc", "ext4", "/dev/vdc", "rw")
+	m.mount(1, 59, "7:0", "/in-a-file", "ext4", "/dev/loop0", "rw")
 	var points []string
 	for _, x := range m.MountsOver(vdb, below) {
 		points = append(points, x.Point)
 	}
-	if got := strings.Join(points, " "); got != "/btrfs /on-dm" {
+	if got := strings.Join(points, " "); got != "/in-a-file /on-dm /btrfs" {
 		t.Errorf("mounts over vdb: %s", got)
 	}
 	for _, path := range []string{"/pool/f", "/lost/f", "/no/such/file"} {
@@ -381,6 +383,30 @@ func TestOpenInRoot(t *testing.T) {
 	}
 	if _, err := h.Open("/none", os.O_RDONLY, 0); !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
+	}
+}
+
+// TestOpenMount checks that what is opened is the filesystem meant, not another
+// one that was mounted over it.
+func TestOpenMount(t *testing.T) {
+	h := Machine()
+	i := slices.IndexFunc(h.Mounts(), func(m Mount) bool { return m.Point == "/proc" })
+	if i < 0 {
+		t.Skip("no mount of /proc to be seen: run it where procfs is mounted")
+	}
+	m := h.Mounts()[i]
+	m.PID = 1
+	f, err := h.OpenMount(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	m.ID, m.Num = m.ID+1_000_000, Num{254, 1}
+	if f, err := h.OpenMount(m); !errors.Is(err, ErrUnknown) {
+		if err == nil {
+			f.Close()
+		}
+		t.Errorf("a hidden mount was opened: %v", err)
 	}
 }
 

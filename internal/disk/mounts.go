@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Mount is one mount in one mount namespace.
@@ -53,6 +55,30 @@ func (h *Host) Mounts() []Mount {
 		f.Close()
 	}
 	return out
+}
+
+// OpenMount opens the root of a mounted filesystem for reading. It fails if
+// another mount hides it: what is on the path now is not what is meant.
+func (h *Host) OpenMount(m Mount) (*os.File, error) {
+	root := *h
+	if m.PID != 1 || root.Root != "/" {
+		root.Root = filepath.Join(h.Proc, strconv.Itoa(m.PID), "root")
+	}
+	f, err := root.Open(m.Point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Statx_t
+	err = unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st)
+	same := st.Mnt_id == m.ID || m.Num == Num{st.Dev_major, st.Dev_minor}
+	if err == nil && !same {
+		err = &Error{ErrUnknown, m.Point, "another filesystem is mounted over it", "unmount that first"}
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // parseMount reads a line of mountinfo (proc_pid_mountinfo(5)):

@@ -3,6 +3,7 @@ package disk
 import (
 	"errors"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -30,7 +31,9 @@ func (h *Host) walkTo(target Num, below func(Num) []Num) *walk {
 
 // MountsOver are the mounts of filesystems that lie on the device target, one
 // mount for each filesystem; see LiesOn for below. Filesystems that cannot be
-// followed to a disk are left out.
+// followed to a disk are left out. The last one mounted comes first, so that a
+// filesystem in a file comes before the one that the file is on: frozen in this
+// order, none has to write to another that stands still.
 func (h *Host) MountsOver(target Num, below func(Num) []Num) []Mount {
 	var out []Mount
 	mounts := h.Mounts()
@@ -52,6 +55,7 @@ func (h *Host) MountsOver(target Num, below func(Num) []Num) []Mount {
 			out = append(out, m)
 		}
 	}
+	slices.Reverse(out)
 	return out
 }
 
