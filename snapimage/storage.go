@@ -40,7 +40,7 @@ func openStorage(path string, limit int64, align int) (*storage, error) {
 		if st.Size() != 0 {
 			return nil, fmt.Errorf("%s: %w: the file holds %d bytes: name a new file, a directory or a block device", path, ErrStorageInUse, st.Size())
 		}
-		return openStorageFile(path, 0, limit, align)
+		return openStorageFile(path, unix.O_NOFOLLOW, limit, align)
 	case st.Mode()&os.ModeDevice != 0 && st.Mode()&os.ModeCharDevice == 0:
 		return openStorageDevice(path, limit, align)
 	}
@@ -63,6 +63,12 @@ func openStorageFile(path string, flags int, limit int64, align int) (*storage, 
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
 	s := &storage{path: path, made: flags != unix.O_TMPFILE, size: limit}
+	if flags == unix.O_NOFOLLOW {
+		if err := checkOurs(fd); err != nil {
+			unix.Close(fd)
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+	}
 	if err := unix.Fchmod(fd, mode); err != nil {
 		unix.Close(fd)
 		return nil, fmt.Errorf("%s: %w", path, err)
@@ -77,6 +83,24 @@ func openStorageFile(path string, flags int, limit int64, align int) (*storage, 
 	}
 	s.file = blockdev.NewOSFile(fd, path)
 	return s, nil
+}
+
+// checkOurs refuses a file that was there and may have come to its name since it was looked
+// at, or that somebody else may read: what it will hold is all of the disk.
+func checkOurs(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFREG:
+		return errors.New("not a regular file any more")
+	case st.Size != 0 || st.Nlink > 1:
+		return fmt.Errorf("%w: the file holds %d bytes and has %d names: name a new file, a directory or a block device", ErrStorageInUse, st.Size, st.Nlink)
+	case int(st.Uid) != os.Geteuid():
+		return fmt.Errorf("%w: the file belongs to user %d, who could read what is stored: name a new file", ErrStorageInUse, st.Uid)
+	}
+	return nil
 }
 
 func openStorageDevice(path string, limit int64, align int) (*storage, error) {
