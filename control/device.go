@@ -17,6 +17,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -211,8 +212,7 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 	if v.geo, err = ublk.ReadGeometry(v.disk.Node); err != nil {
 		return err
 	}
-	v.cbtAt = filepath.Join(d.cbtDir(), r.Name)
-	if v.cbt, err = cbtmap.Create(v.cbtAt, v.geo.Size, d.o.Config.CBTParams()); err != nil {
+	if err = d.makeMap(v, r.Name); err != nil {
 		return err
 	}
 	undo = append(undo, v.closeCBT)
@@ -246,6 +246,21 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 		Added: time.Now(), Snapshots: []string{},
 	}
 	return nil
+}
+
+// makeMap makes the change map of a device. The tables of snapshots take their
+// memory as they come into use: a map may not take what they were promised.
+func (d *Daemon) makeMap(v *device, name string) error {
+	n, err := cbtmap.RegionSize(v.geo.Size, d.o.Config.CBTParams())
+	if err != nil {
+		return err
+	}
+	if err := snapimage.Room(d.cbtDir(), n); err != nil {
+		return fmt.Errorf("make the change map: %w", err)
+	}
+	v.cbtAt = filepath.Join(d.cbtDir(), name)
+	v.cbt, err = cbtmap.Create(v.cbtAt, v.geo.Size, d.o.Config.CBTParams())
+	return err
 }
 
 func (v *device) closeCBT() {

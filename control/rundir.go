@@ -74,7 +74,7 @@ func writeAt(f *os.File, s string) error {
 }
 
 // mountState mounts the tmpfs for the state, unless one is there: it holds what
-// a daemon left behind. Never in swap where the kernel can promise that: paging
+// a daemon left behind, and gets the size that is configured now. Never in swap where the kernel can promise that: paging
 // it in could need the very devices it describes.
 func (d RunDir) mountState(bytes int64) error {
 	dir := d.State()
@@ -85,11 +85,16 @@ func (d RunDir) mountState(bytes int64) error {
 	if err != nil {
 		return fail(err, "look at the state directory")
 	}
+	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC)
 	if mounted {
+		err := unix.Mount("tmpfs", dir, "tmpfs", flags|unix.MS_REMOUNT, fmt.Sprintf("size=%d", bytes))
+		// EINVAL: it holds more than that already.
+		if err != nil && !errors.Is(err, unix.EINVAL) {
+			return fail(err, "give the tmpfs on %s its size", dir)
+		}
 		return nil
 	}
 	options := fmt.Sprintf("mode=0700,size=%d", bytes)
-	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC)
 	// Large pages where a file asks for them: the pools of snapshots do.
 	for _, more := range []string{",noswap,huge=advise", ",noswap", ",huge=advise", ""} {
 		err = unix.Mount("tmpfs", dir, "tmpfs", flags, options+more)

@@ -42,7 +42,7 @@ func newState(dir string) (*state, error) {
 // file makes a file of zeroes and maps it.
 func (s *state) file(name string, size int64, allocate bool) (mem []byte, f *os.File, err error) {
 	path := filepath.Join(s.dir, name)
-	if err := room(s.dir, size); err != nil {
+	if err := Room(s.dir, size); err != nil {
 		return nil, nil, err
 	}
 	f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -127,9 +127,10 @@ func (s *state) close() error {
 	return os.RemoveAll(s.dir)
 }
 
-// room says whether the filesystem of dir could hold size bytes more if all
-// its sparse files were full.
-func room(dir string, size int64) error {
+// Room says whether the filesystem of dir could hold size bytes more if all its
+// sparse files were full. Whatever is put on the state's tmpfs asks first: a
+// page that is promised and not there kills the daemon when it is touched.
+func Room(dir string, size int64) error {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil {
 		return fmt.Errorf("%s: %w", dir, err)
@@ -139,20 +140,21 @@ func room(dir string, size int64) error {
 		return nil // a tmpfs without a limit
 	}
 	top := mountOf(dir, fs)
+	pages := func(n int64) int64 { return (n + fs.Bsize - 1) / fs.Bsize * fs.Bsize }
 	promised := int64(0)
 	err := filepath.WalkDir(top, func(_ string, e os.DirEntry, err error) error {
 		if err != nil || !e.Type().IsRegular() {
 			return nil //nolint:nilerr // a file that just went needs no room
 		}
 		if info, err := e.Info(); err == nil {
-			promised += info.Size()
+			promised += pages(info.Size())
 		}
 		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("%s: %w", top, err)
 	}
-	if promised+size > total {
+	if promised+pages(size) > total {
 		return fmt.Errorf("%s: %d MiB more are needed, %d of %d MiB are promised: enlarge state_size, or choose a larger chunk",
 			top, size>>20, promised>>20, total>>20)
 	}
