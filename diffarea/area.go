@@ -140,6 +140,7 @@ type Copy struct {
 	followers *Copy
 	sibling   *Copy // in lead.followers
 	started   bool
+	joined    *Copy // the next chunk, which comes with the same read
 
 	// fill is set for an image's write: it is called in place of reading when
 	// the slot is there.
@@ -291,14 +292,39 @@ func (c *Copy) memory() []byte {
 	return c.area.log.memory(c.region)[:c.area.length(c.chunk)]
 }
 
-func (c *Copy) read() { c.ReadOld(&c.op) }
+// reads says that starting the copy means to read the original disk.
+func (c *Copy) reads() bool { return c.granted && c.fill == nil && c.lead == nil }
+
+// begin and end are the chunk's place on the device.
+func (c *Copy) begin() int64 { return c.area.Start(c.chunk) }
+func (c *Copy) end() int64   { return c.begin() + c.area.length(c.chunk) }
+
+// adjoins says that d is the next chunk and its slot the next slot.
+func (c *Copy) adjoins(d *Copy) bool {
+	return d.area == c.area && d.chunk == c.chunk+1 && d.region == c.region+1 && d.region%d.area.log.poolSlots != 0
+}
+
+// read reads the chunk, and those that are joined to it.
+func (c *Copy) read() {
+	last := c
+	for last.joined != nil {
+		last = last.joined
+	}
+	c.readOld(&c.op, last.end()-c.begin())
+}
 
 // landed runs when the old data is in the slot, or could not be read.
 func (c *Copy) landed(op *blockdev.Op) {
+	errno := op.Err // op may be used again as soon as its copy is over
 	if mutation.Is(mutation.CopyAnyway) {
-		op.Err = 0
+		errno = 0
 	}
-	c.finish(op.Err)
+	for c != nil {
+		next := c.joined
+		c.joined = nil
+		c.finish(errno)
+		c = next
+	}
 }
 
 // finish ends a copy: with errno 0 its slot holds the chunk. The word is set
@@ -430,13 +456,18 @@ func (c *Copy) Filled(errno unix.Errno) { c.finish(errno) }
 
 // ReadOld reads the chunk from the original disk into the slot with op, whose
 // Done the caller has set.
-func (c *Copy) ReadOld(op *blockdev.Op) {
-	mem := c.memory()
+func (c *Copy) ReadOld(op *blockdev.Op) { c.readOld(op, c.area.length(c.chunk)) }
+
+// readOld reads n bytes, of which a part may belong to the chunks and slots
+// behind this one.
+func (c *Copy) readOld(op *blockdev.Op, n int64) {
+	l := c.area.log
+	off := int64(c.region%l.poolSlots) << l.shift
 	op.Kind = blockdev.Read
 	op.File = c.area.orig
-	op.Off = c.area.Start(c.chunk)
-	op.Len = int64(len(mem))
-	op.Buf = blockdev.MemBuf(mem)
+	op.Off = c.begin()
+	op.Len = n
+	op.Buf = blockdev.MemBuf(l.pool.Mem[off : off+n])
 	c.w.q.Submit(op)
 }
 

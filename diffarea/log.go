@@ -220,10 +220,13 @@ func (l *Log) settle(w *Worker, woken waitList) {
 	}
 	for c := granted.pop(); c != nil; c = granted.pop() {
 		if c.w == w {
-			c.start()
+			w.ready.push(c)
 		} else {
 			c.w.q.Post(&c.task)
 		}
+	}
+	if !w.gathering {
+		w.startReady()
 	}
 	for _, e := range events {
 		l.onEvent(e)

@@ -9,10 +9,49 @@ type Worker struct {
 	q       blockdev.Queue
 	copies  *Copy
 	waiters *waiter
+
+	ready     copyList // to be started
+	gathering bool     // not before Start
 }
 
 // NewWorker makes the worker of queue q.
 func NewWorker(q blockdev.Queue) *Worker { return &Worker{q: q} }
+
+// Gather makes the copies that Protect starts wait for Start, which reads those
+// that lie side by side together.
+func (w *Worker) Gather() { w.gathering = true }
+
+// Start ends what Gather began.
+func (w *Worker) Start() {
+	w.gathering = false
+	w.startReady()
+}
+
+// readBatch is how many bytes of several chunks are read at a time.
+const readBatch = 1 << 20
+
+// startReady starts what is ready. The chunks of a read follow each other on
+// the disk and in the pool; followers have nothing to read and may stand in
+// between.
+func (w *Worker) startReady() {
+	var first, last *Copy // of a read
+	for c := w.ready.pop(); c != nil; c = w.ready.pop() {
+		switch {
+		case !c.reads():
+			c.start()
+		case last != nil && last.adjoins(c) && c.end()-first.begin() <= readBatch:
+			last.joined, last, c.started = c, c, true
+		default:
+			if first != nil {
+				first.start()
+			}
+			first, last = c, c
+		}
+	}
+	if first != nil {
+		first.start()
+	}
+}
 
 // waiter is a request that waits for a chunk. It is woken once, on its own
 // worker's thread.

@@ -183,7 +183,9 @@ func (t *request) advance() {
 		return
 	}
 	t.pending = 1
+	t.q.w.Gather()
 	t.end = t.protect(t.pos, t.r.Off+t.r.Len)
+	t.q.w.Start()
 	if mutation.Is(mutation.ForwardEarly) {
 		t.forward(t.pos, t.end)
 		return

@@ -320,3 +320,52 @@ func BenchmarkWrite(b *testing.B) {
 		in.op.Done(in.op)
 	}
 }
+
+// TestNeighboursAreReadTogether: one read brings all new chunks of a write,
+// unless their slots lie at both ends of the pool or a copied chunk is between.
+func TestNeighboursAreReadTogether(t *testing.T) {
+	g := newRig(t)
+	for c := range int64(diskSize / chunk) {
+		if _, err := g.disk.WriteAt(bytes.Repeat([]byte{byte(c)}, chunk), c*chunk); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a := g.area(chunk) // 8 slots
+	g.cut(a)
+	var reads []string
+	g.sched.OnSubmit = func(_ *blockdev.SchedQueue, op *blockdev.Op) {
+		if op.Kind == blockdev.Read && op.File == g.disk {
+			reads = append(reads, fmt.Sprintf("%d+%d", op.Off/chunk, op.Len/chunk))
+		}
+	}
+	for _, step := range []struct {
+		first, n int64
+		want     string
+	}{
+		{10, 5, "[10+5]"},
+		{20, 6, "[20+3 23+3]"}, // slots 5 6 7, 0 1 2
+		{12, 5, "[15+2]"},
+		{21, 8, "[26+3]"}, // slots 5 6 7
+		{30, 1, "[30+1]"},
+		{29, 3, "[29+1 31+1]"},
+	} {
+		reads = nil
+		// From the middle of the first chunk to the middle of the last.
+		g.send(0, ublk.OpWrite, step.first*chunk+512, step.n*chunk-1024, 0xee)
+		g.sched.Run()
+		if fmt.Sprint(reads) != step.want {
+			t.Errorf("write of %d chunks at %d: read %v, want %s", step.n, step.first, reads, step.want)
+		}
+	}
+	for c := range a.Chunk(diskSize) {
+		w := a.Load(c)
+		f, off := a.Place(w, a.Start(c))
+		var b [chunk]byte
+		if _, err := f.(*blockdev.Memory).ReadAt(b[:], off); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(b[:], bytes.Repeat([]byte{byte(c)}, chunk)) {
+			t.Errorf("chunk %d: the image has %#x", c, b[0])
+		}
+	}
+}
