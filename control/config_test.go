@@ -3,6 +3,7 @@ package control
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -114,4 +115,24 @@ func FuzzConfig(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestUnit: systemd never kills a daemon that refused to stop because its disks
+// are in use, and gives it no namespace of its own.
+func TestUnit(t *testing.T) {
+	b, err := os.ReadFile("../dist/ublk-blksnap.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(string(b), "\n")
+	for _, want := range []string{"KillMode=process", "SendSIGKILL=no"} {
+		if !slices.Contains(lines, want) {
+			t.Errorf("the unit does not say %s", want)
+		}
+	}
+	for _, line := range lines {
+		if key, _, _ := strings.Cut(line, "="); strings.HasPrefix(key, "Private") || strings.HasPrefix(key, "Protect") {
+			t.Errorf("the unit says %s, which hides the state's mount", line)
+		}
+	}
 }
