@@ -36,6 +36,9 @@ type device struct {
 	// Daemon.change, and by takeDown while it goes away.
 	use  sync.RWMutex
 	gone bool
+	// leaving: its removal has begun, and may have to be tried again. Daemon.change
+	// guards it. Its queues may have ended: nothing can be asked of them.
+	leaving bool
 }
 
 // hold finds a device and keeps it from going away until release.
@@ -509,6 +512,7 @@ func (d *Daemon) removeForced(v *device) error {
 // takeDown frees what a device is made of.
 func (d *Daemon) takeDown(v *device) error {
 	d.step("remove %s", v.Name)
+	v.leaving = true
 	// The name goes first: it must not lead to another device.
 	_ = os.Remove(v.Link)
 	if err := d.removeUblk(v.dev); err != nil {

@@ -280,3 +280,13 @@ func TestTurns(t *testing.T) {
 		t.Errorf("doing %s", *d.doing.Load())
 	}
 }
+
+// TestNoSnapshotOfALeavingDevice: a device whose removal did not come to its end
+// has no queues that could make a cut.
+func TestNoSnapshotOfALeavingDevice(t *testing.T) {
+	d := &Daemon{}
+	err := d.addTo(&snapshot{}, &device{Device: Device{Name: "data"}, leaving: true})
+	if CodeOf(err) != Busy {
+		t.Errorf("added to a snapshot: %v", err)
+	}
+}

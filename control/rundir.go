@@ -74,8 +74,9 @@ func writeAt(f *os.File, s string) error {
 }
 
 // mountState mounts the tmpfs for the state, unless one is there: it holds what
-// a daemon left behind, and gets the size that is configured now. Never in swap where the kernel can promise that: paging
-// it in could need the very devices it describes.
+// a daemon left behind, and gets the size that is configured now. Never in swap
+// where the kernel can promise that: paging it in could need the very devices it
+// describes.
 func (d RunDir) mountState(bytes int64) error {
 	dir := d.State()
 	if err := os.MkdirAll(dir, 0o700); err != nil {

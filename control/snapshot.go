@@ -232,6 +232,10 @@ func (d *Daemon) chunkSize(asked int64, devices []*device) (int64, error) {
 
 // addTo needs change.
 func (d *Daemon) addTo(s *snapshot, v *device) error {
+	if v.leaving {
+		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "add " + v.Name + ": it is being removed",
+			Fix: "end that first: ublk-blksnap remove " + v.Name}
+	}
 	if err := s.live.AddDevice(v.filter, unix.Mkdev(v.disk.Num.Major, v.disk.Num.Minor)); err != nil {
 		return snapshotError(err, "add %s", v.Name)
 	}
