@@ -210,7 +210,8 @@ type fsKind struct {
 }
 
 var (
-	ext4FS  = fsKind{name: "ext4", mkfs: []string{"mkfs.ext4", "-q", "-F"}, check: []string{"e2fsck", "-f", "-n"}, minimum: 64 << 20}
+	// All of it at once: the kernel does not write inode tables when it finds time, into the storage of a snapshot.
+	ext4FS  = fsKind{name: "ext4", mkfs: []string{"mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"}, check: []string{"e2fsck", "-f", "-n"}, minimum: 64 << 20}
 	xfsFS   = fsKind{name: "xfs", mkfs: []string{"mkfs.xfs", "-q", "-f"}, check: []string{"xfs_repair", "-n"}, beside: []string{"nouuid"}, minimum: 304 << 20}
 	btrfsFS = fsKind{name: "btrfs", mkfs: []string{"mkfs.btrfs", "-q", "-f"}, check: []string{"btrfs", "check"}, minimum: 128 << 20}
 )
