@@ -24,7 +24,8 @@ import (
 type Mode int
 
 const (
-	// ModeAuto is ModeZeroCopy where the driver can do it, else ModeCopy.
+	// ModeAuto is ModeZeroCopy where the driver and the disk can do it, else
+	// ModeCopy.
 	ModeAuto Mode = iota
 	// ModeCopy: the kernel copies payloads to and from buffers of this
 	// process, which are registered with the queue's ring.
@@ -123,12 +124,15 @@ func (cfg *Config) check(ctl *Control) (zeroCopy bool, err error) {
 	const zeroCopyFlags = uapi.UBLK_F_SUPPORT_ZERO_COPY | uapi.UBLK_F_AUTO_BUF_REG
 	switch cfg.Mode {
 	case ModeAuto:
-		return ctl.Has(zeroCopyFlags), nil
+		return ctl.Has(zeroCopyFlags) && !cfg.Geometry.StableWrites, nil
 	case ModeCopy:
 		return false, nil
 	case ModeZeroCopy:
 		if !ctl.Has(zeroCopyFlags) {
 			return false, missing(uapi.UBLK_F_AUTO_BUF_REG)
+		}
+		if cfg.Geometry.StableWrites {
+			return false, errors.New("zero copy: the disk makes checksums of what is written, which must not change meanwhile: use mode copy")
 		}
 		return true, nil
 	}

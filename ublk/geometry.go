@@ -41,6 +41,11 @@ type Geometry struct {
 	// have. They matter when payloads go to the disk as they come.
 	DMAMask          int64
 	VirtBoundaryMask int64
+
+	// StableWrites: a payload must not change while it is being written, for the
+	// disk makes a checksum or parity of it. The driver has no way to promise
+	// that for the pages of a request, so they are copied.
+	StableWrites bool
 }
 
 // ErrZoned: the disk is zoned, which cannot be passed through.

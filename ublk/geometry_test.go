@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
@@ -47,7 +48,7 @@ func nvme(change map[string]string) (files, links map[string]string) {
 		d + "queue/discard_max_bytes": "2199023255040", d + "queue/discard_granularity": "512",
 		d + "queue/write_zeroes_max_bytes": "131072", d + "queue/rotational": "0",
 		d + "queue/write_cache": "write back", d + "queue/fua": "1", d + "queue/zoned": "none",
-		d + "queue/dma_alignment": "3", d + "queue/virt_boundary_mask": "4095",
+		d + "queue/dma_alignment": "3", d + "queue/virt_boundary_mask": "4095", d + "queue/stable_writes": "1",
 		d + "nvme0n1p1/partition": "1", d + "nvme0n1p1/size": "1000", d + "nvme0n1p1/ro": "1",
 		d + "nvme0n1p1/discard_alignment": "256",
 	}
@@ -65,7 +66,7 @@ func TestReadGeometry(t *testing.T) {
 	want := Geometry{
 		Size: 2097153 * 512, LogicalBlock: 512, PhysicalBlock: 4096, IOMin: 4096, IOOpt: 131072,
 		MaxDiscard: 2199023255040, DiscardGranularity: 512, MaxWriteZeroes: 131072,
-		VolatileCache: true, FUA: true, DMAMask: 3, VirtBoundaryMask: 4095,
+		VolatileCache: true, FUA: true, DMAMask: 3, VirtBoundaryMask: 4095, StableWrites: true,
 	}
 	got, err := ReadGeometrySys(sys, 259, 0)
 	if err != nil || got != want {
@@ -93,10 +94,10 @@ func TestReadGeometryOdd(t *testing.T) {
 	}
 	// What an old kernel or a simple driver lacks has a default.
 	g, err := read(map[string]string{
-		"queue/dma_alignment": "", "queue/virt_boundary_mask": "", "queue/fua": "", "queue/zoned": "",
+		"queue/dma_alignment": "", "queue/virt_boundary_mask": "", "queue/stable_writes": "", "queue/fua": "", "queue/zoned": "",
 		"queue/write_cache": "write through", "queue/rotational": "1", "discard_alignment": "",
 	})
-	if err != nil || g.DMAMask != 511 || g.VirtBoundaryMask != 0 || g.FUA || g.VolatileCache || !g.Rotational {
+	if err != nil || g.DMAMask != 511 || g.VirtBoundaryMask != 0 || g.StableWrites || g.FUA || g.VolatileCache || !g.Rotational {
 		t.Errorf("simple disk: %+v, %v", g, err)
 	}
 	g, err = read(map[string]string{"queue/discard_max_bytes": "18446744073709551615"})
@@ -324,6 +325,30 @@ func TestTag(t *testing.T) {
 	for _, tag := range []uint64{0, 1, ^uint64(0), Tag(1) ^ 1<<8} {
 		if _, ok := IsOurs(tag); ok {
 			t.Errorf("tag %#x is ours", tag)
+		}
+	}
+}
+
+// Pages that may change while they are written do not go to a disk that makes
+// checksums of them.
+func TestStableWritesAreCopied(t *testing.T) {
+	able := &Control{features: ^uint64(0)}
+	for _, c := range []struct {
+		mode     Mode
+		stable   bool
+		zeroCopy bool
+		ok       bool
+	}{
+		{ModeAuto, false, true, true},
+		{ModeAuto, true, false, true},
+		{ModeZeroCopy, false, true, true},
+		{ModeZeroCopy, true, false, false},
+		{ModeCopy, true, false, true},
+	} {
+		cfg := Config{ID: AnyID, Queues: 1, Depth: 1, Mode: c.mode, Geometry: Geometry{StableWrites: c.stable},
+			NewHandler: func(int, blockdev.Queue) Handler { return nil }}
+		if got, err := cfg.check(able); got != c.zeroCopy || (err == nil) != c.ok {
+			t.Errorf("mode %v, stable %v: zero copy %v, %v", c.mode, c.stable, got, err)
 		}
 	}
 }
