@@ -101,14 +101,14 @@ func (d *Daemon) clearAway() {
 		d.o.Log.Warn("cannot look for devices of a dead daemon", "error", err)
 		return
 	}
-	waiting := false
+	waiting := map[string]bool{} // the kernel's names of devices left alone
 	for _, i := range left {
 		if _, ours := ublk.IsOurs(i.Tag); !ours {
 			continue
 		}
 		if i.State != ublk.Dead {
 			// Somebody may have it mounted: not ours to throw away.
-			waiting = true
+			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
 			d.o.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", i.ID), "state", i.State.String(), "pid", i.PID)
 			continue
 		}
@@ -116,8 +116,10 @@ func (d *Daemon) clearAway() {
 			d.o.Log.Warn("cannot remove the device of a dead daemon", "device", i.ID, "error", err)
 		}
 	}
-	d.clearLinks()
-	if !waiting {
+	// Another server may have taken the number of a device that is gone: its link
+	// must not lead there.
+	clearLinks(linkDir, func(to string) bool { return !waiting[filepath.Base(to)] })
+	if len(waiting) == 0 {
 		// The memory of devices and snapshots that nobody can take over.
 		for _, dir := range []string{d.cbtDir(), d.snapshotsDir()} {
 			entries, _ := os.ReadDir(dir)
@@ -128,20 +130,28 @@ func (d *Daemon) clearAway() {
 	}
 	notes, _ := os.ReadDir(d.o.Dir.udev())
 	for _, e := range notes {
-		d.forgetNote(e.Name())
+		if !waiting[e.Name()] {
+			d.forgetNote(e.Name())
+		}
 	}
 }
 
 func (d *Daemon) cbtDir() string       { return filepath.Join(d.o.Dir.State(), "cbt") }
 func (d *Daemon) snapshotsDir() string { return filepath.Join(d.o.Dir.State(), "snapshots") }
 
-// clearLinks removes the links to devices that are not there.
-func (d *Daemon) clearLinks() {
-	_ = filepath.WalkDir(linkDir, func(path string, e fs.DirEntry, err error) error {
-		if err == nil && e.Type() == fs.ModeSymlink {
-			if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-				_ = os.Remove(path)
-			}
+// clearLinks removes the links below dir that lead to nothing, or to what is
+// gone for us.
+func clearLinks(dir string, gone func(to string) bool) {
+	_ = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.Type() != fs.ModeSymlink {
+			return nil //nolint:nilerr // what is not there need not be removed
+		}
+		to, err := os.Readlink(path)
+		if err != nil {
+			return nil //nolint:nilerr // the same
+		}
+		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) || gone(to) {
+			_ = os.Remove(path)
 		}
 		return nil
 	})

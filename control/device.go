@@ -425,7 +425,7 @@ func (d *Daemon) removeOrphan(r RemoveRequest, id int) error {
 	if err := d.ctl.DeleteDevice(ctx, id); err != nil {
 		return fail(err, "remove %s", r.Device)
 	}
-	d.clearLinks()
+	clearLinks(linkDir, func(string) bool { return false })
 	d.o.Log.Info("device of a dead daemon removed", "device", r.Device)
 	return nil
 }

@@ -72,3 +72,28 @@ func TestStateMemory(t *testing.T) {
 		}
 	})
 }
+
+// TestClearLinks: a link whose device is gone goes, even if there is a device of
+// that number again; one to a device that is left alone stays.
+func TestClearLinks(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "links/images"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"ublkb0", "ublkb1"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, to := range map[string]string{"waits": "../ublkb0", "foreign": "../ublkb1", "images/nowhere": "../../ublkb2"} {
+		if err := os.Symlink(to, filepath.Join(dir, "links", name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	clearLinks(filepath.Join(dir, "links"), func(to string) bool { return filepath.Base(to) != "ublkb0" })
+	for name, want := range map[string]bool{"waits": true, "foreign": false, "images/nowhere": false} {
+		if _, err := os.Lstat(filepath.Join(dir, "links", name)); (err == nil) != want {
+			t.Errorf("link %s: %v, want it there: %v", name, err, want)
+		}
+	}
+}
