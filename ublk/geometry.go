@@ -91,6 +91,7 @@ func ReadGeometrySys(sys string, major, minor uint32) (Geometry, error) {
 		ReadOnly:           r.number(r.dir, "ro", must) != 0,
 		DMAMask:            r.number(r.queue, "dma_alignment", blockdev.SectorSize-1),
 		VirtBoundaryMask:   r.number(r.queue, "virt_boundary_mask", 0),
+		StableWrites:       r.number(r.queue, "stable_writes", 0) != 0,
 	}
 	g.VolatileCache = r.text(r.queue, "write_cache") == "write back"
 	if r.err != nil {
