@@ -16,6 +16,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
+	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -94,6 +95,7 @@ func driverError(err error) error {
 // clearAway removes what a dead daemon left: ublk devices without a disk, and
 // links and notes of devices that are not there.
 func (d *Daemon) clearAway() {
+	d.thawLeftover()
 	ctx, cancel := context.WithTimeout(context.Background(), stopLimit)
 	defer cancel()
 	left, err := d.ctl.List(ctx)
@@ -121,10 +123,14 @@ func (d *Daemon) clearAway() {
 	clearLinks(linkDir, func(to string) bool { return !waiting[filepath.Base(to)] })
 	if len(waiting) == 0 {
 		// The memory of devices and snapshots that nobody can take over.
-		for _, dir := range []string{d.cbtDir(), d.snapshotsDir()} {
-			entries, _ := os.ReadDir(dir)
-			for _, e := range entries {
-				_ = os.RemoveAll(filepath.Join(dir, e.Name()))
+		maps, _ := os.ReadDir(d.cbtDir())
+		for _, e := range maps {
+			_ = os.RemoveAll(filepath.Join(d.cbtDir(), e.Name()))
+		}
+		snapshots, _ := os.ReadDir(d.snapshotsDir())
+		for _, e := range snapshots {
+			if err := snapimage.ClearLeftover(filepath.Join(d.snapshotsDir(), e.Name())); err != nil {
+				d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", e.Name(), "error", err)
 			}
 		}
 	}

@@ -4,12 +4,15 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -204,7 +207,34 @@ func (s Starter) Connect(ctx context.Context) (*Client, error) {
 	}
 }
 
+// unitName is the daemon's systemd unit, as dist/ has it.
+const unitName = "ublk-blksnap.service"
+
+// systemdRuns exists where systemd is process 1.
+var systemdRuns = "/run/systemd/system"
+
+// startUnit starts the daemon as the machine's service, if it is one: started
+// by us it would be part of the caller's login session and end with it. It
+// returns false if there is no such service.
+func (s Starter) startUnit(ctx context.Context) (bool, error) {
+	if _, err := os.Stat(systemdRuns); err != nil || s.Dir != DefaultRunDir || s.ConfigPath != "" {
+		return false, nil
+	}
+	if exec.CommandContext(ctx, "systemctl", "cat", unitName).Run() != nil {
+		return false, nil
+	}
+	out, err := exec.CommandContext(ctx, "systemctl", "start", unitName).CombinedOutput()
+	if err != nil {
+		return true, &Error{Code: Unavailable, Errno: unix.ECONNREFUSED, Fix: "journalctl -u " + unitName,
+			Message: fmt.Sprintf("start the daemon: systemctl start %s: %v: %s", unitName, err, strings.TrimSpace(string(out)))}
+	}
+	return true, nil
+}
+
 func (s Starter) start(ctx context.Context) error {
+	if started, err := s.startUnit(ctx); started {
+		return err
+	}
 	if err := s.Dir.make(); err != nil {
 		return err
 	}

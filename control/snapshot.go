@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -355,7 +356,11 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
 		}
 	}
 	d.step("take snapshot %s: %d filesystems to freeze, writes to wait for", s.id, len(o.Freeze))
+	if err := d.rememberFrozen(o.Freeze); err != nil {
+		return err
+	}
 	frozen, err := s.live.TakeDevices(ctx, o)
+	_ = os.Remove(d.frozenFile())
 	if err != nil {
 		if s.live.Taken() {
 			return errors.Join(err, d.destroy(s))
@@ -371,6 +376,42 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
 	d.mu.Unlock()
 	d.events.emit(Event{Snapshot: s.id, Kind: EventTaken})
 	return nil
+}
+
+// frozenFile names the filesystems that a take has frozen: one that is killed
+// before it can thaw them would leave them standing still for good.
+func (d *Daemon) frozenFile() string { return filepath.Join(d.o.Dir.State(), "frozen") }
+
+func (d *Daemon) rememberFrozen(mounts []*os.File) error {
+	if len(mounts) == 0 {
+		return nil
+	}
+	var b strings.Builder
+	for _, m := range mounts {
+		fmt.Fprintf(&b, "%s\x00", m.Name())
+	}
+	return os.WriteFile(d.frozenFile(), []byte(b.String()), 0o600)
+}
+
+// thawLeftover thaws what a dead daemon had frozen.
+func (d *Daemon) thawLeftover() {
+	b, err := os.ReadFile(d.frozenFile())
+	if err != nil {
+		return
+	}
+	for _, point := range strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00") {
+		f, err := d.host.Open(point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+		if err == nil {
+			err = snapimage.Thaw(f)
+			f.Close()
+		}
+		if err != nil && !errors.Is(err, unix.EINVAL) {
+			d.o.Log.Warn("cannot thaw what a dead daemon froze", "filesystem", point, "error", err)
+			continue
+		}
+		d.o.Log.Warn("a filesystem that a dead daemon froze goes on", "filesystem", point)
+	}
+	_ = os.Remove(d.frozenFile())
 }
 
 // mountsOver are the filesystems on the snapshot's devices, each once.
@@ -401,6 +442,8 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 		// a trim of it must not fill the storage with zeroes.
 		geo.ReadOnly, geo.VolatileCache, geo.FUA = false, false, false
 		geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
+		// Payloads go to the storage as well, whatever it is.
+		geo.DMAMask |= blockdev.SectorSize - 1
 		dev, err := d.addUblk(ctx, imageKind, im.of.Name+"-"+s.id, ublk.Config{
 			Name: im.of.Name + "@", Queues: im.of.Queues, Depth: min(im.of.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
 			Mode: im.of.dev.Mode, Geometry: geo, NoPartScan: true,

@@ -72,6 +72,14 @@ func (z *frozen) thaw() error {
 	return errors.Join(errs...)
 }
 
+// Thaw lets the filesystem that f lies on go on; EINVAL if it is not frozen.
+func Thaw(f *os.File) error {
+	if err := ioctlMount(f, ioctlThaw); err != nil {
+		return fmt.Errorf("thaw %s: %w", f.Name(), err)
+	}
+	return nil
+}
+
 func ioctlMount(f *os.File, req uint) error {
 	return unix.IoctlSetInt(int(f.Fd()), req, 0)
 }

@@ -86,7 +86,11 @@ func (v *Live) AppendStorage(path string, limit int64) error {
 	if err != nil {
 		return fmt.Errorf("append storage: %w", err)
 	}
-	if err := v.call(func(done func(error)) { v.Append(s.engine(), done) }); err != nil {
+	err = v.state.remember(s)
+	if err == nil {
+		err = v.call(func(done func(error)) { v.Append(s.engine(), done) })
+	}
+	if err != nil {
 		if s.fixed {
 			return errors.Join(fmt.Errorf("append storage: %w", err), s.file.Close())
 		}

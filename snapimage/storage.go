@@ -111,6 +111,14 @@ func openStorageDevice(path string, limit int64, align int) (*storage, error) {
 	if err != nil {
 		return nil, err
 	}
+	switch what, err := signature(path); {
+	case err != nil:
+		f.Close()
+		return nil, fmt.Errorf("%s: %w", path, err)
+	case what != "":
+		f.Close()
+		return nil, fmt.Errorf("%s: %w: the device seems to hold %s, which would be overwritten: if it is not needed, wipefs -a %s", path, ErrStorageInUse, what, path)
+	}
 	s := &storage{path: path, file: f, fixed: true}
 	if s.size, err = f.Size(); err != nil {
 		f.Close()
