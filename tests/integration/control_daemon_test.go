@@ -237,6 +237,15 @@ func TestKilled(t *testing.T) {
 		t.Errorf("the dead filesystem cannot be unmounted: %v", err)
 	}
 
+	// As if it had died in a take: a filesystem stands still, and is on record.
+	still := loopDisk(t, 64<<20, 512)
+	ext4FS.make(t, still)
+	frozen := mount(t, still)
+	run(t, "fsfreeze", "-f", frozen)
+	if err := os.WriteFile(filepath.Join(d.dir.State(), "frozen"), []byte(frozen+"\x00"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
 	// The next daemon on the same directory.
 	next := exec.Command(program(t), "daemon", "--run-dir", string(d.dir))
 	next.Stdout, next.Stderr = os.Stdout, os.Stderr
@@ -244,6 +253,9 @@ func TestKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, "the next daemon", func() bool { _, err := d.Info(ctx(t)); return err == nil })
+	if _, err := try("fsfreeze", "-u", frozen); err == nil {
+		t.Error("a filesystem that the dead daemon froze still stands still")
+	}
 	if left := ublkDevices(); len(left) > 0 {
 		t.Errorf("devices of the dead daemon: %v", left)
 	}
