@@ -218,9 +218,9 @@ var systemdRuns = "/run/systemd/system"
 // returns false if there is no such service.
 func (s Starter) startUnit(ctx context.Context) (bool, error) {
 	if _, err := os.Stat(systemdRuns); err != nil || s.Dir != DefaultRunDir || s.ConfigPath != "" {
-		return false, nil
+		return false, nil //nolint:nilerr // no systemd
 	}
-	if exec.CommandContext(ctx, "systemctl", "cat", unitName).Run() != nil {
+	if known := exec.CommandContext(ctx, "systemctl", "cat", unitName).Run() == nil; !known {
 		return false, nil
 	}
 	out, err := exec.CommandContext(ctx, "systemctl", "start", unitName).CombinedOutput()

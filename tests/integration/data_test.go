@@ -557,7 +557,7 @@ func TestRounds(t *testing.T) {
 	if left := entries("/dev/ublk-blksnap"); left > 1 {
 		t.Errorf("%d links are left", left)
 	}
-	if left := entries(string(d.dir.State()) + "/cbt"); left > 0 {
+	if left := entries(d.dir.State() + "/cbt"); left > 0 {
 		t.Errorf("%d change maps are left", left)
 	}
 }

@@ -474,7 +474,7 @@ func TestSnapshotRounds(t *testing.T) {
 	if grown := d.memory() - memory; grown > 2<<20 {
 		t.Errorf("I9: %d bytes more memory", grown)
 	}
-	if left := entries(string(d.dir.State()) + "/snapshots"); left > 0 {
+	if left := entries(d.dir.State() + "/snapshots"); left > 0 {
 		t.Errorf("%d snapshots' state is left", left)
 	}
 	if left := entries("/dev/ublk-blksnap/images"); left > 0 {

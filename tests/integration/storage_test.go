@@ -494,7 +494,7 @@ func TestNothingToRead(t *testing.T) {
 					t.Error("I10: the file is left")
 				}
 			}
-			if found := grepState(t, string(d.dir.State())); found != "" {
+			if found := grepState(t, d.dir.State()); found != "" {
 				t.Errorf("I10: old data in %s", found)
 			}
 		})
