@@ -114,7 +114,11 @@ func (q *queues) enter(_ int, submit, min, flags uint32, arg unsafe.Pointer, siz
 	if err == nil {
 		return 0
 	}
-	return err.(unix.Errno)
+	var errno unix.Errno
+	if !errors.As(err, &errno) {
+		return unix.EIO
+	}
+	return errno
 }
 
 // entersBy tells what enter will be given as fd from now on.
