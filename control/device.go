@@ -150,7 +150,19 @@ func (d *Daemon) fillIn(r *AddRequest) error {
 	if _, err := ParseMode(string(r.Mode)); err != nil {
 		return invalid("%v", err)
 	}
-	return nil
+	return roomForQueues(*r, availableMemory())
+}
+
+// roomForQueues refuses queues whose buffers, were they needed, would take more
+// than half of the memory there is: they cannot be swapped, and nothing kills
+// this process for them. available is in bytes, 0 if it is not known.
+func roomForQueues(r AddRequest, available int64) error {
+	need := int64(r.Queues) * int64(r.Depth) * ublk.DefaultMaxIO
+	if r.Mode == ModeZeroCopy || available == 0 || need <= available/2 {
+		return nil
+	}
+	return &Error{Code: Invalid, Errno: unix.ENOMEM, Fix: "choose fewer or shorter queues with --queues and --depth",
+		Message: fmt.Sprintf("%d queues of depth %d may need %d MiB of memory, %d MiB are available", r.Queues, r.Depth, need>>20, available>>20)}
 }
 
 // notOurs refuses a disk that has a filter, or is one, or an image.
