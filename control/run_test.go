@@ -30,7 +30,8 @@ func testDaemon(how string, args []string) int {
 		ReportStart(3, &Error{Code: Unsupported, Message: "no ublk driver", Fix: "boot another kernel"})
 		return 1
 	case "hangs":
-		time.Sleep(time.Minute)
+		time.Sleep(5 * time.Second)
+		return 1
 	}
 	fake := &fakeAPI{}
 	err := run(Options{Dir: dir, Log: quiet(), Ready: func() { ReportStart(3, nil) }}, func() (stopper, error) { return fake, nil })
