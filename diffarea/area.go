@@ -131,7 +131,7 @@ type Copy struct {
 	granted bool // has a region
 	region  Region
 	waiters waitList
-	next    *Copy // in the worker's stock, in log.waiting, or in a list of granted
+	next    *Copy // in the worker's stock, its ended or ready, or in log.waiting
 	inTable *Copy // in area.copying
 
 	// A follower takes its data from the slot of a lead that reads a stretch
@@ -141,6 +141,7 @@ type Copy struct {
 	sibling   *Copy // in lead.followers
 	started   bool
 	joined    *Copy // the next chunk, which comes with the same read
+	errno     unix.Errno
 
 	// fill is set for an image's write: it is called in place of reading when
 	// the slot is there.
@@ -210,12 +211,13 @@ func (a *Area) findLocked(c Chunk) *Copy {
 
 // Protect sees to it that chunk c is copied. It returns true if there is
 // nothing to wait for; else wake is called, once, on w's thread, when the chunk
-// is Protected. It may be called from w's thread only.
+// is Protected. It may be called from w's thread only; what it puts under way
+// begins at the end of the turn.
 //
-// started is the copy that this call had to start, if any. A caller with
+// claimed is the copy that this call has put under way, if any. A caller with
 // several areas gives it as lead to those whose chunks lie inside: the original
 // disk is then read once. A lead that does not cover the chunk is ignored.
-func (a *Area) Protect(w *Worker, c Chunk, lead *Copy, wake func()) (ok bool, started *Copy) {
+func (a *Area) Protect(w *Worker, c Chunk, lead *Copy, wake func()) (ok bool, claimed *Copy) {
 	if a.Protected(c) {
 		return true, nil
 	}
@@ -240,10 +242,8 @@ func (a *Area) Protect(w *Worker, c Chunk, lead *Copy, wake func()) (ok bool, st
 		cp.lead = lead
 		cp.sibling, lead.followers = lead.followers, cp
 	}
-	l.settle(w, waitList{})
-	if cp.area != a || cp.chunk != c {
-		return false, nil // the log died at once and the copy is over
-	}
+	l.mu.Unlock()
+	w.touch(l)
 	return false, cp
 }
 
@@ -319,18 +319,31 @@ func (c *Copy) landed(op *blockdev.Op) {
 	if mutation.Is(mutation.CopyAnyway) {
 		errno = 0
 	}
+	c.finish(errno)
+}
+
+// finish ends a copy, and those that are joined to it: with errno 0 their slots
+// hold the chunks. The words are set at once; the slots and those who wait
+// follow at the end of the turn.
+func (c *Copy) finish(errno unix.Errno) {
+	w := c.w
 	for c != nil {
 		next := c.joined
 		c.joined = nil
-		c.finish(errno)
+		c.lendData(errno)
+		c.leave()
+		if errno == 0 {
+			c.area.table.set(c.chunk, makeWord(InMemory, c.region))
+		}
+		c.errno = errno
+		w.ended.push(c)
+		w.touch(c.area.log)
 		c = next
 	}
 }
 
-// finish ends a copy: with errno 0 its slot holds the chunk. The word is set
-// before anyone who waits for the copy can go on.
-func (c *Copy) finish(errno unix.Errno) {
-	a, l := c.area, c.area.log
+// lendData ends the copies that follow this one.
+func (c *Copy) lendData(errno unix.Errno) {
 	for f := c.followers; f != nil; {
 		next := f.sibling
 		f.lead, f.sibling = nil, nil
@@ -338,7 +351,7 @@ func (c *Copy) finish(errno unix.Errno) {
 			// The follower has a slot, or has given up; else it will read for
 			// itself, for the original is not overwritten before it is done.
 			if errno == 0 && f.granted {
-				off := f.area.Start(f.chunk) - a.Start(c.chunk)
+				off := f.begin() - c.begin()
 				if mutation.Is(mutation.FollowWrong) {
 					off = 0
 				}
@@ -351,19 +364,18 @@ func (c *Copy) finish(errno unix.Errno) {
 		f = next
 	}
 	c.followers = nil
-	c.leave()
+}
 
-	if errno == 0 {
-		a.table.set(c.chunk, makeWord(InMemory, c.region))
-	}
-	l.mu.Lock()
+// endLocked takes a copy out of the log.
+func (c *Copy) endLocked(woken *waitList) {
+	a, l := c.area, c.area.log
 	if c.granted {
 		s := l.slot(c.region)
-		if errno == 0 {
+		if c.errno == 0 {
 			s.state = slotLanded
 		} else {
 			s.state = slotDead
-			l.breakLocked(errno, a)
+			l.breakLocked(c.errno, a)
 			a.table.set(c.chunk, makeWord(Failed, 0))
 		}
 	}
@@ -374,13 +386,8 @@ func (c *Copy) finish(errno unix.Errno) {
 		}
 	}
 	l.busy--
-	woken := c.waiters
-	if mutation.Is(mutation.ForgetWaiter) && woken.head != nil {
-		woken.head.next, woken.tail = nil, woken.head
-	}
-	w := c.w
+	c.waiters.moveTo(woken)
 	c.recycle()
-	l.settle(w, woken)
 }
 
 // leave takes a follower that ends before its lead out of the lead's list.
@@ -400,9 +407,9 @@ func (c *Copy) leave() {
 // recycle puts the copy back into its worker's stock.
 func (c *Copy) recycle() {
 	w := c.w
-	c.area, c.inTable, c.fill = nil, nil, nil
+	c.area, c.inTable, c.joined, c.fill = nil, nil, nil, nil
 	c.waiters = waitList{}
-	c.granted, c.started, c.region = false, false, 0
+	c.granted, c.started, c.region, c.errno = false, false, 0, 0
 	c.next, w.copies = w.copies, c
 }
 

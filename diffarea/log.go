@@ -80,6 +80,7 @@ type Log struct {
 	slots     []slot
 	next      Region // first region not handed out
 	storeNext Region // first region not handed to a store
+	landed    Region // from storeNext to here all have landed
 	waiting   copyList
 	stores    int // writes to the storage under way
 	storeIdle *store
@@ -225,9 +226,7 @@ func (l *Log) settle(w *Worker, woken waitList) {
 			c.w.q.Post(&c.task)
 		}
 	}
-	if !w.gathering {
-		w.startReady()
-	}
+	w.startReady()
 	for _, e := range events {
 		l.onEvent(e)
 	}
@@ -331,10 +330,11 @@ func (l *Log) nextStoreLocked() *store {
 	// the batch is full.
 	x := l.state.find(first)
 	most := min(max(Region(storeBatch>>l.shift), 1), l.poolSlots-first%l.poolSlots, x.first+x.count-first)
-	n := Region(0)
-	for n < most && first+n < l.next && l.slot(first+n).state == slotLanded {
-		n++
+	l.landed = max(l.landed, first)
+	for l.landed < l.next && l.slot(l.landed).state == slotLanded {
+		l.landed++
 	}
+	n := min(l.landed-first, most)
 	if n == 0 || n < most && l.stores > 0 {
 		return nil // it will be longer when the store under way comes back
 	}

@@ -272,10 +272,14 @@ func (l *Log) canGrowLocked() bool {
 
 // refusedLocked is the callbacks of Appends that came too late: nothing grows
 // any more in a log that is dead.
-func (l *Log) refusedLocked() (done []func(error)) {
+func (l *Log) refusedLocked() []func(error) {
 	if l.dead.Load() == 0 || mutation.Is(mutation.ForgetAppend) {
 		return nil
 	}
+	return l.refuseLocked()
+}
+
+func (l *Log) refuseLocked() (done []func(error)) {
 	for i, s := range l.sources {
 		if s.appended == nil || l.growth.active && l.growth.source == uint64(i) {
 			continue

@@ -1,30 +1,74 @@
 package diffarea
 
-import "github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+import (
+	"slices"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
+)
 
 // Worker is what one queue brings to the difference areas it works on: its way
 // to start I/O, and its stock of copies and waiters, so that the steady state
 // allocates nothing. It belongs to the queue's thread.
+//
+// What a turn of the queue brings, requests and completions alike, is gathered
+// and put to the logs at the turn's end: one lock for all, and what lies side
+// by side is read together.
 type Worker struct {
 	q       blockdev.Queue
 	copies  *Copy
 	waiters *waiter
 
-	ready     copyList // to be started
-	gathering bool     // not before Start
+	ended   copyList // whose data has landed, or never will
+	touched []*Log   // of these, and of claimed copies
+	spare   []*Log   // to take turns with touched
+	task    blockdev.Task
+	posted  bool
+	ready   copyList // to be started
 }
 
 // NewWorker makes the worker of queue q.
-func NewWorker(q blockdev.Queue) *Worker { return &Worker{q: q} }
+func NewWorker(q blockdev.Queue) *Worker {
+	w := &Worker{q: q}
+	w.task.Run = w.work
+	return w
+}
 
-// Gather makes the copies that Protect starts wait for Start, which reads those
-// that lie side by side together.
-func (w *Worker) Gather() { w.gathering = true }
+// touch has the log settled at the end of the turn.
+func (w *Worker) touch(l *Log) {
+	if !slices.Contains(w.touched, l) {
+		w.touched = append(w.touched, l)
+	}
+	if !w.posted {
+		w.posted = true
+		w.q.Post(&w.task)
+	}
+}
 
-// Start ends what Gather began.
-func (w *Worker) Start() {
-	w.gathering = false
-	w.startReady()
+// work is the end of a turn.
+func (w *Worker) work() {
+	w.posted = false
+	logs, ended := w.touched, w.ended
+	w.touched, w.ended = w.spare, copyList{}
+	for _, l := range logs {
+		var woken waitList
+		var others copyList
+		l.mu.Lock()
+		for c := ended.pop(); c != nil; c = ended.pop() {
+			if c.area.log == l {
+				c.endLocked(&woken)
+			} else {
+				others.push(c)
+			}
+		}
+		ended = others
+		if mutation.Is(mutation.ForgetWaiter) && woken.head != nil {
+			woken.head.next, woken.tail = nil, woken.head
+		}
+		l.settle(w, woken)
+	}
+	clear(logs)
+	w.spare = logs[:0]
 }
 
 // readBatch is how many bytes of several chunks are read at a time.

@@ -183,9 +183,7 @@ func (t *request) advance() {
 		return
 	}
 	t.pending = 1
-	t.q.w.Gather()
 	t.end = t.protect(t.pos, t.r.Off+t.r.Len)
-	t.q.w.Start()
 	if mutation.Is(mutation.ForwardEarly) {
 		t.forward(t.pos, t.end)
 		return
@@ -225,14 +223,14 @@ func (t *request) protect(from, end int64) int64 {
 				continue // seen at its first byte
 			}
 			t.pending++
-			ok, started := a.Protect(q.w, c, lead, t.copied)
+			ok, claimed := a.Protect(q.w, c, lead, t.copied)
 			if ok {
 				t.pending--
 				continue
 			}
 			copies++
-			if started != nil && !started.Follows(lead) {
-				lead = started
+			if claimed != nil && !claimed.Follows(lead) {
+				lead = claimed
 			}
 		}
 	}

@@ -347,7 +347,7 @@ func TestNeighboursAreReadTogether(t *testing.T) {
 		{12, 5, "[15+2]"},
 		{21, 8, "[26+3]"}, // slots 5 6 7
 		{30, 1, "[30+1]"},
-		{29, 3, "[29+1 31+1]"},
+		{29, 3, "[29+1 31+1]"}, // slots 1 2
 	} {
 		reads = nil
 		// From the middle of the first chunk to the middle of the last.
@@ -356,6 +356,14 @@ func TestNeighboursAreReadTogether(t *testing.T) {
 		if fmt.Sprint(reads) != step.want {
 			t.Errorf("write of %d chunks at %d: read %v, want %s", step.n, step.first, reads, step.want)
 		}
+	}
+	reads = nil
+	for c := range int64(3) { // requests of one turn
+		g.send(0, ublk.OpWrite, (40+c)*chunk, chunk, 0xee)
+	}
+	g.sched.Run()
+	if want := "[40+3]"; fmt.Sprint(reads) != want {
+		t.Errorf("three writes at 40: read %v, want %s", reads, want)
 	}
 	for c := range a.Chunk(diskSize) {
 		w := a.Load(c)
