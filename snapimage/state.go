@@ -20,8 +20,9 @@ import (
 // It lies on a tmpfs. A page that the tmpfs had no room for would kill the
 // daemon when touched, so room for the whole of every file is made sure of
 // beforehand: the pool is allocated and mapped page by page, which spares the
-// copies their page faults as well; tables, of which mostly little is ever
-// touched, are counted against the size of the tmpfs.
+// copies their page faults as well, and so are small tables; large ones, of
+// which mostly little is ever touched, are counted against the size of the
+// tmpfs.
 type state struct {
 	dir  string
 	maps [][]byte
@@ -79,7 +80,7 @@ func (s *state) file(name string, size int64, allocate bool) (mem []byte, f *os.
 
 // memory is the Memory of a Config.
 func (s *state) memory(name string, size int64) ([]byte, error) {
-	mem, f, err := s.file(name, size, false)
+	mem, f, err := s.file(name, size, size <= smallTable)
 	if err != nil {
 		return nil, err
 	}
@@ -106,6 +107,9 @@ func (s *state) logConfig(chunk, pool int64) (diffarea.LogConfig, error) {
 		State:     head,
 	}, nil
 }
+
+// smallTable is the size up to which a table is allocated: a million chunks.
+const smallTable = 8 << 20
 
 // largePage is the size of a large page, or of the smallest if there are more.
 const largePage = 2 << 20

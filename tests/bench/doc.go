@@ -23,7 +23,9 @@
 // fio, io_uring, direct I/O, and names that say the rest: randread-4k-qd32. On
 // a snapshot each of these begins with a fresh one:
 //
-//	first-randwrite-4k-qd32  16 MiB of 4 KiB writes all over 1 GiB, no block twice
+//	first-randwrite-4k-qd32  4 KiB writes all over 1 GiB, no block twice: 16 MiB of
+//	                         them, or 64 MiB with chunks below 64 KiB, where
+//	                         16 MiB would be over in no time
 //	first-write-128k-qd8     256 MiB in a row
 //	second-randwrite-4k-qd32 random writes to the same 256 MiB
 //	image-…-cold             reads of an image of which nothing has been copied

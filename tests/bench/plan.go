@@ -32,6 +32,14 @@ func plan(duration time.Duration, chunks []int64) []scene {
 		ours = append(ours, system{"snapshot", c, startSnapshot})
 	}
 	writers := append(append([]system{raw, filter}, dm...), ours...)
+	var small, large []system
+	for _, s := range writers {
+		if s.chunk < 64<<10 {
+			small = append(small, s)
+		} else {
+			large = append(large, s)
+		}
+	}
 	readers := append(append([]system{raw}, dm...), ours...)
 
 	var scenes []scene
@@ -47,11 +55,14 @@ func plan(duration time.Duration, chunks []int64) []scene {
 		scenes = append(scenes, scene{[]step{s}, through})
 	}
 
-	first := job{rw: "randwrite", block: 4 << 10, depth: 32, size: diskSize, bytes: 16 << 20}
+	first := func(bytes int64) []step {
+		j := job{rw: "randwrite", block: 4 << 10, depth: 32, size: diskSize, bytes: bytes}
+		return []step{{workload: "first-" + j.name(), job: j}}
+	}
 	row := job{rw: "write", block: 128 << 10, depth: 8, size: 256 << 20, bytes: 256 << 20}
 	second := job{rw: "randwrite", block: 4 << 10, depth: 32, size: row.size, duration: duration}
 	scenes = append(scenes,
-		scene{[]step{{workload: "first-" + first.name(), job: first}}, writers},
+		scene{first(64 << 20), small}, scene{first(16 << 20), large},
 		scene{[]step{{workload: "first-" + row.name(), job: row}, {workload: "second-" + second.name(), job: second}}, writers})
 
 	image := func(end string, rw string, block, depth int) step {
