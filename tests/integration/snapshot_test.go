@@ -328,7 +328,7 @@ func TestEightSnapshots(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	d.settled(before, 12)
+	d.settled(before, 12+8*dev.Queues)
 	d.remove(dev)
 	if err := w.same(disk); err != nil {
 		t.Errorf("I2: %v", err)
