@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -554,6 +555,69 @@ func TestLoopWaitSeesWork(t *testing.T) {
 			l.wait()
 			l.reap()
 		}
+	}
+}
+
+// TestLoopSpins: spinning ends with the first work, or in vain, and then the
+// loop sleeps more and more often without it.
+func TestLoopSpins(t *testing.T) {
+	defer func(n int) { spinners = n }(spinners)
+	spinners = math.MaxInt
+	l := manualLoop(t, LoopConfig{Depth: 1})
+	l.maxRaw = math.MaxInt32
+	l.readWake()
+	if l.spins() {
+		t.Error("spins though it does not wait raw")
+	}
+	l.heat()
+	if !l.raw {
+		t.Fatal("does not wait raw")
+	}
+	defer l.cool()
+	sleeps := []int{}
+	for range maxMisses + 1 {
+		if !l.spins() {
+			t.Fatalf("does not spin after %v", sleeps)
+		}
+		if start := time.Now(); l.spin() || time.Since(start) < spinTime {
+			t.Fatalf("found work after %v, where there is none", time.Since(start))
+		}
+		n := 0
+		for l.sleeps > 0 && !l.spins() {
+			n++
+		}
+		sleeps = append(sleeps, n)
+	}
+	if want := "[2 4 8 16 32 64 128 128]"; fmt.Sprint(sleeps) != want {
+		t.Errorf("slept %v times after each spin in vain, want %s", sleeps, want)
+	}
+	l.Post(&Task{Run: func() {}})
+	if !l.spin() || l.misses != 0 {
+		t.Errorf("a task is no work, or %d misses are left", l.misses)
+	}
+	l.runTasks()
+	l.signal()
+	for end := time.Now().Add(10 * time.Second); !l.spin(); {
+		if time.Now().After(end) {
+			t.Fatal("a completion is no work")
+		}
+	}
+	if !l.reap() || l.wakeRead {
+		t.Error("nothing to reap after spinning")
+	}
+	l.stopping.Store(true)
+	if l.spins() {
+		t.Error("spins while it stops")
+	}
+	l.stopping.Store(false)
+	l.Submit(&Op{Len: -1, Done: func(*Op) {}})
+	if l.spins() {
+		t.Error("spins with an operation that is done")
+	}
+	l.runFinished()
+	spinners = 0
+	if l.spins() {
+		t.Error("spins with no processor left")
 	}
 }
 

@@ -51,6 +51,7 @@ const (
 	ioringSetupClamp        = 1 << 4
 	ioringSetupSubmitAll    = 1 << 7
 	ioringSetupCoopTaskrun  = 1 << 8
+	ioringSetupTaskrunFlag  = 1 << 9
 	ioringSetupSQE128       = 1 << 10
 	ioringSetupSingleIssuer = 1 << 12
 	ioringSetupDeferTaskrun = 1 << 13
@@ -60,6 +61,7 @@ const (
 	ioringFeatExtArg     = 1 << 8
 
 	ioringSQCQOverflow = 1 << 1
+	ioringSQTaskrun    = 1 << 2
 
 	ioringEnterGetevents      = 1 << 0
 	ioringEnterExtArg         = 1 << 3

@@ -34,6 +34,7 @@ type queues struct {
 
 	// Fields of ring that have no accessor.
 	sqTail  *uint32 // shared with the kernel
+	sqFlags *uint32 // from the kernel
 	sqNext  *uint32 // the tail including entries not yet shown to it
 	enterFd *int
 	sqes    unsafe.Pointer
@@ -58,6 +59,7 @@ func (q *queues) setup(entries uint32, p *params) (int, unix.Errno) {
 	ring := reflect.ValueOf(q.ring).Elem()
 	sq := ring.FieldByName("sqRing").Elem()
 	q.sqTail = (*uint32)(sq.FieldByName("tail").UnsafePointer())
+	q.sqFlags = (*uint32)(sq.FieldByName("flags").UnsafePointer())
 	q.sqNext = (*uint32)(unsafe.Pointer(sq.FieldByName("sqeTail").UnsafeAddr()))
 	q.sqes = sq.FieldByName("sqes").UnsafePointer()
 	q.enterFd = (*int)(unsafe.Pointer(ring.FieldByName("enterRingFd").UnsafeAddr()))
@@ -108,6 +110,11 @@ func (q *queues) reap(dst []CQE) int {
 }
 
 func (q *queues) overflowed() bool { return q.ring.CQHasOverflow() }
+
+// due says that the next enter moves completions into the queue.
+func (q *queues) due() bool {
+	return atomic.LoadUint32(q.sqFlags)&(ioringSQCQOverflow|ioringSQTaskrun) != 0
+}
 
 func (q *queues) enter(_ int, submit, min, flags uint32, arg unsafe.Pointer, size uintptr) unix.Errno {
 	_, err := q.ring.Enter2(submit, min, flags, arg, int(size))

@@ -139,6 +139,11 @@ func (q *queues) overflowed() bool {
 	return atomic.LoadUint32(q.sqFlags)&ioringSQCQOverflow != 0
 }
 
+// due says that the next enter moves completions into the queue.
+func (q *queues) due() bool {
+	return atomic.LoadUint32(q.sqFlags)&(ioringSQCQOverflow|ioringSQTaskrun) != 0
+}
+
 func (q *queues) enter(fd int, submit, min, flags uint32, arg unsafe.Pointer, size uintptr) unix.Errno {
 	_, _, errno := syscall.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(fd),
 		uintptr(submit), uintptr(min), uintptr(flags), uintptr(arg), size)

@@ -121,7 +121,7 @@ func New(cfg Config) (*Ring, error) {
 	// Newest first: each step leaves out what a kernel one step older refuses.
 	wanted := uint32(ioringSetupSubmitAll)
 	if cfg.CoopTaskrun {
-		wanted |= ioringSetupCoopTaskrun
+		wanted |= ioringSetupCoopTaskrun | ioringSetupTaskrunFlag
 	}
 	newer := uint32(0)
 	if cfg.SingleIssuer {
@@ -266,6 +266,11 @@ func (r *Ring) Reap(dst []CQE) int {
 
 // Ready is how many completions lie in the queue.
 func (r *Ring) Ready() uint32 { return r.q.ready() }
+
+// Due says that a wait for one completion would not sleep: there are some in
+// the queue, or the kernel has some to deliver, which shows with CoopTaskrun
+// only.
+func (r *Ring) Due() bool { return r.q.ready() > 0 || r.q.due() }
 
 // enter calls io_uring_enter. All that a caller answers by looking at the
 // completion queue and calling again is no error: a signal, a passing lack of

@@ -141,6 +141,47 @@ func TestDeferredWhereSupported(t *testing.T) {
 	}
 }
 
+// TestDue: a deferred ring says what the kernel holds back until the next
+// enter.
+func TestDue(t *testing.T) {
+	r := newRing(t, configs["deferred"])
+	if !r.Deferred() {
+		t.Skip("kernel older than 6.1: no DEFER_TASKRUN")
+	}
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	mem, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(mem)
+	mustSQE(t, r).PrepRead(fd, uint64(uintptr(unsafe.Pointer(&mem[0]))), 8, 0, 0)
+	if err := r.Submit(); err != nil {
+		t.Fatal(err)
+	}
+	if r.Due() {
+		t.Error("due before anything happened")
+	}
+	if _, err := unix.Write(fd, []byte{1, 0, 0, 0, 0, 0, 0, 0}); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); !r.Due(); {
+		if time.Now().After(end) {
+			t.Fatal("not due though the read is done")
+		}
+	}
+	if n := r.Ready(); n != 0 {
+		t.Fatalf("%d completions without an enter", n)
+	}
+	wantRes(t, "read", one(t, r), 8)
+	if r.Due() {
+		t.Error("still due")
+	}
+}
+
 func TestFullQueueHandsOutNil(t *testing.T) {
 	r := newRing(t, Config{Entries: 4})
 	for range r.Entries() {
