@@ -18,10 +18,13 @@ type job struct {
 	depth int
 	from  int64 // bytes: the part of the disk
 	size  int64
-	// Either so many bytes, no block twice, or for so long.
+	// Either so many bytes, no block twice, or for so long, after as long again
+	// divided by rampPart that does not count.
 	bytes    int64
 	duration time.Duration
 }
+
+const rampPart = 4
 
 // figures are what one run yields.
 type figures struct {
@@ -40,7 +43,8 @@ func (j job) args(path string) []string {
 	if j.bytes > 0 {
 		return append(args, "--io_size="+strconv.FormatInt(j.bytes, 10))
 	}
-	return append(args, "--time_based", "--norandommap", "--runtime="+strconv.FormatInt(j.duration.Milliseconds(), 10)+"ms")
+	ms := func(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) + "ms" }
+	return append(args, "--time_based", "--norandommap", "--runtime="+ms(j.duration), "--ramp_time="+ms(j.duration/rampPart))
 }
 
 // run runs the job on the disk at path. overhead is processor time that is
@@ -64,7 +68,11 @@ func (j job) run(ctx context.Context, path string, overhead time.Duration) (figu
 	if err != nil {
 		return figures{}, fmt.Errorf("%s: %w", cmd, err)
 	}
-	f.CPUUSPerIO = max(0, float64((after-before-overhead).Microseconds())/float64(f.ios))
+	ios := f.ios
+	if j.bytes == 0 {
+		ios += ios / rampPart
+	}
+	f.CPUUSPerIO = max(0, float64((after-before-overhead).Microseconds())/float64(ios))
 	return f, nil
 }
 
