@@ -132,13 +132,13 @@ func (u *imageUser) check() error {
 // original is as if there had been no snapshot.
 func TestRandomWriter(t *testing.T) {
 	needVM(t)
-	const size = 20<<20 + 3<<10 // a short last chunk of every size
+	const size = 12<<20 + 3<<10 // a short last chunk of every size
 	disk := ramDisks(t, 1, size)[0]
 	d := startDaemon(t)
 	for _, chunk := range []int64{4 << 10, 64 << 10, 256 << 10, 1 << 20} {
 		for _, queues := range queueCounts() {
 			t.Run(fmt.Sprintf("%dKiB/%dqueues", chunk>>10, queues), func(t *testing.T) {
-				snapshotsUnder(t, d.in(t), disk, chunk, queues, span(2*time.Second, time.Minute))
+				snapshotsUnder(t, d.in(t), disk, chunk, queues, span(1500*time.Millisecond, time.Minute))
 			})
 		}
 	}
