@@ -40,7 +40,6 @@ test: check bin/vm
 	VM_TEST=1 go test -count=1 ./tests/vm/...
 	$(MAKE) integration KERNEL=6.12
 	$(MAKE) integration KERNEL=newest
-	VM_CPUS=4 $(MAKE) integration KERNEL=newest RUN='TestFioVerify/^4x|TestRandomWriter/KiB/4queues'
 	$(MAKE) integration KERNEL=newest BUILD=giouring RUN=Ublk
 	$(MAKE) demo KERNEL=newest
 
