@@ -228,6 +228,81 @@ func TestFlush(t *testing.T) {
 	d.remove(dev)
 }
 
+// TestFUA makes sure that a FUA write stays one on its way to an original that
+// knows it, and that nothing else becomes one.
+func TestFUA(t *testing.T) {
+	needVM(t)
+	disk := scsiDisk(t, 8, 512)
+	if queueLimit(t, disk, "fua") != "1" {
+		t.Fatal("a SCSI disk without FUA")
+	}
+	d := startDaemon(t)
+	dev := d.add(disk)
+	if queueLimit(t, dev.Path, "fua") != "1" {
+		t.Fatal("the filter hides FUA")
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(disk, &st); err != nil {
+		t.Fatal(err)
+	}
+	buf := ublkPages(t, 4096)
+	for _, c := range []struct {
+		flags, fua int
+	}{{0, 0}, {unix.O_DSYNC, 7}} {
+		f := openDirect(t, dev.Path, unix.O_RDWR|c.flags)
+		fua := 0
+		for _, rwbs := range issued(t, unix.Major(st.Rdev), unix.Minor(st.Rdev), func() {
+			for i := range int64(7) {
+				if err := f.write(buf, i*4096); err != nil {
+					t.Error(err)
+				}
+			}
+		}) {
+			// W is the write, an F behind it FUA.
+			if _, after, ok := strings.Cut(rwbs, "W"); ok && strings.Contains(after, "F") {
+				fua++
+			}
+		}
+		if fua != c.fua {
+			t.Errorf("%d of 7 writes are FUA, want %d", fua, c.fua)
+		}
+		f.close()
+	}
+	d.remove(dev)
+}
+
+// issued are the kinds of the requests, as the kernel's tracing writes them, that
+// a disk gets while f runs.
+func issued(t testing.TB, major, minor uint32, f func()) (kinds []string) {
+	t.Helper()
+	const dir = "/sys/kernel/tracing/instances/issued"
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(dir)
+	set := func(file, value string) {
+		if err := os.WriteFile(filepath.Join(dir, file), []byte(value), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const event = "events/block/block_rq_issue/"
+	set(event+"filter", fmt.Sprintf("dev == %d", major<<20|minor))
+	set(event+"enable", "1")
+	f()
+	set(event+"enable", "0")
+	b, err := os.ReadFile(filepath.Join(dir, "trace"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.Split(string(b), "\n") {
+		// … block_rq_issue: 8,0 WFS 4096 () 0 + 8 …
+		if _, rest, ok := strings.Cut(line, "block_rq_issue: "); ok {
+			kinds = append(kinds, strings.Fields(rest)[1])
+		}
+	}
+	return kinds
+}
+
 // flushCount is how many flushes a disk has done.
 func flushCount(t testing.TB, disk string) int {
 	t.Helper()

@@ -206,30 +206,43 @@ func snapshotsUnder(t *testing.T, d *daemon, disk string, chunk int64, queues in
 	t.Logf("%d snapshots, %d writes", rounds, n)
 }
 
-// TestSlowReads is I4: an original whose reads take long, and its writes do
-// not. A write that is forwarded before the copy of what it overwrites has
-// landed would be seen in the image.
-func TestSlowReads(t *testing.T) {
+// TestSlowOriginal has an original whose reads take long, and its writes do not:
+// a write that is forwarded before the copy of what it overwrites has landed
+// would be seen in the image (I4). Then one whose writes take longer than a take:
+// a cut that does not wait for those in flight would let them into the image
+// when it is there already.
+func TestSlowOriginal(t *testing.T) {
 	needVM(t)
 	const size = 8 << 20
 	ram := ramDisks(t, 1, size)[0]
 	run(t, "modprobe", "dm-delay")
-	disk := dmDisk(t, "slow", fmt.Sprintf("0 %d delay %s 0 15 %s 0 0", size>>9, ram, ram))
-	d := startDaemon(t)
-	for _, chunk := range []int64{4 << 10, 64 << 10} {
-		t.Run(fmt.Sprintf("%dKiB", chunk>>10), func(t *testing.T) {
-			d := d.in(t)
-			dev := d.add(disk, with(1, 32))
+	for _, c := range []struct {
+		name          string
+		reads, writes int // milliseconds
+		queues        int
+		chunk         int64
+	}{
+		{"reads/4KiB", 15, 0, queueCounts()[len(queueCounts())-1], 4 << 10},
+		{"reads/64KiB", 15, 0, 1, 64 << 10},
+		{"writes/64KiB", 0, 800, 1, 64 << 10},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			disk := dmDisk(t, "slow", fmt.Sprintf("0 %d delay %s 0 %d %s 0 %d", size>>9, ram, c.reads, ram, c.writes))
 			w := newWorld(size)
-			if err := w.fill(dev.Path); err != nil {
+			if err := w.fill(ram); err != nil {
 				t.Fatal(err)
 			}
+			d := startDaemon(t)
+			dev := d.add(disk, with(c.queues, 32))
 			stop := w.writers(t, 4, mix{writers: 6, largest: 64 << 10}, dev.Path)
 			for range 3 {
 				win := w.open()
-				s := d.take(chunk, dev)
+				s := d.take(c.chunk, dev)
 				win.close()
-				time.Sleep(span(400*time.Millisecond, 5*time.Second))
+				if err := win.check(s.Images[0].Path); err != nil {
+					t.Errorf("I4: at once: %v", err)
+				}
+				time.Sleep(max(span(300*time.Millisecond, 5*time.Second), time.Duration(c.writes)*time.Millisecond))
 				if err := win.check(s.Images[0].Path); err != nil {
 					t.Errorf("I4: %v", err)
 				}

@@ -30,7 +30,8 @@ import (
 // what was written to it until the window was closed. Finding the content of a
 // write says that the cut came after the write was started; finding that of its
 // predecessor says that the cut came before it was done. If all of them together
-// leave an instant for the cut, the image is right, on one disk or on several.
+// leave an instant for the cut, the image is right, on one disk or on several. And
+// what has been seen of it once is seen ever after.
 
 const sectorSize = 512
 
@@ -121,8 +122,9 @@ type window struct {
 	chains []map[int64][]*written
 
 	mu       sync.Mutex
-	after    uint64 // the cut came after this tick
-	until    uint64 // and before this one
+	seen     map[[2]int64]version // what images show of sectors that were written in the window
+	after    uint64               // the cut came after this tick
+	until    uint64               // and before this one
 	afterBy  string
 	untilBy  string
 	findings []string
@@ -175,7 +177,7 @@ func (x *written) done() {
 func (w *world) open() *window {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	win := &window{w: w, until: math.MaxUint64}
+	win := &window{w: w, until: math.MaxUint64, seen: map[[2]int64]version{}}
 	for _, d := range w.disks {
 		win.before = append(win.before, slices.Clone(d.now))
 		win.chains = append(win.chains, nil)
@@ -229,6 +231,12 @@ func (win *window) judge(disk int, sector int64, v version, ok bool, before vers
 		win.find("disk %d, sector %d: torn, or of another place (looks like version %d); at the start of the take version %d", disk, sector, v, before)
 		return
 	}
+	place := [2]int64{int64(disk), sector}
+	if was, ok := win.seen[place]; ok && was != v {
+		win.find("disk %d, sector %d: version %d, which was %d before: the image has changed", disk, sector, v, was)
+		return
+	}
+	win.seen[place] = v
 	// The places in the chain where it fits; -1 is before all writes of the window.
 	var fits []int
 	if v == before {
@@ -595,6 +603,7 @@ func TestCut(t *testing.T) {
 	type state [2][3]version
 	image := func(win *window, s state) error {
 		win.after, win.until, win.findings = 0, math.MaxUint64, nil
+		clear(win.seen)
 		for d := range s {
 			for i, v := range s[d] {
 				p := make([]byte, sectorSize)
@@ -634,12 +643,19 @@ func TestCut(t *testing.T) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 	}
+	if err := image(win, state{{1, 1, 1}, {0, 0, 0}}); err != nil {
+		t.Error(err)
+	}
+	p := make([]byte, 3*sectorSize)
+	stamp(p, 2, 0, 0)
+	if win.see(0, 0, p[:sectorSize]); win.err() == nil {
+		t.Error("an image that changes is not noticed")
+	}
 	before.done()
 	unfinished.done()
 	if a.now[0] != before.v || b.now[2] != zeroes {
 		t.Errorf("now %v %v", a.now, b.now)
 	}
-	p := make([]byte, 3*sectorSize)
 	stamp(p[:512], 2, 0, 0)
 	stamp(p[512:1024], 3, 0, 1)
 	stamp(p[1024:], 1, 0, 2)
