@@ -185,6 +185,10 @@ func run(ctx context.Context, args []string) (status int, err error) {
 	return status, err
 }
 
+// boots is how often a machine is started that dies before the command has begun: emulated, a kernel can fall over its
+// own patching of its code (init.sh), and that says nothing of the command.
+const boots = 3
+
 // boot runs the command in a machine.
 func (o *options) boot(ctx context.Context) (status int, err error) {
 	for _, spec := range o.newDisks {
@@ -217,16 +221,22 @@ func (o *options) boot(ctx context.Context) (status int, err error) {
 		o.Stdout = &watcher{to: o.Stdout, text: o.killOn, seen: marked}
 	}
 
-	m, err := machine.Start(ctx, o.Config)
-	if err != nil {
-		return statusBroken, err
+	var byUs bool
+	for n := 1; ; n++ {
+		m, startErr := machine.Start(ctx, o.Config)
+		if startErr != nil {
+			return statusBroken, startErr
+		}
+		ended := make(chan struct{})
+		killed := make(chan bool, 1)
+		go func() { killed <- o.killWhenDue(m, marked, ended) }()
+		status, err = m.Wait()
+		close(ended)
+		byUs = <-killed
+		if !errors.Is(err, machine.ErrDied) || m.Ran() || n == boots {
+			break
+		}
 	}
-	ended := make(chan struct{})
-	killed := make(chan bool, 1)
-	go func() { killed <- o.killWhenDue(m, marked, ended) }()
-	status, err = m.Wait()
-	close(ended)
-	byUs := <-killed
 	switch {
 	case errors.Is(err, machine.ErrKilled) && byUs:
 		return 0, nil

@@ -190,6 +190,15 @@ func TestPanic(t *testing.T) {
 	assertNothingLeft(t)
 }
 
+// A machine that dies before the command is tried again, not for ever, and the error tells of its end.
+func TestNoBoot(t *testing.T) {
+	stdout, stderr, status := result(t, vm(t)("-mem", "64M", "echo ran"))
+	if status != statusBroken || !strings.Contains(stderr, "the machine died") || stdout != "" {
+		t.Errorf("status %d, stdout %q, stderr %q", status, stdout, stderr)
+	}
+	assertNothingLeft(t)
+}
+
 // What was synced before the kill is on the disk of the next machine; what was not, in the guest's page cache, is not.
 func TestKillAndBootAgain(t *testing.T) {
 	vm := vm(t)

@@ -6,6 +6,19 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 
+# The kernel patches its code while it comes up and when it takes the TSC for its clock. QEMU 7.2's emulated processors
+# may run a patched place as it was for a moment, a breakpoint, and the kernel then dies (5 boots in 100 with four
+# processors): it has only one until that is over.
+n=0
+while read -r clock </sys/devices/system/clocksource/clocksource0/current_clocksource &&
+	[ "$clock" = tsc-early ] && [ $n -lt 50 ]; do
+	n=$((n + 1))
+	sleep 0.1
+done
+for processor in /sys/devices/system/cpu/cpu[1-9]*/online; do
+	[ ! -e "$processor" ] || echo 1 >"$processor"
+done
+
 while read -r module; do insmod "/vm/$module"; done </vm/modules
 
 mount -t virtiofs -o ro host /host
