@@ -222,9 +222,9 @@ func TestSlowOriginal(t *testing.T) {
 		queues        int
 		chunk         int64
 	}{
-		{"reads/4KiB", 15, 0, queueCounts()[len(queueCounts())-1], 4 << 10},
-		{"reads/64KiB", 15, 0, 1, 64 << 10},
-		{"writes/64KiB", 0, 800, 1, 64 << 10},
+		{"reads/4KiB", 15, 0, 1, 4 << 10},
+		{"reads/64KiB", 15, 0, queueCounts()[len(queueCounts())-1], 64 << 10},
+		{"writes/64KiB", 0, 800, queueCounts()[len(queueCounts())-1], 64 << 10},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			disk := dmDisk(t, "slow", fmt.Sprintf("0 %d delay %s 0 %d %s 0 %d", size>>9, ram, c.reads, ram, c.writes))
