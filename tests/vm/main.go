@@ -116,8 +116,9 @@ func (o *options) resolve() (err error) {
 	if o.Dir, err = filepath.EvalSymlinks(o.Dir); err != nil {
 		return fmt.Errorf("find current directory: %w", err)
 	}
+	o.Tree = moduleRoot(o.Dir)
 	if o.Cache == "" {
-		o.Cache = filepath.Join(moduleRoot(o.Dir), ".cache/vm")
+		o.Cache = filepath.Join(o.Tree, ".cache/vm")
 	}
 	if o.Cache, err = filepath.Abs(o.Cache); err != nil {
 		return fmt.Errorf("find cache: %w", err)

@@ -63,7 +63,8 @@ type Config struct {
 	Disks   []Disk   // more disks
 	Udev    bool     // run systemd-udevd; otherwise device-mapper is told to do without
 	Out     string   // directory of the host that the guest may write to, at the same path; none if empty
-	Dir     string   // where the command starts; also kept visible should it lie under /tmp or /run
+	Dir     string   // where the command starts
+	Tree    string   // kept visible should it lie under /tmp or /run; Dir if empty
 	Env     []string // NAME=VALUE, the command's environment but for VM_OUT and DM_DISABLE_UDEV; Env() if nil
 	Command []string // one word is a line for bash, several are a program and its arguments
 	Stdout  io.Writer
@@ -480,7 +481,11 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 	a.file("vm/guest.sh", guestScript)
 
 	var kept bytes.Buffer
-	for _, path := range []string{cfg.Dir, kernel.Modules, cfg.Out} {
+	tree := cfg.Tree
+	if tree == "" {
+		tree = cfg.Dir
+	}
+	for _, path := range []string{tree, kernel.Modules, cfg.Out} {
 		for _, covered := range []string{"/tmp/", "/run/", "/dev/shm/"} {
 			if strings.HasPrefix(path, covered) {
 				fmt.Fprintln(&kept, path)
