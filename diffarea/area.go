@@ -468,13 +468,11 @@ func (c *Copy) ReadOld(op *blockdev.Op) { c.readOld(op, c.area.length(c.chunk)) 
 // readOld reads n bytes, of which a part may belong to the chunks and slots
 // behind this one.
 func (c *Copy) readOld(op *blockdev.Op, n int64) {
-	l := c.area.log
-	off := int64(c.region%l.poolSlots) << l.shift
 	op.Kind = blockdev.Read
 	op.File = c.area.orig
 	op.Off = c.begin()
 	op.Len = n
-	op.Buf = blockdev.MemBuf(l.pool.Mem[off : off+n])
+	op.Buf = c.w.slots(c.area.log, c.region)
 	c.w.q.Submit(op)
 }
 

@@ -363,10 +363,9 @@ func (l *Log) nextStoreLocked() *store {
 
 func (s *store) submit(w *Worker) {
 	l := s.l
-	off := int64(s.first%l.poolSlots) << l.shift
 	s.w = w
 	s.op.Len = int64(s.n) << l.shift
-	s.op.Buf = blockdev.MemBuf(l.pool.Mem[off : off+s.op.Len])
+	s.op.Buf = w.slots(l, s.first)
 	if mutation.Is(mutation.StoredBeforeWrite) {
 		for r := s.first; r < s.first+s.n; r++ {
 			l.slot(r).area.table.set(l.slot(r).chunk, makeWord(Stored, r))

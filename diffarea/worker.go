@@ -25,6 +25,14 @@ type Worker struct {
 	task    blockdev.Task
 	posted  bool
 	ready   copyList // to be started
+
+	pinned []pinnedPool
+}
+
+// pinnedPool is a log's pool that the queue holds ready.
+type pinnedPool struct {
+	log   *Log
+	index int32
 }
 
 // NewWorker makes the worker of queue q.
@@ -32,6 +40,47 @@ func NewWorker(q blockdev.Queue) *Worker {
 	w := &Worker{q: q}
 	w.task.Run = w.work
 	return w
+}
+
+// Use tells the worker which areas it will work on from now on, so that their
+// pools are pinned and no others; see blockdev.Pinner. On w's thread.
+func (w *Worker) Use(areas []*Area) {
+	pinner, ok := w.q.(blockdev.Pinner)
+	if !ok {
+		return
+	}
+	w.pinned = slices.DeleteFunc(w.pinned, func(p pinnedPool) bool {
+		gone := !slices.ContainsFunc(areas, func(a *Area) bool { return a.log == p.log })
+		if gone {
+			pinner.Unpin(p.index)
+		}
+		return gone
+	})
+	for _, a := range areas {
+		if w.pool(a.log) != blockdev.NoIndex {
+			continue
+		}
+		if index, err := pinner.Pin(a.log.pool.Mem); err == nil {
+			w.pinned = append(w.pinned, pinnedPool{a.log, index})
+		}
+	}
+}
+
+// pool is the index of l's pool with the worker's queue, or blockdev.NoIndex.
+func (w *Worker) pool(l *Log) int32 {
+	for _, p := range w.pinned {
+		if p.log == l {
+			return p.index
+		}
+	}
+	return blockdev.NoIndex
+}
+
+// slots is the memory of a pool from region r's slot on.
+func (w *Worker) slots(l *Log, r Region) blockdev.Buf {
+	b := blockdev.MemBuf(l.pool.Mem)
+	b.Index = w.pool(l)
+	return b.At(int64(r%l.poolSlots) << l.shift)
 }
 
 // touch has the log settled at the end of the turn.

@@ -174,6 +174,7 @@ func (c *Cut) reopen(ok bool) {
 				if c.opening.Add(-1) == 0 {
 					c.done(ok)
 				}
+				q.w.Use(q.areas) // takes a while: the cut need not last as long
 			}})
 		}
 	}
@@ -193,6 +194,7 @@ func Forget(filters []*Filter, areas []*diffarea.Area, done func()) {
 		for _, q := range f.queues {
 			q.q.Post(&blockdev.Task{Run: func() {
 				q.areas = f.shown()
+				q.w.Use(q.areas)
 				if left.Add(-1) == 0 {
 					done()
 				}

@@ -408,9 +408,6 @@ func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) erro
 		Buffers:   q.buffers(),
 		OnCommand: q.onCommand,
 	}
-	if zeroCopy {
-		cfg.SparseBuffers = d.Depth
-	}
 	if q.loop, err = blockdev.NewLoop(cfg); err != nil {
 		q.unmap()
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)

@@ -107,13 +107,14 @@ func newQueue(q int, desc []byte, depth, maxIO int, zeroCopy bool) (*queue, erro
 	return u, nil
 }
 
-// buffers are the queue's buffers, by tag; none without copying.
+// buffers are the queue's buffers, by tag; without copying they are empty, for
+// the kernel to put the pages of each request there.
 func (u *queue) buffers() [][]byte {
-	if u.zeroCopy {
-		return nil
-	}
 	bufs := make([][]byte, len(u.reqs))
 	for tag := range bufs {
+		if u.zeroCopy {
+			break
+		}
 		bufs[tag] = u.payloadMem[tag*int(u.maxIO) : (tag+1)*int(u.maxIO)]
 	}
 	return bufs

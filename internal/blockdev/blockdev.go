@@ -154,3 +154,15 @@ type Queue interface {
 	// called from any thread. A task must not be posted twice at a time.
 	Post(t *Task)
 }
+
+// Pinner is a Queue to which the kernel can hold memory ready: operations on
+// it by its index are spared the look-up of its pages, one by one. All on the
+// queue's thread.
+type Pinner interface {
+	// Pin makes mem known under index (see Buf.Index), of which operations may
+	// use any part. mem lies off the Go heap and stays mapped until Unpin. An
+	// error costs no more than speed: NoIndex does as well.
+	Pin(mem []byte) (index int32, err error)
+	// Unpin gives the place back; operations under way are not hurt.
+	Unpin(index int32)
+}

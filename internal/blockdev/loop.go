@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -32,11 +33,9 @@ type LoopConfig struct {
 	// CPUs is where the thread may run; nil anywhere.
 	CPUs *unix.CPUSet
 	// Buffers are registered with the ring, each under its place as index (see
-	// Buf.Index). The memory lies off the Go heap and stays until Stop.
+	// Buf.Index). The memory lies off the Go heap and stays until Stop. An empty
+	// one keeps its place for a driver that puts pages of the kernel there.
 	Buffers [][]byte
-	// SparseBuffers is the size of an empty table of buffers, for a driver that
-	// fills it with kernel pages. Not together with Buffers.
-	SparseBuffers int
 	// OnCommand gets the result of a Command entry, on the loop's thread.
 	OnCommand func(tag uint32, res int32)
 }
@@ -55,16 +54,17 @@ type Loop struct {
 
 	// The loop's thread alone.
 	slots    []slot
-	free     []uint32 // unused slots
-	waiting  opList   // for a slot
-	finished opList   // Done is due without the kernel's doing
-	inFlight int      // operations in the ring
-	commands int      // commands in the ring
-	wakeRead bool     // a read of wakeFd is in the ring
-	ending   bool     // that read has been made to complete, for the end
-	misses   int      // times that spinning was in vain, in a row
-	sleeps   int      // waits that shall not spin
-	raw      bool     // waits keep the P: there was work lately
+	free     []uint32        // unused slots
+	waiting  opList          // for a slot
+	finished opList          // Done is due without the kernel's doing
+	inFlight int             // operations in the ring
+	commands int             // commands in the ring
+	wakeRead bool            // a read of wakeFd is in the ring
+	ending   bool            // that read has been made to complete, for the end
+	misses   int             // times that spinning was in vain, in a row
+	sleeps   int             // waits that shall not spin
+	raw      bool            // waits keep the P: there was work lately
+	pinned   [maxPinned]bool // places of the table taken by Pin, behind cfg.Buffers
 
 	// Fixed, but for tests.
 	maxTransfer uint64 // bytes, see maxTransfer
@@ -118,6 +118,8 @@ const (
 	zeroChunk = 1 << 20
 	// maxTries bounds the repetitions after EAGAIN.
 	maxTries = 16
+	// maxPinned is how many buffers Pin takes at a time.
+	maxPinned = 16
 )
 
 // opList is a first-in first-out list through Op.next.
@@ -151,9 +153,6 @@ func (q *opList) pop() *Op {
 func NewLoop(cfg LoopConfig) (*Loop, error) {
 	if cfg.Depth < 1 || cfg.Depth > uring.MaxEntries {
 		return nil, fmt.Errorf("start loop %s: depth %d, want 1 to %d", cfg.Name, cfg.Depth, uring.MaxEntries)
-	}
-	if cfg.SparseBuffers > 0 && len(cfg.Buffers) > 0 {
-		return nil, fmt.Errorf("start loop %s: either buffers or a sparse table, not both", cfg.Name)
 	}
 	l := &Loop{
 		cfg:    cfg,
@@ -249,15 +248,11 @@ func (l *Loop) open() error {
 			return err
 		}
 	}
-	if len(l.cfg.Buffers) > 0 {
-		if err := l.ring.RegisterBuffers(l.cfg.Buffers); err != nil {
-			return err
-		}
+	if err := l.ring.RegisterBuffers(uint32(len(l.cfg.Buffers) + len(l.pinned))); err != nil {
+		return err
 	}
-	if l.cfg.SparseBuffers > 0 {
-		if err := l.ring.RegisterSparseBuffers(uint32(l.cfg.SparseBuffers)); err != nil {
-			return err
-		}
+	if err := l.ring.UpdateBuffers(0, l.cfg.Buffers); err != nil {
+		return err
 	}
 	return l.ring.RegisterRing()
 }
@@ -539,6 +534,28 @@ func (l *Loop) Submit(op *Op) {
 	default:
 		l.start(op)
 	}
+}
+
+// Pin implements Pinner: mem takes a place behind the configured buffers.
+func (l *Loop) Pin(mem []byte) (index int32, err error) {
+	n := slices.Index(l.pinned[:], false)
+	if n < 0 {
+		return NoIndex, fmt.Errorf("pin %d bytes: %d buffers are pinned, the most there can be", len(mem), maxPinned)
+	}
+	place := len(l.cfg.Buffers) + n
+	if err := l.ring.UpdateBuffers(uint32(place), [][]byte{mem}); err != nil {
+		return NoIndex, err
+	}
+	l.pinned[n] = true
+	return int32(place), nil
+}
+
+// Unpin implements Pinner.
+func (l *Loop) Unpin(index int32) {
+	if err := l.ring.UpdateBuffers(uint32(index), [][]byte{nil}); err != nil {
+		panic(fmt.Sprintf("loop %s: empty place %d: %v", l.cfg.Name, index, err)) // it is ours, and full
+	}
+	l.pinned[int(index)-len(l.cfg.Buffers)] = false
 }
 
 // startWaiting gives free slots to the operations that wait longest.

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -106,6 +107,17 @@ func onLoop(t testing.TB, l *Loop, op *Op) unix.Errno {
 	l.Post(&Task{Run: func() { l.Submit(op) }})
 	within(t, op.Kind.String(), done)
 	return op.Err
+}
+
+// call runs f on the loop's thread.
+func call(t testing.TB, l *Loop, f func()) {
+	t.Helper()
+	done := make(chan struct{})
+	l.Post(&Task{Run: func() {
+		f()
+		close(done)
+	}})
+	within(t, "task", done)
 }
 
 func mustDo(t testing.TB, l *Loop, op *Op) {
@@ -1083,13 +1095,17 @@ func TestLoopBadConfig(t *testing.T) {
 	goroutines := settledGoroutines()
 	before := len(openFiles(t))
 	gone := NewOSFile(1<<20, "gone")
+	forbidden, err := unix.Mmap(-1, 0, 4096, unix.PROT_NONE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(forbidden)
 	for what, cfg := range map[string]LoopConfig{
 		"no depth":     {},
 		"too deep":     {Depth: uring.MaxEntries + 1},
-		"two tables":   {Depth: 1, SparseBuffers: 1, Buffers: [][]byte{make([]byte, 1)}},
 		"closed file":  {Depth: 1, Files: []*OSFile{gone}},
 		"no processor": {Depth: 1, CPUs: &unix.CPUSet{}},
-		"empty buffer": {Depth: 1, Buffers: [][]byte{{}}},
+		"no memory":    {Depth: 1, Buffers: [][]byte{forbidden}},
 	} {
 		if l, err := NewLoop(cfg); err == nil {
 			l.Stop()
@@ -1105,12 +1121,66 @@ func TestLoopBadConfig(t *testing.T) {
 	}
 }
 
-func TestLoopSparseBuffers(t *testing.T) {
+func TestLoopEmptyBuffers(t *testing.T) {
 	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 1, Files: []*OSFile{f}, SparseBuffers: 4})
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 1, Files: []*OSFile{f}, Buffers: make([][]byte, 4)})
 	// The place is there, and empty until a driver fills it.
 	if e := onLoop(t, l, &Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Index: 3}}); e != unix.EFAULT {
 		t.Fatalf("read into an empty place: %v, want EFAULT", e)
+	}
+}
+
+// Memory that comes and goes: what was written from one pinned buffer is read
+// into another, places are used again, and there is an end of them.
+func TestLoopPin(t *testing.T) {
+	f := diskFile(t, t.TempDir(), 64<<10, OpenOptions{})
+	mem := mapped(t, 16<<10)
+	own := mapped(t, 4096)
+	l := startLoop(t, LoopConfig{Name: "test", Depth: 4, Files: []*OSFile{f}, Buffers: [][]byte{own}})
+	pin := func(mem []byte) (index int32, err error) {
+		call(t, l, func() { index, err = l.Pin(mem) })
+		return index, err
+	}
+	for round := range 3 {
+		a, err := pin(mem[:8<<10])
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := pin(mem[8<<10:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a == b || a == 0 || b == 0 {
+			t.Fatalf("places %d and %d beside 0", a, b)
+		}
+		for i := range 8 << 10 {
+			mem[i] = byte(i*7 + round)
+		}
+		buf := func(index int32, mem []byte) Buf {
+			return Buf{Mem: unsafe.Pointer(unsafe.SliceData(mem)), Index: index}
+		}
+		if e := onLoop(t, l, &Op{Kind: Write, File: f, Off: 512, Len: 4096, Buf: buf(a, mem).At(512)}); e != 0 {
+			t.Fatal(e)
+		}
+		if e := onLoop(t, l, &Op{Kind: Read, File: f, Off: 512, Len: 4096, Buf: buf(b, mem[8<<10:]).At(1024)}); e != 0 {
+			t.Fatal(e)
+		}
+		if !bytes.Equal(mem[512:512+4096], mem[9<<10:13<<10]) {
+			t.Fatal("read differs from what was written")
+		}
+		call(t, l, func() { l.Unpin(a) })
+		if e := onLoop(t, l, &Op{Kind: Read, File: f, Len: 4096, Buf: buf(a, mem)}); e != unix.EFAULT {
+			t.Fatalf("read into a place given back: %v, want EFAULT", e)
+		}
+		call(t, l, func() { l.Unpin(b) })
+	}
+	for range maxPinned {
+		if _, err := pin(own); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if index, err := pin(own); err == nil || index != NoIndex {
+		t.Fatalf("one too many is at %d, %v", index, err)
 	}
 }
 

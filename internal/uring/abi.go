@@ -67,17 +67,17 @@ const (
 	ioringEnterExtArg         = 1 << 3
 	ioringEnterRegisteredRing = 1 << 4
 
-	ioringRegisterBuffers     = 0
-	ioringUnregisterBuffers   = 1
-	ioringUnregisterFiles     = 3
-	ioringRegisterEventfd     = 4
-	ioringUnregisterEventfd   = 5
-	ioringRegisterFilesUpdate = 6
-	ioringRegisterProbe       = 8
-	ioringRegisterFiles2      = 13
-	ioringRegisterBuffers2    = 15
-	ioringRegisterRingFds     = 20
-	ioringUnregisterRingFds   = 21
+	ioringUnregisterBuffers     = 1
+	ioringUnregisterFiles       = 3
+	ioringRegisterEventfd       = 4
+	ioringUnregisterEventfd     = 5
+	ioringRegisterFilesUpdate   = 6
+	ioringRegisterProbe         = 8
+	ioringRegisterFiles2        = 13
+	ioringRegisterBuffers2      = 15
+	ioringRegisterBuffersUpdate = 16
+	ioringRegisterRingFds       = 20
+	ioringUnregisterRingFds     = 21
 
 	ioringRsrcRegisterSparse = 1 << 0
 
@@ -145,6 +145,16 @@ type rsrcUpdate struct {
 	offset uint32
 	resv   uint32
 	data   uint64
+}
+
+// rsrcUpdate2 is struct io_uring_rsrc_update2.
+type rsrcUpdate2 struct {
+	offset uint32
+	resv   uint32
+	data   uint64
+	tags   uint64
+	nr     uint32
+	resv2  uint32
 }
 
 // geteventsArg is struct io_uring_getevents_arg.

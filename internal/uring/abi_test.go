@@ -63,7 +63,6 @@ var constants = []fact{
 	{"IORING_ENTER_GETEVENTS", ioringEnterGetevents, 1},
 	{"IORING_ENTER_EXT_ARG", ioringEnterExtArg, 8},
 	{"IORING_ENTER_REGISTERED_RING", ioringEnterRegisteredRing, 16},
-	{"IORING_REGISTER_BUFFERS", ioringRegisterBuffers, 0},
 	{"IORING_UNREGISTER_BUFFERS", ioringUnregisterBuffers, 1},
 	{"IORING_UNREGISTER_FILES", ioringUnregisterFiles, 3},
 	{"IORING_REGISTER_EVENTFD", ioringRegisterEventfd, 4},
@@ -72,6 +71,7 @@ var constants = []fact{
 	{"IORING_REGISTER_PROBE", ioringRegisterProbe, 8},
 	{"IORING_REGISTER_FILES2", ioringRegisterFiles2, 13},
 	{"IORING_REGISTER_BUFFERS2", ioringRegisterBuffers2, 15},
+	{"IORING_REGISTER_BUFFERS_UPDATE", ioringRegisterBuffersUpdate, 16},
 	{"IORING_REGISTER_RING_FDS", ioringRegisterRingFds, 20},
 	{"IORING_UNREGISTER_RING_FDS", ioringUnregisterRingFds, 21},
 	{"IORING_RSRC_REGISTER_SPARSE", ioringRsrcRegisterSparse, 1},
@@ -88,6 +88,7 @@ func layout() []fact {
 		fu filesUpdate
 		rr rsrcRegister
 		ru rsrcUpdate
+		r2 rsrcUpdate2
 		ga geteventsArg
 		ts Timespec
 		pr probe
@@ -141,6 +142,10 @@ func layout() []fact {
 		at("io_uring_rsrc_register", "data", unsafe.Offsetof(rr.data), 16),
 		size("io_uring_rsrc_update", unsafe.Sizeof(ru), 16),
 		at("io_uring_rsrc_update", "data", unsafe.Offsetof(ru.data), 8),
+		size("io_uring_rsrc_update2", unsafe.Sizeof(r2), 32),
+		at("io_uring_rsrc_update2", "data", unsafe.Offsetof(r2.data), 8),
+		at("io_uring_rsrc_update2", "tags", unsafe.Offsetof(r2.tags), 16),
+		at("io_uring_rsrc_update2", "nr", unsafe.Offsetof(r2.nr), 24),
 		size("io_uring_getevents_arg", unsafe.Sizeof(ga), 24),
 		at("io_uring_getevents_arg", "sigmask_sz", unsafe.Offsetof(ga.sigmaskSz), 8),
 		at("io_uring_getevents_arg", "ts", unsafe.Offsetof(ga.ts), 16),

@@ -1,7 +1,6 @@
 package uring
 
 import (
-	"errors"
 	"fmt"
 	"runtime"
 	"unsafe"
@@ -60,37 +59,41 @@ func (r *Ring) UnregisterFiles() error {
 	return registerError("no files", errno)
 }
 
-// RegisterBuffers makes bufs the ring's fixed buffers, by place. The memory
-// lies off the Go heap and stays until UnregisterBuffers or Close.
-func (r *Ring) RegisterBuffers(bufs [][]byte) error {
-	iov := make([]unix.Iovec, len(bufs))
-	for i, b := range bufs {
-		if len(b) == 0 {
-			return errors.New("register buffers: empty buffer")
-		}
-		iov[i].Base = &b[0]
-		iov[i].SetLen(len(b))
-	}
-	if len(iov) == 0 {
-		return errors.New("register buffers: none given")
-	}
-	_, errno := r.register(ioringRegisterBuffers, unsafe.Pointer(&iov[0]), uint32(len(iov)))
-	runtime.KeepAlive(iov)
+// RegisterBuffers makes a table of n empty places for buffers. UpdateBuffers
+// fills them, or a driver such as ublk with pages of its requests.
+func (r *Ring) RegisterBuffers(n uint32) error {
+	reg := rsrcRegister{nr: n, flags: ioringRsrcRegisterSparse}
+	_, errno := r.register(ioringRegisterBuffers2, unsafe.Pointer(&reg), uint32(unsafe.Sizeof(reg)))
 	if errno == 0 {
 		r.buffersUsed = true
 	}
 	return registerError("buffers", errno)
 }
 
-// RegisterSparseBuffers makes a table of n empty places for buffers, which a
-// driver such as ublk fills with pages of its requests.
-func (r *Ring) RegisterSparseBuffers(n uint32) error {
-	reg := rsrcRegister{nr: n, flags: ioringRsrcRegisterSparse}
-	_, errno := r.register(ioringRegisterBuffers2, unsafe.Pointer(&reg), uint32(unsafe.Sizeof(reg)))
-	if errno == 0 {
-		r.buffersUsed = true
+// UpdateBuffers puts bufs into the table of buffers from place first on; an
+// empty one empties a place. The memory lies off the Go heap and stays until
+// its place has other content, and no operation uses it any more.
+func (r *Ring) UpdateBuffers(first uint32, bufs [][]byte) error {
+	if len(bufs) == 0 {
+		return nil
 	}
-	return registerError("sparse buffers", errno)
+	iov := make([]unix.Iovec, len(bufs))
+	for i, b := range bufs {
+		iov[i].Base = unsafe.SliceData(b)
+		iov[i].SetLen(len(b))
+		if len(b) == 0 {
+			iov[i].Base = nil
+		}
+	}
+	var pin runtime.Pinner
+	defer pin.Unpin()
+	pin.Pin(&iov[0])
+	up := rsrcUpdate2{offset: first, data: uint64(uintptr(unsafe.Pointer(&iov[0]))), nr: uint32(len(iov))}
+	n, errno := r.register(ioringRegisterBuffersUpdate, unsafe.Pointer(&up), uint32(unsafe.Sizeof(up)))
+	if errno == 0 && n < len(bufs) {
+		return fmt.Errorf("register buffers: place %d was refused", int(first)+n)
+	}
+	return registerError("buffers", errno)
 }
 
 // UnregisterBuffers gives all buffers of the table back.

@@ -278,13 +278,16 @@ func TestReadWrite(t *testing.T) {
 				fd = 2
 			}
 			if how == "fixed file and buffer" {
-				if err := r.RegisterBuffers([][]byte{mem[:n], mem[n:]}); err != nil {
+				if err := r.RegisterBuffers(3); err != nil {
+					t.Fatal(err)
+				}
+				if err := r.UpdateBuffers(1, [][]byte{mem[:n], mem[n:]}); err != nil {
 					t.Fatal(err)
 				}
 			}
 			s := mustSQE(t, r)
 			if how == "fixed file and buffer" {
-				s.PrepWriteFixed(fd, address(mem), n, 512, unix.RWF_DSYNC, 0)
+				s.PrepWriteFixed(fd, address(mem), n, 512, unix.RWF_DSYNC, 1)
 			} else {
 				s.PrepWrite(fd, address(mem), n, 512, unix.RWF_DSYNC)
 			}
@@ -300,7 +303,7 @@ func TestReadWrite(t *testing.T) {
 			wantRes(t, "fsync", one(t, r), 0)
 			s = mustSQE(t, r)
 			if how == "fixed file and buffer" {
-				s.PrepReadFixed(fd, address(mem[n:]), n, 512, 0, 1)
+				s.PrepReadFixed(fd, address(mem[n:]), n, 512, 0, 2)
 			} else {
 				s.PrepRead(fd, address(mem[n:]), n, 512, 0)
 			}
@@ -497,17 +500,27 @@ func TestRegisterErrors(t *testing.T) {
 	if err := r.UpdateFiles(0, []int32{0}); !errors.Is(err, unix.ENXIO) {
 		t.Errorf("update without a table: %v, want ENXIO", err)
 	}
-	if err := r.RegisterBuffers(nil); err == nil {
+	mem := mapped(t, 4096)
+	if err := r.UpdateBuffers(0, [][]byte{mem}); !errors.Is(err, unix.ENXIO) {
+		t.Errorf("update of buffers without a table: %v, want ENXIO", err)
+	}
+	if err := r.RegisterBuffers(0); err == nil {
 		t.Error("no buffers at all were registered")
 	}
-	if err := r.RegisterBuffers([][]byte{{}}); err == nil {
-		t.Error("an empty buffer was registered")
-	}
-	if err := r.RegisterSparseBuffers(16); err != nil {
+	if err := r.RegisterBuffers(16); err != nil {
 		t.Error(err)
 	}
-	if err := r.RegisterSparseBuffers(16); !errors.Is(err, unix.EBUSY) {
+	if err := r.RegisterBuffers(16); !errors.Is(err, unix.EBUSY) {
 		t.Errorf("second table of buffers: %v, want EBUSY", err)
+	}
+	if err := r.UpdateBuffers(15, [][]byte{mem, mem}); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("buffer beyond the table: %v, want EINVAL", err)
+	}
+	if err := r.UpdateBuffers(15, [][]byte{mem}); err != nil {
+		t.Error(err)
+	}
+	if err := r.UpdateBuffers(15, [][]byte{nil}); err != nil {
+		t.Errorf("emptying a place: %v", err)
 	}
 	if err := r.UnregisterBuffers(); err != nil {
 		t.Error(err)
