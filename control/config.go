@@ -37,7 +37,9 @@ type Config struct {
 	Recovery      bool
 	StateSize     int64 // bytes
 	FreezeTimeout time.Duration
-	LogLevel      string
+	// StorageTimeout is how long writes wait for difference storage.
+	StorageTimeout time.Duration
+	LogLevel       string
 }
 
 // DefaultConfig is the configuration without a file.
@@ -58,6 +60,7 @@ func DefaultConfig() Config {
 		Mode:                      ModeAuto,
 		StateSize:                 1 << 30,
 		FreezeTimeout:             10 * time.Second,
+		StorageTimeout:            30 * time.Second,
 		LogLevel:                  "info",
 	}
 }
@@ -97,6 +100,7 @@ func (c *Config) Params() []Param {
 		{"recovery", "devices survive their daemon: their I/O waits for the next one (experimental)", truth{&c.Recovery}},
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", size{&c.StateSize}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
+		{"storage_timeout", "longest time that writes wait for difference storage that does not answer; then the snapshot is given up", duration{&c.StorageTimeout}},
 		{"log_level", "debug, info, warn or error", level{&c.LogLevel}},
 	}
 }
@@ -221,11 +225,12 @@ func (c *Config) Validate() error {
 		{"queue_depth", c.QueueDepth, 1, MaxQueueDepth},
 		{"state_size", c.StateSize, 1 << 20, 1 << 45},
 		{"freeze_timeout", int64(c.FreezeTimeout), int64(100 * time.Millisecond), int64(time.Hour)},
+		{"storage_timeout", int64(c.StorageTimeout), int64(time.Second), int64(24 * time.Hour)},
 	} {
 		if r.v < r.min || r.v > r.max {
 			show := func(v int64) string { return strconv.FormatInt(v, 10) }
 			switch r.key {
-			case "freeze_timeout":
+			case "freeze_timeout", "storage_timeout":
 				show = func(v int64) string { return time.Duration(v).String() }
 			case "diff_buffer_pool_size", "state_size":
 				show = FormatSize

@@ -68,7 +68,7 @@ func snapshotError(err error, format string, args ...any) error {
 		set(NoSpace, unix.ENOSPC)
 	case errors.Is(err, snapimage.ErrTaken), errors.Is(err, snapimage.ErrAdded):
 		set(Exists, unix.EALREADY)
-	case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapimage.ErrFreezeTimeout):
+	case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapimage.ErrFreezeTimeout), errors.Is(err, snapimage.ErrStuck):
 		set(Timeout, unix.ETIMEDOUT)
 	case errors.Is(err, snapimage.ErrStorageInUse):
 		set(Busy, unix.EBUSY)
@@ -134,12 +134,20 @@ func (d *Daemon) CreateSnapshot(ctx context.Context, r CreateRequest) (Snapshot,
 	return d.describeSnapshot(s), nil
 }
 
-func (d *Daemon) create(ctx context.Context, r CreateRequest) (*snapshot, error) {
-	var devices []*device
+func (d *Daemon) create(ctx context.Context, r CreateRequest) (s *snapshot, err error) {
+	var devices, attached []*device
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.detach(attached))
+		}
+	}()
 	for _, ref := range r.Devices {
-		v, err := d.findOrAttach(ctx, ref, r.Attach)
+		v, fresh, err := d.findOrAttach(ctx, ref, r.Attach)
 		if err != nil {
 			return nil, err
+		}
+		if fresh {
+			attached = append(attached, v)
 		}
 		if slices.Contains(devices, v) {
 			return nil, fail(snapshotError(snapimage.ErrAdded, "%s", v.Name), "add a device")
@@ -150,7 +158,7 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (*snapshot, error)
 	if err != nil {
 		return nil, err
 	}
-	s := &snapshot{chunk: chunk, created: time.Now(), told: make(chan diffarea.Event, 256), over: make(chan struct{})}
+	s = &snapshot{chunk: chunk, created: time.Now(), told: make(chan diffarea.Event, 256), over: make(chan struct{})}
 	id := uuid.New()
 	s.id = id.String()
 	pool := d.o.Config.DiffBufferPoolSize
@@ -161,6 +169,7 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (*snapshot, error)
 		ID: id, ChunkSize: chunk, PoolSize: pool,
 		Portion:  d.o.Config.DiffStorageMinimum << 9,
 		StateDir: d.snapshotsDir(),
+		Patience: d.o.Config.StorageTimeout,
 		Control:  d.loop,
 		OnEvent: func(e diffarea.Event) {
 			select {
@@ -195,20 +204,34 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (*snapshot, error)
 }
 
 // findOrAttach is the device that ref names, with a filter put over it if it has
-// none and attach allows it.
-func (d *Daemon) findOrAttach(ctx context.Context, ref string, attach bool) (*device, error) {
-	v, err := d.find(ref)
+// none and attach allows it: a fresh one.
+func (d *Daemon) findOrAttach(ctx context.Context, ref string, attach bool) (v *device, fresh bool, err error) {
+	v, err = d.find(ref)
 	if err == nil || !attach || CodeOf(err) != NotFound {
 		if err != nil {
-			return nil, fail(err, "%s", ref)
+			return nil, false, fail(err, "%s", ref)
 		}
-		return v, nil
+		return v, false, nil
 	}
 	if v, err = d.add(ctx, AddRequest{Path: ref}); err != nil {
-		return nil, fail(err, "attach %s", ref)
+		return nil, false, fail(err, "attach %s", ref)
 	}
 	d.o.Log.Info("added", "name", v.Name, "disk", v.Original, "device", v.Path)
-	return v, nil
+	return v, true, nil
+}
+
+// detach takes back the filters of a change that failed. One that somebody has
+// begun to use stays.
+func (d *Daemon) detach(attached []*device) error {
+	var errs []error
+	for _, v := range attached {
+		if err := d.removeIdle(context.Background(), v); err != nil {
+			errs = append(errs, fmt.Errorf("%s keeps its filter: %w", v.Original, err))
+		} else {
+			d.o.Log.Info("removed", "name", v.Name, "disk", v.Original)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // chunkSize chooses the chunk size for devices: as asked for, or the smallest
@@ -237,7 +260,7 @@ func (d *Daemon) addTo(s *snapshot, v *device) error {
 		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "add " + v.Name + ": it is being removed",
 			Fix: "end that first: ublk-blksnap remove " + v.Name}
 	}
-	if err := s.live.AddDevice(v.filter, unix.Mkdev(v.disk.Num.Major, v.disk.Num.Minor)); err != nil {
+	if err := s.live.AddDevice(v.filter, unix.Mkdev(v.disk.Num.Major, v.disk.Num.Minor), v.geo.LogicalBlock); err != nil {
 		return snapshotError(err, "add %s", v.Name)
 	}
 	d.mu.Lock()
@@ -257,9 +280,11 @@ func (d *Daemon) AddToSnapshot(ctx context.Context, r SnapshotDeviceRequest) (Sn
 	if err != nil {
 		return Snapshot{}, err
 	}
-	v, err := d.findOrAttach(ctx, r.Device, r.Attach)
+	v, fresh, err := d.findOrAttach(ctx, r.Device, r.Attach)
 	if err == nil {
-		err = d.addTo(s, v)
+		if err = d.addTo(s, v); err != nil && fresh {
+			err = errors.Join(err, d.detach([]*device{v}))
+		}
 	}
 	if err != nil {
 		return Snapshot{}, fail(err, "snapshot %s", s.id)
@@ -500,7 +525,7 @@ func (d *Daemon) destroyBroken(id string, v *device) error {
 }
 
 // destroy needs change. With an error the snapshot is still there, less what of
-// it could be removed.
+// it could be removed; but for ErrStuck: then it is only not all given back.
 func (d *Daemon) destroy(s *snapshot) error {
 	// First of all, so that whatever hangs below, the original disks do not.
 	failed := s.live.Log().Err() == unix.EIO
@@ -523,8 +548,15 @@ func (d *Daemon) destroy(s *snapshot) error {
 	d.step("destroy snapshot %s: give the storage back", s.id)
 	s.use.Lock()
 	s.gone = true
-	err := s.live.DestroyFiles()
 	s.use.Unlock()
+	destroyed := make(chan error, 1)
+	go func() { destroyed <- s.live.DestroyFiles() }()
+	var err error
+	select {
+	case err = <-destroyed:
+	case <-time.After(d.o.Config.StorageTimeout):
+		err = fmt.Errorf("%w: memory and storage are given back when it does", snapimage.ErrStuck)
+	}
 	d.mu.Lock()
 	delete(d.snapshots, s.id)
 	d.mu.Unlock()
@@ -540,11 +572,27 @@ func (d *Daemon) destroy(s *snapshot) error {
 	return nil
 }
 
-// tell passes on the events of a snapshot until it is destroyed.
+// tell passes on the events of a snapshot until it is destroyed, and gives it
+// up when writes have to wait too long for its storage.
 func (d *Daemon) tell(s *snapshot) {
+	limit := d.o.Config.StorageTimeout
+	look := time.NewTicker(limit / 8)
+	defer look.Stop()
+	var moved time.Time      // when next changed, or nobody waited
+	var next diffarea.Region // as of the last look
 	for {
 		var e diffarea.Event
 		select {
+		case now := <-look.C:
+			s.use.RLock()
+			if waits, n := s.live.Log().Waiting(); !waits || n != next || moved.IsZero() {
+				moved, next = now, n
+			} else if now.Sub(moved) >= limit && !s.gone && s.live.Log().Err() == 0 {
+				d.o.Log.Error("writes wait for difference storage that does not answer: the snapshot is given up", "snapshot", s.id, "for", limit)
+				s.live.GiveUp(unix.ETIMEDOUT)
+			}
+			s.use.RUnlock()
+			continue
 		case e = <-s.told:
 		case <-s.over:
 			select {

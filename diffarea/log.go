@@ -302,6 +302,27 @@ func (l *Log) Abort(w *Worker) {
 	l.settle(w, waitList{})
 }
 
+// GiveUp is Abort with an event, of a log that has broken down: see Waiting.
+func (l *Log) GiveUp(w *Worker, errno unix.Errno) {
+	l.mu.Lock()
+	var a *Area
+	if l.waiting.head != nil {
+		a = l.waiting.head.area
+	}
+	l.breakLocked(errno, a)
+	l.settle(w, waitList{})
+}
+
+// Waiting says whether original I/O waits for room in the log, and how many
+// regions it has handed out. When the one stays true and the other what it is,
+// a disk does not answer, and nobody but the log's owner can tell when that
+// is too long.
+func (l *Log) Waiting() (waits bool, next Region) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.waiting.head != nil, l.next
+}
+
 // store is one write of neighbouring regions to the storage.
 type store struct {
 	l     *Log

@@ -3,6 +3,7 @@ package diffarea_test
 import (
 	"bytes"
 	"errors"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -283,6 +284,24 @@ func TestFullFilesystemGivesItsLastChunk(t *testing.T) {
 	b.check()
 }
 
+// A quota that is used up is as a filesystem that is full.
+func TestQuotaGivesItsLastChunk(t *testing.T) {
+	b := newBench(t, 8, 4, 16*chunk)
+	b.faults.Add(blockdev.Fault{
+		Kinds: []blockdev.Kind{blockdev.Allocate}, Err: unix.EDQUOT,
+		Fits: func(op *blockdev.Op) bool { return op.Off+op.Len > 5*chunk },
+	})
+	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 64*chunk)}); err != nil {
+		t.Fatal(err)
+	}
+	b.protect(0, 5)
+	b.sched.Run()
+	if b.log.Err() != 0 {
+		t.Fatalf("broke with %v before the quota was used up", b.log.Err())
+	}
+	b.check()
+}
+
 func TestAppendFailure(t *testing.T) {
 	b := newBench(t, 8, 4, 16*chunk)
 	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", chunk/2)}); !errors.Is(err, unix.ENOSPC) {
@@ -351,6 +370,14 @@ func TestCloseUnderWay(t *testing.T) {
 // A snapshot can be given up while its storage hangs: who waits for room in the
 // pool goes on at once.
 func TestAbortWithStuckStorage(t *testing.T) {
+	t.Run("abort", func(t *testing.T) { testStuckStorage(t, (*diffarea.Log).Abort) })
+	t.Run("give up", func(t *testing.T) {
+		testStuckStorage(t, func(l *diffarea.Log, w *diffarea.Worker) { l.GiveUp(w, unix.ETIMEDOUT) },
+			diffarea.Event{Kind: diffarea.Corrupted, Device: 7, Errno: unix.ETIMEDOUT})
+	})
+}
+
+func testStuckStorage(t *testing.T, end func(*diffarea.Log, *diffarea.Worker), want ...diffarea.Event) {
 	b := newBench(t, 64, 4, 1<<20)
 	f := blockdev.NewMemoryFile("f", 1<<30)
 	if err := b.append(diffarea.Storage{File: f}); err != nil {
@@ -363,13 +390,20 @@ func TestAbortWithStuckStorage(t *testing.T) {
 		stored++ // not even in memory yet
 	}
 	b.sched.Run()
-	if b.woken == 64 {
-		t.Fatal("nobody waits for the storage")
+	if waits, next := b.log.Waiting(); b.woken == 64 || !waits || next != 4 {
+		t.Fatalf("%d of 64 woken, with %d regions handed out; somebody waits: %v", b.woken, next, waits)
 	}
-	b.log.Abort(b.w)
+	end(b.log, b.w)
 	b.sched.Run()
-	if b.woken != 64 || stored != 1 || len(b.events) != 0 {
+	if b.woken != 64 || stored != 1 || !slices.Equal(b.events, want) {
 		t.Fatalf("%d of 64 woken, %d waits for the storage ended, events %v", b.woken, stored, b.events)
+	}
+	if waits, _ := b.log.Waiting(); waits {
+		t.Fatal("somebody still waits")
+	}
+	end(b.log, b.w) // once is enough
+	if !slices.Equal(b.events, want) {
+		t.Fatalf("events %v", b.events)
 	}
 	closed := 0
 	b.log.Close(b.w, func() { closed++ })

@@ -333,15 +333,15 @@ func (g *growth) submit(w *Worker) {
 	w.q.Submit(&g.op)
 }
 
-// finished takes the portion into use. A full file system is asked again for
-// half as much, until not even a chunk fits.
+// finished takes the portion into use. A full file system, or quota, is asked
+// again for half as much, until not even a chunk fits.
 func (g *growth) finished(op *blockdev.Op) {
 	l := g.l
 	l.mu.Lock()
 	s := l.sources[g.source]
 	var err error
 	switch {
-	case op.Err == unix.ENOSPC && op.Len > l.chunkSize:
+	case (op.Err == unix.ENOSPC || op.Err == unix.EDQUOT) && op.Len > l.chunkSize:
 		s.portion = op.Len / 2
 		g.active = false
 		l.busy--

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
@@ -25,6 +26,8 @@ type LiveConfig struct {
 	// StateDir is a directory on a tmpfs that outlives the daemon; the snapshot
 	// makes one of its own in it.
 	StateDir string
+	// Patience is how long storage may take to answer whoever waits for it.
+	Patience time.Duration
 	// Control is the queue for control work; its thread is not the caller's.
 	Control blockdev.Queue
 	// OnEvent is called on queue threads and must not block.
@@ -63,41 +66,86 @@ func NewLive(cfg LiveConfig) (*Live, error) {
 	return &Live{Snapshot: s, cfg: cfg, state: st, align: blockdev.SectorSize}, nil
 }
 
+// ErrStuck: a difference storage does not answer.
+var ErrStuck = errors.New("the storage does not answer")
+
 // call runs f on the control queue's thread and waits until it calls back.
-func (v *Live) call(f func(done func(error))) error {
-	result := make(chan error, 1)
+func (v *Live) call(f func(done func(error))) error { return <-v.start(f) }
+
+// start is call without the waiting.
+func (v *Live) start(f func(done func(error))) (result chan error) {
+	result = make(chan error, 1)
 	v.post(func() { f(func(err error) { result <- err }) })
-	return <-result
+	return result
 }
 
 func (v *Live) post(f func()) { v.cfg.Control.Post(&blockdev.Task{Run: f}) }
 
 // AddDevice makes a device part of the snapshot; device is its original's
-// number, for events.
-func (v *Live) AddDevice(f *filter.Filter, device uint64) error {
-	return v.call(func(done func(error)) { done(v.Add(f, device)) })
+// number, for events, block its logical block size in bytes.
+func (v *Live) AddDevice(f *filter.Filter, device uint64, block int) error {
+	err := v.call(func(done func(error)) { done(v.Add(f, device)) })
+	if err != nil {
+		return err
+	}
+	if v.Len() == 1 || block < v.align {
+		v.align = block
+	}
+	for _, s := range v.storage {
+		if err := s.suit(v.align); err != nil {
+			return fmt.Errorf("storage %s: %w", s.path, err)
+		}
+	}
+	return nil
 }
 
 // AppendStorage gives the snapshot a file, directory or block device, of which
 // it takes at most limit bytes; 0 is no limit. It returns when the first
-// portion is allocated.
+// portion is allocated, or with ErrStuck when that takes too long: the storage
+// is used then if it answers after all, and given back with the others.
 func (v *Live) AppendStorage(path string, limit int64) error {
-	s, err := openStorage(path, limit, v.align)
+	s, err := v.openStorage(path, limit)
 	if err != nil {
 		return fmt.Errorf("append storage: %w", err)
 	}
+	v.storage = append(v.storage, s)
 	err = v.state.remember(s)
 	if err == nil {
-		err = v.call(func(done func(error)) { v.Append(s.engine(), done) })
-	}
-	if err != nil {
-		if s.fixed {
-			return errors.Join(fmt.Errorf("append storage: %w", err), s.file.Close())
+		select {
+		case err = <-v.start(func(done func(error)) { v.Append(s.engine(), done) }):
+		case <-time.After(v.cfg.Patience):
+			return fmt.Errorf("append storage: %s: %w", path, ErrStuck)
 		}
-		return errors.Join(fmt.Errorf("append storage: %w", err), s.discard(0))
 	}
-	v.storage = append(v.storage, s)
-	return nil
+	if err == nil {
+		return nil
+	}
+	v.storage = v.storage[:len(v.storage)-1]
+	err = fmt.Errorf("append storage: %w", err)
+	if s.fixed {
+		return errors.Join(err, s.file.Close())
+	}
+	return errors.Join(err, s.discard(0))
+}
+
+// openStorage is for what may hang itself: a file of a dead file server.
+func (v *Live) openStorage(path string, limit int64) (s *storage, err error) {
+	opened := make(chan struct{})
+	go func() {
+		s, err = openStorage(path, limit, v.align)
+		close(opened)
+	}()
+	select {
+	case <-opened:
+		return s, err
+	case <-time.After(v.cfg.Patience):
+		go func() {
+			if <-opened; err == nil {
+				_ = s.discard(0)
+			}
+		}()
+		return nil, fmt.Errorf("%s: %w", path, ErrStuck)
+	}
 }
 
 // TakeOptions say how to take.
@@ -150,8 +198,13 @@ func (v *Live) Abort() {
 	})
 }
 
+// GiveUp breaks the snapshot, whose storage does not answer: see
+// diffarea.Log.Waiting.
+func (v *Live) GiveUp(errno unix.Errno) { v.post(func() { v.Snapshot.GiveUp(errno) }) }
+
 // DestroyFiles ends the snapshot and gives its memory and storage back, with
-// nothing left to read in them. The image devices are gone.
+// nothing left to read in them. The image devices are gone. It takes as long as
+// the storage does to end what is under way.
 func (v *Live) DestroyFiles() error {
 	_ = v.call(func(done func(error)) { v.Destroy(func() { done(nil) }) })
 	var errs []error

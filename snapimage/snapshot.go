@@ -13,6 +13,7 @@ import (
 	"fmt"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
@@ -235,6 +236,9 @@ func (s *Snapshot) Cancel() {
 		s.cut.Cancel()
 	}
 }
+
+// GiveUp breaks the snapshot: see diffarea.Log.GiveUp.
+func (s *Snapshot) GiveUp(errno unix.Errno) { s.log.GiveUp(s.worker, errno) }
 
 // Destroy takes the snapshot off its devices. The image devices are gone
 // already, or at least no request of theirs is under way. done is called when

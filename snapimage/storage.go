@@ -18,6 +18,7 @@ type storage struct {
 	made  bool // by us, under this name
 	fixed bool
 	size  int64 // 0: as much as the filesystem gives
+	align int   // what direct I/O needs, bytes; 0 if it is not done
 }
 
 // ErrStorageInUse: the file has content, or somebody uses the device.
@@ -73,16 +74,29 @@ func openStorageFile(path string, flags int, limit int64, align int) (*storage, 
 		unix.Close(fd)
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	if directAlign(fd) > align {
-		// Images are read and written in smaller pieces than this storage can
-		// do directly: through the page cache, then, and all of it.
-		if err := clearDirect(fd); err != nil {
-			unix.Close(fd)
-			return nil, fmt.Errorf("%s: %w", path, err)
-		}
-	}
 	s.file = blockdev.NewOSFile(fd, path)
+	s.align = directAlign(fd)
+	if err := s.suit(align); err != nil {
+		s.file.Close()
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
 	return s, nil
+}
+
+// suit makes the storage fit for a snapshot whose images are read and written
+// in pieces of align bytes. If that is less than it can do directly: through
+// the page cache, then, and all of it.
+func (s *storage) suit(align int) error {
+	if s.align <= align {
+		return nil
+	}
+	s.align = 0
+	fd := s.file.Fd()
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, flags&^unix.O_DIRECT)
+	}
+	return err
 }
 
 // checkOurs refuses a file that was there and may have come to its name since it was looked
@@ -127,11 +141,12 @@ func openStorageDevice(path string, limit int64, align int) (*storage, error) {
 	if limit != 0 {
 		s.size = min(s.size, limit)
 	}
-	if n, err := unix.IoctlGetInt(f.Fd(), unix.BLKSSZGET); err == nil && n > align {
-		if err := clearDirect(f.Fd()); err != nil {
-			f.Close()
-			return nil, fmt.Errorf("%s: %w", path, err)
-		}
+	if s.align, err = unix.IoctlGetInt(f.Fd(), unix.BLKSSZGET); err == nil {
+		err = s.suit(align)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return s, nil
 }
@@ -144,15 +159,6 @@ func directAlign(fd int) int {
 		return 0
 	}
 	return int(st.Dio_offset_align)
-}
-
-func clearDirect(fd int) error {
-	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
-	if err != nil {
-		return err
-	}
-	_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, flags&^unix.O_DIRECT)
-	return err
 }
 
 // engine is the storage as the log knows it.

@@ -145,6 +145,212 @@ func TestOverflow(t *testing.T) {
 	}
 }
 
+// TestStuckStorage is I5 with storage that neither works nor fails: writers wait
+// for it no longer than configured, and everything about the snapshot but its
+// memory goes.
+func TestStuckStorage(t *testing.T) {
+	needVM(t)
+	const size = 24 << 20
+	ram := ramDisks(t, 2, size)
+	run(t, "modprobe", "dm-mod")
+	store := dmDisk(t, "store", linear(t, ram[1]))
+	d := startDaemon(t, "storage_timeout=2s", "diff_buffer_pool_size=1M")
+	queues := queueCounts()
+	dev := d.add(ram[0], with(queues[len(queues)-1], 32))
+	w := newWorld(size)
+	if err := w.fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10, Storage: []control.Storage{{Path: store}}})
+	s = d.taken(s.ID)
+	run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "store")
+	resumed := false
+	resume := func() {
+		if !resumed {
+			resumed = true
+			run(t, "dmsetup", "resume", "store")
+		}
+	}
+	t.Cleanup(resume)
+	stop := w.writers(t, 6, mix{writers: 4, zeroes: true}, dev.Path)
+	kinds, last := d.corrupted(s.ID)
+	if !slices.Equal(kinds, []string{control.EventCorrupted}) || last.Errno != -int(unix.ETIMEDOUT) || last.Device != dev.OriginalNumber {
+		t.Errorf("events %q, the last %+v", kinds, last)
+	}
+	n := w.writes.Load()
+	for end := time.Now().Add(20 * time.Second); w.writes.Load() < n+50 && time.Now().Before(end); {
+		time.Sleep(20 * time.Millisecond)
+	}
+	if w.writes.Load() < n+50 {
+		t.Error("I5: writes to the original do not go on")
+	}
+	if err := d.DestroySnapshot(ctx(t), s.ID); control.CodeOf(err) != control.Timeout || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("destroy: %v", err)
+	}
+	if left, err := d.Snapshots(ctx(t)); err != nil || len(left) != 0 {
+		t.Errorf("snapshots left: %v, %v", left, err)
+	}
+	// A new one works at once, on other storage: this one is still at work.
+	other := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10, Storage: []control.Storage{{Path: "/dev/shm"}}})
+	if _, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: other.ID, Storage: control.Storage{Path: store}}); control.CodeOf(err) != control.Busy {
+		t.Errorf("storage under way appended to another snapshot: %v", err)
+	}
+	win := w.open()
+	other = d.taken(other.ID)
+	win.close()
+	if err := win.check(other.Images[0].Path); err != nil {
+		t.Errorf("I1, next snapshot: %v", err)
+	}
+	d.destroy(other.ID)
+	if err := stop(); err != nil {
+		t.Errorf("I5: a writer noticed: %v", err)
+	}
+	state := filepath.Join(d.dir.State(), "snapshots", s.ID)
+	if _, err := os.Stat(state); err != nil {
+		t.Errorf("memory of a store under way: %v", err)
+	}
+	resume()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if _, err := os.Stat(state); errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the snapshot's memory is not given back when its storage answers again")
+		}
+	}
+	d.remove(dev)
+	if err := w.same(ram[0]); err != nil {
+		t.Errorf("I2: %v", err)
+	}
+}
+
+// TestAttachForNothing: a snapshot that cannot be created leaves no filter
+// behind that was attached for it, and those that were there.
+func TestAttachForNothing(t *testing.T) {
+	needVM(t)
+	ram := ramDisks(t, 3, 4<<20)
+	d := startDaemon(t)
+	dev := d.add(ram[0])
+	for _, r := range []control.CreateRequest{
+		{Devices: ram[:2], Storage: []control.Storage{{Path: "/nowhere/storage"}}},
+		{Devices: ram[:2], Storage: []control.Storage{{Path: ram[1]}}}, // on itself
+		{Devices: []string{ram[0], ram[1], "/dev/nothing"}},
+		{Devices: ram[:2], ChunkSize: 5},
+	} {
+		r.Attach = true
+		if _, err := d.CreateSnapshot(ctx(t), r); err == nil {
+			t.Errorf("%+v was created", r)
+		}
+		devs, err := d.Devices(ctx(t))
+		if err != nil || len(devs) != 1 || devs[0].Name != dev.Name {
+			t.Errorf("after %+v: devices %+v, %v", r, devs, err)
+		}
+	}
+	s := d.take(0, dev)
+	if _, err := d.AddToSnapshot(ctx(t), control.SnapshotDeviceRequest{ID: s.ID, Device: ram[1], Attach: true}); err == nil {
+		t.Error("a device was added to a taken snapshot")
+	}
+	if devs, err := d.Devices(ctx(t)); err != nil || len(devs) != 1 {
+		t.Errorf("after a refused addition: devices %+v, %v", devs, err)
+	}
+}
+
+// TestStorageBlocks has originals and storage of different logical blocks: the
+// storage is used directly if it can do what the images need, else through the
+// page cache, and the images are right.
+func TestStorageBlocks(t *testing.T) {
+	needVM(t)
+	const size = 8 << 20
+	for _, c := range []struct {
+		first, later int // logical blocks of the devices before and after the storage
+		storage      int
+		direct       bool
+	}{
+		{first: 512, storage: 512, direct: true},
+		{first: 4096, storage: 512, direct: true},
+		{first: 4096, storage: 4096, direct: true},
+		{first: 512, storage: 4096},
+		{first: 4096, later: 4096, storage: 4096, direct: true},
+		{first: 4096, later: 512, storage: 4096},
+	} {
+		t.Run(fmt.Sprintf("%d/%d/%d", c.first, c.later, c.storage), func(t *testing.T) {
+			d := startDaemon(t)
+			storage := loopDisk(t, 4*size, c.storage)
+			devs := []control.Device{d.add(loopDisk(t, size, c.first))}
+			if c.later != 0 {
+				devs = append(devs, d.add(loopDisk(t, size, c.later)))
+			}
+			w := newWorld(slices.Repeat([]int64{size}, len(devs))...)
+			var paths []string
+			for _, dev := range devs {
+				paths = append(paths, dev.Path)
+			}
+			if err := w.fill(paths...); err != nil {
+				t.Fatal(err)
+			}
+			s := d.create(control.CreateRequest{Devices: []string{devs[0].Name}, ChunkSize: 16 << 10, Storage: []control.Storage{{Path: storage}}})
+			if c.later != 0 {
+				if _, err := d.AddToSnapshot(ctx(t), control.SnapshotDeviceRequest{ID: s.ID, Device: devs[1].Name}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if direct := isDirect(t, d.pid, storage); direct != c.direct {
+				t.Errorf("direct I/O on the storage: %v, want %v", direct, c.direct)
+			}
+			win := w.open()
+			s = d.taken(s.ID)
+			win.close()
+			stop := w.writers(t, 8, mix{block: 4096, writers: 2, zeroes: true}, paths...)
+			time.Sleep(span(500*time.Millisecond, 10*time.Second))
+			if err := stop(); err != nil {
+				t.Error(err)
+			}
+			var images []string
+			for _, im := range s.Images {
+				images = append(images, im.Path)
+			}
+			// An image is written in its own blocks, wherever they lie by now.
+			f := openDirect(t, images[len(images)-1], unix.O_RDWR)
+			buf := ublkPages(t, devs[len(devs)-1].LogicalBlockSize)
+			for off := int64(0); off < 1<<20; off += 20 << 10 {
+				if err := f.read(buf, off); err != nil {
+					t.Fatal(err)
+				}
+				if err := f.write(buf, off); err != nil {
+					t.Fatalf("write to the image at %d: %v", off, err)
+				}
+			}
+			f.close()
+			if err := win.check(images...); err != nil {
+				t.Errorf("I1: %v", err)
+			}
+			d.destroy(s.ID)
+		})
+	}
+}
+
+// isDirect says whether process pid has path open for direct I/O.
+func isDirect(t testing.TB, pid int, path string) bool {
+	t.Helper()
+	fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	for _, fd := range fds {
+		if to, err := os.Readlink(fd); err != nil || to != path {
+			continue
+		}
+		info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%s", pid, filepath.Base(fd)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var pos, flags int64
+		if _, err := fmt.Sscanf(string(info), "pos:\t%d\nflags:\t0%o", &pos, &flags); err != nil {
+			t.Fatalf("%q: %v", info, err)
+		}
+		return flags&unix.O_DIRECT != 0
+	}
+	t.Fatalf("process %d has not opened %s", pid, path)
+	return false
+}
+
 // TestAppendStorage appends storage to a snapshot that is running out of it:
 // the overflow that was near does not come.
 func TestAppendStorage(t *testing.T) {

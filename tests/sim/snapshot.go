@@ -48,6 +48,12 @@ func (s *snapshot) String() string { return fmt.Sprintf("snapshot %d", s.slot) }
 // broken says whether the snapshot has lost data, which it says itself.
 func (s *snapshot) broken() bool { return s.snap.Log().Err() != 0 }
 
+// waiting says whether original I/O waits for room in the snapshot.
+func (s *snapshot) waiting() bool {
+	waits, _ := s.snap.Log().Waiting()
+	return waits && !s.broken()
+}
+
 // area is the difference area of device dev, nil if the snapshot does not hold
 // it.
 func (s *snapshot) area(dev int) *diffarea.Area {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"runtime/debug"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -329,8 +330,8 @@ func (w *world) settle() {
 		if w.over {
 			return
 		}
-		w.checkReads()
-		if w.unstick() {
+		w.checkWaits()
+		if w.sched.Steps()%2 == 0 && w.giveUp() || w.unstick() {
 			continue
 		}
 		if w.idle() {
@@ -340,11 +341,19 @@ func (w *world) settle() {
 	}
 }
 
-// checkReads is for when nothing goes on but for what is stuck: reads and
-// flushes of a disk wait for that disk, never for the storage of a snapshot.
-func (w *world) checkReads() {
+// checkWaits is for when nothing goes on but for what is stuck: reads and
+// flushes of a disk wait for that disk, never for the storage of a snapshot;
+// changes wait for that only as long as its owner has not given it up, and for
+// other disks at a cut.
+func (w *world) checkWaits() {
 	if w.proc == nil {
 		return
+	}
+	lost := !strings.HasPrefix(w.proc.current, "take")
+	for _, s := range w.snaps {
+		if s != nil && s.waiting() {
+			lost = false
+		}
 	}
 	for i, d := range w.devices {
 		if w.sched.Stuck(w.origs[i]) {
@@ -352,12 +361,29 @@ func (w *world) checkReads() {
 		}
 		for _, h := range d.queues {
 			for _, t := range h.tags {
-				if r := t.r; r != nil && (r.op == ublk.OpRead || r.op == ublk.OpFlush) {
+				if r := t.r; r != nil && (lost || r.op == ublk.OpRead || r.op == ublk.OpFlush) {
 					w.fail("I5: %v of %s at sector %d+%d waits for something else than its disk", r.op, d.name, r.from(), r.len/sectorSize)
 				}
 			}
 		}
 	}
+}
+
+// giveUp gives up the snapshots that wait for what is stuck, as the daemon does
+// after a while; false if there are none.
+func (w *world) giveUp() bool {
+	any := false
+	for _, s := range w.snaps {
+		if w.proc != nil && s != nil && s.waiting() {
+			any = true
+			w.fired++
+			w.proc.control.After(0, func() {
+				w.tracef("give up %v", s)
+				s.snap.GiveUp(unix.ETIMEDOUT)
+			})
+		}
+	}
+	return any
 }
 
 // idle says whether nobody waits for anything.
