@@ -505,7 +505,7 @@ func (d *Device) undo(err error) error {
 func (d *Device) Info(ctx context.Context) (Info, error) { return d.ctl.Info(ctx, d.ID) }
 
 // Unregistered is how many requests failed because the kernel could not
-// register their payload.
+// register their payload, however often it was asked.
 func (d *Device) Unregistered() uint64 {
 	var n uint64
 	for _, q := range d.queues {

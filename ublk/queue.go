@@ -39,7 +39,8 @@ type queue struct {
 	fetchTask  blockdev.Task
 	failed     func(error) // a FETCH was refused; called on the loop's thread
 
-	unregistered atomic.Uint64 // payloads that the kernel could not register
+	tries        []uint32      // by tag: registrations of the payload under way or done by command
+	unregistered atomic.Uint64 // payloads that could not be registered
 }
 
 // tagState is where a tag is.
@@ -49,10 +50,14 @@ type queue struct {
 //	    └──────abort──> ended└────────request────────┘       │
 //	                      ^                        abort     │
 //	                      └──────────────────────────────────┘
+//
+// A request whose payload the kernel could not register has registering before
+// handling.
 type tagState uint8
 
 const (
 	tagFetching  tagState = iota // its first FETCH is in the kernel
+	tagRegistering               // its payload is being registered
 	tagHandling                  // the handler has its request
 	tagCommitted                 // a COMMIT_AND_FETCH is in the kernel
 	tagEnded                     // the kernel wants it no more
@@ -87,6 +92,7 @@ func newQueue(q int, desc []byte, depth, maxIO int, zeroCopy bool) (*queue, erro
 		tags:     make([]tagState, depth),
 		maxIO:    int64(maxIO),
 		zeroCopy: zeroCopy,
+		tries:    make([]uint32, depth),
 	}
 	for tag := range u.reqs {
 		u.reqs[tag] = *NewRequest(tag, u)
@@ -159,6 +165,13 @@ func (u *queue) fill(sqe *uring.SQE, op, tag uint32, result int32) {
 
 // onCommand gets the kernel's answer to the command of tag.
 func (u *queue) onCommand(tag uint32, res int32) {
+	switch {
+	case tag&forRegister != 0:
+		u.registered(tag&^forRegister, res)
+		return
+	case tag&forUnregister != 0:
+		return // what it holds on to goes with the request's last use
+	}
 	state := u.tags[tag]
 	switch {
 	case res == uapi.UBLK_IO_RES_OK && (state == tagFetching || state == tagCommitted):
@@ -181,17 +194,63 @@ func (u *queue) serve(tag uint32) {
 	r := &u.reqs[tag]
 	d := &u.desc[tag]
 	if errno := r.decode(d.OpFlags, d.NrSectors, d.StartSector, u.maxIO); errno != 0 {
-		if errno == unix.EIO {
-			u.unregistered.Add(1)
-		}
 		u.Completed(r, errno)
 		return
 	}
+	if d.OpFlags&uapi.UBLK_IO_F_NEED_REG_BUF != 0 && r.Op <= OpWrite {
+		u.tags[tag] = tagRegistering
+		u.register(tag)
+		return
+	}
+	u.handle(tag)
+}
+
+func (u *queue) handle(tag uint32) {
+	r := &u.reqs[tag]
 	r.Buf = blockdev.Buf{Index: int32(tag)}
 	if !u.zeroCopy {
 		r.Buf.Mem = unsafe.Add(u.payload, int64(tag)*u.maxIO)
 	}
 	u.handler.Handle(r)
+}
+
+// A payload that the kernel could not register with the fetch, for want of
+// memory, is registered by a command of its own, and so unregistered: in the
+// tag's place, by user_data that says which.
+const (
+	forRegister   = 1 << 31
+	forUnregister = 1 << 30
+	// maxTries is how often that is tried; each waits for memory as the kernel does.
+	maxTries = 1 << 16
+)
+
+func (u *queue) register(tag uint32) {
+	u.tries[tag]++
+	u.command(u.loop.Command(tag|forRegister), uapi.UBLK_U_IO_REGISTER_IO_BUF, tag)
+}
+
+// command fills the entry of a command for the place of tag's payload.
+func (u *queue) command(sqe *uring.SQE, op, tag uint32) {
+	sqe.PrepCommand(cdevFile, op)
+	sqe.SetFixedFile()
+	cmd := (*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))
+	cmd.QID, cmd.Tag, cmd.Addr = u.id, uint16(tag), uint64(tag)
+}
+
+// registered takes the kernel's answer to register.
+func (u *queue) registered(tag uint32, res int32) {
+	switch {
+	case res == 0:
+		u.tags[tag] = tagHandling
+		u.handle(tag)
+	case (res == -int32(unix.ENOMEM) || res == -int32(unix.EBUSY)) && u.tries[tag] < maxTries:
+		u.register(tag)
+	default:
+		u.unregistered.Add(1)
+		u.tries[tag] = 0
+		u.tags[tag] = tagHandling
+		u.Completed(&u.reqs[tag], unix.EIO)
+	}
 }
 
 // decode fills the request from its descriptor: all but Buf and Tag. An errno
@@ -226,11 +285,6 @@ func (r *Request) decode(opFlags, sectors uint32, start uint64, maxIO int64) uni
 		if r.Len > maxIO {
 			return unix.EINVAL // longer than its buffer
 		}
-		if opFlags&uapi.UBLK_IO_F_NEED_REG_BUF != 0 {
-			// The kernel was out of memory for the registration: a payload
-			// that no operation can reach.
-			return unix.EIO
-		}
 	}
 	return 0
 }
@@ -242,6 +296,10 @@ func (u *queue) Completed(r *Request, errno unix.Errno) {
 		panic(fmt.Sprintf("ublk: queue %d tag %d: %s completed twice", u.id, tag, r.Op))
 	}
 	u.tags[tag] = tagCommitted
+	if u.tries[tag] > 0 {
+		u.tries[tag] = 0
+		u.command(u.loop.Command(uint32(tag)|forUnregister), uapi.UBLK_U_IO_UNREGISTER_IO_BUF, uint32(tag))
+	}
 	u.issue(uapi.UBLK_U_IO_COMMIT_AND_FETCH_REQ, uint32(tag), r.result(errno))
 }
 

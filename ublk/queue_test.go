@@ -37,7 +37,6 @@ func TestDecode(t *testing.T) {
 		{uapi.UBLK_IO_OP_READ, 129, 0, Request{}, unix.EINVAL},
 		{uapi.UBLK_IO_OP_WRITE, 0, 0, Request{}, unix.EINVAL},
 		{uapi.UBLK_IO_OP_WRITE, 1, 1 << 60, Request{}, unix.EINVAL},
-		{uapi.UBLK_IO_OP_READ | uapi.UBLK_IO_F_NEED_REG_BUF, 1, 0, Request{}, unix.EIO},
 	}
 	for _, c := range cases {
 		// What an earlier request left must not show.
@@ -226,6 +225,78 @@ func TestCommands(t *testing.T) {
 	<-done
 	if res := <-answers; res != -int32(unix.EOPNOTSUPP) || u.tags[1] != tagCommitted {
 		t.Errorf("commit: %d, tag %v", res, u.tags[1])
+	}
+}
+
+// TestRegister: a payload that cannot be registered at all fails its request,
+// which the handler never sees; one that can is registered and unregistered.
+func TestRegister(t *testing.T) {
+	fd, err := unix.MemfdCreate("no-device", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := blockdev.NewOSFile(fd, "no-device")
+	defer file.Close()
+	u, k := testQueue(t, 2, true)
+	answers := make(chan uint32, 8)
+	play := map[uint32]int32{} // answers in place of the file's
+	u.loop, err = blockdev.NewLoop(blockdev.LoopConfig{
+		Name: "test", Depth: 1, Commands: 2, Files: []*blockdev.OSFile{file}, Buffers: u.buffers(),
+		OnCommand: func(tag uint32, res int32) {
+			if tag&forRegister != 0 {
+				if a, ok := play[tag]; ok {
+					delete(play, tag) // the next one fails as it may
+					res = a
+				}
+				u.onCommand(tag, res)
+			}
+			answers <- tag
+		},
+	})
+	if err != nil {
+		t.Skipf("no io_uring here: %v", err)
+	}
+	defer u.loop.Stop()
+	serve := func(answer int32) {
+		u.loop.Post(&blockdev.Task{Run: func() {
+			if answer != 1 {
+				play[1|forRegister] = answer
+			}
+			u.tags[1] = tagFetching
+			u.desc[1] = uapi.UblksrvIODesc{OpFlags: uapi.UBLK_IO_OP_READ | uapi.UBLK_IO_F_NEED_REG_BUF, NrSectors: 1}
+			u.onCommand(1, uapi.UBLK_IO_RES_OK)
+		}})
+	}
+	expect := func(want ...uint32) {
+		t.Helper()
+		for _, w := range want {
+			if got := <-answers; got != w {
+				t.Fatalf("command %#x, want %#x", got, w)
+			}
+		}
+	}
+	const register, commit, unregister = 1 | forRegister, 1, 1 | forUnregister
+	serve(1) // no answer but the file's
+	expect(register, commit)
+	if len(k.got) != 0 || u.unregistered.Load() != 1 {
+		t.Errorf("the handler has %d requests, %d failed", len(k.got), u.unregistered.Load())
+	}
+	serve(-int32(unix.ENOMEM)) // once, and then the file's
+	expect(register, register, commit)
+	if len(k.got) != 0 || u.unregistered.Load() != 2 {
+		t.Errorf("the handler has %d requests, %d failed", len(k.got), u.unregistered.Load())
+	}
+	serve(0)
+	expect(register)
+	done := make(chan struct{})
+	u.loop.Post(&blockdev.Task{Run: func() {
+		k.got[0].Complete(0)
+		close(done)
+	}})
+	<-done
+	expect(unregister, commit)
+	if len(k.got) != 1 || u.unregistered.Load() != 2 {
+		t.Errorf("the handler has %d requests, %d failed", len(k.got), u.unregistered.Load())
 	}
 }
 

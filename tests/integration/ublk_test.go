@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math/rand"
 	"os"
+	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -14,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -251,4 +254,72 @@ func TestUblkData(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestUblkRegistration has the kernel fail to register payloads with their
+// requests, for the place is taken: they are registered later, by a command,
+// and no request fails of it.
+func TestUblkRegistration(t *testing.T) {
+	ctl := ublkControl(t)
+	if !slices.Contains(ublkModes(ctl), ublk.ModeZeroCopy) {
+		t.Skip("needs kernel 6.16: no zero copy")
+	}
+	cfg, _ := ublkConfig(t, ublk.ModeZeroCopy, 1, 1)
+	newHandler := cfg.NewHandler
+	var queue blockdev.Queue
+	cfg.NewHandler = func(i int, bq blockdev.Queue) ublk.Handler {
+		queue = bq
+		return newHandler(i, bq)
+	}
+	d := ublkAdd(t, ctl, cfg)
+	// No other package has business with the loop's table of buffers.
+	ring := (*uring.Ring)(reflect.ValueOf(queue).Elem().FieldByName("ring").UnsafePointer())
+	own := ublkPages(t, 4096)
+	place := func(mem []byte) {
+		done := make(chan error)
+		queue.Post(&blockdev.Task{Run: func() { done <- ring.UpdateBuffers(0, [][]byte{mem}) }})
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	f := ublkOpen(t, d.Path, 0)
+	buf, back := ublkPages(t, 8192), ublkPages(t, 8192)
+	for i := range 50 {
+		for j := range buf {
+			buf[j] = byte(i + j>>9)
+		}
+		for _, io := range []func() (int, error){
+			func() (int, error) { return f.WriteAt(buf, int64(i)*8192) },
+			func() (int, error) { return f.ReadAt(back, int64(i)*8192) },
+		} {
+			place(own)
+			ended := make(chan error)
+			go func() {
+				_, err := io()
+				ended <- err
+			}()
+			select {
+			case err := <-ended:
+				t.Fatalf("request ended without a payload: %v", err)
+			case <-time.After(5 * time.Millisecond):
+			}
+			place(nil)
+			if err := <-ended; err != nil {
+				t.Fatal(err)
+			}
+		}
+		if !bytes.Equal(buf, back) {
+			t.Fatalf("round %d: what was read differs", i)
+		}
+	}
+	if n := d.Unregistered(); n != 0 {
+		t.Errorf("%d requests failed", n)
+	}
+	clear(buf)
+	for i := range 50 {
+		if _, err := f.WriteAt(buf, int64(i)*8192); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ublkVerify(t, d.Path, 4, 20) // as ever
 }
