@@ -41,6 +41,7 @@ test: check bin/vm
 	$(MAKE) integration KERNEL=6.12
 	$(MAKE) integration KERNEL=newest
 	$(MAKE) integration KERNEL=newest BUILD=giouring RUN=Ublk
+	$(MAKE) integration KERNEL=6.1 RUN=OldKernel
 	$(MAKE) demo KERNEL=newest
 
 check: setup lint

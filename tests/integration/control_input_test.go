@@ -275,25 +275,6 @@ func fresh(t *testing.T) (dir string, call func(args ...string) answer) {
 // command, by doctor, and leaves nothing behind.
 func TestMachineCannot(t *testing.T) {
 	needVM(t)
-	check := func(t *testing.T, words ...string) {
-		t.Helper()
-		dir, call := fresh(t)
-		for _, args := range [][]string{{"add", "/dev/null"}, {"daemon"}, {"doctor"}} {
-			a := call(args...)
-			said := a.out + a.errout
-			if a.status != 1 {
-				t.Errorf("%v: status %d", args, a.status)
-			}
-			for _, w := range words {
-				if !strings.Contains(said, w) {
-					t.Errorf("%v said %q, not %q", args, said, w)
-				}
-			}
-		}
-		if m, err := os.ReadFile("/proc/self/mountinfo"); err != nil || bytes.Contains(m, []byte(dir)) {
-			t.Errorf("a mount is left in %s, %v", dir, err)
-		}
-	}
 	t.Run("io_uring disabled", func(t *testing.T) {
 		const sysctl = "/proc/sys/kernel/io_uring_disabled"
 		if err := os.WriteFile(sysctl, []byte("2"), 0); err != nil {
@@ -303,7 +284,7 @@ func TestMachineCannot(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer os.WriteFile(sysctl, []byte("0"), 0)
-		check(t, "io_uring is disabled by sysctl kernel.io_uring_disabled=2: set it to 0")
+		cannot(t, "io_uring is disabled by sysctl kernel.io_uring_disabled=2: set it to 0")
 	})
 	t.Run("no ublk_drv", func(t *testing.T) {
 		unload(t, "ublk_drv")
@@ -315,8 +296,38 @@ func TestMachineCannot(t *testing.T) {
 		run(t, "mount", "-t", "tmpfs", "none", modules)
 		defer run(t, "modprobe", "ublk_drv")
 		defer run(t, "umount", modules)
-		check(t, "no ublk driver", "ublk_drv")
+		cannot(t, "no ublk driver", "ublk_drv")
 	})
+}
+
+// TestOldKernel is the same on a kernel from before ublk, as KERNEL=6.1 boots.
+func TestOldKernel(t *testing.T) {
+	needVM(t)
+	if kernelAtLeast(t, 6, 5) {
+		t.Skip("needs kernel 6.4 or older")
+	}
+	cannot(t, "too old: Linux 6.5 or newer is needed")
+}
+
+// cannot checks that commands fail and say these words.
+func cannot(t *testing.T, words ...string) {
+	t.Helper()
+	dir, call := fresh(t)
+	for _, args := range [][]string{{"add", "/dev/null"}, {"daemon"}, {"doctor"}} {
+		a := call(args...)
+		said := a.out + a.errout
+		if a.status != 1 {
+			t.Errorf("%v: status %d", args, a.status)
+		}
+		for _, w := range words {
+			if !strings.Contains(said, w) {
+				t.Errorf("%v said %q, not %q", args, said, w)
+			}
+		}
+	}
+	if m, err := os.ReadFile("/proc/self/mountinfo"); err != nil || bytes.Contains(m, []byte(dir)) {
+		t.Errorf("a mount is left in %s, %v", dir, err)
+	}
 }
 
 // TestDoctorWell: on a machine that can, doctor says so.

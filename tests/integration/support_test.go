@@ -39,6 +39,13 @@ func needVM(t testing.TB) {
 // needKernel skips a test of what an older kernel does not have.
 func needKernel(t testing.TB, major, minor int, what string) {
 	t.Helper()
+	if !kernelAtLeast(t, major, minor) {
+		t.Skipf("needs kernel %d.%d: %s", major, minor, what)
+	}
+}
+
+func kernelAtLeast(t testing.TB, major, minor int) bool {
+	t.Helper()
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		t.Fatal(err)
@@ -47,9 +54,7 @@ func needKernel(t testing.TB, major, minor int, what string) {
 	if _, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &a, &b); err != nil {
 		t.Fatal(err)
 	}
-	if a < major || a == major && b < minor {
-		t.Skipf("needs kernel %d.%d: %s", major, minor, what)
-	}
+	return a > major || a == major && b >= minor
 }
 
 // span is how long something runs that could run for ever.
