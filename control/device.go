@@ -492,6 +492,8 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 			break
 		}
 		if !errors.Is(err, ublk.ErrBusy) {
+			// Given up half-way, it serves nobody any more.
+			v.leaving = v.leaving || errors.Is(err, context.DeadlineExceeded)
 			return err
 		}
 		// It may be udev, soon done with it.
@@ -515,7 +517,7 @@ func (d *Daemon) inUse(v *device) error {
 func (d *Daemon) removeForced(v *device) error {
 	for _, id := range d.holding(v) {
 		if err := d.destroyBroken(id, v); err != nil {
-			return err
+			return snapshotError(err, "destroy snapshot %s", id)
 		}
 	}
 	return d.takeDown(v)

@@ -525,10 +525,10 @@ func (d *Daemon) destroyBroken(id string, v *device) error {
 }
 
 // destroy needs change. With an error the snapshot is still there, less what of
-// it could be removed; but for ErrStuck: then it is only not all given back.
+// it could be removed.
 func (d *Daemon) destroy(s *snapshot) error {
 	// First of all, so that whatever hangs below, the original disks do not.
-	failed := s.live.Log().Err() == unix.EIO
+	failed := s.live.Log().Err() == unix.EIO || s.live.Log().Err() == unix.ETIMEDOUT
 	s.live.Abort()
 	for _, im := range s.images {
 		if im.dev == nil {
@@ -546,17 +546,13 @@ func (d *Daemon) destroy(s *snapshot) error {
 		d.mu.Unlock()
 	}
 	d.step("destroy snapshot %s: give the storage back", s.id)
+	if err := s.live.End(); err != nil {
+		return fmt.Errorf("%w: nothing waits for it any more; destroy the snapshot again when it does", err)
+	}
 	s.use.Lock()
 	s.gone = true
 	s.use.Unlock()
-	destroyed := make(chan error, 1)
-	go func() { destroyed <- s.live.DestroyFiles() }()
-	var err error
-	select {
-	case err = <-destroyed:
-	case <-time.After(d.o.Config.StorageTimeout):
-		err = fmt.Errorf("%w: memory and storage are given back when it does", snapimage.ErrStuck)
-	}
+	err := s.live.DestroyFiles()
 	d.mu.Lock()
 	delete(d.snapshots, s.id)
 	d.mu.Unlock()
@@ -578,15 +574,15 @@ func (d *Daemon) tell(s *snapshot) {
 	limit := d.o.Config.StorageTimeout
 	look := time.NewTicker(limit / 8)
 	defer look.Stop()
-	var moved time.Time      // when next changed, or nobody waited
-	var next diffarea.Region // as of the last look
+	var moved time.Time // when the log last got on, or nobody waited
+	var done uint64     // as of the last look
 	for {
 		var e diffarea.Event
 		select {
 		case now := <-look.C:
 			s.use.RLock()
-			if waits, n := s.live.Log().Waiting(); !waits || n != next || moved.IsZero() {
-				moved, next = now, n
+			if waits, n := s.live.Log().Waiting(); !waits || n != done || moved.IsZero() {
+				moved, done = now, n
 			} else if now.Sub(moved) >= limit && !s.gone && s.live.Log().Err() == 0 {
 				d.o.Log.Error("writes wait for difference storage that does not answer: the snapshot is given up", "snapshot", s.id, "for", limit)
 				s.live.GiveUp(unix.ETIMEDOUT)

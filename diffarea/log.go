@@ -3,6 +3,7 @@ package diffarea
 import (
 	"fmt"
 	"math/bits"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -89,6 +90,7 @@ type Log struct {
 	lowSent   bool
 	events    []Event // to be delivered
 	busy      int     // copies, stores and growths under way
+	ended     uint64  // stores and growths
 	released  bool    // dead, and nobody waits for a store any more
 	closing   func()
 }
@@ -305,22 +307,37 @@ func (l *Log) Abort(w *Worker) {
 // GiveUp is Abort with an event, of a log that has broken down: see Waiting.
 func (l *Log) GiveUp(w *Worker, errno unix.Errno) {
 	l.mu.Lock()
-	var a *Area
-	if l.waiting.head != nil {
-		a = l.waiting.head.area
-	}
-	l.breakLocked(errno, a)
+	l.breakLocked(errno, l.victimLocked())
 	l.settle(w, waitList{})
 }
 
-// Waiting says whether original I/O waits for room in the log, and how many
-// regions it has handed out. When the one stays true and the other what it is,
-// a disk does not answer, and nobody but the log's owner can tell when that
-// is too long.
-func (l *Log) Waiting() (waits bool, next Region) {
+// Waiting says whether original I/O waits for another disk than its own, the
+// storage or the original of another device, and how far the log is: when the
+// one stays true and the other what it is, that disk does not answer, and
+// nobody but the log's owner can tell when that is too long.
+func (l *Log) Waiting() (waits bool, done uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.waiting.head != nil, l.next
+	return l.victimLocked() != nil, l.ended + uint64(l.next)
+}
+
+// victimLocked is the area of a copy that waits for another disk, nil if there
+// is none. What waits for room that reads of the same disk take has nothing to
+// gain from the end of the snapshot.
+func (l *Log) victimLocked() *Area {
+	if l.waiting.head == nil {
+		return nil
+	}
+	if l.stores > 0 || l.growth.active {
+		return l.waiting.head.area
+	}
+	for c := l.waiting.head; c != nil; c = c.next {
+		reads := func(s slot) bool { return s.state == slotCopying && s.area == c.area }
+		if !slices.ContainsFunc(l.slots, reads) {
+			return c.area
+		}
+	}
+	return nil
 }
 
 // store is one write of neighbouring regions to the storage.
@@ -421,6 +438,7 @@ func (s *store) done(op *blockdev.Op) {
 		}
 	}
 	l.stores--
+	l.ended++
 	l.busy--
 	s.next, l.storeIdle = l.storeIdle, s
 	l.settle(s.w, woken)

@@ -338,6 +338,7 @@ func (g *growth) submit(w *Worker) {
 func (g *growth) finished(op *blockdev.Op) {
 	l := g.l
 	l.mu.Lock()
+	l.ended++
 	s := l.sources[g.source]
 	var err error
 	switch {

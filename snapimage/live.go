@@ -42,7 +42,8 @@ type Live struct {
 	cfg     LiveConfig
 	state   *state
 	storage []*storage
-	align   int // smallest logical block of its devices, bytes
+	ended   chan error // of End, once it has begun
+	align   int        // smallest logical block of its devices, bytes
 }
 
 // NewLive makes an empty snapshot.
@@ -84,19 +85,20 @@ func (v *Live) post(f func()) { v.cfg.Control.Post(&blockdev.Task{Run: f}) }
 // AddDevice makes a device part of the snapshot; device is its original's
 // number, for events, block its logical block size in bytes.
 func (v *Live) AddDevice(f *filter.Filter, device uint64, block int) error {
-	err := v.call(func(done func(error)) { done(v.Add(f, device)) })
-	if err != nil {
-		return err
+	if v.Len() > 0 {
+		block = min(block, v.align)
 	}
-	if v.Len() == 1 || block < v.align {
-		v.align = block
-	}
+	block = int(min(int64(block), v.cfg.ChunkSize))
 	for _, s := range v.storage {
-		if err := s.suit(v.align); err != nil {
+		if err := s.suit(block); err != nil {
 			return fmt.Errorf("storage %s: %w", s.path, err)
 		}
 	}
-	return nil
+	err := v.call(func(done func(error)) { done(v.Add(f, device)) })
+	if err == nil {
+		v.align = block
+	}
+	return err
 }
 
 // AppendStorage gives the snapshot a file, directory or block device, of which
@@ -129,19 +131,24 @@ func (v *Live) AppendStorage(path string, limit int64) error {
 }
 
 // openStorage is for what may hang itself: a file of a dead file server.
-func (v *Live) openStorage(path string, limit int64) (s *storage, err error) {
-	opened := make(chan struct{})
+func (v *Live) openStorage(path string, limit int64) (*storage, error) {
+	type result struct {
+		s   *storage
+		err error
+	}
+	align := v.align
+	opened := make(chan result, 1)
 	go func() {
-		s, err = openStorage(path, limit, v.align)
-		close(opened)
+		s, err := openStorage(path, limit, align)
+		opened <- result{s, err}
 	}()
 	select {
-	case <-opened:
-		return s, err
+	case r := <-opened:
+		return r.s, r.err
 	case <-time.After(v.cfg.Patience):
 		go func() {
-			if <-opened; err == nil {
-				_ = s.discard(0)
+			if r := <-opened; r.err == nil {
+				_ = r.s.discard(0)
 			}
 		}()
 		return nil, fmt.Errorf("%s: %w", path, ErrStuck)
@@ -202,11 +209,23 @@ func (v *Live) Abort() {
 // diffarea.Log.Waiting.
 func (v *Live) GiveUp(errno unix.Errno) { v.post(func() { v.Snapshot.GiveUp(errno) }) }
 
-// DestroyFiles ends the snapshot and gives its memory and storage back, with
-// nothing left to read in them. The image devices are gone. It takes as long as
-// the storage does to end what is under way.
+// End ends the snapshot, whose image devices are gone. With ErrStuck a storage
+// does not end what is under way; another End waits for that again.
+func (v *Live) End() error {
+	if v.ended == nil {
+		v.ended = v.start(func(done func(error)) { v.Destroy(func() { done(nil) }) })
+	}
+	select {
+	case err := <-v.ended:
+		return err
+	case <-time.After(v.cfg.Patience):
+		return ErrStuck
+	}
+}
+
+// DestroyFiles gives memory and storage of a snapshot back that has ended, with
+// nothing left to read in them.
 func (v *Live) DestroyFiles() error {
-	_ = v.call(func(done func(error)) { v.Destroy(func() { done(nil) }) })
 	var errs []error
 	for _, s := range v.storage {
 		errs = append(errs, s.discard(v.Log().Used(s.file)))

@@ -63,24 +63,37 @@ func openStorageFile(path string, flags int, limit int64, align int) (*storage, 
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	s := &storage{path: path, made: flags != unix.O_TMPFILE, size: limit}
-	if flags == unix.O_NOFOLLOW {
-		if err := checkOurs(fd); err != nil {
-			unix.Close(fd)
-			return nil, fmt.Errorf("%s: %w", path, err)
-		}
-	}
-	if err := unix.Fchmod(fd, mode); err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	s.file = blockdev.NewOSFile(fd, path)
-	s.align = directAlign(fd)
-	if err := s.suit(align); err != nil {
+	s := &storage{path: path, made: flags != unix.O_TMPFILE, size: limit, file: blockdev.NewOSFile(fd, path)}
+	if err := s.claim(flags == unix.O_NOFOLLOW, mode, align); err != nil {
 		s.file.Close()
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return s, nil
+}
+
+// claim makes the file the snapshot's own, before anything is done to it:
+// another snapshot may have it whose storage hangs and that looks empty.
+func (s *storage) claim(wasThere bool, mode uint32, align int) error {
+	fd := s.file.Fd()
+	if errors.Is(unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB), unix.EWOULDBLOCK) {
+		return fmt.Errorf("%w: another snapshot stores there", ErrStorageInUse)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if wasThere {
+		if err := checkOurs(&st); err != nil {
+			return err
+		}
+	}
+	if st.Mode&0o777 != mode {
+		if err := unix.Fchmod(fd, mode); err != nil {
+			return err
+		}
+	}
+	s.align = directAlign(fd)
+	return s.suit(align)
 }
 
 // suit makes the storage fit for a snapshot whose images are read and written
@@ -101,11 +114,7 @@ func (s *storage) suit(align int) error {
 
 // checkOurs refuses a file that was there and may have come to its name since it was looked
 // at, or that somebody else may read: what it will hold is all of the disk.
-func checkOurs(fd int) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return err
-	}
+func checkOurs(st *unix.Stat_t) error {
 	switch {
 	case st.Mode&unix.S_IFMT != unix.S_IFREG:
 		return errors.New("not a regular file any more")

@@ -398,7 +398,7 @@ func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) erro
 		_ = unix.Munmap(desc)
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
 	}
-	q.failed = failed
+	q.failed, q.cdev = failed, d.cdev.Fd()
 	cfg := blockdev.LoopConfig{
 		Name:      threadName(d.name, i),
 		Depth:     d.slots,

@@ -32,6 +32,7 @@ type queue struct {
 	tags     []tagState           // by tag
 	maxIO    int64
 	zeroCopy bool
+	cdev     int            // file descriptor of /dev/ublkcN
 	payload  unsafe.Pointer // copy mode: the buffers, maxIO each, by tag
 
 	descMem    []byte
@@ -56,11 +57,11 @@ type queue struct {
 type tagState uint8
 
 const (
-	tagFetching  tagState = iota // its first FETCH is in the kernel
-	tagRegistering               // its payload is being registered
-	tagHandling                  // the handler has its request
-	tagCommitted                 // a COMMIT_AND_FETCH is in the kernel
-	tagEnded                     // the kernel wants it no more
+	tagFetching    tagState = iota // its first FETCH is in the kernel
+	tagRegistering                 // its payload is being registered
+	tagHandling                    // the handler has its request
+	tagCommitted                   // a COMMIT_AND_FETCH is in the kernel
+	tagEnded                       // the kernel wants it no more
 )
 
 // cdevFile is the place of /dev/ublkcN among the files of a queue's loop.
@@ -149,8 +150,15 @@ func (u *queue) issue(op, tag uint32, result int32) {
 }
 
 func (u *queue) fill(sqe *uring.SQE, op, tag uint32, result int32) {
-	sqe.PrepCommand(cdevFile, op)
-	sqe.SetFixedFile()
+	if u.zeroCopy {
+		sqe.PrepCommand(cdevFile, op)
+		sqe.SetFixedFile()
+	} else {
+		// Before Linux 6.13 a command that lies in the ring, and names a file by
+		// its place, keeps every buffer in memory that leaves the ring's table
+		// meanwhile.
+		sqe.PrepCommand(u.cdev, op)
+	}
 	cmd := (*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))
 	cmd.QID = u.id
 	cmd.Tag = uint16(tag)

@@ -159,10 +159,11 @@ type Queue interface {
 // it by its index are spared the look-up of its pages, one by one. All on the
 // queue's thread.
 type Pinner interface {
-	// Pin makes mem known under index (see Buf.Index), of which operations may
-	// use any part. mem lies off the Go heap and stays mapped until Unpin. An
-	// error costs no more than speed: NoIndex does as well.
+	// Pin makes mem known under index (see Buf.Index). Operations may use any
+	// part of it by a Buf with this index, Mem at its beginning, and Off. mem lies
+	// off the Go heap and stays mapped as long as there are any. An error costs no
+	// more than speed: NoIndex does as well.
 	Pin(mem []byte) (index int32, err error)
-	// Unpin gives the place back; operations under way are not hurt.
+	// Unpin gives the place back. Operations submitted before go on as without it.
 	Unpin(index int32)
 }

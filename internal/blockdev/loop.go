@@ -54,17 +54,17 @@ type Loop struct {
 
 	// The loop's thread alone.
 	slots    []slot
-	free     []uint32        // unused slots
-	waiting  opList          // for a slot
-	finished opList          // Done is due without the kernel's doing
-	inFlight int             // operations in the ring
-	commands int             // commands in the ring
-	wakeRead bool            // a read of wakeFd is in the ring
-	ending   bool            // that read has been made to complete, for the end
-	misses   int             // times that spinning was in vain, in a row
-	sleeps   int             // waits that shall not spin
-	raw      bool            // waits keep the P: there was work lately
-	pinned   [maxPinned]bool // places of the table taken by Pin, behind cfg.Buffers
+	free     []uint32                  // unused slots
+	waiting  opList                    // for a slot
+	finished opList                    // Done is due without the kernel's doing
+	inFlight int                       // operations in the ring
+	commands int                       // commands in the ring
+	wakeRead bool                      // a read of wakeFd is in the ring
+	ending   bool                      // that read has been made to complete, for the end
+	misses   int                       // times that spinning was in vain, in a row
+	sleeps   int                       // waits that shall not spin
+	raw      bool                      // waits keep the P: there was work lately
+	pinned   [maxPinned]unsafe.Pointer // what Pin put behind cfg.Buffers in the table
 
 	// Fixed, but for tests.
 	maxTransfer uint64 // bytes, see maxTransfer
@@ -538,7 +538,7 @@ func (l *Loop) Submit(op *Op) {
 
 // Pin implements Pinner: mem takes a place behind the configured buffers.
 func (l *Loop) Pin(mem []byte) (index int32, err error) {
-	n := slices.Index(l.pinned[:], false)
+	n := slices.Index(l.pinned[:], nil)
 	if n < 0 {
 		return NoIndex, fmt.Errorf("pin %d bytes: %d buffers are pinned, the most there can be", len(mem), maxPinned)
 	}
@@ -546,16 +546,30 @@ func (l *Loop) Pin(mem []byte) (index int32, err error) {
 	if err := l.ring.UpdateBuffers(uint32(place), [][]byte{mem}); err != nil {
 		return NoIndex, err
 	}
-	l.pinned[n] = true
+	l.pinned[n] = unsafe.Pointer(unsafe.SliceData(mem))
 	return int32(place), nil
 }
 
 // Unpin implements Pinner.
 func (l *Loop) Unpin(index int32) {
+	// An entry that names the place has to reach the kernel before; what is made
+	// an entry later looks first (place).
+	if err := l.ring.Submit(); err != nil {
+		panic(fmt.Sprintf("loop %s: %v", l.cfg.Name, err))
+	}
 	if err := l.ring.UpdateBuffers(uint32(index), [][]byte{nil}); err != nil {
 		panic(fmt.Sprintf("loop %s: empty place %d: %v", l.cfg.Name, index, err)) // it is ours, and full
 	}
-	l.pinned[int(index)-len(l.cfg.Buffers)] = false
+	l.pinned[int(index)-len(l.cfg.Buffers)] = nil
+}
+
+// place is the place of b in the table, NoIndex if it is pinned no more.
+func (l *Loop) place(b Buf) int {
+	n := int(b.Index) - len(l.cfg.Buffers)
+	if n >= 0 && l.pinned[n] != b.Mem {
+		return NoIndex
+	}
+	return int(b.Index)
 }
 
 // startWaiting gives free slots to the operations that wait longest.
@@ -679,7 +693,7 @@ func (l *Loop) preparePlain(s *uring.SQE, op *Op, fd int, off, n uint64) {
 	length := uint32(min(n, l.maxTransfer))
 	// For kernel pages Mem is nil, and the offset itself is the address.
 	addr := uint64(uintptr(op.Buf.Mem)) + uint64(op.Buf.Off+op.moved)
-	index := int(op.Buf.Index)
+	index := l.place(op.Buf)
 	switch op.Kind {
 	case Read:
 		if index == NoIndex {

@@ -1169,10 +1169,37 @@ func TestLoopPin(t *testing.T) {
 			t.Fatal("read differs from what was written")
 		}
 		call(t, l, func() { l.Unpin(a) })
-		if e := onLoop(t, l, &Op{Kind: Read, File: f, Len: 4096, Buf: buf(a, mem)}); e != unix.EFAULT {
+		if e := onLoop(t, l, &Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Index: a}}); e != unix.EFAULT {
 			t.Fatalf("read into a place given back: %v, want EFAULT", e)
 		}
 		call(t, l, func() { l.Unpin(b) })
+	}
+	// Operations that wait for a slot, or for the next turn, when their memory is
+	// pinned no more, and another in its place, go on as without it.
+	ops := make([]Op, 12)
+	ended := make(chan unix.Errno, len(ops))
+	call(t, l, func() {
+		a, err := l.Pin(mem[:8<<10])
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		for i := range ops {
+			b := Buf{Mem: unsafe.Pointer(unsafe.SliceData(mem)), Index: a}
+			ops[i] = Op{Kind: Read, File: f, Off: 512, Len: 512, Buf: b.At(int64(i) * 512), Done: func(op *Op) { ended <- op.Err }}
+			l.Submit(&ops[i])
+		}
+		l.Unpin(a)
+		b, err := l.Pin(own)
+		if err != nil || a != b {
+			t.Errorf("pinned at %d after %d, %v", b, a, err)
+		}
+		l.Unpin(b)
+	})
+	for range ops {
+		if e := <-ended; e != 0 {
+			t.Fatalf("operation on memory that is pinned no more: %v", e)
+		}
 	}
 	for range maxPinned {
 		if _, err := pin(own); err != nil {

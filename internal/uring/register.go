@@ -90,8 +90,9 @@ func (r *Ring) UpdateBuffers(first uint32, bufs [][]byte) error {
 	pin.Pin(&iov[0])
 	up := rsrcUpdate2{offset: first, data: uint64(uintptr(unsafe.Pointer(&iov[0]))), nr: uint32(len(iov))}
 	n, errno := r.register(ioringRegisterBuffersUpdate, unsafe.Pointer(&up), uint32(unsafe.Sizeof(up)))
-	if errno == 0 && n < len(bufs) {
-		return fmt.Errorf("register buffers: place %d was refused", int(first)+n)
+	if errno == 0 && n > 0 && n < len(bufs) {
+		// Asked for alone, the first that is refused tells why.
+		return r.UpdateBuffers(first+uint32(n), bufs[n:])
 	}
 	return registerError("buffers", errno)
 }

@@ -154,7 +154,7 @@ func TestStuckStorage(t *testing.T) {
 	ram := ramDisks(t, 2, size)
 	run(t, "modprobe", "dm-mod")
 	store := dmDisk(t, "store", linear(t, ram[1]))
-	d := startDaemon(t, "storage_timeout=2s", "diff_buffer_pool_size=1M")
+	d := startDaemon(t, "storage_timeout=6s", "diff_buffer_pool_size=1M")
 	queues := queueCounts()
 	dev := d.add(ram[0], with(queues[len(queues)-1], 32))
 	w := newWorld(size)
@@ -187,8 +187,9 @@ func TestStuckStorage(t *testing.T) {
 	if err := d.DestroySnapshot(ctx(t), s.ID); control.CodeOf(err) != control.Timeout || !strings.Contains(err.Error(), "does not answer") {
 		t.Errorf("destroy: %v", err)
 	}
-	if left, err := d.Snapshots(ctx(t)); err != nil || len(left) != 0 {
-		t.Errorf("snapshots left: %v, %v", left, err)
+	// Its device's ring has I/O under way: neither goes before that has ended.
+	if err := d.RemoveDevice(ctx(t), control.RemoveRequest{Device: dev.Name, Force: true}); control.CodeOf(err) != control.Timeout {
+		t.Errorf("remove: %v", err)
 	}
 	// A new one works at once, on other storage: this one is still at work.
 	other := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10, Storage: []control.Storage{{Path: "/dev/shm"}}})
@@ -205,22 +206,129 @@ func TestStuckStorage(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Errorf("I5: a writer noticed: %v", err)
 	}
-	state := filepath.Join(d.dir.State(), "snapshots", s.ID)
-	if _, err := os.Stat(state); err != nil {
-		t.Errorf("memory of a store under way: %v", err)
-	}
 	resume()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if _, err := os.Stat(state); errors.Is(err, os.ErrNotExist) {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatal("the snapshot's memory is not given back when its storage answers again")
-		}
+	d.destroy(s.ID)
+	if left, err := os.ReadDir(filepath.Join(d.dir.State(), "snapshots")); err != nil || len(left) != 0 {
+		t.Errorf("state left: %v, %v", left, err)
 	}
 	d.remove(dev)
 	if err := w.same(ram[0]); err != nil {
 		t.Errorf("I2: %v", err)
+	}
+}
+
+// TestStuckFile has storage files on a filesystem that stands still: opening or
+// allocating one ends in time, and nobody gets a file that another snapshot
+// still waits for.
+func TestStuckFile(t *testing.T) {
+	needVM(t)
+	const size = 8 << 20
+	disk := loopDisk(t, ext4FS.minimum, 512)
+	ext4FS.make(t, disk)
+	dir := mount(t, disk)
+	there := filepath.Join(dir, "there")
+	if err := os.WriteFile(there, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := startDaemon(t, "storage_timeout=3s")
+	dev := d.add(ramDisks(t, 1, size)[0])
+	w := newWorld(size)
+	if err := w.fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10})
+	run(t, "fsfreeze", "--freeze", dir)
+	frozen := true
+	thaw := func() {
+		if frozen {
+			frozen = false
+			run(t, "fsfreeze", "--unfreeze", dir)
+		}
+	}
+	t.Cleanup(thaw)
+	for _, c := range []struct {
+		path string
+		want control.Code
+	}{
+		{filepath.Join(dir, "new"), control.Timeout}, // cannot be made
+		{there, control.Timeout},                     // cannot be allocated
+		{there, control.Busy},
+	} {
+		_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: c.path}})
+		if control.CodeOf(err) != c.want {
+			t.Errorf("append %s: %v, want %v", c.path, err, c.want)
+		}
+	}
+	if _, err := d.CreateSnapshot(ctx(t), control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: there}}}); control.CodeOf(err) != control.Busy {
+		t.Errorf("create on storage of another: %v", err)
+	}
+	thaw()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		st, err := os.Stat(there)
+		_, gone := os.Stat(filepath.Join(dir, "new"))
+		if err == nil && st.Size() > 0 && errors.Is(gone, os.ErrNotExist) {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("after the thaw: %v, %v; want one to be used, the other gone", st, gone)
+		}
+	}
+	win := w.open()
+	s = d.taken(s.ID)
+	win.close()
+	stop := w.writers(t, 9, mix{writers: 2}, dev.Path)
+	time.Sleep(span(500*time.Millisecond, 5*time.Second))
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if err := win.check(s.Images[0].Path); err != nil {
+		t.Errorf("I1: %v", err)
+	}
+	d.destroy(s.ID)
+	if left, _ := os.ReadDir(dir); slices.ContainsFunc(left, func(e os.DirEntry) bool { return e.Name() == "there" }) {
+		t.Errorf("storage is left: %v", left)
+	}
+	d.remove(dev)
+}
+
+// TestPoolsGivenBack: what a queue's ring holds of a snapshot goes with it, even
+// if nothing else happens on that queue.
+func TestPoolsGivenBack(t *testing.T) {
+	needVM(t)
+	const size, pool = 4 << 20, 32 << 20
+	d := startDaemon(t, "diff_buffer_pool_size=32M", "state_size=256M")
+	dev := d.add(ramDisks(t, 1, size)[0])
+	// Pages that a file no longer has, but the ring, count as nobody's.
+	available := func() int64 {
+		t.Helper()
+		text, err := os.ReadFile("/proc/meminfo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, line := range strings.Split(string(text), "\n") {
+			var kb int64
+			if n, _ := fmt.Sscanf(line, "MemAvailable: %d kB", &kb); n == 1 {
+				return kb << 10
+			}
+		}
+		t.Fatal("no MemAvailable in /proc/meminfo")
+		return 0
+	}
+	d.destroy(d.take(0, dev).ID)
+	before := available()
+	const rounds = 12
+	for range rounds {
+		d.destroy(d.take(0, dev).ID)
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		more := before - available()
+		if more < 4*pool {
+			t.Logf("%d KiB less after %d rounds with pools of %d KiB", more>>10, rounds, pool>>10)
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("I9: %d rounds have cost %d MiB of memory", rounds, more>>20)
+		}
 	}
 }
 
