@@ -664,6 +664,7 @@ func TestSteadyState(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Fatal(err)
 	}
+	t.Logf("%d KiB more after %d writes", grown>>10, n)
 	if grown > 1<<20 {
 		t.Errorf("I9: %d bytes more memory after %d writes", grown, n)
 	}
