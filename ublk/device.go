@@ -398,7 +398,7 @@ func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) erro
 		_ = unix.Munmap(desc)
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
 	}
-	q.failed, q.cdev = failed, d.cdev.Fd()
+	q.failed = failed
 	cfg := blockdev.LoopConfig{
 		Name:      threadName(d.name, i),
 		Depth:     d.slots,
@@ -408,6 +408,12 @@ func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) erro
 		Buffers:   q.buffers(),
 		OnCommand: q.onCommand,
 	}
+	if zeroCopy {
+		// Not with kernels that know no zero copy: before Linux 6.13 a command that
+		// lies in the ring, as one for each idle tag does, keeps every buffer in
+		// memory that leaves the ring's table meanwhile.
+		cfg.Pins = maxPins
+	}
 	if q.loop, err = blockdev.NewLoop(cfg); err != nil {
 		q.unmap()
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
@@ -416,6 +422,10 @@ func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) erro
 	q.handler = d.make(i, q.loop)
 	return nil
 }
+
+// maxPins is how many buffers a handler may pin with its queue: pools of as many
+// snapshots.
+const maxPins = 16
 
 // threadName is at most 15 bytes, with the queue's number at the end.
 func threadName(name string, q int) string {

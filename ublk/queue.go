@@ -32,7 +32,6 @@ type queue struct {
 	tags     []tagState           // by tag
 	maxIO    int64
 	zeroCopy bool
-	cdev     int            // file descriptor of /dev/ublkcN
 	payload  unsafe.Pointer // copy mode: the buffers, maxIO each, by tag
 
 	descMem    []byte
@@ -150,15 +149,8 @@ func (u *queue) issue(op, tag uint32, result int32) {
 }
 
 func (u *queue) fill(sqe *uring.SQE, op, tag uint32, result int32) {
-	if u.zeroCopy {
-		sqe.PrepCommand(cdevFile, op)
-		sqe.SetFixedFile()
-	} else {
-		// Before Linux 6.13 a command that lies in the ring, and names a file by
-		// its place, keeps every buffer in memory that leaves the ring's table
-		// meanwhile.
-		sqe.PrepCommand(u.cdev, op)
-	}
+	sqe.PrepCommand(cdevFile, op)
+	sqe.SetFixedFile()
 	cmd := (*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))
 	cmd.QID = u.id
 	cmd.Tag = uint16(tag)

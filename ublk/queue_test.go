@@ -174,13 +174,8 @@ func TestFill(t *testing.T) {
 	for _, zeroCopy := range []bool{false, true} {
 		u, _ := testQueue(t, 4, zeroCopy)
 		var sqe uring.SQE
-		u.cdev = 77
-		flags, fd := uint8(0), u.cdev
-		if zeroCopy {
-			flags, fd = uring.IOSQE_FIXED_FILE, cdevFile
-		}
 		u.fill(&sqe, uapi.UBLK_U_IO_COMMIT_AND_FETCH_REQ, 2, -5)
-		if sqe.Opcode != uring.IORING_OP_URING_CMD || sqe.Flags != flags || int(sqe.Fd) != fd || uint32(sqe.Off) != 0xc0107521 {
+		if sqe.Opcode != uring.IORING_OP_URING_CMD || sqe.Flags != uring.IOSQE_FIXED_FILE || sqe.Fd != cdevFile || uint32(sqe.Off) != 0xc0107521 {
 			t.Errorf("entry %+v", sqe)
 		}
 		cmd := *(*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))
@@ -204,7 +199,6 @@ func TestCommands(t *testing.T) {
 	file := blockdev.NewOSFile(fd, "no-device")
 	defer file.Close()
 	u, k := testQueue(t, 3, false)
-	u.cdev = fd
 	answers := make(chan int32, 8)
 	u.loop, err = blockdev.NewLoop(blockdev.LoopConfig{
 		Name: "test", Depth: 1, Commands: 3, Files: []*blockdev.OSFile{file}, Buffers: u.buffers(),

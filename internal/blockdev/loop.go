@@ -36,6 +36,8 @@ type LoopConfig struct {
 	// Buf.Index). The memory lies off the Go heap and stays until Stop. An empty
 	// one keeps its place for a driver that puts pages of the kernel there.
 	Buffers [][]byte
+	// Pins is how many buffers Pin takes at a time.
+	Pins int
 	// OnCommand gets the result of a Command entry, on the loop's thread.
 	OnCommand func(tag uint32, res int32)
 }
@@ -54,17 +56,17 @@ type Loop struct {
 
 	// The loop's thread alone.
 	slots    []slot
-	free     []uint32                  // unused slots
-	waiting  opList                    // for a slot
-	finished opList                    // Done is due without the kernel's doing
-	inFlight int                       // operations in the ring
-	commands int                       // commands in the ring
-	wakeRead bool                      // a read of wakeFd is in the ring
-	ending   bool                      // that read has been made to complete, for the end
-	misses   int                       // times that spinning was in vain, in a row
-	sleeps   int                       // waits that shall not spin
-	raw      bool                      // waits keep the P: there was work lately
-	pinned   [maxPinned]unsafe.Pointer // what Pin put behind cfg.Buffers in the table
+	free     []uint32         // unused slots
+	waiting  opList           // for a slot
+	finished opList           // Done is due without the kernel's doing
+	inFlight int              // operations in the ring
+	commands int              // commands in the ring
+	wakeRead bool             // a read of wakeFd is in the ring
+	ending   bool             // that read has been made to complete, for the end
+	misses   int              // times that spinning was in vain, in a row
+	sleeps   int              // waits that shall not spin
+	raw      bool             // waits keep the P: there was work lately
+	pinned   []unsafe.Pointer // what Pin put behind cfg.Buffers in the table; nil: a free place
 
 	// Fixed, but for tests.
 	maxTransfer uint64 // bytes, see maxTransfer
@@ -118,8 +120,6 @@ const (
 	zeroChunk = 1 << 20
 	// maxTries bounds the repetitions after EAGAIN.
 	maxTries = 16
-	// maxPinned is how many buffers Pin takes at a time.
-	maxPinned = 16
 )
 
 // opList is a first-in first-out list through Op.next.
@@ -160,6 +160,7 @@ func NewLoop(cfg LoopConfig) (*Loop, error) {
 		free:   make([]uint32, cfg.Depth),
 		ended:  make(chan struct{}),
 		wakeFd: -1,
+		pinned: make([]unsafe.Pointer, cfg.Pins),
 
 		maxTransfer: maxTransfer,
 		maxRaw:      rawLimit(os.Getenv("GODEBUG")),
@@ -248,11 +249,13 @@ func (l *Loop) open() error {
 			return err
 		}
 	}
-	if err := l.ring.RegisterBuffers(uint32(len(l.cfg.Buffers) + len(l.pinned))); err != nil {
-		return err
-	}
-	if err := l.ring.UpdateBuffers(0, l.cfg.Buffers); err != nil {
-		return err
+	if n := len(l.cfg.Buffers) + len(l.pinned); n > 0 {
+		if err := l.ring.RegisterBuffers(uint32(n)); err != nil {
+			return err
+		}
+		if err := l.ring.UpdateBuffers(0, l.cfg.Buffers); err != nil {
+			return err
+		}
 	}
 	return l.ring.RegisterRing()
 }
@@ -538,9 +541,9 @@ func (l *Loop) Submit(op *Op) {
 
 // Pin implements Pinner: mem takes a place behind the configured buffers.
 func (l *Loop) Pin(mem []byte) (index int32, err error) {
-	n := slices.Index(l.pinned[:], nil)
+	n := slices.Index(l.pinned, nil)
 	if n < 0 {
-		return NoIndex, fmt.Errorf("pin %d bytes: %d buffers are pinned, the most there can be", len(mem), maxPinned)
+		return NoIndex, fmt.Errorf("pin %d bytes: %d buffers are pinned, the most there can be", len(mem), l.cfg.Pins)
 	}
 	place := len(l.cfg.Buffers) + n
 	if err := l.ring.UpdateBuffers(uint32(place), [][]byte{mem}); err != nil {
@@ -566,7 +569,7 @@ func (l *Loop) Unpin(index int32) {
 // place is the place of b in the table, NoIndex if it is pinned no more.
 func (l *Loop) place(b Buf) int {
 	n := int(b.Index) - len(l.cfg.Buffers)
-	if n >= 0 && l.pinned[n] != b.Mem {
+	if n >= 0 && n < len(l.pinned) && l.pinned[n] != b.Mem {
 		return NoIndex
 	}
 	return int(b.Index)
