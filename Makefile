@@ -62,7 +62,7 @@ $(LINT): | setup
 
 integration: build bin/vm
 	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o .cache/test/integration.test ./tests/integration
-	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -timeout 30m 'cd tests/integration && exec ../../.cache/test/integration.test -test.v -test.timeout 29m -test.run "$(RUN)"'
+	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 30m 'cd tests/integration && exec ../../.cache/test/integration.test -test.v -test.timeout 29m -test.run "$(RUN)"'
 
 sim: setup-go
 	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test -tags mutation ./tests/sim -v -count=1 -timeout 0

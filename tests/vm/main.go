@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -55,6 +56,7 @@ type options struct {
 	where     string
 	fetch     bool
 	noSkips   bool
+	again     bool
 }
 
 type list []string
@@ -73,6 +75,7 @@ func parse(args []string) (*options, error) {
 	flags.BoolVar(&o.Udev, "udev", env("VM_UDEV", "") != "", "run udev in the guest (VM_UDEV)")
 	flags.StringVar(&o.where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
 	flags.BoolVar(&o.noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\"")
+	flags.BoolVar(&o.again, "again", false, "run the command once more, from its start, if an emulated processor ended the machine by a fault of its own")
 	flags.BoolVar(&o.fetch, "fetch", false, "fetch the kernel, print its release, and end")
 	flags.StringVar(&o.console, "console", env("VM_CONSOLE", ""), "file for the kernel's messages (VM_CONSOLE)")
 	flags.Var(&o.newDisks, "disk", "NAME=SIZE: new disk at /dev/disk/by-vm/NAME, gone afterwards; size in bytes, or with K, M, G, T")
@@ -186,20 +189,12 @@ func run(ctx context.Context, args []string) (status int, err error) {
 	return status, err
 }
 
-// boots is how often a machine is started that dies before the command has begun: emulated, a kernel can fall over its
-// own patching of its code (init.sh), and that says nothing of the command.
-const boots = 3
+// tries is how often a command is started. A machine that dies before it says nothing of the command, and under -again
+// neither does one that dies of machine.ErrStale.
+const tries = 3
 
 // boot runs the command in a machine.
 func (o *options) boot(ctx context.Context) (status int, err error) {
-	for _, spec := range o.newDisks {
-		disk, err := newDisk(spec)
-		if err != nil {
-			return statusBroken, err
-		}
-		defer disk.close()
-		o.Disks = append(o.Disks, disk.Disk)
-	}
 	for i, spec := range o.files {
 		disk, err := keptDisk(spec, i)
 		if err != nil {
@@ -217,40 +212,64 @@ func (o *options) boot(ctx context.Context) (status int, err error) {
 		defer f.Close()
 		o.Config.Console = f
 	}
-	marked := make(chan struct{}, 1)
-	if o.killOn != "" {
-		o.Stdout = &watcher{to: o.Stdout, text: o.killOn, seen: marked}
-	}
 
-	var byUs bool
 	for n := 1; ; n++ {
-		m, startErr := machine.Start(ctx, o.Config)
-		if startErr != nil {
-			return statusBroken, startErr
-		}
-		ended := make(chan struct{})
-		killed := make(chan bool, 1)
-		go func() { killed <- o.killWhenDue(m, marked, ended) }()
-		status, err = m.Wait()
-		close(ended)
-		byUs = <-killed
-		if !errors.Is(err, machine.ErrDied) || m.Ran() || n == boots {
+		log.Reset()
+		ran := false
+		status, ran, err = o.bootOnce(ctx)
+		innocent := errors.Is(err, machine.ErrDied) && !ran || errors.Is(err, machine.ErrStale) && o.again
+		if !innocent || n == tries {
 			break
 		}
+		if ran {
+			fmt.Fprintf(os.Stderr, "vm: %v; the command is run again\n", machine.ErrStale)
+		}
 	}
+	if errors.Is(err, machine.ErrDied) {
+		err = fmt.Errorf("%w%s", err, keepLog(o.Cache, log.Bytes()))
+	}
+	return status, err
+}
+
+// bootOnce is boot without a second try; ran says whether the command began.
+func (o *options) bootOnce(ctx context.Context) (status int, ran bool, err error) {
+	cfg := o.Config
+	cfg.Disks = slices.Clip(cfg.Disks)
+	for _, spec := range o.newDisks {
+		disk, err := newDisk(spec)
+		if err != nil {
+			return statusBroken, false, err
+		}
+		defer disk.close()
+		cfg.Disks = append(cfg.Disks, disk.Disk)
+	}
+	marked := make(chan struct{}, 1)
+	if o.killOn != "" {
+		cfg.Stdout = &watcher{to: cfg.Stdout, text: o.killOn, seen: marked}
+	}
+	m, err := machine.Start(ctx, cfg)
+	if err != nil {
+		return statusBroken, false, err
+	}
+	ended := make(chan struct{})
+	killed := make(chan bool, 1)
+	go func() { killed <- o.killWhenDue(m, marked, ended) }()
+	status, err = m.Wait()
+	close(ended)
+	byUs := <-killed
 	switch {
 	case errors.Is(err, machine.ErrKilled) && byUs:
-		return 0, nil
+		return 0, true, nil
 	case errors.Is(err, machine.ErrKilled):
-		return statusInterrupted, errors.New("interrupted")
+		return statusInterrupted, m.Ran(), errors.New("interrupted")
 	case errors.Is(err, machine.ErrTimeout):
-		return statusTimeout, err
+		return statusTimeout, m.Ran(), err
 	case err != nil:
-		return statusBroken, fmt.Errorf("%w%s", err, keepLog(o.Cache, log.Bytes()))
+		return statusBroken, m.Ran(), err
 	case o.killOn != "" || o.killAfter > 0:
-		return statusNotKilled, fmt.Errorf("the command ended with status %d before the kill", status)
+		return statusNotKilled, true, fmt.Errorf("the command ended with status %d before the kill", status)
 	}
-	return status, nil
+	return status, true, nil
 }
 
 // killWhenDue kills m when that was asked for, and tells whether it has.

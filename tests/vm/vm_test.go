@@ -192,11 +192,66 @@ func TestPanic(t *testing.T) {
 
 // A machine that dies before the command is tried again, not for ever, and the error tells of its end.
 func TestNoBoot(t *testing.T) {
-	stdout, stderr, status := result(t, vm(t)("-mem", "64M", "echo ran"))
-	if status != statusBroken || !strings.Contains(stderr, "the machine died") || stdout != "" {
-		t.Errorf("status %d, stdout %q, stderr %q", status, stdout, stderr)
+	vm := vm(t)
+	qemu, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		deaths, starts, status int
+		stdout                 string
+	}{{2, 3, 0, "ran\n"}, {tries, tries, statusBroken, ""}} {
+		dir := t.TempDir()
+		script := fmt.Sprintf(`#!/bin/sh
+echo start >>%[1]s/starts
+[ $(wc -l <%[1]s/starts) -gt %[2]d ] || { echo no such luck >&2; exit 1; }
+exec %[3]s "$@"
+`, dir, c.deaths, qemu)
+		if err := os.WriteFile(filepath.Join(dir, filepath.Base(qemu)), []byte(script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		cmd := vm("echo ran")
+		cmd.Env = append(cmd.Env, "PATH="+dir+":"+os.Getenv("PATH"))
+		stdout, stderr, status := result(t, cmd)
+		if status != c.status || stdout != c.stdout {
+			t.Errorf("%d deaths: status %d, stdout %q, stderr %q", c.deaths, status, stdout, stderr)
+		}
+		if status != 0 && (!strings.Contains(stderr, "the machine died") || !strings.Contains(stderr, "no such luck")) {
+			t.Errorf("stderr %q", stderr)
+		}
+		if starts, err := os.ReadFile(filepath.Join(dir, "starts")); strings.Count(string(starts), "\n") != c.starts {
+			t.Errorf("%d deaths: started %q, %v; want %d", c.deaths, starts, err, c.starts)
+		}
 	}
 	assertNothingLeft(t)
+}
+
+// A fault of the emulated processor, told by the kernel as a breakpoint, is not the command's: with -again it runs once
+// more, on new disks. Any other death is its own.
+func TestAgain(t *testing.T) {
+	vm := vm(t)
+	const command = `echo start >>$VM_OUT/starts
+		head -c 5 /dev/disk/by-vm/a | tr '\0' 0; echo dirty | dd of=/dev/disk/by-vm/a conv=fsync status=none
+		[ $(wc -l <$VM_OUT/starts) = 1 ] || exit 7
+		echo "<1>$OOPS" >/dev/kmsg; sleep 1; echo c >/proc/sysrq-trigger`
+	const stale = "Oops: int3: 0000 [#1] SMP NOPTI"
+	for _, c := range []struct {
+		flag, oops, stdout string
+		status             int
+	}{
+		{"-again", stale, "0000000000", 7},
+		{"-again=false", stale, "00000", statusBroken},
+		{"-again", "Oops: 0002 [#1] SMP NOPTI", "00000", statusBroken},
+	} {
+		out := t.TempDir()
+		stdout, stderr, status := result(t, vm("-accel", "tcg", c.flag, "-disk", "a=1M", "-out", out, "-e", "OOPS="+c.oops, command))
+		if status != c.status || stdout != c.stdout {
+			t.Errorf("%s, %s: status %d, stdout %q, stderr %q", c.flag, c.oops, status, stdout, stderr)
+		}
+		if told := strings.Contains(stderr, "code that was no longer there"); told != (c.oops == stale) {
+			t.Errorf("%s, %s: stderr %q", c.flag, c.oops, stderr)
+		}
+	}
 }
 
 // What was synced before the kill is on the disk of the next machine; what was not, in the guest's page cache, is not.

@@ -1,6 +1,8 @@
 package machine
 
 import (
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 )
@@ -19,7 +21,7 @@ const (
 )
 
 // alarmWords are in the kernel's messages that explain why a command did not end.
-var alarmWords = []string{"Kernel panic", "Oops", "BUG:", "blocked for more than", "WARNING: ", "Out of memory", "I/O error"}
+var alarmWords = []string{"Kernel panic", "Oops", "int3: ", "BUG:", "blocked for more than", "WARNING: ", "Out of memory", "I/O error"}
 
 func (l *lastLines) Write(p []byte) (int, error) {
 	l.mu.Lock()
@@ -56,6 +58,16 @@ func (l *lastLines) without(text string) string {
 		}
 	}
 	return strings.Join(out, "\n")
+}
+
+// oopsOfBreakpoint is the first line of the kernel's report of a breakpoint that is not its own; the word before is
+// newer than 6.1.
+var oopsOfBreakpoint = regexp.MustCompile(`^\[ *[\d.]+\] (Oops: )?int3: .*\[#1\]`)
+
+func (l *lastLines) breakpoint() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.ContainsFunc(l.alarm, oopsOfBreakpoint.MatchString)
 }
 
 func (l *lastLines) alarms() string {

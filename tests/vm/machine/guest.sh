@@ -31,6 +31,8 @@ done <"$VM_MODULES/modules.devname"
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t debugfs debugfs /sys/kernel/debug
 mount -t tracefs tracefs /sys/kernel/tracing
+# To note the names of tasks too, tracing would patch the scheduler in full run: see init.sh.
+echo 0 >/sys/kernel/tracing/options/record-cmd
 if [ -n "$VM_OUT" ]; then
 	mkdir -p "$VM_OUT"
 	mount -t virtiofs out "$VM_OUT" || fail "mount VM_OUT"

@@ -8,7 +8,7 @@ mount -t devtmpfs dev /dev
 
 # The kernel patches its code while it comes up and when it takes the TSC for its clock. QEMU 7.2's emulated processors
 # may run a patched place as it was for a moment, a breakpoint, and the kernel then dies (5 boots in 100 with four
-# processors): it has only one until that is over.
+# processors): it has only one until that is over. See ErrStale too.
 n=0
 while read -r clock </sys/devices/system/clocksource/clocksource0/current_clocksource &&
 	[ "$clock" = tsc-early ] && [ $n -lt 50 ]; do

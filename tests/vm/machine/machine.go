@@ -28,6 +28,10 @@ var (
 	ErrKilled = errors.New("the machine was killed")
 	// ErrDied says that the guest ended without telling a status: a kernel panic, or a machine that never came up.
 	ErrDied = errors.New("the machine died")
+	// ErrStale comes with ErrDied where the kernel met a breakpoint that it had set to patch its code and had taken away
+	// again: QEMU 7.2's emulated processors may keep what they have translated in between. Nothing here sets breakpoints
+	// of its own.
+	ErrStale = errors.New("the emulated processor ran code that was no longer there")
 )
 
 // Accelerators for Config.Accel.
@@ -254,6 +258,9 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 				if strings.Contains(line, "Kernel panic") {
 					m.err = fmt.Errorf("%w: %s", m.err, line)
 				}
+			}
+			if cfg.Accel == TCG && tail.breakpoint() {
+				m.err = fmt.Errorf("%w: %w", m.err, ErrStale)
 			}
 			m.err = fmt.Errorf("%w%s%s", m.err, indent("QEMU and virtiofsd said", r.said.without(virtiofsdEnd)), indent("last console lines", tail.String()))
 		} else if report := tail.alarms(); m.err != nil && report != "" {
