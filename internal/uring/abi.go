@@ -55,6 +55,7 @@ const (
 	ioringSetupSQE128       = 1 << 10
 	ioringSetupSingleIssuer = 1 << 12
 	ioringSetupDeferTaskrun = 1 << 13
+	ioringSetupNoSQArray    = 1 << 16
 
 	ioringFeatSingleMmap = 1 << 0
 	ioringFeatNodrop     = 1 << 1

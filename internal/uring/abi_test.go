@@ -55,6 +55,7 @@ var constants = []fact{
 	{"IORING_SETUP_SQE128", ioringSetupSQE128, 1 << 10},
 	{"IORING_SETUP_SINGLE_ISSUER", ioringSetupSingleIssuer, 1 << 12},
 	{"IORING_SETUP_DEFER_TASKRUN", ioringSetupDeferTaskrun, 1 << 13},
+	{"IORING_SETUP_NO_SQARRAY", ioringSetupNoSQArray, 1 << 16},
 	{"IORING_FEAT_SINGLE_MMAP", ioringFeatSingleMmap, 1},
 	{"IORING_FEAT_NODROP", ioringFeatNodrop, 2},
 	{"IORING_FEAT_EXT_ARG", ioringFeatExtArg, 1 << 8},

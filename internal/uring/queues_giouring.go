@@ -17,6 +17,9 @@ import (
 // Build names the build of the package, for reports.
 const Build = "giouring"
 
+// ownSetup: it fills the array that NO_SQARRAY leaves out.
+const ownSetup = 0
+
 // queues is the pair of queues, as giouring keeps them. What it gets wrong or
 // cannot do is done here instead:
 //

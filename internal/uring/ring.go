@@ -132,7 +132,7 @@ func New(cfg Config) (*Ring, error) {
 	}
 	r := &Ring{}
 	var errno unix.Errno
-	for _, optional := range []uint32{wanted | newer, wanted, 0} {
+	for _, optional := range []uint32{wanted | newer | ownSetup, wanted | newer, wanted, 0} {
 		attempt := p
 		attempt.flags |= optional
 		r.fd, errno = r.q.setup(cfg.Entries, &attempt)
