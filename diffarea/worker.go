@@ -26,7 +26,10 @@ type Worker struct {
 	posted  bool
 	ready   copyList // to be started
 
-	pinned []pinnedPool
+	use     []*Area // see Use
+	useTask blockdev.Task
+	using   bool // useTask is posted
+	pinned  []pinnedPool
 }
 
 // pinnedPool is a log's pool that the queue holds ready.
@@ -39,24 +42,33 @@ type pinnedPool struct {
 func NewWorker(q blockdev.Queue) *Worker {
 	w := &Worker{q: q}
 	w.task.Run = w.work
+	w.useTask.Run = w.pin
 	return w
 }
 
 // Use tells the worker which areas it will work on from now on, so that their
-// pools are pinned and no others; see blockdev.Pinner. On w's thread.
+// pools are pinned and no others; see blockdev.Pinner. On w's thread. Pinning
+// takes a while: what the caller starts beside goes first.
 func (w *Worker) Use(areas []*Area) {
-	pinner, ok := w.q.(blockdev.Pinner)
-	if !ok {
-		return
+	w.use = areas
+	if _, ok := w.q.(blockdev.Pinner); ok && !w.using {
+		w.using = true
+		w.q.Post(&w.useTask)
 	}
+}
+
+// pin does what Use has asked for.
+func (w *Worker) pin() {
+	w.using = false
+	pinner := w.q.(blockdev.Pinner)
 	w.pinned = slices.DeleteFunc(w.pinned, func(p pinnedPool) bool {
-		gone := !slices.ContainsFunc(areas, func(a *Area) bool { return a.log == p.log })
+		gone := !slices.ContainsFunc(w.use, func(a *Area) bool { return a.log == p.log })
 		if gone {
 			pinner.Unpin(p.index)
 		}
 		return gone
 	})
-	for _, a := range areas {
+	for _, a := range w.use {
 		if w.pool(a.log) != blockdev.NoIndex {
 			continue
 		}

@@ -46,6 +46,7 @@ func TestUsePins(t *testing.T) {
 	use := func(places int, areas ...*diffarea.Area) {
 		t.Helper()
 		b.w.Use(areas)
+		b.sched.Run()
 		n := 0
 		for _, p := range q.places {
 			if p != nil {

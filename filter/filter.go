@@ -99,7 +99,6 @@ type Queue struct {
 	q     blockdev.Queue
 	w     *diffarea.Worker
 	areas []*diffarea.Area // largest chunks first
-	pins  bool             // q is a blockdev.Pinner
 	reqs  []*request       // by tag
 	gate  gate
 
@@ -109,7 +108,6 @@ type Queue struct {
 // NewQueue makes queue i, served by q's thread. Called once for each i.
 func (f *Filter) NewQueue(i int, q blockdev.Queue) *Queue {
 	fq := &Queue{f: f, q: q, w: diffarea.NewWorker(q), areas: f.shown()}
-	_, fq.pins = q.(blockdev.Pinner)
 	f.queues[i] = fq
 	return fq
 }

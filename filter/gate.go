@@ -174,11 +174,7 @@ func (c *Cut) reopen(ok bool) {
 				if c.opening.Add(-1) == 0 {
 					c.done(ok)
 				}
-				if q.pins {
-					// It takes a while. What was held comes first, and has left when
-					// a task runs that is posted now.
-					q.q.Post(&blockdev.Task{Run: func() { q.w.Use(q.areas) }})
-				}
+				q.w.Use(q.areas)
 			}})
 		}
 	}

@@ -149,11 +149,7 @@ func (u *queue) issue(op, tag uint32, result int32) {
 }
 
 func (u *queue) fill(sqe *uring.SQE, op, tag uint32, result int32) {
-	sqe.PrepCommand(cdevFile, op)
-	sqe.SetFixedFile()
-	cmd := (*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))
-	cmd.QID = u.id
-	cmd.Tag = uint16(tag)
+	cmd := u.command(sqe, op, tag)
 	cmd.Result = result
 	if u.zeroCopy {
 		// Where the pages of the tag's next request are to be registered.
@@ -161,6 +157,16 @@ func (u *queue) fill(sqe *uring.SQE, op, tag uint32, result int32) {
 	} else {
 		cmd.Addr = uint64(uintptr(u.payload)) + uint64(tag)*uint64(u.maxIO)
 	}
+}
+
+// command makes sqe a command for tag and returns its own part.
+func (u *queue) command(sqe *uring.SQE, op, tag uint32) *uapi.UblksrvIOCmd {
+	sqe.PrepCommand(cdevFile, op)
+	sqe.SetFixedFile()
+	cmd := (*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))
+	cmd.QID = u.id
+	cmd.Tag = uint16(tag)
+	return cmd
 }
 
 // onCommand gets the kernel's answer to the command of tag.
@@ -226,15 +232,7 @@ const (
 
 func (u *queue) register(tag uint32) {
 	u.tries[tag]++
-	u.command(u.loop.Command(tag|forRegister), uapi.UBLK_U_IO_REGISTER_IO_BUF, tag)
-}
-
-// command fills the entry of a command for the place of tag's payload.
-func (u *queue) command(sqe *uring.SQE, op, tag uint32) {
-	sqe.PrepCommand(cdevFile, op)
-	sqe.SetFixedFile()
-	cmd := (*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))
-	cmd.QID, cmd.Tag, cmd.Addr = u.id, uint16(tag), uint64(tag)
+	u.command(u.loop.Command(tag|forRegister), uapi.UBLK_U_IO_REGISTER_IO_BUF, tag).Addr = uint64(tag)
 }
 
 // registered takes the kernel's answer to register.
@@ -298,7 +296,7 @@ func (u *queue) Completed(r *Request, errno unix.Errno) {
 	u.tags[tag] = tagCommitted
 	if u.tries[tag] > 0 {
 		u.tries[tag] = 0
-		u.command(u.loop.Command(uint32(tag)|forUnregister), uapi.UBLK_U_IO_UNREGISTER_IO_BUF, uint32(tag))
+		u.command(u.loop.Command(uint32(tag)|forUnregister), uapi.UBLK_U_IO_UNREGISTER_IO_BUF, uint32(tag)).Addr = uint64(tag)
 	}
 	u.issue(uapi.UBLK_U_IO_COMMIT_AND_FETCH_REQ, uint32(tag), r.result(errno))
 }
