@@ -460,6 +460,10 @@ func (d *daemon) settled(before held, slack int) {
 	d.t.Errorf("left behind: now %+v, before %+v", now, before)
 }
 
+// leakTest makes the daemons of a test keep hardly any garbage, so that what
+// grows is what is held.
+func leakTest(t *testing.T) { t.Setenv("GOGC", "10") }
+
 // memory is the daemon's resident memory in bytes.
 func (d *daemon) memory() int64 {
 	d.t.Helper()
