@@ -424,7 +424,8 @@ func (a *Area) AwaitStored(w *Worker, c Chunk, wake func()) bool {
 		return true
 	}
 	l.slot(word.Region()).waiters.push(w.waiter(wake))
-	l.mu.Unlock()
+	l.urgent = max(l.urgent, word.Region()+1)
+	l.settle(w, waitList{})
 	return false
 }
 

@@ -19,11 +19,13 @@ const (
 	MaxChunkSize = 64 << 20
 )
 
-// Limits of the store queue. A small store waits while another is under way,
-// so that the next one is larger; full ones go out side by side.
+// Limits of the store queue. A small store waits while another is under way or
+// copies are about to land, so that the next one is larger; full ones go out
+// side by side.
 const (
-	storeBatch = 1 << 20 // bytes in one write to the storage, or one chunk if that is more
-	maxStores  = 4       // writes to the storage at a time
+	storeBatch = 1 << 20   // bytes in one write to the storage, or one chunk if that is more
+	maxStores  = 4         // writes to the storage at a time
+	storeAside = 256 << 10 // bytes from which a store is left to a kernel worker
 )
 
 // Pool is the memory of a log: a ring buffer of slots, one chunk each. Mem and
@@ -82,6 +84,7 @@ type Log struct {
 	next      Region // first region not handed out
 	storeNext Region // first region not handed to a store
 	landed    Region // from storeNext to here all have landed
+	urgent    Region // somebody waits for the store of what is before it
 	waiting   copyList
 	stores    int // writes to the storage under way
 	storeIdle *store
@@ -201,8 +204,10 @@ func (l *Log) settle(w *Worker, woken waitList) {
 	}
 	refused := l.refusedLocked()
 	var stores *store
-	for s := l.nextStoreLocked(); s != nil; s = l.nextStoreLocked() {
-		s.next, stores = stores, s
+	for last := &stores; ; last = &(*last).next {
+		if *last = l.nextStoreLocked(); *last == nil {
+			break
+		}
 	}
 	grow := l.nextGrowthLocked()
 	events := l.events
@@ -373,8 +378,9 @@ func (l *Log) nextStoreLocked() *store {
 		l.landed++
 	}
 	n := min(l.landed-first, most)
-	if n == 0 || n < most && l.stores > 0 {
-		return nil // it will be longer when the store under way comes back
+	wanted := first < l.urgent || l.waiting.head != nil
+	if n == 0 || n < most && (l.stores > 0 || l.landed < l.next && !wanted) {
+		return nil
 	}
 	s := l.storeIdle
 	if s == nil {
@@ -404,6 +410,10 @@ func (s *store) submit(w *Worker) {
 	s.w = w
 	s.op.Len = int64(s.n) << l.shift
 	s.op.Buf = w.slots(l, s.first)
+	if s.op.Aside = s.op.Len >= storeAside; s.op.Aside {
+		// The worker comes to it later: the place may be empty by then.
+		s.op.Buf.Index = blockdev.NoIndex
+	}
 	if mutation.Is(mutation.StoredBeforeWrite) {
 		for r := s.first; r < s.first+s.n; r++ {
 			l.slot(r).area.table.set(l.slot(r).chunk, makeWord(Stored, r))

@@ -139,6 +139,60 @@ func TestCopiesLandAndAreStoredInOrder(t *testing.T) {
 	b.check()
 }
 
+// A few regions wait for the copies behind them, to be stored together, unless
+// somebody waits for their store.
+func TestStoresWaitForCopies(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		wait func(b *bench, t *testing.T)
+		want [][2]int64
+	}{
+		{"nobody waits", func(*bench, *testing.T) {}, nil},
+		{"a region is waited for", func(b *bench, t *testing.T) {
+			if b.area.AwaitStored(b.w, 2, func() { b.woken++ }) {
+				t.Error("chunk 2 is stored")
+			}
+			b.woken--
+		}, [][2]int64{{0, 4 * chunk}}},
+		{"a slot is waited for", func(b *bench, _ *testing.T) {
+			b.protect(16, 32)
+			b.woken -= 15 // one slot is not to be had while chunk 9 is in the way
+		}, [][2]int64{{0, 4 * chunk}}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := newBench(t, 64, 16, 1<<20)
+			if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+				t.Fatal(err)
+			}
+			b.protect(0, 4)
+			var slow *diffarea.Copy
+			filled := false
+			for slow == nil && b.sched.Step() {
+				if b.log.Usage().Regions == 4 {
+					b.area.Fill(b.w, 9, func(c *diffarea.Copy) { slow = c }, func() { filled = true })
+				}
+			}
+			b.sched.Run()
+			if b.woken != 4 || slow == nil || filled {
+				t.Fatalf("%d of 4 woken; the fifth is under way: %v, is over: %v", b.woken, slow != nil, filled)
+			}
+			c.wait(b, t)
+			b.sched.Run()
+			if b.woken != 4 || !slices.Equal(b.stores, c.want) {
+				t.Fatalf("%d woken, want 4; stores %v, want %v", b.woken, b.stores, c.want)
+			}
+			mem, _, _ := slow.Slot()
+			copy(mem, bytes.Repeat([]byte{10}, chunk))
+			slow.Filled(0)
+			b.sched.Run()
+			if u := b.log.Usage(); !filled || u.Unstored != 0 {
+				t.Fatalf("filled: %v, %d regions not stored", filled, u.Unstored)
+			}
+			b.check()
+		})
+	}
+}
+
 func TestTwoWritersOfOneChunkShareItsCopy(t *testing.T) {
 	b := newBench(t, 4, 4, 1<<20)
 	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {

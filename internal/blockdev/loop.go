@@ -90,6 +90,7 @@ type slot struct {
 	op     *Op
 	method method
 	tries  uint8 // EAGAIN seen
+	aside  bool  // leave it to a kernel worker
 }
 
 // method is how an operation is done. A file that cannot do it one way is
@@ -587,7 +588,7 @@ func (l *Loop) start(op *Op) {
 	n := len(l.free) - 1
 	i := l.free[n]
 	l.free = l.free[:n]
-	l.slots[i] = slot{op: op, method: firstMethod(op)}
+	l.slots[i] = slot{op: op, method: firstMethod(op), aside: op.Aside}
 	l.inFlight++
 	l.issue(i)
 }
@@ -685,8 +686,7 @@ func (l *Loop) issue(i uint32) {
 	if fixed {
 		s.SetFixedFile()
 	}
-	if sl.tries > 0 {
-		// What cannot be had without blocking is left to a kernel worker.
+	if sl.aside {
 		s.Flags |= uring.IOSQE_ASYNC
 	}
 	s.UserData = kindOp | uint64(i)
@@ -776,6 +776,14 @@ func (l *Loop) completed(i uint32, res int32) {
 		case unix.EAGAIN:
 			if sl.tries < maxTries {
 				sl.tries++
+				sl.aside = true // it cannot be had without blocking
+				l.issue(i)
+				return
+			}
+		case unix.ECANCELED:
+			if sl.aside {
+				// The kernel had no worker and no memory for one.
+				sl.aside = false
 				l.issue(i)
 				return
 			}
@@ -792,7 +800,7 @@ func (l *Loop) completed(i uint32, res int32) {
 	case transfer:
 		op.moved += int64(res)
 		if op.moved < op.Len {
-			sl.tries = 0
+			sl.tries, sl.aside = 0, op.Aside
 			l.issue(i)
 			return
 		}

@@ -471,16 +471,22 @@ func TestLoopRetries(t *testing.T) {
 	}
 	for _, c := range []struct {
 		answers []int32 // in place of the kernel's; 0 passes that one on
+		aside   bool
 		want    unix.Errno
 	}{
-		{[]int32{0}, 0},
-		{[]int32{-int32(unix.EINTR), -int32(unix.EINTR), 0}, 0},
-		{[]int32{-int32(unix.EAGAIN), -int32(unix.EINTR), 0}, 0},
-		{[]int32{-int32(unix.EIO)}, unix.EIO},
-		{[]int32{4096, -int32(unix.EAGAIN), 4096}, 0},
-		{[]int32{4096, -int32(unix.EIO)}, unix.EIO},
+		{[]int32{0}, false, 0},
+		{[]int32{-int32(unix.EINTR), -int32(unix.EINTR), 0}, false, 0},
+		{[]int32{-int32(unix.EAGAIN), -int32(unix.EINTR), 0}, false, 0},
+		{[]int32{-int32(unix.EIO)}, false, unix.EIO},
+		{[]int32{4096, -int32(unix.EAGAIN), 4096}, false, 0},
+		{[]int32{4096, -int32(unix.EIO)}, false, unix.EIO},
+		{[]int32{0}, true, 0},
+		{[]int32{-int32(unix.ECANCELED), 0}, true, 0}, // no worker to be had
+		{[]int32{4096, -int32(unix.ECANCELED), 4096}, true, 0},
+		{[]int32{-int32(unix.ECANCELED), -int32(unix.ECANCELED)}, true, unix.ECANCELED},
+		{[]int32{-int32(unix.ECANCELED)}, false, unix.ECANCELED},
 	} {
-		calls = 0
+		calls, op.Aside = 0, c.aside
 		l.Submit(op)
 		for i, res := range c.answers {
 			if calls != 0 {
@@ -499,6 +505,7 @@ func TestLoopRetries(t *testing.T) {
 			t.Fatalf("%v: %d in flight and %d slots free afterwards", c.answers, l.inFlight, len(l.free))
 		}
 	}
+	op.Aside = false
 	// Progress counts: EAGAIN may come more often than maxTries in all.
 	calls = 0
 	l.Submit(op)
