@@ -379,7 +379,8 @@ func (l *Log) nextStoreLocked() *store {
 	}
 	n := min(l.landed-first, most)
 	wanted := first < l.urgent || l.waiting.head != nil
-	if n == 0 || n < most && (l.stores > 0 || l.landed < l.next && !wanted) {
+	grows := l.landed < l.next && l.slot(l.landed).state == slotCopying
+	if n == 0 || n < most && (l.stores > 0 || grows && !wanted) {
 		return nil
 	}
 	s := l.storeIdle
