@@ -193,6 +193,29 @@ func TestStoresWaitForCopies(t *testing.T) {
 	}
 }
 
+// Stores that become possible together leave in the order of the storage.
+func TestFullStoresLeaveInOrder(t *testing.T) {
+	b := newBench(t, 1024, 1024, 1<<30)
+	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+		t.Fatal(err)
+	}
+	var first *diffarea.Copy
+	b.area.Fill(b.w, 0, func(c *diffarea.Copy) { first = c }, func() {})
+	b.protect(1, 768)
+	b.sched.Run()
+	if first == nil || len(b.stores) != 0 {
+		t.Fatalf("stores %v past a region that is being copied", b.stores)
+	}
+	mem, _, _ := first.Slot()
+	copy(mem, bytes.Repeat([]byte{1}, chunk))
+	first.Filled(0)
+	b.sched.Run()
+	if want := [][2]int64{{0, 1 << 20}, {1 << 20, 1 << 20}, {2 << 20, 1 << 20}}; !slices.Equal(b.stores, want) {
+		t.Fatalf("stores %v, want %v", b.stores, want)
+	}
+	b.check()
+}
+
 func TestTwoWritersOfOneChunkShareItsCopy(t *testing.T) {
 	b := newBench(t, 4, 4, 1<<20)
 	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {

@@ -122,7 +122,7 @@ type Op struct {
 	Kind    Kind
 	FUA     bool // Write: durable when it completes
 	NoUnmap bool // WriteZeroes: keep the space allocated
-	Aside   bool // so long that the queue's thread shall not be held up by its start
+	Aside   bool // Read, Write: started by a kernel worker, for the start of a long one holds up the thread
 	File    File
 	Off     int64 // bytes
 	Len     int64 // bytes

@@ -75,7 +75,7 @@ func parse(args []string) (*options, error) {
 	flags.BoolVar(&o.Udev, "udev", env("VM_UDEV", "") != "", "run udev in the guest (VM_UDEV)")
 	flags.StringVar(&o.where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
 	flags.BoolVar(&o.noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\"")
-	flags.BoolVar(&o.again, "again", false, "run the command once more, from its start, if an emulated processor ended the machine by a fault of its own")
+	flags.BoolVar(&o.again, "again", false, "run the command again, from its start, if an emulated processor ended the machine by a fault of its own")
 	flags.BoolVar(&o.fetch, "fetch", false, "fetch the kernel, print its release, and end")
 	flags.StringVar(&o.console, "console", env("VM_CONSOLE", ""), "file for the kernel's messages (VM_CONSOLE)")
 	flags.Var(&o.newDisks, "disk", "NAME=SIZE: new disk at /dev/disk/by-vm/NAME, gone afterwards; size in bytes, or with K, M, G, T")
