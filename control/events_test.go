@@ -96,8 +96,15 @@ func TestWatch(t *testing.T) {
 	defer cancel()
 	ready := make(chan struct{})
 	go func() {
-		close(ready)
 		all <- l.watch(ctx, "", func(e Event) error {
+			if e.Snapshot == "c" {
+				select {
+				case <-ready:
+				default:
+					close(ready)
+				}
+				return nil
+			}
 			seenAll = append(seenAll, e.Snapshot+e.Kind)
 			if e.Kind == EventDestroyed {
 				return errors.New("enough")
@@ -105,8 +112,15 @@ func TestWatch(t *testing.T) {
 			return nil
 		})
 	}()
-	<-ready
-	time.Sleep(10 * time.Millisecond)
+	// It sees what comes once it watches: that it does shows in something else.
+	for watching := false; !watching; {
+		l.emit(Event{Snapshot: "c", Kind: EventCreated})
+		select {
+		case <-ready:
+			watching = true
+		case <-time.After(time.Millisecond):
+		}
+	}
 	l.emit(Event{Snapshot: "b", Kind: EventTaken})
 	l.emit(Event{Snapshot: "a", Kind: EventTaken})
 	l.emit(Event{Snapshot: "a", Kind: EventDestroyed})

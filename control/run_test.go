@@ -76,7 +76,7 @@ func stopDaemon(t *testing.T, dir RunDir) {
 	if err := unix.Kill(pid, unix.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	for range 1000 {
+	for range 6000 {
 		if f, err := dir.lock(); err == nil {
 			f.Close()
 			return

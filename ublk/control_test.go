@@ -143,22 +143,20 @@ func TestControlClose(t *testing.T) {
 	}
 	before := fds()
 	r, w := testPipe(t)
-	c := pretend(t, pipeOps(r))
+	begun := make(chan struct{})
+	pipe := pipeOps(r)
+	c := pretend(t, func(sqe *uring.SQE, slot int, w *command) {
+		pipe(sqe, slot, w)
+		if w.op == uapi.UBLK_U_CMD_START_DEV {
+			close(begun)
+		}
+	})
 	running := make(chan error)
 	go func() {
 		var buf [4]byte
 		running <- c.do(context.Background(), uapi.UBLK_U_CMD_START_DEV, uapi.UblksrvCtrlCmd{Data: [1]uint64{1}}, buf[:])
 	}()
-	for {
-		c.mu.Lock()
-		taken := len(c.queue) == 0
-		c.mu.Unlock()
-		if taken {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
-	time.Sleep(10 * time.Millisecond)
+	<-begun
 	waiting := make(chan error)
 	go func() { waiting <- c.command(context.Background(), uapi.UBLK_U_CMD_STOP_DEV, 0, 0) }()
 	for {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -277,12 +278,13 @@ func TestUsage(t *testing.T) {
 // have waited for two seconds.
 func TestSlowIsExplained(t *testing.T) {
 	if testing.Short() {
-		t.Skip("takes more than two seconds: run without -short")
+		t.Skip("takes seconds: run without -short")
 	}
 	f := newFake()
-	f.delay, f.doing = slow+300*time.Millisecond, "take snapshot: 1 filesystems to freeze"
+	f.delay, f.doing = slow+2*time.Second, "take snapshot: 1 filesystems to freeze"
 	status, out, errs := execute(f, "ublk-blksnap", "snapshot", "take", id1)
-	if status != 0 || errs != "ublk-blksnap: take snapshot: 1 filesystems to freeze … 2s\n" {
+	// A busy machine may say it a second late.
+	if status != 0 || !regexp.MustCompile(`^ublk-blksnap: take snapshot: 1 filesystems to freeze … [23]s\n$`).MatchString(errs) {
 		t.Errorf("status %d, printed %q, said %q", status, out, errs)
 	}
 }

@@ -2,7 +2,6 @@ package integration
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -165,7 +164,7 @@ func TestErrors(t *testing.T) {
 	if got := d.call("blksnap", "snapshot_waitevent", "-i", taken.ID, "-t", "1500"); got.status != 0 || got.out != "result=timeout\n" {
 		t.Errorf("waiting for nothing: %+v", got)
 	}
-	if took := time.Since(began); took < 1500*time.Millisecond || took > 20*time.Second {
+	if took := time.Since(began); took < 1500*time.Millisecond {
 		t.Errorf("1500 ms took %v", took)
 	}
 	// None of the errors has changed anything.
@@ -213,14 +212,7 @@ func TestBackupScript(t *testing.T) {
 	if err := unix.Kill(info.PID, unix.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		if _, err := os.Stat(fmt.Sprintf("/proc/%d", info.PID)); err != nil {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatal("the daemon does not end")
-		}
-	}
+	waitFor(t, "the end of the daemon", func() bool { return !alive(info.PID) })
 	_ = unix.Unmount(control.DefaultRunDir+"/state", unix.MNT_DETACH)
 	if left := ublkDevices(); len(left) > 0 {
 		t.Errorf("left behind: %v", left)

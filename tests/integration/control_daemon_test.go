@@ -176,7 +176,7 @@ func TestStopRefused(t *testing.T) {
 	if err := unix.Kill(d.pid, unix.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	if !d.ended(30*time.Second) || d.err != nil {
+	if !d.ended(patience) || d.err != nil {
 		t.Fatalf("the daemon does not end: %v", d.err)
 	}
 	if left := ublkDevices(); len(left) > 0 {
@@ -223,14 +223,9 @@ func TestKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i, w := range writers {
-		select {
-		case err := <-w:
-			t.Logf("writer %d: %v", i, err)
-		case <-time.After(time.Minute):
-			t.Fatalf("writer %d hangs", i)
-		}
+		t.Logf("writer %d: %v", i, await(t, "the end of a writer", w))
 	}
-	if !d.ended(30 * time.Second) {
+	if !d.ended(patience) {
 		t.Fatal("the process does not end")
 	}
 	if _, err := try("umount", dir); err != nil {
@@ -299,7 +294,7 @@ func TestOrphan(t *testing.T) {
 	if err := unix.Kill(d.pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	if !d.ended(30 * time.Second) {
+	if !d.ended(patience) {
 		t.Fatal("the process does not end")
 	}
 	written := make(chan error, 1)
@@ -326,13 +321,8 @@ func TestOrphan(t *testing.T) {
 	if a := d.call("ublk-blksnap", "remove", "--force", dev.Path); a.status != 0 {
 		t.Errorf("%+v", a)
 	}
-	select {
-	case err := <-written:
-		if err == nil {
-			t.Error("a write succeeded without a daemon")
-		}
-	case <-time.After(time.Minute):
-		t.Fatal("the write hangs")
+	if err := await(t, "the end of the write", written); err == nil {
+		t.Error("a write succeeded without a daemon")
 	}
 	if _, err := try("umount", dir); err != nil {
 		t.Error(err)

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -345,15 +344,5 @@ func TestDoctorWell(t *testing.T) {
 	}
 	if a := call("doctor", "--json"); a.status != 0 || !strings.Contains(a.out, `"ok": true`) {
 		t.Errorf("JSON: status %d: %s", a.status, a.out)
-	}
-}
-
-// waitFor waits until cond holds.
-func waitFor(t testing.TB, what string, cond func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !cond(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %s", what)
-		}
 	}
 }

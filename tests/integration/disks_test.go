@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -27,18 +26,14 @@ func modprobe(t testing.TB, module string, params ...string) {
 
 func unload(t testing.TB, module string) {
 	t.Helper()
-	var err error
-	for range 40 {
-		if _, serr := os.Stat("/sys/module/" + module); serr != nil {
-			return
+	waitFor(t, "the last user of "+module, func() bool {
+		if _, err := os.Stat("/sys/module/" + module); err != nil {
+			return true
 		}
 		// Whoever has just looked at a disk may still be at it.
-		if _, err = try("modprobe", "-r", module); err == nil {
-			return
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	t.Fatalf("somebody still holds it: %v", err)
+		_, err := try("modprobe", "-r", module)
+		return err == nil
+	})
 }
 
 // ramDisks are n RAM disks of size bytes each, a multiple of 1 KiB, full of
@@ -82,13 +77,10 @@ func loopOver(t testing.TB, file string, block int) string {
 	t.Cleanup(func() {
 		run(t, "losetup", "-d", dev)
 		// Detached when the last user is gone: that is to be now.
-		for range 100 {
-			if _, err := os.Stat("/sys/block/" + filepath.Base(dev) + "/loop"); err != nil {
-				return
-			}
-			time.Sleep(20 * time.Millisecond)
-		}
-		t.Errorf("%s is still in use", dev)
+		waitFor(t, "the last user of "+dev, func() bool {
+			_, err := os.Stat("/sys/block/" + filepath.Base(dev) + "/loop")
+			return err != nil
+		})
 	})
 	return dev
 }
@@ -99,15 +91,17 @@ func scsiDisk(t testing.TB, mib, block int) string {
 	run(t, "modprobe", "sd_mod")
 	modprobe(t, "scsi_debug", fmt.Sprintf("dev_size_mb=%d", mib), fmt.Sprintf("sector_size=%d", block),
 		"delay=0", "lbpu=1", "lbpws=1", "physblk_exp=0")
-	for range 200 {
+	var disk string
+	waitFor(t, "the disk of scsi_debug", func() bool {
 		disks, _ := filepath.Glob("/sys/bus/pseudo/drivers/scsi_debug/adapter*/host*/target*/*/block/*")
-		if len(disks) > 0 {
-			return "/dev/" + filepath.Base(disks[0])
+		if len(disks) == 0 {
+			return false
 		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	t.Fatal("scsi_debug made no disk")
-	return ""
+		disk = "/dev/" + filepath.Base(disks[0])
+		_, err := os.Stat(disk) // which comes later
+		return err == nil
+	})
+	return disk
 }
 
 // dmDisk is a device-mapper device. Its table may name disks.

@@ -152,13 +152,8 @@ func TestPulledOut(t *testing.T) {
 		time.Sleep(500 * time.Millisecond)
 		ended <- stop()
 	}()
-	select {
-	case err := <-ended:
-		if err == nil {
-			t.Error("nobody noticed")
-		}
-	case <-time.After(30 * time.Second):
-		t.Fatal("the writers hang")
+	if err := await(t, "the end of the writers", ended); err == nil {
+		t.Error("nobody noticed")
 	}
 	d.destroy(s.ID)
 	// What cannot be synced is not removed unasked.

@@ -63,11 +63,7 @@ func TestMistake2AddedTwiceAndDestroyedMounted(t *testing.T) {
 		}()
 		time.Sleep(200 * time.Millisecond)
 		d.destroy(s.ID)
-		select {
-		case <-stop:
-		case <-time.After(time.Minute):
-			t.Fatal("the writer on the image hangs")
-		}
+		await(t, "the end of the writer on the image", stop)
 		umount(t, at)
 	}
 	ext4FS.clean(t, dev.Link)
@@ -313,18 +309,13 @@ func TestMistake6WriterKilled(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 	d.destroy(s.ID)
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	waitFor(t, "the end of the last request", func() bool {
 		st, err := d.DeviceStatus(ctx(t), dev.Name)
-		if err != nil {
-			t.Fatal(err)
+		if err != nil || st.Errors != 0 {
+			t.Fatalf("%d errors, %v", st.Errors, err)
 		}
-		if st.InFlight == 0 && st.Errors == 0 {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatalf("in flight %d, errors %d", st.InFlight, st.Errors)
-		}
-	}
+		return st.InFlight == 0
+	})
 	d.remove(dev)
 }
 

@@ -279,15 +279,12 @@ func TestSmallPool(t *testing.T) {
 	win := w.open()
 	s = d.taken(s.ID)
 	win.close()
-	until := time.Now().Add(time.Minute)
-	for d.snapshot(s.ID).Usage.Copied < 12<<20 && time.Now().Before(until) {
-		time.Sleep(50 * time.Millisecond)
-	}
+	waitFor(t, "12 MiB of copies", func() bool { return d.snapshot(s.ID).Usage.Copied >= 12<<20 })
 	if err := win.check(s.Images[0].Path); err != nil {
 		t.Errorf("I1: %v", err)
 	}
-	if got := d.snapshot(s.ID); got.Usage.Copied < 12<<20 || got.Errno != 0 {
-		t.Errorf("after a minute: %+v", got)
+	if got := d.snapshot(s.ID); got.Errno != 0 {
+		t.Errorf("%+v", got)
 	}
 	if err := stop(); err != nil {
 		t.Error(err)
@@ -514,7 +511,7 @@ func TestImageFilesystem(t *testing.T) {
 			old := someFiles(t, dir, 1)
 			stop := busyFiles(t, dir)
 			s := d.take(0, dev)
-			if s.Frozen <= 0 || s.Frozen > 10*time.Second {
+			if s.Frozen <= 0 || s.Frozen > patience {
 				t.Errorf("frozen for %v", s.Frozen)
 			}
 			stop()

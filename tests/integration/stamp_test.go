@@ -541,6 +541,13 @@ func (r *randomWriter) step() error {
 	return nil
 }
 
+// more waits until the writers have written n times more.
+func (w *world) more(t testing.TB, n int64) {
+	t.Helper()
+	n += w.writes.Load()
+	waitFor(t, "writes to go on", func() bool { return w.writes.Load() >= n })
+}
+
 // fill writes all of the disks once, so that no sector is zeroes any more.
 func (w *world) fill(paths ...string) error {
 	for i, path := range paths {

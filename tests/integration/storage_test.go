@@ -2,7 +2,6 @@ package integration
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -24,7 +23,7 @@ import (
 func (d *daemon) corrupted(id string) (kinds []string, last control.Event) {
 	d.t.Helper()
 	for {
-		e, err := d.WaitEvent(ctx(d.t), control.WaitRequest{ID: id, Timeout: time.Minute})
+		e, err := d.WaitEvent(ctx(d.t), control.WaitRequest{ID: id, Timeout: patience})
 		if err != nil {
 			d.t.Fatalf("after the events %q: %v", kinds, err)
 		}
@@ -118,13 +117,7 @@ func TestOverflow(t *testing.T) {
 				t.Errorf("snapshot_info: %+v", a)
 			}
 			// The original goes on.
-			n := w.writes.Load()
-			for end := time.Now().Add(20 * time.Second); w.writes.Load() < n+50 && time.Now().Before(end); {
-				time.Sleep(20 * time.Millisecond)
-			}
-			if w.writes.Load() < n+50 {
-				t.Error("I5: writes to the original do not go on")
-			}
+			w.more(t, 50) // I5
 			// A new one works at once, beside the broken one.
 			win := w.open()
 			next := d.take(16<<10, dev)
@@ -177,13 +170,7 @@ func TestStuckStorage(t *testing.T) {
 	if !slices.Equal(kinds, []string{control.EventCorrupted}) || last.Errno != -int(unix.ETIMEDOUT) || last.Device != dev.OriginalNumber {
 		t.Errorf("events %q, the last %+v", kinds, last)
 	}
-	n := w.writes.Load()
-	for end := time.Now().Add(20 * time.Second); w.writes.Load() < n+50 && time.Now().Before(end); {
-		time.Sleep(20 * time.Millisecond)
-	}
-	if w.writes.Load() < n+50 {
-		t.Error("I5: writes to the original do not go on")
-	}
+	w.more(t, 50) // I5
 	if err := d.DestroySnapshot(ctx(t), s.ID); control.CodeOf(err) != control.Timeout || !strings.Contains(err.Error(), "does not answer") {
 		t.Errorf("destroy: %v", err)
 	}
@@ -263,16 +250,11 @@ func TestStuckFile(t *testing.T) {
 		t.Errorf("create on storage of another: %v", err)
 	}
 	thaw()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	waitFor(t, "the use of one file and the end of the other", func() bool {
 		st, err := os.Stat(there)
 		_, gone := os.Stat(filepath.Join(dir, "new"))
-		if err == nil && st.Size() > 0 && errors.Is(gone, os.ErrNotExist) {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatalf("after the thaw: %v, %v; want one to be used, the other gone", st, gone)
-		}
-	}
+		return err == nil && st.Size() > 0 && errors.Is(gone, os.ErrNotExist)
+	})
 	win := w.open()
 	s = d.taken(s.ID)
 	win.close()
@@ -320,16 +302,11 @@ func TestPoolsGivenBack(t *testing.T) {
 	for range rounds {
 		d.destroy(d.take(0, dev).ID)
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	waitFor(t, "the memory of the pools (I9)", func() bool {
 		more := before - available()
-		if more < 4*pool {
-			t.Logf("%d KiB less after %d rounds with pools of %d KiB", more>>10, rounds, pool>>10)
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatalf("I9: %d rounds have cost %d MiB of memory", rounds, more>>20)
-		}
-	}
+		t.Logf("%d KiB less after %d rounds with pools of %d KiB", more>>10, rounds, pool>>10)
+		return more < 4*pool
+	})
 }
 
 // TestAttachForNothing: a snapshot that cannot be created leaves no filter
@@ -775,11 +752,7 @@ func TestNothingToRead(t *testing.T) {
 			if err := w.fill(dev.Path); err != nil {
 				t.Fatal(err)
 			}
-			for end := time.Now().Add(20 * time.Second); d.snapshot(s.ID).Usage.Stored < 4<<20; time.Sleep(20 * time.Millisecond) {
-				if time.Now().After(end) {
-					t.Fatalf("nothing is stored: %+v", d.snapshot(s.ID).Usage)
-				}
-			}
+			waitFor(t, "4 MiB in the storage", func() bool { return d.snapshot(s.ID).Usage.Stored >= 4<<20 })
 			// Everything the daemon keeps data in, by its own files: also those
 			// that have no name.
 			all := d.dataFiles(t)
@@ -936,32 +909,21 @@ func TestDestroyBusy(t *testing.T) {
 				}
 			}
 		}()
-		ioCtx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
 		fioEnd := make(chan string, 1)
 		go func() {
-			out, err := try("timeout", "50", "fio", "--name=image", "--filename="+written.Images[0].Path, "--ioengine=libaio", "--direct=1",
-				"--rw=randrw", "--bs=4k", "--iodepth=16", "--time_based", "--runtime=40")
+			out, err := try("fio", "--name=image", "--filename="+written.Images[0].Path, "--ioengine=libaio", "--direct=1",
+				"--rw=randrw", "--bs=4k", "--iodepth=16", "--time_based", "--runtime=600")
 			if err == nil {
 				out = ""
 			}
 			fioEnd <- out
 		}()
 		time.Sleep(700 * time.Millisecond)
-		began := time.Now()
 		for _, s := range []control.Snapshot{written, mounted, opened} {
 			d.destroy(s.ID)
 		}
-		if took := time.Since(began); took > 20*time.Second {
-			t.Errorf("destroying took %v", took)
-		}
-		select {
-		case err := <-fileEnd:
-			if !errors.Is(err, unix.EIO) && !errors.Is(err, unix.EROFS) {
-				t.Errorf("the writer on the mounted image got %v", err)
-			}
-		case <-ioCtx.Done():
-			t.Fatal("the writer on the mounted image hangs")
+		if err := await(t, "the end of the writer on the mounted image", fileEnd); !errors.Is(err, unix.EIO) && !errors.Is(err, unix.EROFS) {
+			t.Errorf("the writer on the mounted image got %v", err)
 		}
 		if out := <-fioEnd; !strings.Contains(out, "error") {
 			t.Errorf("fio on the image: %q", out)

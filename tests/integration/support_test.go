@@ -111,22 +111,45 @@ func kernelComplaints() []string {
 	}
 }
 
-// commandLimit is the longest that a command of a test takes, under emulation
-// and with the machine busy.
-const commandLimit = 3 * time.Minute
+// patience is how long a test waits for what has to come, under emulation and
+// with the machine busy. It says that something hangs, and never how long
+// something may take.
+const patience = 3 * time.Minute
+
+// waitFor waits until cond holds.
+func waitFor(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !cond(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
+// await is what comes out of c.
+func await[T any](t testing.TB, what string, c <-chan T) T {
+	t.Helper()
+	select {
+	case x := <-c:
+		return x
+	case <-time.After(patience):
+		t.Fatalf("waited in vain for %s", what)
+		panic("unreachable")
+	}
+}
 
 // try runs a command and returns what it printed on both outputs.
 func try(name string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), commandLimit)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = time.Minute
 	out, err := cmd.CombinedOutput()
 	if ctx.Err() != nil {
 		// What hangs, and where, is in the kernel's log then.
 		_ = os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0)
-		err = fmt.Errorf("took longer than %v: %w", commandLimit, err)
+		err = fmt.Errorf("took longer than %v: %w", patience, err)
 	}
 	if err != nil {
 		err = fmt.Errorf("%s %s: %w\n%s", name, strings.Join(args, " "), err, out)
@@ -248,20 +271,16 @@ func startDaemon(t testing.TB, params ...string) *daemon {
 		_ = unix.Unmount(d.dir.State(), unix.MNT_DETACH)
 		d.Close()
 	})
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
-		_, err := d.Info(ctx(t))
-		if err == nil {
-			return d
-		}
+	waitFor(t, "an answer of the daemon", func() bool {
 		select {
 		case <-d.end:
 			t.Fatalf("the daemon ended at once: %v", d.err)
 		default:
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the daemon does not answer: %v", err)
-		}
-	}
+		_, err := d.Info(ctx(t))
+		return err == nil
+	})
+	return d
 }
 
 // in is the daemon for a part of a test.
@@ -299,7 +318,7 @@ func (d *daemon) stop() {
 	default:
 	}
 	_ = unix.Kill(d.pid, unix.SIGTERM)
-	if !d.ended(30 * time.Second) {
+	if !d.ended(patience) {
 		d.t.Errorf("the daemon does not stop")
 		_ = os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0)
 		_ = unix.Kill(d.pid, unix.SIGQUIT)
@@ -316,7 +335,7 @@ func (d *daemon) stop() {
 
 // ctx bounds one call of the daemon.
 func ctx(t testing.TB) context.Context {
-	c, cancel := context.WithTimeout(context.Background(), commandLimit)
+	c, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
 	return c
 }
@@ -420,7 +439,7 @@ type answer struct {
 // called by.
 func (d *daemon) call(as string, args ...string) answer {
 	d.t.Helper()
-	c, cancel := context.WithTimeout(context.Background(), commandLimit)
+	c, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	cmd := exec.CommandContext(c, program(d.t), append([]string{"--run-dir", string(d.dir)}, args...)...)
 	cmd.Args[0] = as
@@ -449,13 +468,12 @@ func (d *daemon) held() held {
 func (d *daemon) settled(before held, slack int) {
 	d.t.Helper()
 	var now held
-	for range 100 {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		now = d.held()
 		if now.fds <= before.fds && now.devices <= before.devices && now.loops <= before.loops &&
 			now.threads <= before.threads+slack && now.mappings <= before.mappings+4*slack+4 {
 			return
 		}
-		time.Sleep(50 * time.Millisecond)
 	}
 	d.t.Errorf("left behind: now %+v, before %+v", now, before)
 }

@@ -114,9 +114,8 @@ func TestUblkSteady(t *testing.T) {
 			} else {
 				t.Logf("%d allocations for %d requests", n, served)
 			}
-			if n := runtime.NumGoroutine(); n != goroutines {
-				t.Errorf("%d goroutines, %d before", n, goroutines)
-			}
+			// Those that read what dd says may be on their way out.
+			waitFor(t, "as many goroutines as before", func() bool { return runtime.NumGoroutine() <= goroutines })
 		})
 	}
 }
@@ -147,7 +146,7 @@ func TestUblkCollect(t *testing.T) {
 	// A millisecond on a quiet machine. A queue that does not let itself be
 	// stopped would take for ever.
 	t.Logf("longest collection: %v", longest)
-	if longest > 30*time.Second {
+	if longest > patience {
 		t.Errorf("a collection took %v", longest)
 	}
 }

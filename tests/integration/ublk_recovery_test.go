@@ -3,7 +3,6 @@ package integration
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"math/rand"
@@ -185,13 +184,7 @@ func TestUblkRecovery(t *testing.T) {
 			progress := func() {
 				t.Helper()
 				from := done.Load()
-				for range 2000 {
-					if done.Load() > from+50 || t.Failed() {
-						return
-					}
-					time.Sleep(5 * time.Millisecond)
-				}
-				t.Error("no progress")
+				waitFor(t, "50 writes and reads", func() bool { return done.Load() > from+50 || t.Failed() })
 			}
 			progress()
 			for range 4 {
@@ -209,9 +202,7 @@ func TestUblkRecovery(t *testing.T) {
 			if _, err := ublk.Recover(ublkContext(t), ctl, id, bad); err == nil {
 				t.Error("recovery with a bad file succeeded")
 			}
-			late, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-			defer cancel()
-			d, err := ublk.Recover(late, ctl, id, cfg)
+			d, err := ublk.Recover(ublkContext(t), ctl, id, cfg)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -223,15 +214,13 @@ func TestUblkRecovery(t *testing.T) {
 				if err := d.Quiesce(ublkContext(t)); err != nil {
 					t.Fatal(err)
 				}
-				for range 200 {
-					if i, err := ctl.Info(ublkContext(t), id); err != nil || i.State == ublk.Quiesced {
-						break
+				waitFor(t, "the device to be quiesced", func() bool {
+					i, err := ctl.Info(ublkContext(t), id)
+					if err != nil {
+						t.Fatal(err)
 					}
-					time.Sleep(5 * time.Millisecond)
-				}
-				if i, err := ctl.Info(ublkContext(t), id); err != nil || i.State != ublk.Quiesced {
-					t.Errorf("after quiesce: %+v, %v", i, err)
-				}
+					return i.State == ublk.Quiesced
+				})
 				from := done.Load()
 				time.Sleep(50 * time.Millisecond)
 				if n := done.Load(); n > from+writers {
@@ -286,9 +275,7 @@ func TestUblkServerDeath(t *testing.T) {
 						ok.Add(1)
 					}
 				}()
-				for ok.Load() < 20 {
-					time.Sleep(time.Millisecond)
-				}
+				waitFor(t, "writes", func() bool { return ok.Load() >= 20 })
 				s.kill()
 				if recovery {
 					select {
@@ -298,30 +285,19 @@ func TestUblkServerDeath(t *testing.T) {
 					}
 				}
 				ctx := ublkContext(t)
-				var err error
-				for range 200 {
-					if err = ctl.DeleteDevice(ctx, s.id); !errors.Is(err, ublk.ErrBusy) {
-						break
+				waitFor(t, "the deletion", func() bool {
+					err := ctl.DeleteDevice(ctx, s.id)
+					if err != nil && !errors.Is(err, ublk.ErrBusy) {
+						t.Fatal(err)
 					}
-					time.Sleep(10 * time.Millisecond)
-				}
-				if err != nil {
-					t.Errorf("delete: %v", err)
-				}
-				select {
-				case err := <-failed:
-					t.Log(err)
-				case <-time.After(20 * time.Second):
-					t.Fatal("the writer hangs")
-				}
+					return err == nil
+				})
+				t.Log(await(t, "the end of the writer", failed))
 				f.Close()
-				for range 200 {
-					if _, err = ctl.Info(ctx, s.id); errors.Is(err, unix.ENODEV) {
-						return
-					}
-					time.Sleep(10 * time.Millisecond)
-				}
-				t.Errorf("after the delete: %v", err)
+				waitFor(t, "the end of the device", func() bool {
+					_, err := ctl.Info(ctx, s.id)
+					return errors.Is(err, unix.ENODEV)
+				})
 			})
 		}
 	}

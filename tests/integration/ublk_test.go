@@ -29,7 +29,7 @@ func ublkVM(t testing.TB) {
 }
 
 func ublkContext(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -152,7 +152,7 @@ func ublkAdd(t testing.TB, ctl *ublk.Control, cfg ublk.Config) *ublk.Device {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
 		if err := d.Delete(ctx); err != nil {
 			t.Errorf("delete: %v", err)

@@ -172,11 +172,11 @@ func TestTreeBelowTmp(t *testing.T) {
 
 func TestTimeout(t *testing.T) {
 	began := time.Now()
-	stdout, stderr, status := result(t, vm(t)("-timeout", "15s", "echo up; sleep 1000"))
-	if status != statusTimeout || stdout != "up\n" || !strings.Contains(stderr, "the time is up after 15s") {
+	stdout, stderr, status := result(t, vm(t)("-timeout", "30s", "echo up; sleep 1000"))
+	if status != statusTimeout || stdout != "up\n" || !strings.Contains(stderr, "the time is up after 30s") {
 		t.Errorf("status %d, stdout %q, stderr %q", status, stdout, stderr)
 	}
-	if took := time.Since(began); took > 30*time.Second {
+	if took := time.Since(began); took > 3*time.Minute {
 		t.Errorf("it took %v", took)
 	}
 	assertNothingLeft(t)
@@ -355,7 +355,7 @@ func assertNothingLeft(t *testing.T) {
 	t.Helper()
 	marker := []byte("VM_TEST_MARK=" + mark)
 	var left []string
-	for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		left = nil
 		processes, _ := filepath.Glob("/proc/[0-9]*")
 		for _, p := range processes {
