@@ -39,7 +39,10 @@ type Config struct {
 	FreezeTimeout time.Duration
 	// StorageTimeout is how long writes wait for difference storage.
 	StorageTimeout time.Duration
-	LogLevel       string
+	// DiskTimeout bounds the waiting for an original disk, or the driver, when a
+	// device is added, removed or destroyed.
+	DiskTimeout time.Duration
+	LogLevel    string
 }
 
 // DefaultConfig is the configuration without a file.
@@ -61,6 +64,7 @@ func DefaultConfig() Config {
 		StateSize:                 1 << 30,
 		FreezeTimeout:             10 * time.Second,
 		StorageTimeout:            30 * time.Second,
+		DiskTimeout:               30 * time.Second,
 		LogLevel:                  "info",
 	}
 }
@@ -101,6 +105,7 @@ func (c *Config) Params() []Param {
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", size{&c.StateSize}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer; then the snapshot is given up", duration{&c.StorageTimeout}},
+		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer", duration{&c.DiskTimeout}},
 		{"log_level", "debug, info, warn or error", level{&c.LogLevel}},
 	}
 }
@@ -226,11 +231,12 @@ func (c *Config) Validate() error {
 		{"state_size", c.StateSize, 1 << 20, 1 << 45},
 		{"freeze_timeout", int64(c.FreezeTimeout), int64(100 * time.Millisecond), int64(time.Hour)},
 		{"storage_timeout", int64(c.StorageTimeout), int64(time.Second), int64(24 * time.Hour)},
+		{"disk_timeout", int64(c.DiskTimeout), int64(time.Second), int64(24 * time.Hour)},
 	} {
 		if r.v < r.min || r.v > r.max {
 			show := func(v int64) string { return strconv.FormatInt(v, 10) }
 			switch r.key {
-			case "freeze_timeout", "storage_timeout":
+			case "freeze_timeout", "storage_timeout", "disk_timeout":
 				show = func(v int64) string { return time.Duration(v).String() }
 			case "diff_buffer_pool_size", "state_size":
 				show = FormatSize

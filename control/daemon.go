@@ -96,7 +96,7 @@ func driverError(err error) error {
 // links and notes of devices that are not there.
 func (d *Daemon) clearAway() {
 	d.thawLeftover()
-	ctx, cancel := context.WithTimeout(context.Background(), stopLimit)
+	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
 	left, err := d.ctl.List(ctx)
 	if err != nil {
@@ -107,6 +107,9 @@ func (d *Daemon) clearAway() {
 	for _, i := range left {
 		if _, ours := ublk.IsOurs(i.Tag); !ours {
 			continue
+		}
+		if now, err := d.ctl.Settled(ctx, i.ID); err == nil {
+			i = now
 		}
 		if i.State != ublk.Dead {
 			// Somebody may have it mounted: not ours to throw away.
@@ -199,12 +202,17 @@ func (d *Daemon) Info(context.Context) (Info, error) {
 }
 
 // Stop implements stopper.
-func (d *Daemon) Stop(ctx context.Context) error {
+func (d *Daemon) Stop(ctx context.Context) (err error) {
 	end, err := d.begin(ctx, "stop")
 	if err != nil {
 		return err
 	}
-	defer end()
+	defer func() {
+		// Once all is removed nothing can be added any more.
+		if err != nil {
+			end()
+		}
+	}()
 	all := d.sorted()
 	for _, v := range all {
 		if err := d.idle(v); err != nil {
@@ -273,6 +281,8 @@ func link(name, target string) (string, error) {
 		return "", err
 	}
 	up := strings.Repeat("../", strings.Count(path, "/")-2)
+	// One that is there is of a daemon that died.
+	_ = os.Remove(path)
 	if err := os.Symlink(up+filepath.Base(target), path); err != nil {
 		return "", err
 	}

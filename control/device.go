@@ -54,14 +54,15 @@ func (d *Daemon) hold(ref string) (v *device, release func(), err error) {
 	return v, v.use.RUnlock, nil
 }
 
-const (
-	// stopLimit bounds the waiting for the driver when a device is stopped and
-	// deleted.
-	stopLimit = 30 * time.Second
-	// settleLimit is how long a device that is in use may be so by a passer-by:
-	// udev looks at new and changed devices.
-	settleLimit = 2 * time.Second
-)
+// settleLimit is how long a device that is in use may be so by a passer-by: udev
+// looks at new and changed devices.
+const settleLimit = 2 * time.Second
+
+// bounded is ctx with an end by which a disk must have answered, and the driver
+// that waits for it.
+func (d *Daemon) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, d.o.Config.DiskTimeout)
+}
 
 // validName is what a device can be called: a file name that needs no quoting.
 var validName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$`)
@@ -117,12 +118,24 @@ func (d *Daemon) add(ctx context.Context, r AddRequest) (*device, error) {
 		return nil, &Error{Code: Exists, Errno: unix.EEXIST,
 			Message: fmt.Sprintf("the name %s is taken by the filter over %s", r.Name, old.Original), Fix: "choose another with --name"}
 	}
-	if err := d.open(ctx, v, r); err != nil {
+	ctx, cancel := d.bounded(ctx)
+	defer cancel()
+	if id, ok := d.orphan(ctx, filepath.Join(linkDir, r.Name)); ok {
+		return nil, &Error{Code: Exists, Errno: unix.EEXIST,
+			Message: fmt.Sprintf("the name %s is taken by /dev/ublkb%d, left by a daemon that died", r.Name, id),
+			Fix:     fmt.Sprintf("choose another with --name, or remove that one first: ublk-blksnap remove --force /dev/ublkb%d", id)}
+	}
+	err = d.open(ctx, v, r)
+	if err != nil && v.dev == nil {
 		return nil, err
 	}
 	d.mu.Lock()
 	d.devices[v.Name] = v
 	d.mu.Unlock()
+	if err != nil {
+		return nil, &Error{Code: Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer, and neither does its filter: %v", v.Original, err),
+			Fix: "when it does, remove what was begun: ublk-blksnap remove --force " + v.Name}
+	}
 	return v, nil
 }
 
@@ -199,29 +212,22 @@ func (d *Daemon) nameFilter(x *disk.Disk, err error) error {
 	return err
 }
 
-// open makes everything a filter is made of, or nothing.
+// open makes everything a filter is made of, or nothing. Only a device that the
+// driver does not let go stays, v.dev with all that it uses: it has to be taken
+// down.
 func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) {
 	var undo []func()
 	defer func() {
-		if err != nil {
+		if err != nil && v.dev == nil {
 			for _, f := range slices.Backward(undo) {
 				f()
 			}
 		}
 	}()
 
-	f, err := d.host.OpenExclusive(v.disk)
-	if err != nil {
+	if v.orig, err = d.openOriginal(ctx, v.disk); err != nil {
 		return d.nameFilter(v.disk, err)
 	}
-	// What readers of the disk have in the page cache is about to become old.
-	_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-	f.Close()
-	if err != nil {
-		return fmt.Errorf("keep %s open: %w", v.disk.Node, err)
-	}
-	v.orig = blockdev.NewOSFile(fd, v.disk.Node)
 	undo = append(undo, func() { v.orig.Close() })
 
 	if v.geo, err = ublk.ReadGeometry(v.disk.Node); err != nil {
@@ -239,28 +245,62 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 		Files:      []*blockdev.OSFile{v.orig},
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return v.filter.NewQueue(q, bq) },
 	})
-	if err != nil {
+	if v.dev == nil {
 		return err
 	}
-	undo = append(undo, func() { _ = d.removeUblk(v.dev) })
-
-	l, err := link(r.Name, v.dev.Path)
-	if err != nil {
-		return err
-	}
-	if err := d.note(v.disk.Name, "original", r.Name); err != nil {
-		os.Remove(l)
-		return err
-	}
-	rescan(v.disk.Name)
 	v.Device = Device{
 		Name: r.Name, Original: v.disk.Node, OriginalNumber: v.disk.Num.String(),
-		Path: v.dev.Path, Link: l, Number: v.dev.Num.String(), ID: uint32(v.dev.ID),
+		Path: v.dev.Path, Number: v.dev.Num.String(), ID: uint32(v.dev.ID),
 		Size: v.geo.Size, LogicalBlockSize: v.geo.LogicalBlock, PhysicalBlockSize: v.geo.PhysicalBlock,
 		Queues: v.dev.Queues, Depth: v.dev.Depth, Mode: modeOf(v.dev.Mode), Recovery: *r.Recovery,
 		Added: time.Now(), Snapshots: []string{},
 	}
+	if err == nil {
+		v.Link, err = link(r.Name, v.dev.Path)
+	}
+	if err == nil {
+		err = d.note(v.disk.Name, "original", r.Name)
+	}
+	if err != nil {
+		v.leaving = true
+		if e := d.removeUblk(v.dev); e == nil {
+			_ = os.Remove(v.Link)
+			v.dev = nil
+		}
+		return err
+	}
+	rescan(v.disk.Name)
 	return nil
+}
+
+// openOriginal opens a disk for a filter, so that nobody else can claim it.
+func (d *Daemon) openOriginal(ctx context.Context, x *disk.Disk) (*blockdev.OSFile, error) {
+	type opened struct {
+		file *blockdev.OSFile
+		err  error
+	}
+	o, err := disk.Within(ctx, func() opened {
+		f, err := d.host.OpenExclusive(x)
+		if err != nil {
+			return opened{nil, err}
+		}
+		defer f.Close()
+		// What readers of the disk have in the page cache is about to become old.
+		_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return opened{nil, fmt.Errorf("keep %s open: %w", x.Node, err)}
+		}
+		return opened{blockdev.NewOSFile(fd, x.Node), nil}
+	}, func(o opened) {
+		if o.err == nil {
+			_ = o.file.Close()
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open and flush %s: %w", x.Node, err)
+	}
+	return o.file, o.err
 }
 
 // makeMap makes the change map of a device. The tables of snapshots take their
@@ -302,8 +342,11 @@ func modeOf(m ublk.Mode) Mode {
 }
 
 // addUblk adds a ublk device of ours, with its note for udev written before it
-// appears: therefore its number is chosen here.
+// appears: therefore its number is chosen here. A device returned with an error
+// is one that the driver does not let go.
 func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.Config) (*ublk.Device, error) {
+	ctx, cancel := d.bounded(ctx)
+	defer cancel()
 	cfg.Tag = ublk.Tag(kind)
 	noteKind := "filter"
 	if kind == imageKind {
@@ -323,7 +366,7 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 			return nil, err
 		}
 		dev, err := ublk.Add(ctx, d.ctl, cfg)
-		if err != nil {
+		if dev == nil {
 			d.forgetNote(kernelName)
 		}
 		if errors.Is(err, unix.EEXIST) {
@@ -336,7 +379,7 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 
 // removeUblk stops and deletes a ublk device under its users.
 func (d *Daemon) removeUblk(dev *ublk.Device) error {
-	ctx, cancel := context.WithTimeout(context.Background(), stopLimit)
+	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
 	err := dev.Delete(ctx)
 	if err == nil {
@@ -392,8 +435,11 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r RemoveRequest) error {
 	defer end()
 	v, err := d.find(r.Device)
 	if err != nil {
-		if id, ok := d.orphan(ctx, r.Device); ok {
-			return d.removeOrphan(r, id)
+		// By the name it had, or by a path.
+		for _, path := range []string{filepath.Join(linkDir, r.Device), r.Device} {
+			if id, ok := d.orphan(ctx, path); ok {
+				return d.removeOrphan(r, id)
+			}
 		}
 		return fail(err, "remove %s", r.Device)
 	}
@@ -409,10 +455,10 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r RemoveRequest) error {
 	return nil
 }
 
-// orphan is the number of the ublk device that ref names, if a dead daemon of
-// ours has left it behind.
-func (d *Daemon) orphan(ctx context.Context, ref string) (id int, ok bool) {
-	x, err := d.host.Lookup(ref)
+// orphan is the number of the ublk device at path, if a dead daemon of ours has
+// left it behind.
+func (d *Daemon) orphan(ctx context.Context, path string) (id int, ok bool) {
+	x, err := d.host.Lookup(path)
 	if err != nil {
 		return 0, false
 	}
@@ -424,7 +470,7 @@ func (d *Daemon) orphan(ctx context.Context, ref string) (id int, ok bool) {
 		return 0, false
 	}
 	_, ours := ublk.IsOurs(i.Tag)
-	return id, ours && i.State != ublk.Live
+	return id, ours && !i.Served()
 }
 
 func (d *Daemon) removeOrphan(r RemoveRequest, id int) error {
@@ -432,7 +478,7 @@ func (d *Daemon) removeOrphan(r RemoveRequest, id int) error {
 		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "remove " + r.Device + ": left by a daemon that died, its I/O waits",
 			Fix: "let the I/O fail and remove it: ublk-blksnap remove --force " + r.Device}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), stopLimit)
+	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
 	if err := d.ctl.DeleteDevice(ctx, id); err != nil {
 		return fail(err, "remove %s", r.Device)
@@ -451,8 +497,10 @@ func (d *Daemon) idle(v *device) error {
 	if err := d.free(v); err != nil {
 		return err
 	}
-	if who := d.host.Openers(v.dev.Num); len(who) > 0 {
-		return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Path + ": opened by " + who[0].String(), Fix: "end that process first"}
+	if x, err := d.host.ByNumber(v.dev.Num); err == nil {
+		if who := d.host.Openers(x); len(who) > 0 {
+			return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Path + ": opened by " + who[0].String(), Fix: "end that process first"}
+		}
 	}
 	return nil
 }
@@ -485,7 +533,7 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 			return err
 		}
 		// Once begun it is not given up half-way.
-		c, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
+		c, cancel := d.bounded(context.WithoutCancel(ctx))
 		err := v.dev.TryStop(c)
 		cancel()
 		if err == nil {
@@ -493,8 +541,8 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 		}
 		if !errors.Is(err, ublk.ErrBusy) {
 			// Given up half-way, it serves nobody any more.
-			v.leaving = v.leaving || errors.Is(err, context.DeadlineExceeded)
-			return err
+			v.leaving = v.leaving || v.dev.Ending()
+			return d.late(v, err)
 		}
 		// It may be udev, soon done with it.
 		if time.Now().After(until) || ctx.Err() != nil {
@@ -503,6 +551,19 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 		time.Sleep(50 * time.Millisecond)
 	}
 	return d.takeDown(v)
+}
+
+// late explains a removal that took too long.
+func (d *Daemon) late(v *device, err error) error {
+	if !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	e := &Error{Code: Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer: %v", v.Original, err),
+		Fix: "nothing has changed; remove it when the disk answers"}
+	if v.leaving {
+		e.Fix = "I/O under way has to end first; remove it again when the disk answers: ublk-blksnap remove --force " + v.Name
+	}
+	return e
 }
 
 // inUse tells who uses the device, as far as can be found out.
@@ -529,14 +590,23 @@ func (d *Daemon) takeDown(v *device) error {
 	v.leaving = true
 	// The name goes first: it must not lead to another device.
 	_ = os.Remove(v.Link)
+	repartitioned := d.repartitioned(v)
 	if err := d.removeUblk(v.dev); err != nil {
-		return err
+		return d.late(v, err)
 	}
-	// Who reads the disk from now on shall not see what its page cache had kept
-	// from before.
-	_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKFLSBUF, 0)
-	if err := v.orig.Close(); err != nil {
-		d.o.Log.Warn("disk not closed", "disk", v.Original, "error", err)
+	ctx, cancel := d.bounded(context.Background())
+	defer cancel()
+	_, err := disk.Within(ctx, func() error {
+		// Who reads the disk from now on shall not see what its page cache had kept
+		// from before.
+		_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKFLSBUF, 0)
+		if repartitioned {
+			_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKRRPART, 0)
+		}
+		return v.orig.Close()
+	}, func(error) {})
+	if err != nil {
+		d.o.Log.Warn("the disk does not answer: it is closed when it does", "disk", v.Original)
 	}
 	v.use.Lock()
 	v.gone = true
@@ -548,6 +618,13 @@ func (d *Daemon) takeDown(v *device) error {
 	delete(d.devices, v.Name)
 	d.mu.Unlock()
 	return nil
+}
+
+// repartitioned: the partitions of the filter device are not those of the
+// original as the kernel knows it.
+func (d *Daemon) repartitioned(v *device) bool {
+	x, err := d.host.ByNumber(v.dev.Num)
+	return err == nil && v.disk.Parent == "" && !d.host.SamePartitions(x, v.disk)
 }
 
 // Devices implements API.

@@ -476,12 +476,12 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 			Files:      []*blockdev.OSFile{im.of.orig},
 			NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.live.Image(i).NewQueue(bq) },
 		})
-		if err != nil {
-			return err
-		}
 		d.mu.Lock()
 		im.dev, im.take = dev, s.live.TakeInfo(i)
 		d.mu.Unlock()
+		if err != nil {
+			return err
+		}
 		l, err := link(name, dev.Path)
 		if err != nil {
 			return err

@@ -19,6 +19,8 @@ test_needs="
 	/usr/bin/udevadm              udev
 	dmsetup                       dmsetup
 	blockdev                      util-linux
+	losetup                       mount
+	sfdisk                        fdisk
 	fio                           fio
 	mkfs.ext4                     e2fsprogs
 	mkfs.xfs                      xfsprogs

@@ -117,11 +117,10 @@ func openControlDevice() (int, error) {
 	if absent(err) {
 		why := loadDriver()
 		// devtmpfs makes the node with the module; udev may be a little late.
-		for range 50 {
+		for end := time.Now().Add(nodeWait); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 			if fd, err = open(); err == nil || why != nil {
 				break
 			}
-			time.Sleep(20 * time.Millisecond)
 		}
 		if err != nil && why != nil {
 			return -1, why
@@ -243,15 +242,29 @@ func (c *Control) do(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, bu
 		c.notify()
 		return commandError(op, cmd.DevID, ctx.Err())
 	}
-	if w.res == notRun {
-		return commandError(op, cmd.DevID, ErrClosed)
-	}
-	if w.res < 0 {
-		return commandError(op, cmd.DevID, unix.Errno(-w.res))
+	if err := w.err(); err != nil {
+		return commandError(op, cmd.DevID, err)
 	}
 	copy(buf, w.buf)
 	return nil
 }
+
+// err is what the kernel answered, or ErrClosed.
+func (w *command) err() error {
+	switch {
+	case w.res == notRun:
+		return ErrClosed
+	case w.res == -enotsupp:
+		return unix.EOPNOTSUPP
+	case w.res < 0:
+		return unix.Errno(-w.res)
+	}
+	return nil
+}
+
+// enotsupp is the kernel's own ENOTSUPP, which user space has no name for: the
+// answer of drivers before Linux 6.8 to a command that they do not know.
+const enotsupp = 524
 
 // notRun is the result of a command that never reached the kernel.
 const notRun = -1 << 31

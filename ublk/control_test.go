@@ -89,6 +89,16 @@ func TestControlErrno(t *testing.T) {
 	}
 }
 
+// TestCommandErr: what a driver of Linux 6.6 says to an unknown command must be
+// known for what it is.
+func TestCommandErr(t *testing.T) {
+	for res, want := range map[int32]error{0: nil, 5: nil, -int32(unix.EBUSY): unix.EBUSY, -524: unix.EOPNOTSUPP, notRun: ErrClosed} {
+		if err := (&command{res: res}).err(); !errors.Is(err, want) {
+			t.Errorf("%d: %v, want %v", res, err, want)
+		}
+	}
+}
+
 // TestControlGivesUp leaves commands that never end, more of them than there
 // are slots, while others go on.
 func TestControlGivesUp(t *testing.T) {

@@ -183,8 +183,10 @@ type Device struct {
 	procs  int // queues told to addProcs
 
 	mu      sync.Mutex // serializes Stop, TryStop, Quiesce and Delete
+	ending  bool       // the driver was told to take the disk away
 	stopped bool       // the loops have ended
 	deleted bool
+	claims  chan struct{} // closed when no claim of ours is under way; see claim
 }
 
 const (
@@ -195,7 +197,10 @@ const (
 )
 
 // Add makes a device and starts to serve it. When it returns without error the
-// disk is there; with an error nothing is left.
+// disk is there; with an error nothing is left, unless the driver hangs, as it
+// does while it waits for a read of the disk: then the device is returned with
+// the error, and is to be deleted when it goes on. Its handlers may be called
+// until then.
 func Add(ctx context.Context, ctl *Control, cfg Config) (*Device, error) {
 	zeroCopy, err := cfg.check(ctl)
 	if err != nil {
@@ -223,7 +228,7 @@ func Add(ctx context.Context, ctl *Control, cfg Config) (*Device, error) {
 	}
 	d := newDevice(ctl, &cfg, infoOf(&info))
 	if err := d.setUp(ctx, &cfg, &params, need); err != nil {
-		return nil, d.undo(err)
+		return d.undo(err)
 	}
 	return d, nil
 }
@@ -243,7 +248,9 @@ func newDevice(ctl *Control, cfg *Config, info Info) *Device {
 		name:   cfg.Name,
 		slots:  cfg.Slots,
 		make:   cfg.NewHandler,
+		claims: make(chan struct{}),
 	}
+	close(d.claims)
 	if info.Flags&uapi.UBLK_F_AUTO_BUF_REG != 0 {
 		d.Mode = ModeZeroCopy
 	}
@@ -504,11 +511,15 @@ func (d *Device) abandon() {
 	d.stopped, d.deleted = true, true
 }
 
-// undo deletes what a failed Add has made. err is why it failed.
-func (d *Device) undo(err error) error {
+// undo deletes what a failed Add has made, and returns what is left. err is why
+// it failed.
+func (d *Device) undo(err error) (*Device, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), undoWait)
 	defer cancel()
-	return errors.Join(err, d.Delete(ctx))
+	if e := d.Delete(ctx); e != nil {
+		return d, errors.Join(err, e)
+	}
+	return nil, err
 }
 
 // Info asks the driver for the device.
@@ -552,6 +563,7 @@ func (d *Device) stop(ctx context.Context) error {
 	if d.stopped {
 		return nil
 	}
+	d.ending = true
 	if err := d.ctl.command(ctx, uapi.UBLK_U_CMD_STOP_DEV, d.ID, 0); err != nil {
 		return err
 	}
@@ -576,8 +588,13 @@ func (d *Device) endQueues(ctx context.Context) error {
 	return nil
 }
 
+// Ending: the driver was told to take the disk away, so that it may serve nobody
+// any more. Not for use beside a method that stops it.
+func (d *Device) Ending() bool { return d.ending }
+
 // TryStop is Stop if nobody uses the disk, else ErrBusy. What was written to
-// the disk is in the handler's hands, and synced, when it returns.
+// the disk is in the handler's hands, and synced, when it returns. When ctx ends
+// during the sync nothing has changed.
 //
 // Before Linux 7.0 the driver cannot do that in one step. Then the disk is
 // claimed first, so that nobody can mount it or put a device on it until it is
@@ -590,11 +607,13 @@ func (d *Device) TryStop(ctx context.Context) error {
 		return nil
 	}
 	if d.ctl.Has(uapi.UBLK_F_SAFE_STOP_DEV) {
-		if err := d.claim(func() error { return nil }); err != nil {
+		if err := d.claim(ctx, func() error { return nil }); err != nil {
 			return err
 		}
+		d.ending = true
 		err := d.ctl.command(ctx, uapi.UBLK_U_CMD_TRY_STOP_DEV, d.ID, 0)
 		if errors.Is(err, unix.EBUSY) {
+			d.ending = false
 			return d.busy()
 		}
 		if err != nil {
@@ -602,65 +621,86 @@ func (d *Device) TryStop(ctx context.Context) error {
 		}
 		return d.endQueues(ctx)
 	}
-	return d.claim(func() error {
-		if who := d.openers(); who != "" {
-			return fmt.Errorf("%s: %w: opened by %s", d.Path, ErrBusy, who)
+	return d.claim(ctx, func() error {
+		if err := d.opened(); err != nil {
+			return err
 		}
 		return d.stop(ctx)
 	})
 }
 
 // claim syncs the disk and runs f while nobody else can claim it.
-func (d *Device) claim(f func() error) error {
-	fd, err := unix.Open(d.Path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
-	switch err {
-	case nil:
-	case unix.EBUSY:
-		return d.busy()
-	case unix.ENXIO, unix.ENODEV, unix.ENOENT:
-		return f() // there is no disk any more
-	default:
-		return fmt.Errorf("claim %s: %w", d.Path, err)
+//
+// The sync takes as long as the disk below. When ctx ends before that it goes
+// on, holding the disk, and lets go of it in the end; the next claim waits for
+// that.
+func (d *Device) claim(ctx context.Context, f func() error) error {
+	late := func() error { return fmt.Errorf("sync %s: %w", d.Path, ctx.Err()) }
+	select {
+	case <-d.claims:
+	case <-ctx.Done():
+		return late()
 	}
-	defer unix.Close(fd)
-	if err := unix.Fsync(fd); err != nil {
-		return fmt.Errorf("sync %s: %w", d.Path, err)
+	ended := make(chan struct{})
+	d.claims = ended
+	type claim struct {
+		fd           int
+		opened, sync error
+	}
+	c, err := disk.Within(ctx, func() (c claim) {
+		if c.fd, c.opened = unix.Open(d.Path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0); c.opened == nil {
+			c.sync = unix.Fsync(c.fd)
+		}
+		return c
+	}, func(c claim) {
+		if c.opened == nil {
+			unix.Close(c.fd)
+		}
+		close(ended)
+	})
+	if err != nil {
+		return late()
+	}
+	close(ended)
+	switch {
+	case errors.Is(c.opened, unix.EBUSY):
+		return d.busy()
+	case errors.Is(c.opened, unix.ENXIO), errors.Is(c.opened, unix.ENODEV), errors.Is(c.opened, unix.ENOENT):
+		return f() // there is no disk any more
+	case c.opened != nil:
+		return fmt.Errorf("claim %s: %w", d.Path, c.opened)
+	}
+	defer unix.Close(c.fd)
+	if c.sync != nil {
+		return fmt.Errorf("sync %s: %w", d.Path, c.sync)
 	}
 	return f()
 }
 
 func (d *Device) busy() error {
 	host := disk.Machine()
-	if dd, err := host.ByNumber(d.Num); err == nil {
-		if err := host.CheckFree(dd); err != nil {
+	if x, err := host.ByNumber(d.Num); err == nil {
+		if err := host.CheckFree(x); err != nil {
 			return fmt.Errorf("%w: %w", ErrBusy, err)
 		}
 	}
-	if who := d.openers(); who != "" {
-		return fmt.Errorf("%s: %w: opened by %s", d.Path, ErrBusy, who)
+	if err := d.opened(); err != nil {
+		return err
 	}
 	return fmt.Errorf("%s: %w", d.Path, ErrBusy)
 }
 
-// openers names a process that has the disk or one of its partitions open.
-func (d *Device) openers() string {
+// opened is ErrBusy if a process has the disk or one of its partitions open.
+func (d *Device) opened() error {
 	host := disk.Machine()
-	nums := []disk.Num{d.Num}
-	name := filepath.Base(d.Path)
-	parts, _ := filepath.Glob(fmt.Sprintf("/sys/class/block/%s/%sp*/dev", name, name))
-	for _, p := range parts {
-		if b, err := os.ReadFile(p); err == nil {
-			if n, err := disk.ParseNum(strings.TrimSpace(string(b))); err == nil {
-				nums = append(nums, n)
-			}
-		}
+	x, err := host.ByNumber(d.Num)
+	if err != nil {
+		return nil //nolint:nilerr // there is no disk any more
 	}
-	for _, n := range nums {
-		if ps := host.Openers(n); len(ps) > 0 {
-			return ps[0].String()
-		}
+	if ps := host.Openers(x); len(ps) > 0 {
+		return fmt.Errorf("%s: %w: opened by %s", d.Path, ErrBusy, ps[0])
 	}
-	return ""
+	return nil
 }
 
 // Quiesce gives the device up without taking the disk away: it waits until
@@ -745,7 +785,7 @@ func (d *Device) release() {
 // DeleteDevice removes a device that this process does not serve: one whose
 // server has died, say. Not one that is alive.
 func (c *Control) DeleteDevice(ctx context.Context, id int) error {
-	info, err := c.Info(ctx, id)
+	info, err := c.Settled(ctx, id)
 	if err != nil {
 		return err
 	}

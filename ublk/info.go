@@ -1,6 +1,7 @@
 package ublk
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -97,6 +99,38 @@ func (c *Control) Info(ctx context.Context, id int) (Info, error) {
 		return Info{}, err
 	}
 	return infoOf(&d), nil
+}
+
+// Served: there is a process that serves the device. The driver notices the end
+// of one only after a while; see Settled.
+func (i Info) Served() bool {
+	if i.State != Live {
+		return false
+	}
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", i.PID))
+	if err != nil {
+		return false
+	}
+	// The state follows the name, which is in parentheses and may hold any.
+	_, state, _ := strings.Cut(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " ")
+	return !strings.HasPrefix(state, "Z") && !strings.HasPrefix(state, "X")
+}
+
+// settleWait is how long the driver may take to notice the end of a server:
+// before Linux 6.9 it looks every 5 s, and the disk is synced first.
+const settleWait = 15 * time.Second
+
+// Settled is Info once the driver has noticed that the server of device id has
+// died, if it has. After some time without it gives up: the device is Live then.
+func (c *Control) Settled(ctx context.Context, id int) (Info, error) {
+	bounded, cancel := context.WithTimeout(ctx, settleWait)
+	defer cancel()
+	for {
+		i, err := c.Info(ctx, id)
+		if err != nil || i.State != Live || i.Served() || sleep(bounded, pause) != nil {
+			return i, err
+		}
+	}
 }
 
 func (c *Control) params(ctx context.Context, id int) (uapi.UblkParams, error) {

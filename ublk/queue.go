@@ -175,6 +175,9 @@ func (u *queue) onCommand(tag uint32, res int32) {
 	case tag&forRegister != 0:
 		u.registered(tag&^forRegister, res)
 		return
+	case tag&forPause != 0:
+		u.register(tag &^ forPause)
+		return
 	case tag&forUnregister != 0:
 		return // what it holds on to goes with the request's last use
 	}
@@ -226,9 +229,13 @@ func (u *queue) handle(tag uint32) {
 const (
 	forRegister   = 1 << 31
 	forUnregister = 1 << 30
-	// maxTries is how often that is tried; each waits for memory as the kernel does.
+	forPause      = 1 << 29 // before it is tried again
+	// maxTries is how often that is tried: for a minute or longer.
 	maxTries = 1 << 16
 )
+
+// registerPause is a millisecond. The kernel reads it: it lies off the heap.
+var registerPause = uring.Timespec{Nsec: 1e6}
 
 func (u *queue) register(tag uint32) {
 	u.tries[tag]++
@@ -242,7 +249,7 @@ func (u *queue) registered(tag uint32, res int32) {
 		u.tags[tag] = tagHandling
 		u.handle(tag)
 	case (res == -int32(unix.ENOMEM) || res == -int32(unix.EBUSY)) && u.tries[tag] < maxTries:
-		u.register(tag)
+		u.loop.Command(tag|forPause).PrepTimeout(&registerPause, 0, 0)
 	default:
 		u.unregistered.Add(1)
 		u.tries[tag] = 0

@@ -243,7 +243,7 @@ func TestRegister(t *testing.T) {
 	u.loop, err = blockdev.NewLoop(blockdev.LoopConfig{
 		Name: "test", Depth: 1, Commands: 2, Files: []*blockdev.OSFile{file}, Buffers: u.buffers(),
 		OnCommand: func(tag uint32, res int32) {
-			if tag&forRegister != 0 {
+			if tag&(forRegister|forPause) != 0 {
 				if a, ok := play[tag]; ok {
 					delete(play, tag) // the next one fails as it may
 					res = a
@@ -275,14 +275,14 @@ func TestRegister(t *testing.T) {
 			}
 		}
 	}
-	const register, commit, unregister = 1 | forRegister, 1, 1 | forUnregister
+	const register, pause, commit, unregister = 1 | forRegister, 1 | forPause, 1, 1 | forUnregister
 	serve(1) // no answer but the file's
 	expect(register, commit)
 	if len(k.got) != 0 || u.unregistered.Load() != 1 {
 		t.Errorf("the handler has %d requests, %d failed", len(k.got), u.unregistered.Load())
 	}
 	serve(-int32(unix.ENOMEM)) // once, and then the file's
-	expect(register, register, commit)
+	expect(register, pause, register, commit)
 	if len(k.got) != 0 || u.unregistered.Load() != 2 {
 		t.Errorf("the handler has %d requests, %d failed", len(k.got), u.unregistered.Load())
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -63,14 +62,7 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, starte
 			report(err)
 		}
 	}()
-	path, err := filepath.Abs(p.configFile())
-	if err != nil {
-		return err
-	}
-	dir, err := filepath.Abs(p.runDir)
-	if err != nil {
-		return err
-	}
+	path := p.configFile()
 	cfg, err := readConfig(path)
 	if err != nil {
 		return err
@@ -83,11 +75,11 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, starte
 		return fmt.Errorf("log_level: %w", err)
 	}
 	log := slog.New(slog.NewTextHandler(p.err, &slog.HandlerOptions{Level: level}))
-	if err := control.EnterNamespace(control.RunDir(dir), cfg); err != nil {
+	if err := control.EnterNamespace(p.dir(), cfg); err != nil {
 		return err
 	}
 	return control.Run(control.Options{
-		Dir: control.RunDir(dir), Config: cfg, ConfigPath: path, Log: log,
+		Dir: p.dir(), Config: cfg, ConfigPath: path, Log: log,
 		Ready: func() { report(nil) },
 	})
 }

@@ -78,6 +78,19 @@ func (p *program) root() *cobra.Command {
 	root.PersistentFlags().BoolVarP(&p.json, "json", "j", false, "print JSON")
 	root.PersistentFlags().StringVar(&p.runDir, "run-dir", control.DefaultRunDir, "run directory of the daemon")
 	root.PersistentFlags().StringVar(&p.configPath, "config", "", "configuration of a daemon that is started (default "+control.DefaultConfigPath+")")
+	root.PersistentPreRunE = func(*cobra.Command, []string) error {
+		// The daemon that a command starts works in another directory.
+		for _, path := range []*string{&p.runDir, &p.configPath} {
+			if *path == "" {
+				continue
+			}
+			var err error
+			if *path, err = filepath.Abs(*path); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return fmt.Errorf("%s: %w: see %s --help", c.Name(), err, c.CommandPath())
 	})

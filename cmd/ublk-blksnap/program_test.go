@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"strings"
@@ -152,6 +153,25 @@ func executeAPI(f control.API, args ...string) (status int, out, errs string) {
 	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }}
 	status = p.run(context.Background(), args)
 	return status, o.String(), e.String()
+}
+
+// TestRelativePaths: the daemon works in another directory than the command.
+func TestRelativePaths(t *testing.T) {
+	var o, e bytes.Buffer
+	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return newFake(), nil }}
+	if status := p.run(context.Background(), []string{"ublk-blksnap", "--run-dir", "run", "--config", "../conf", "list"}); status != 0 {
+		t.Fatalf("status %d: %s", status, e.String())
+	}
+	here, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := filepath.Join(here, "run"); p.runDir != want {
+		t.Errorf("run directory %s, want %s", p.runDir, want)
+	}
+	if want := filepath.Join(filepath.Dir(here), "conf"); p.configPath != want {
+		t.Errorf("configuration %s, want %s", p.configPath, want)
+	}
 }
 
 // golden is a command line, what the daemon must be asked and what must be

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -298,6 +299,20 @@ func (h *Host) partitions(d *Disk) []*Disk {
 		}
 	}
 	return parts
+}
+
+// SamePartitions says whether the kernel knows the same partitions of two whole
+// disks.
+func (h *Host) SamePartitions(a, b *Disk) bool {
+	table := func(d *Disk) []string {
+		var out []string
+		for _, p := range h.partitions(d) {
+			out = append(out, text(filepath.Join(p.sys, "partition"))+" "+text(filepath.Join(p.sys, "start"))+" "+text(filepath.Join(p.sys, "size")))
+		}
+		slices.Sort(out)
+		return out
+	}
+	return slices.Equal(table(a), table(b))
 }
 
 func (h *Host) sysText(elem ...string) string {

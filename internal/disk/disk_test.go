@@ -1,8 +1,10 @@
 package disk
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -241,10 +243,84 @@ func TestCheckUsable(t *testing.T) {
 
 func TestOpeners(t *testing.T) {
 	m := newMachine(t)
+	m.disk("vdb", "1:3", "")
 	m.write(m.Proc, "42/comm", "fio\n")
 	m.link("/dev/null", m.Proc, "42/fd/3") // a character device, and no block device's number
-	if ps := m.Openers(Num{1, 3}); len(ps) != 0 {
+	m.write(m.Proc, "42/maps", "7f00000-7f01000 rw-s 00000000 00:05 9 /dev/vdb\n7f01000-7f02000 rw-p 00000000 00:00 0\n")
+	m.link("/dev/null", m.Proc, "42/map_files/7f00000-7f01000")
+	vdb, err := m.ByNumber(Num{1, 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ps := m.Openers(vdb); len(ps) != 0 {
 		t.Fatalf("a character device counted as a block device: %v", ps)
+	}
+}
+
+func TestRemoteMounts(t *testing.T) {
+	m := newMachine(t)
+	m.write(m.Proc, "42/mountinfo", `21 1 8:1 / / rw - ext4 /dev/sda1 rw
+22 21 0:30 / /home rw,relatime shared:5 - nfs4 server:/home rw,vers=4.2
+23 21 0:31 / /mnt/u rw - fuse.sshfs host: rw
+24 21 0:6 / /dev rw - devtmpfs udev rw
+`)
+	m.write(m.Proc, "42/fdinfo/3", "pos:\t0\nflags:\t0100000\nmnt_id:\t22\nino:\t7\n")
+	if got := remoteMounts(m.Proc + "/42"); !maps.Equal(got, map[string]bool{"22": true, "23": true}) {
+		t.Errorf("remote mounts %v", got)
+	}
+	if id := mountOf(m.Proc + "/42/fdinfo/3"); id != "22" {
+		t.Errorf("on mount %q", id)
+	}
+	if id := mountOf(m.Proc + "/42/fdinfo/4"); id != "" {
+		t.Errorf("a closed file on mount %q", id)
+	}
+}
+
+func TestSamePartitions(t *testing.T) {
+	m := newMachine(t)
+	part := func(name, num, parent string, start int) {
+		m.disk(name, num, parent)
+		m.set(name, "start", fmt.Sprint(start))
+	}
+	m.disk("vdb", "254:16", "")
+	part("vdb1", "254:17", "vdb", 2048)
+	m.disk("ublkb0", "259:0", "")
+	num := func(n Num) *Disk {
+		d, err := m.ByNumber(n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	vdb, filter := num(Num{254, 16}), num(Num{259, 0})
+	if m.SamePartitions(vdb, filter) {
+		t.Error("one partition is like none")
+	}
+	part("ublkb0p1", "259:1", "ublkb0", 2048)
+	if !m.SamePartitions(vdb, filter) {
+		t.Error("the same partition is another")
+	}
+	m.set("ublkb0p1", "start", "4096")
+	if m.SamePartitions(vdb, filter) {
+		t.Error("a partition that lies elsewhere is the same")
+	}
+}
+
+// TestWithin: what comes late is taken back, once.
+func TestWithin(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	never := func(int) { t.Error("taken back in time") }
+	if x, err := Within(ctx, func() int { return 7 }, never); x != 7 || err != nil {
+		t.Errorf("%d, %v", x, err)
+	}
+	hang, late := make(chan int), make(chan int)
+	go func() { cancel() }()
+	if x, err := Within(ctx, func() int { return <-hang }, func(x int) { late <- x }); x != 0 || !errors.Is(err, context.Canceled) {
+		t.Errorf("%d, %v", x, err)
+	}
+	hang <- 8
+	if x := <-late; x != 8 {
+		t.Errorf("taken back: %d", x)
 	}
 }
 

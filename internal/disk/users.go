@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -156,7 +157,7 @@ func (h *Host) busy(d *Disk) error {
 			}
 		}
 	}
-	if ps := h.Openers(d.Num); len(ps) > 0 {
+	if ps := h.Openers(d); len(ps) > 0 {
 		return &Error{ErrInUse, d.Path, "opened exclusively by " + ps[0].String(), "end that process first"}
 	}
 	return &Error{ErrInUse, d.Path, "claimed by the kernel or another program", "find the user first: lsblk, fuser -v " + d.Node}
@@ -170,9 +171,14 @@ type Process struct {
 
 func (p Process) String() string { return fmt.Sprintf("%s (process %d)", p.Name, p.PID) }
 
-// Openers are the processes, other than this one, that have the block device
-// open. What only the kernel holds (mounts, stacked devices) is not seen.
-func (h *Host) Openers(n Num) []Process {
+// Openers are the processes, other than this one, that have the disk or one of
+// its partitions open or mapped. What only the kernel holds (mounts, stacked
+// devices) is not seen.
+func (h *Host) Openers(d *Disk) []Process {
+	wanted := map[Num]string{d.Num: d.Name} // and the kernel's names
+	for _, p := range h.partitions(d) {
+		wanted[p.Num] = p.Name
+	}
 	var out []Process
 	self := strconv.Itoa(os.Getpid())
 	for _, name := range names(h.Proc) {
@@ -181,20 +187,88 @@ func (h *Host) Openers(n Num) []Process {
 			continue
 		}
 		dir := filepath.Join(h.Proc, name)
-		for _, fd := range names(filepath.Join(dir, "fd")) {
-			link := filepath.Join(dir, "fd", fd)
-			// Reading the link first: asking a file of a dead network
-			// filesystem for its status can hang.
-			to, err := os.Readlink(link)
-			if err != nil || !strings.HasPrefix(to, "/dev/") {
-				continue
-			}
-			var st unix.Stat_t
-			if unix.Stat(link, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && numOf(st.Rdev) == n {
-				out = append(out, Process{pid, text(filepath.Join(dir, "comm"))})
-				break
-			}
+		if h.hasOpen(dir, wanted) || h.hasMapped(dir, wanted) {
+			out = append(out, Process{pid, text(filepath.Join(dir, "comm"))})
 		}
 	}
 	return out
+}
+
+// isOneOf says whether the file that a link in /proc leads to is a wanted device.
+func isOneOf(link string, wanted map[Num]string) bool {
+	var st unix.Stat_t
+	return unix.Stat(link, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && wanted[numOf(st.Rdev)] != ""
+}
+
+// hasOpen looks at the files of the process whose directory in /proc is dir.
+func (h *Host) hasOpen(dir string, wanted map[Num]string) bool {
+	var remote map[string]bool
+	for _, fd := range names(filepath.Join(dir, "fd")) {
+		link := filepath.Join(dir, "fd", fd)
+		to, err := os.Readlink(link)
+		if err != nil || !strings.HasPrefix(to, "/") {
+			continue // a socket, say
+		}
+		if !strings.HasPrefix(to, "/dev/") {
+			// A device has nodes elsewhere too: in a container, below a chroot. But asking a file of a dead server
+			// for its status hangs.
+			if remote == nil {
+				remote = remoteMounts(dir)
+			}
+			if id := mountOf(filepath.Join(dir, "fdinfo", fd)); id == "" || remote[id] {
+				continue
+			}
+		}
+		if isOneOf(link, wanted) {
+			return true
+		}
+	}
+	return false
+}
+
+// mountOf is the number of the mount that an open file lies on.
+func mountOf(fdinfo string) string {
+	for _, line := range strings.Split(text(fdinfo), "\n") {
+		if id, ok := strings.CutPrefix(line, "mnt_id:"); ok {
+			return strings.TrimSpace(id)
+		}
+	}
+	return ""
+}
+
+// remoteFS are the beginnings of the names of filesystems that have a server.
+var remoteFS = []string{"nfs", "cifs", "smb", "ceph", "fuse", "9p", "virtiofs", "afs", "lustre", "orangefs", "coda"}
+
+// remoteMounts are the numbers of a process's mounts that have a server.
+func remoteMounts(dir string) map[string]bool {
+	out := map[string]bool{}
+	for _, line := range strings.Split(text(filepath.Join(dir, "mountinfo")), "\n") {
+		if m, ok := parseMount(line); ok && slices.ContainsFunc(remoteFS, func(s string) bool { return strings.HasPrefix(m.FSType, s) }) {
+			out[strconv.FormatUint(m.ID, 10)] = true
+		}
+	}
+	return out
+}
+
+// hasMapped looks for what a process has mapped and perhaps closed, by the names
+// that the kernel gives the devices.
+func (h *Host) hasMapped(dir string, wanted map[Num]string) bool {
+	for _, line := range strings.Split(text(filepath.Join(dir, "maps")), "\n") {
+		// address perms offset dev inode /path
+		at := strings.IndexByte(line, '/')
+		if at < 0 {
+			continue
+		}
+		name := filepath.Base(line[at:])
+		for _, w := range wanted {
+			if name != w {
+				continue
+			}
+			var from, to uint64
+			if n, _ := fmt.Sscanf(line, "%x-%x", &from, &to); n == 2 && isOneOf(fmt.Sprintf("%s/map_files/%x-%x", dir, from, to), wanted) {
+				return true
+			}
+		}
+	}
+	return false
 }

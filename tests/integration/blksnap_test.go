@@ -214,7 +214,5 @@ func TestBackupScript(t *testing.T) {
 	}
 	waitFor(t, "the end of the daemon", func() bool { return !alive(info.PID) })
 	_ = unix.Unmount(control.DefaultRunDir+"/state", unix.MNT_DETACH)
-	if left := ublkDevices(); len(left) > 0 {
-		t.Errorf("left behind: %v", left)
-	}
+	waitFor(t, "the end of the devices", func() bool { return len(ublkDevices()) == 0 })
 }

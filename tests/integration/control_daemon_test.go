@@ -3,6 +3,7 @@ package integration
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -53,7 +54,11 @@ func TestFirstCommand(t *testing.T) {
 	if a := call("list"); a.status != 0 || !strings.Contains(a.out, disk) {
 		t.Errorf("%+v", a)
 	}
-	if to, err := os.Readlink("/dev/ublk-blksnap/ram0"); err != nil || to != "../ublkb0" {
+	var list []control.Device
+	if a := call("list", "--json"); json.Unmarshal([]byte(a.out), &list) != nil || len(list) != 1 {
+		t.Fatalf("%+v", a)
+	}
+	if to, err := os.Readlink("/dev/ublk-blksnap/ram0"); err != nil || to != "../"+filepath.Base(list[0].Path) {
 		t.Errorf("the link leads to %s, %v", to, err)
 	}
 	for path, mode := range map[string]os.FileMode{"": 0o700, "control.sock": 0o600, "daemon.log": 0o600, "state": 0o700} {
@@ -179,9 +184,7 @@ func TestStopRefused(t *testing.T) {
 	if !d.ended(patience) || d.err != nil {
 		t.Fatalf("the daemon does not end: %v", d.err)
 	}
-	if left := ublkDevices(); len(left) > 0 {
-		t.Errorf("left behind: %v", left)
-	}
+	waitFor(t, "the end of the devices", func() bool { return len(ublkDevices()) == 0 })
 	for _, path := range []string{idle.Link, used.Link} {
 		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s is left: %v", path, err)
@@ -313,12 +316,14 @@ func TestOrphan(t *testing.T) {
 	}
 	waitFor(t, "the next daemon", func() bool { _, err := d.Info(ctx(t)); return err == nil })
 	d.refused([]string{"left by a daemon that died", "remove --force " + dev.Path}, "remove", dev.Path)
+	d.refused([]string{"left by a daemon that died", "remove --force " + dev.Name}, "remove", dev.Name)
+	d.refused([]string{"the name " + dev.Name + " is taken by " + dev.Path, "remove --force " + dev.Path}, "add", disk)
 	select {
 	case err := <-written:
 		t.Fatalf("the write did not wait: %v", err)
 	case <-time.After(100 * time.Millisecond):
 	}
-	if a := d.call("ublk-blksnap", "remove", "--force", dev.Path); a.status != 0 {
+	if a := d.call("ublk-blksnap", "remove", "--force", dev.Name); a.status != 0 {
 		t.Errorf("%+v", a)
 	}
 	if err := await(t, "the end of the write", written); err == nil {

@@ -225,6 +225,32 @@ func TestRemoveInUse(t *testing.T) {
 		defer f.Close()
 		d.in(t).refused([]string{"opened by", fmt.Sprintf("(process %d)", os.Getpid())}, "remove", disk)
 	})
+	t.Run("open elsewhere", func(t *testing.T) {
+		// As a container or a chroot has it.
+		dir := t.TempDir()
+		run(t, "mount", "--bind", "/dev", dir)
+		defer umount(t, dir)
+		f, err := os.Open(filepath.Join(dir, filepath.Base(dev.Path)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		d.in(t).refused([]string{"opened by", fmt.Sprintf("(process %d)", os.Getpid())}, "remove", disk)
+	})
+	t.Run("mapped", func(t *testing.T) {
+		f, err := os.OpenFile(dev.Path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mem, err := unix.Mmap(int(f.Fd()), 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Munmap(mem)
+		mem[0]++
+		d.in(t).refused([]string{"opened by", fmt.Sprintf("(process %d)", os.Getpid())}, "remove", disk)
+	})
 	t.Run("device-mapper", func(t *testing.T) {
 		dmDisk(t, "above", linear(t, dev.Path))
 		d.in(t).refused([]string{"held by the device-mapper device above"}, "remove", dev.Path)

@@ -1,10 +1,14 @@
 package integration
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"math/rand"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -128,6 +132,107 @@ func TestImagePartitions(t *testing.T) {
 	}
 	d.destroy(s.ID)
 	d.remove(dev)
+}
+
+// TestHungOriginal: while a disk does not answer nothing can be done with its
+// filter, but with those of others. What was written gets there in the end.
+func TestHungOriginal(t *testing.T) {
+	needVM(t)
+	ram := ramDisks(t, 2, 16<<20)
+	run(t, "modprobe", "dm-mod")
+	disk := dmDisk(t, "hung", linear(t, ram[0]))
+	hung := false
+	hang := func() {
+		run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "hung")
+		hung = true
+	}
+	resume := func() {
+		if hung {
+			run(t, "dmsetup", "resume", "hung")
+			hung = false
+		}
+	}
+	d := startDaemon(t, "disk_timeout=5s")
+	t.Cleanup(resume)
+	others := func() {
+		t.Helper()
+		other := d.add(ram[1])
+		d.destroy(d.take(0, other).ID)
+		d.remove(other)
+	}
+	remove := func(dev control.Device, force bool, fix string) {
+		t.Helper()
+		err := d.RemoveDevice(ctx(t), control.RemoveRequest{Device: dev.Name, Force: force})
+		want(t, err, control.Timeout, dev.Original+" does not answer", fix)
+	}
+	for _, force := range []bool{false, true} {
+		dev := d.add(disk)
+		text := make([]byte, 256<<10)
+		rand.New(rand.NewSource(77)).Read(text)
+		if force {
+			slices.Reverse(text)
+		}
+		file := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		hang()
+		// Through the page cache: it is written when dd closes the device, and dd waits for that.
+		dd := exec.Command("dd", "if="+file, "of="+dev.Path, "bs=64k", "conv=notrunc")
+		if err := dd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "writes under way", func() bool {
+			s, err := d.DeviceStatus(ctx(t), dev.Name)
+			return err == nil && s.InFlight > 0
+		})
+		// It does not begin, so that the device is still there for whoever comes.
+		remove(dev, false, "nothing has changed")
+		others()
+		s, err := d.DeviceStatus(ctx(t), dev.Name)
+		if err != nil || s.State != "live" {
+			t.Errorf("state %s, %v", s.State, err)
+		}
+		if force {
+			remove(dev, true, "remove it again")
+			remove(dev, true, "remove it again")
+			others()
+		}
+		resume()
+		if err := dd.Wait(); err != nil {
+			t.Errorf("dd: %v", err)
+		}
+		waitFor(t, "the removal", func() bool {
+			return d.RemoveDevice(ctx(t), control.RemoveRequest{Device: dev.Name, Force: force}) == nil
+		})
+		f := openDirect(t, disk, unix.O_RDONLY)
+		back := ublkPages(t, len(text))
+		if err := f.read(back, 0); err != nil {
+			t.Fatal(err)
+		}
+		f.close()
+		if !bytes.Equal(back, text) {
+			t.Errorf("force %v: what was written is not on the disk", force)
+		}
+	}
+	// Added while it hangs: before Linux 7.0 the kernel looks for partitions first.
+	hang()
+	dev, err := d.AddDevice(ctx(t), control.AddRequest{Path: disk})
+	if err != nil {
+		want(t, err, control.Timeout, "does not answer")
+	}
+	others()
+	resume()
+	list, err := d.Devices(ctx(t))
+	if err != nil || len(list) > 1 {
+		t.Fatalf("%+v, %v", list, err)
+	}
+	for _, dev = range list {
+		waitFor(t, "the removal", func() bool {
+			return d.RemoveDevice(ctx(t), control.RemoveRequest{Device: dev.Name, Force: true}) == nil
+		})
+	}
+	d.remove(d.add(disk))
 }
 
 // TestPulledOut takes the original away under load, with a snapshot held: its

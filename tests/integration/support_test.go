@@ -265,9 +265,8 @@ func startDaemon(t testing.TB, params ...string) *daemon {
 		if t.Failed() {
 			d.showLog()
 		}
-		if left := ublkDevices(); len(left) > len(before) {
-			t.Errorf("ublk devices left behind: %v, before: %v", left, before)
-		}
+		// The last one who looked at a device may still be on the way out.
+		waitFor(t, fmt.Sprintf("the end of the ublk devices, before: %v", before), func() bool { return len(ublkDevices()) <= len(before) })
 		_ = unix.Unmount(d.dir.State(), unix.MNT_DETACH)
 		d.Close()
 	})

@@ -172,11 +172,12 @@ func TestTreeBelowTmp(t *testing.T) {
 
 func TestTimeout(t *testing.T) {
 	began := time.Now()
-	stdout, stderr, status := result(t, vm(t)("-timeout", "30s", "echo up; sleep 1000"))
-	if status != statusTimeout || stdout != "up\n" || !strings.Contains(stderr, "the time is up after 30s") {
+	stdout, stderr, status := result(t, vm(t)("-timeout", "15s", "echo up; sleep 1000"))
+	// The boot is part of it, and may take all of it on a busy machine.
+	if status != statusTimeout || strings.TrimPrefix(stdout, "up\n") != "" || !strings.Contains(stderr, "the time is up after 15s") {
 		t.Errorf("status %d, stdout %q, stderr %q", status, stdout, stderr)
 	}
-	if took := time.Since(began); took > 3*time.Minute {
+	if took := time.Since(began); took > 5*time.Minute {
 		t.Errorf("it took %v", took)
 	}
 	assertNothingLeft(t)
@@ -284,9 +285,19 @@ func TestKillTooLate(t *testing.T) {
 	}
 }
 
-func TestKillAfterAndScratchDisk(t *testing.T) {
-	stdout, stderr, status := result(t, vm(t)("-disk", "a=1M", "-disk", "b=2M", "-kill-after", "2s",
-		"blockdev --getsize64 /dev/disk/by-vm/a /dev/disk/by-vm/b; sleep 1000"))
+func TestKillAfter(t *testing.T) {
+	began := time.Now()
+	stdout, stderr, status := result(t, vm(t)("-kill-after", "2s", "sleep 1000; echo slept"))
+	if status != 0 || stdout != "" {
+		t.Errorf("status %d, stdout %q, stderr %q", status, stdout, stderr)
+	}
+	if took := time.Since(began); took < 2*time.Second || took > 5*time.Minute {
+		t.Errorf("it took %v", took)
+	}
+}
+
+func TestScratchDisks(t *testing.T) {
+	stdout, stderr, status := result(t, vm(t)("-disk", "a=1M", "-disk", "b=2M", "blockdev --getsize64 /dev/disk/by-vm/a /dev/disk/by-vm/b"))
 	if status != 0 || stdout != "1048576\n2097152\n" {
 		t.Errorf("status %d, stdout %q, stderr %q", status, stdout, stderr)
 	}
