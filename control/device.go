@@ -39,6 +39,9 @@ type device struct {
 	// leaving: its removal has begun, and may have to be tried again. Daemon.change
 	// guards it. Its queues may have ended: nothing can be asked of them.
 	leaving bool
+	// repartitioned: the partitions of the filter device were not those of the
+	// original as the kernel knows it, when last looked at. The same guards it.
+	repartitioned bool
 }
 
 // hold finds a device and keeps it from going away until release.
@@ -532,6 +535,7 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 		if err := d.free(v); err != nil {
 			return err
 		}
+		d.lookAtPartitions(v)
 		// Once begun it is not given up half-way.
 		c, cancel := d.bounded(context.WithoutCancel(ctx))
 		err := v.dev.TryStop(c)
@@ -581,6 +585,7 @@ func (d *Daemon) removeForced(v *device) error {
 			return snapshotError(err, "destroy snapshot %s", id)
 		}
 	}
+	d.lookAtPartitions(v)
 	return d.takeDown(v)
 }
 
@@ -590,17 +595,17 @@ func (d *Daemon) takeDown(v *device) error {
 	v.leaving = true
 	// The name goes first: it must not lead to another device.
 	_ = os.Remove(v.Link)
-	repartitioned := d.repartitioned(v)
 	if err := d.removeUblk(v.dev); err != nil {
 		return d.late(v, err)
 	}
 	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
+	reread := v.repartitioned
 	_, err := disk.Within(ctx, func() error {
 		// Who reads the disk from now on shall not see what its page cache had kept
 		// from before.
 		_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKFLSBUF, 0)
-		if repartitioned {
+		if reread {
 			_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKRRPART, 0)
 		}
 		return v.orig.Close()
@@ -620,11 +625,12 @@ func (d *Daemon) takeDown(v *device) error {
 	return nil
 }
 
-// repartitioned: the partitions of the filter device are not those of the
-// original as the kernel knows it.
-func (d *Daemon) repartitioned(v *device) bool {
-	x, err := d.host.ByNumber(v.dev.Num)
-	return err == nil && v.disk.Parent == "" && !d.host.SamePartitions(x, v.disk)
+// lookAtPartitions notes whether the kernel has to read the partitions of the
+// original again when the filter device is gone; needs change.
+func (d *Daemon) lookAtPartitions(v *device) {
+	if x, err := d.host.ByNumber(v.dev.Num); err == nil && v.disk.Parent == "" {
+		v.repartitioned = !d.host.SamePartitions(x, v.disk)
+	}
 }
 
 // Devices implements API.

@@ -134,6 +134,34 @@ func TestImagePartitions(t *testing.T) {
 	d.remove(dev)
 }
 
+// TestPartitionsMade: partitions made and deleted through the filter are so on the
+// original when it is used again.
+func TestPartitionsMade(t *testing.T) {
+	needVM(t)
+	disk := scsiDisk(t, 16, 512)
+	d := startDaemon(t)
+	for _, there := range []bool{true, false} {
+		dev := d.add(disk)
+		mbr := ublkPages(t, 512)
+		if there {
+			// One partition, from sector 2048 to the end.
+			copy(mbr[446:], []byte{0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 0x70, 0, 0})
+			mbr[510], mbr[511] = 0x55, 0xaa
+		}
+		f := openDirect(t, dev.Path, unix.O_RDWR)
+		if err := f.write(mbr, 0); err != nil {
+			t.Fatal(err)
+		}
+		f.close()
+		run(t, "blockdev", "--rereadpt", dev.Path)
+		d.remove(dev)
+		waitFor(t, fmt.Sprintf("the partition of the original: %v", there), func() bool {
+			_, err := os.Stat(disk + "1")
+			return there == (err == nil)
+		})
+	}
+}
+
 // TestHungOriginal: while a disk does not answer nothing can be done with its
 // filter, but with those of others. What was written gets there in the end.
 func TestHungOriginal(t *testing.T) {
