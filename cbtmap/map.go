@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 
 	"github.com/google/uuid"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // ErrRange means: a range does not lie on the device.
@@ -83,7 +85,9 @@ func (m *Map) MarkBoth(off, length int64) {
 func (m *Map) markBothLocked(off, length int64) {
 	if off, length = m.clip(off, length); length > 0 {
 		m.mark(m.activeWords, off, length, m.pattern)
-		m.mark(m.readableWords, off, length, everyByte*uint64(m.number))
+		if !mutation.Is(mutation.MarkOneMap) {
+			m.mark(m.readableWords, off, length, everyByte*uint64(m.number))
+		}
 	}
 }
 
@@ -131,7 +135,7 @@ func (m *Map) Switch() Info {
 func (m *Map) Void(before Info) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.generation == before.GenerationID && m.number == before.ChangesNumber {
+	if m.generation == before.GenerationID && m.number == before.ChangesNumber || mutation.Is(mutation.VoidNothing) {
 		return
 	}
 	m.rewrite(m.active, func(_ int, old byte) byte {

@@ -37,7 +37,7 @@ func (m *Map) Save(path string) error {
 	if m.corrupted() {
 		return fmt.Errorf("save change map: %w", ErrCorrupted)
 	}
-	if err := writeFile(path, m.encodeSavedLocked()); err != nil {
+	if err := writeFile(machine{}, path, m.encodeSavedLocked()); err != nil {
 		return fmt.Errorf("save change map: %w", err)
 	}
 	return nil
@@ -56,9 +56,39 @@ func (m *Map) encodeSavedLocked() []byte {
 
 func savedSize(g geometry) int64 { return savedHeader + 2*g.count + 4 }
 
+// filesystem is what saving needs of one: the machine's, or one that a test
+// takes the power from.
+type filesystem interface {
+	create(path string) (file, error)
+	rename(from, to string) error
+	remove(path string) error
+	syncDir(path string) error
+}
+
+type file interface {
+	io.WriteCloser
+	Sync() error
+}
+
+type machine struct{}
+
+func (machine) create(path string) (file, error) {
+	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+}
+func (machine) rename(from, to string) error { return os.Rename(from, to) }
+func (machine) remove(path string) error     { return os.Remove(path) }
+func (machine) syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
 // writeFile replaces the file at path durably by one that holds b.
-func writeFile(path string, b []byte) (err error) {
-	f, err := os.OpenFile(path+newSuffix, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+func writeFile(fs filesystem, path string, b []byte) error {
+	f, err := fs.create(path + newSuffix)
 	if err != nil {
 		return err
 	}
@@ -70,17 +100,12 @@ func writeFile(path string, b []byte) (err error) {
 		err = cerr
 	}
 	if err == nil {
-		err = os.Rename(f.Name(), path)
+		err = fs.rename(path+newSuffix, path)
 	}
 	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
+		return errors.Join(err, fs.remove(path+newSuffix))
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return fs.syncDir(filepath.Dir(path))
 }
 
 // Load gives a new map the history that Save wrote: generation, number and

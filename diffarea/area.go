@@ -221,9 +221,10 @@ func (a *Area) Protect(w *Worker, c Chunk, lead *Copy, wake func()) (ok bool, cl
 	if a.Protected(c) {
 		return true, nil
 	}
+	mutation.Yield()
 	l := a.log
 	l.mu.Lock()
-	if a.Protected(c) {
+	if a.Protected(c) && !mutation.Is(mutation.CopyTwice) {
 		l.mu.Unlock()
 		return true, nil
 	}
@@ -416,6 +417,7 @@ func (c *Copy) recycle() {
 // AwaitStored returns true if chunk c is not on its way to the storage; else
 // wake is called, once, on w's thread, when it has arrived or never will.
 func (a *Area) AwaitStored(w *Worker, c Chunk, wake func()) bool {
+	mutation.Yield()
 	l := a.log
 	l.mu.Lock()
 	word := a.table.Load(c)
@@ -435,6 +437,7 @@ func (a *Area) AwaitStored(w *Worker, c Chunk, wake func()) bool {
 // by whoever was copying it already, or will never be; look again then.
 // It returns false, and nothing is called, if the chunk is Protected.
 func (a *Area) Fill(w *Worker, c Chunk, fill func(*Copy), wake func()) bool {
+	mutation.Yield()
 	l := a.log
 	l.mu.Lock()
 	if a.Protected(c) {

@@ -254,6 +254,11 @@ func (l *Log) grantLocked() (granted copyList) {
 		if s.state != slotFree {
 			break // back-pressure: a store in progress will free it
 		}
+		if mutation.Is(mutation.LeakRegion) && l.next%5 == 4 && l.next+1 < l.state.capacity() {
+			s.state = slotDead
+			l.next++
+			continue
+		}
 		if l.next >= l.state.capacity() {
 			if !l.canGrowLocked() {
 				l.events = append(l.events, Event{Kind: NoSpace})
@@ -287,7 +292,9 @@ func (l *Log) breakLocked(errno unix.Errno, a *Area) {
 	if a != nil {
 		e.Device = a.device
 	}
-	l.events = append(l.events, e)
+	if !mutation.Is(mutation.BreakUntold) {
+		l.events = append(l.events, e)
+	}
 }
 
 // Close ends the log's life without an event and calls done, on any queue's
@@ -295,9 +302,22 @@ func (l *Log) breakLocked(errno unix.Errno, a *Area) {
 // given back after that and after every queue has forgotten the areas.
 func (l *Log) Close(w *Worker, done func()) {
 	l.mu.Lock()
-	l.dead.CompareAndSwap(0, uint32(unix.ESHUTDOWN))
+	l.endLocked()
 	l.closing = done
 	l.settle(w, waitList{})
+}
+
+// endLocked ends the log's life without an event. Like a break it is on record
+// before a write goes by uncopied: the next process must not take the images for
+// whole.
+func (l *Log) endLocked() {
+	if l.dead.Load() != 0 {
+		return
+	}
+	if !mutation.Is(mutation.AbortUnrecorded) {
+		l.state.setDead(unix.ESHUTDOWN)
+	}
+	l.dead.Store(uint32(unix.ESHUTDOWN))
 }
 
 // Abort ends the log's life without an event and waits for nothing: images give
@@ -305,7 +325,7 @@ func (l *Log) Close(w *Worker, done func()) {
 // the storage answers no more. Close comes later.
 func (l *Log) Abort(w *Worker) {
 	l.mu.Lock()
-	l.dead.CompareAndSwap(0, uint32(unix.ESHUTDOWN))
+	l.endLocked()
 	l.settle(w, waitList{})
 }
 
@@ -379,7 +399,7 @@ func (l *Log) nextStoreLocked() *store {
 	}
 	n := min(l.landed-first, most)
 	wanted := first < l.urgent || l.waiting.head != nil
-	grows := l.landed < l.next && l.slot(l.landed).state == slotCopying
+	grows := l.landed < l.next && (l.slot(l.landed).state == slotCopying || mutation.Is(mutation.AwaitLost))
 	if n == 0 || n < most && (l.stores > 0 || grows && !wanted) {
 		return nil
 	}
@@ -434,9 +454,14 @@ func (s *store) done(op *blockdev.Op) {
 	if op.Err == 0 {
 		for r := s.first; r < s.first+s.n; r++ {
 			t := l.slot(r)
+			if mutation.Is(mutation.StoredLate) && r == s.first {
+				defer t.area.table.set(t.chunk, makeWord(Stored, r))
+				continue
+			}
 			t.area.table.set(t.chunk, makeWord(Stored, r))
 		}
 	}
+	mutation.Yield()
 	var woken waitList
 	l.mu.Lock()
 	if op.Err != 0 {

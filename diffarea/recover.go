@@ -12,10 +12,11 @@ import (
 // same pool with its content, and the same storage in the order of Append. Then
 // every area is taken over with OpenArea, and Resume ends it.
 //
-// The dead process has no I/O under way any more. The kernel sees to that: a
-// dying process waits for what its rings have started before it closes its
-// files, and with them the lock by which the next daemon knows of its death.
-// Copies that had not landed never happened; their regions are not used again.
+// The dead process has no I/O under way any more, which its death alone does not
+// say. What its queues had begun has ended when the driver has let go of the
+// device, whose file their rings hold; stores of the control queue when the
+// storage could be claimed anew, for I/O under way keeps its file open. Copies
+// that had not landed never happened; their regions are not used again.
 func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 	s := newLogState(c.State)
 	if s.get(stateMagic) != logMagic {

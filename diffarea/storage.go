@@ -155,6 +155,9 @@ func (s *logState) add(source uint64, off int64, n Region, shift uint) bool {
 		return false
 	}
 	f := s.f[stateHead+i*extentFields:]
+	if mutation.Is(mutation.ExtentEarly) {
+		s.put(stateExtents, uint64(i+1))
+	}
 	f[0], f[1], f[2], f[3] = uint64(x.first), uint64(n), x.source, uint64(x.off)
 	s.put(stateExtents, uint64(i+1))
 	return true

@@ -169,12 +169,12 @@ func (q *Queue) admit(t *request) {
 // advance goes on with a request from pos: the next piece of a discard, or the
 // copying that the next piece of a write needs.
 func (t *request) advance() {
-	if len(t.q.areas) == 0 {
+	if len(t.q.areas) == 0 && !(mutation.Is(mutation.ExpectAreas) && t.pos > t.r.Off) {
 		// From the beginning, or because the last snapshot has gone meanwhile.
 		t.forward(t.pos, t.r.Off+t.r.Len)
 		return
 	}
-	if t.r.Op == ublk.OpDiscard {
+	if t.r.Op == ublk.OpDiscard && !mutation.Is(mutation.CopyDiscarded) {
 		t.advanceDiscard()
 		return
 	}
@@ -298,6 +298,9 @@ func (t *request) forward(from, to int64) {
 		op.Kind = blockdev.WriteZeroes
 	}
 	op.FUA, op.NoUnmap = r.FUA && !mutation.Is(mutation.DropFUA), r.NoUnmap
+	if mutation.Is(mutation.FUAFirstPiece) && from > r.Off {
+		op.FUA = false
+	}
 	if mutation.Is(mutation.FlushNothing) && r.Op == ublk.OpFlush {
 		t.finish(0)
 		return
@@ -310,6 +313,9 @@ func (t *request) forward(from, to int64) {
 // forwarded runs when the original disk has done a piece.
 func (t *request) forwarded(op *blockdev.Op) {
 	t.pos = op.Off + op.Len
+	if mutation.Is(mutation.FlushAnyway) && op.Kind == blockdev.Flush {
+		op.Err = 0
+	}
 	if op.Err != 0 || t.pos >= t.r.Off+t.r.Len {
 		t.finish(op.Err)
 		return

@@ -193,7 +193,9 @@ func Forget(filters []*Filter, areas []*diffarea.Area, done func()) {
 	for _, f := range filters {
 		for _, q := range f.queues {
 			q.q.Post(&blockdev.Task{Run: func() {
-				q.areas = f.shown()
+				if !mutation.Is(mutation.ForgetOneQueue) || q != f.queues[0] {
+					q.areas = f.shown()
+				}
 				q.w.Use(q.areas)
 				if left.Add(-1) == 0 {
 					done()

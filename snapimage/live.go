@@ -200,7 +200,7 @@ func (v *Live) TakeDevices(ctx context.Context, o TakeOptions) (still time.Durat
 // need it no more, and its images give errors. Destroying it is what is left.
 func (v *Live) Abort() {
 	_ = v.call(func(done func(error)) {
-		v.log.Abort(v.worker)
+		v.Snapshot.Abort()
 		done(nil)
 	})
 }

@@ -240,6 +240,10 @@ func (s *Snapshot) Cancel() {
 // GiveUp breaks the snapshot: see diffarea.Log.GiveUp.
 func (s *Snapshot) GiveUp(errno unix.Errno) { s.log.GiveUp(s.worker, errno) }
 
+// Abort ends the snapshot, whatever hangs: see diffarea.Log.Abort. Destroy comes
+// later.
+func (s *Snapshot) Abort() { s.log.Abort(s.worker) }
+
 // Destroy takes the snapshot off its devices. The image devices are gone
 // already, or at least no request of theirs is under way. done is called when
 // nothing of the snapshot is in use any more: its memory and storage can be

@@ -34,6 +34,16 @@ const (
 	FlushNothing
 	// InstallLate makes the cut before the areas are there for all queues.
 	InstallLate
+	// FUAFirstPiece forwards only the first piece of a FUA write with FUA.
+	FUAFirstPiece
+	// FlushAnyway ignores errors of FLUSH.
+	FlushAnyway
+	// CopyDiscarded has the chunks of a discard copied as if it were a write.
+	CopyDiscarded
+	// ForgetOneQueue leaves the areas of a destroyed snapshot on one queue.
+	ForgetOneQueue
+	// ExpectAreas does not expect the last snapshot to go between two pieces of a request.
+	ExpectAreas
 
 	// Difference area.
 
@@ -69,6 +79,20 @@ const (
 	ForgetAppend
 	// ForgetMemory does not store again what the dead process had in memory.
 	ForgetMemory
+	// LeakRegion hands out every fifth region to nobody.
+	LeakRegion
+	// BreakUntold breaks a log without an event.
+	BreakUntold
+	// AbortUnrecorded does not record that the log was given up.
+	AbortUnrecorded
+	// ExtentEarly counts an extent of the storage before it says where it is.
+	ExtentEarly
+	// CopyTwice does not look under the lock whether a chunk has been copied.
+	CopyTwice
+	// StoredLate gives the slots away before the words say STORED.
+	StoredLate
+	// AwaitLost has a store wait for the copy of a region whose copy is lost.
+	AwaitLost
 
 	// Images and snapshots.
 
@@ -93,16 +117,25 @@ const (
 	// ReinstallNot does not protect a snapshot taken over from a dead process.
 	ReinstallNot
 
+	// Change map.
+
+	// MarkOneMap marks dirty ranges and image writes in the active map only.
+	MarkOneMap
+	// VoidNothing does not void a take that did not come to be.
+	VoidNothing
+
 	bugs
 )
 
 var names = [bugs]string{
 	"none", "ForwardEarly", "DropMark", "MarkLate", "OpenGateEarly", "LoseHeld", "DiscardAll", "ZeroesUncopied",
 	"ProtectFirst", "FailWithCopy", "OneArea", "CompleteTwice", "DropFUA", "FlushNothing", "InstallLate",
-	"WordBeforeData", "StoredBeforeWrite", "ReuseSlotEarly", "ForgetWaiter", "PassWaiter", "LongLastChunk",
-	"ShortLastChunk", "StoreAnyway", "CopyAnyway", "FollowWrong", "ExtentOff", "GrowNever", "NextUnrecorded",
-	"DeadUnrecorded", "ForgetAppend", "ForgetMemory", "SkipRecheck", "ReadOldPlace", "WriteInFlight", "ForgetOld", "MarkNoImage",
-	"SwitchOneMap", "AnswerBroken", "UsedShort", "CloseEarly", "ReinstallNot",
+	"FUAFirstPiece", "FlushAnyway", "CopyDiscarded", "ForgetOneQueue", "ExpectAreas", "WordBeforeData",
+	"StoredBeforeWrite", "ReuseSlotEarly", "ForgetWaiter", "PassWaiter", "LongLastChunk", "ShortLastChunk",
+	"StoreAnyway", "CopyAnyway", "FollowWrong", "ExtentOff", "GrowNever", "NextUnrecorded", "DeadUnrecorded",
+	"ForgetAppend", "ForgetMemory", "LeakRegion", "BreakUntold", "AbortUnrecorded", "ExtentEarly", "CopyTwice",
+	"StoredLate", "AwaitLost", "SkipRecheck", "ReadOldPlace", "WriteInFlight", "ForgetOld", "MarkNoImage",
+	"SwitchOneMap", "AnswerBroken", "UsedShort", "CloseEarly", "ReinstallNot", "MarkOneMap", "VoidNothing",
 }
 
 // All is every bug.

@@ -10,3 +10,6 @@ func Is(b Bug) bool { return false }
 
 // Point is a place to die.
 func Point() {}
+
+// Yield is a place where another thread may come in between.
+func Yield() {}

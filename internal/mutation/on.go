@@ -10,6 +10,7 @@ const Enabled = true
 var (
 	active  atomic.Int64
 	onPoint atomic.Pointer[func()]
+	onYield atomic.Pointer[func()]
 )
 
 // Is says whether bug b is switched on.
@@ -23,6 +24,19 @@ func Point() {
 	if f := onPoint.Load(); f != nil {
 		(*f)()
 	}
+}
+
+// Yield is a place where another thread may come in between.
+func Yield() {
+	if f := onYield.Load(); f != nil {
+		(*f)()
+	}
+}
+
+// OnYield makes f called at every Yield and at every Point, on whatever thread.
+func OnYield(f func()) {
+	onYield.Store(&f)
+	onPoint.Store(&f)
 }
 
 // OnPoint makes f called at every Point; nil for none. f may panic to die

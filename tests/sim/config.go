@@ -214,8 +214,12 @@ func generateConfig(r *blockdev.Random, p Profile) Config {
 	}
 	if p == Powerless {
 		c.PowerStep = 1 + r.Intn(pick(50, 500, 1000))
-		if r.OneIn(3) {
+		switch r.Intn(3) {
+		case 0:
 			c.Kills, c.KillStep = 1, 1+r.Intn(300)
+		case 1:
+			c.FaultOn, c.FaultKinds = 2, pick(0, 1<<blockdev.Flush, 1<<blockdev.Write)
+			c.FaultAfter, c.FaultCount, c.FaultErr, c.FaultEffect = r.Intn(pick(4, 40)), pick(1, 3), 5, r.Intn(3)
 		}
 	}
 	if p == Deadly || p == Mixed {
@@ -236,6 +240,7 @@ type generator struct {
 	profile Profile
 	hot     uint32  // where writers crowd
 	taken   bool    // by the last step
+	ended   bool    // a snapshot, by the last step
 	slots   [8]Verb // Create, Take or Destroy: the last of these, as far as is known
 }
 
@@ -246,7 +251,7 @@ func (g *generator) slot(v Verb) uint8 {
 	switch v {
 	case Create:
 		want = Destroy
-	case Take, Append, Cancel:
+	case Take, Add, Append, Cancel:
 		want = Create
 	}
 	n := uint8(r.Intn(g.c.Slots))
@@ -264,6 +269,10 @@ func (g *generator) step() Step {
 	if g.taken = g.taken && r.OneIn(5); g.taken {
 		g.taken = false
 		return Step{Verb: Cancel, Gap: uint8(r.Intn(6))}
+	}
+	if g.ended = g.ended && (g.profile == Deadly || g.profile == Mixed) && r.OneIn(3); g.ended {
+		g.ended = false
+		return Step{Verb: Kill, Gap: uint8(r.Intn(8))}
 	}
 	s := Step{
 		Dev:   uint8(r.Intn(g.c.Devices)),
@@ -285,7 +294,7 @@ func (g *generator) step() Step {
 		}
 	}
 	s.Snap = g.slot(s.Verb)
-	g.taken = s.Verb == Take
+	g.taken, g.ended = s.Verb == Take, s.Verb == Destroy
 	switch s.Verb {
 	case Read, Write, Discard, WriteZeroes, ImageRead, ImageWrite, ImageDiscard, ImageWriteZeroes, Mark:
 		g.span(&s)
@@ -295,7 +304,10 @@ func (g *generator) step() Step {
 		if r.OneIn(2) {
 			s.Arg = 1<<g.c.Devices - 1
 		}
-		s.Off = uint32(r.Intn(3))     // chunk size: 4 KiB and up
+		s.Off = uint32(r.Intn(3)) // chunk size: 4 KiB and up
+		if r.OneIn(8) {
+			s.Off = uint32(r.Intn(9))
+		}
 		s.Len = uint32(1 + r.Intn(4)) // pool slots
 		s.Queue = uint8(r.Intn(16))   // first storage
 		if r.OneIn(4) {
@@ -324,9 +336,9 @@ var verbChances = []struct {
 	verb   Verb
 	of1000 int
 }{
-	{Write, 326}, {Read, 80}, {Discard, 40}, {WriteZeroes, 40}, {Flush, 15},
+	{Write, 318}, {Read, 80}, {Discard, 40}, {WriteZeroes, 40}, {Flush, 15},
 	{ImageRead, 190}, {ImageWrite, 80}, {ImageDiscard, 10}, {ImageWriteZeroes, 20}, {ImageFlush, 8},
-	{Create, 35}, {Append, 15}, {Take, 60}, {Cancel, 6}, {Destroy, 15}, {Mark, 8}, {Replace, 4},
+	{Create, 35}, {Add, 8}, {Append, 15}, {Take, 60}, {Cancel, 6}, {Destroy, 15}, {Mark, 8}, {Replace, 4},
 	{Stick, 6}, {Unstick, 12}, {Slow, 6}, {Pause, 10}, {Fill, 3}, {Room, 7}, {Kill, 4},
 }
 
@@ -342,6 +354,11 @@ func (g *generator) span(s *Step) {
 		s.Len = 8
 	case 3:
 		s.Len = uint32(1 + r.Intn(g.c.MaxIO))
+		if g.c.MaxIO > 256 && s.Dev == 0 && r.OneIn(2) {
+			// More chunks than are copied at a time: it goes in pieces.
+			s.Off, s.Len = uint32(r.Intn(8)), uint32(min(g.c.MaxIO, int(size)-8))
+			return
+		}
 	default:
 		s.Len = uint32(1 + r.Intn(16))
 	}

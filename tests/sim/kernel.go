@@ -56,6 +56,8 @@ type request struct {
 	// spoilt: a fault hit an operation on the original on its behalf, so it may
 	// fail.
 	spoilt bool
+	// doomed: it was its own last operation on the original, so it must.
+	doomed bool
 	epoch  int // of the original, when it was submitted to an image
 	done   func(unix.Errno)
 	broken bool // it is for an image whose snapshot was broken already
@@ -64,6 +66,9 @@ type request struct {
 func (r *request) from() int64  { return r.off / sectorSize }
 func (r *request) to() int64    { return (r.off + r.len) / sectorSize }
 func (r *request) writes() bool { return r.op != ublk.OpRead && r.op != ublk.OpFlush }
+
+// writesData: not a discard, which promises nothing.
+func (r *request) writesData() bool { return r.writes() && r.op != ublk.OpDiscard }
 
 func (r *request) overlaps(off, n int64) bool { return off < r.off+r.len && r.off < off+n }
 
@@ -151,6 +156,7 @@ func (h *hwqueue) serve(thread *blockdev.SchedQueue, handler ublk.Handler) {
 		t.req = ublk.NewRequest(t.n, c)
 		t.buf = make([]byte, h.d.w.maxIO())
 		if t.r != nil {
+			t.r.doomed = false
 			h.give(t)
 		}
 	}
@@ -222,12 +228,31 @@ func (c *completer) Completed(q *ublk.Request, errno unix.Errno) {
 	h.dispatch()
 }
 
-// spoil notes that requests of a kind that touch a range may fail.
-func (d *device) spoil(op ublk.Op, off, n int64) {
+// spoil notes that requests of a kind that touch a range may fail, and returns
+// them.
+func (d *device) spoil(op ublk.Op, off, n int64) (spoilt []*request) {
 	for _, h := range d.queues {
 		for _, t := range h.tags {
 			if t.r != nil && t.r.op == op && (op == ublk.OpFlush || t.r.overlaps(off, n)) {
 				t.r.spoilt = true
+				spoilt = append(spoilt, t.r)
+			}
+		}
+	}
+	return spoilt
+}
+
+// eachWrite calls f for the requests that wait or are under way and write data.
+func (d *device) eachWrite(f func(r *request)) {
+	for _, h := range d.queues {
+		for _, r := range h.waiting {
+			if r.writesData() {
+				f(r)
+			}
+		}
+		for _, t := range h.tags {
+			if t.r != nil && t.r.writesData() {
+				f(t.r)
 			}
 		}
 	}

@@ -68,11 +68,14 @@ func (d *devModel) begin(generation uuid.UUID, number uint8) {
 	}
 }
 
-// resize is for a disk whose map has begun anew.
+// resize is for a disk that has grown. Its map begins anew, but a process may die
+// before that, and requests come.
 func (d *devModel) resize(size int64) {
 	n := (size-1)>>d.w.c.Block + 1
+	now := &d.epochs[len(d.epochs)-1]
 	for int64(len(d.last)) < n {
 		d.last = append(d.last, -1)
+		now.may = append(now.may, true)
 	}
 }
 
@@ -148,6 +151,23 @@ func (m *model) submitted(r *request) {
 			r.epoch = len(m.devs[r.d.dev].epochs) - 1
 		}
 	}
+	if !r.writesData() {
+		return
+	}
+	if r.d.image != nil {
+		r.d.image.needs(r)
+		return
+	}
+	for _, s := range m.w.snaps {
+		if s == nil {
+			continue
+		}
+		for _, im := range s.images {
+			if im.dev == r.d.dev {
+				im.needs(r)
+			}
+		}
+	}
 }
 
 // finished is told each request as it is completed, and checks what can be
@@ -156,6 +176,9 @@ func (m *model) finished(r *request, buf []byte, errno unix.Errno, now moment) {
 	d := r.d
 	if errno != 0 {
 		m.checkError(r, errno)
+	}
+	if errno == 0 && r.doomed {
+		m.w.fail("I2: %v of %s sector %d+%d succeeds though its operation on the disk failed", r.op, d.name, r.from(), r.len/sectorSize)
 	}
 	if errno == 0 && r.broken && (r.op == ublk.OpRead || r.op == ublk.OpWrite || r.op == ublk.OpWriteZeroes) {
 		m.w.fail("I1: %v of %s sector %d+%d succeeds though the snapshot is broken", r.op, d.name, r.from(), r.len/sectorSize)
@@ -177,6 +200,7 @@ func (m *model) finished(r *request, buf []byte, errno unix.Errno, now moment) {
 			for b := first; b <= last; b++ {
 				dm.last[b] = max(dm.last[b], int32(r.epoch))
 			}
+			m.w.checkReadable(d.dev, r.off, r.len, dm.epochs[r.epoch], "an acknowledged write to an image")
 		}
 		return
 	}
@@ -282,6 +306,14 @@ type image struct {
 	dev    int
 	base   *blockdev.Memory // the original at the cut
 	device *device
+	needed []bool // by sector: a write may have needed its copy
+}
+
+// needs notes a write that overwrites what the image shows.
+func (im *image) needs(r *request) {
+	for s := r.from(); s < min(r.to(), int64(len(im.needed))); s++ {
+		im.needed[s] = true
+	}
 }
 
 func (im *image) String() string { return fmt.Sprintf("image%d.%d", im.snap.slot, im.dev) }

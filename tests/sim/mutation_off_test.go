@@ -7,3 +7,6 @@ import "testing"
 func TestMutations(t *testing.T) {
 	t.Skip("deliberate bugs and deaths at every store are built with a tag only: make sim, or go test -tags mutation ./tests/sim")
 }
+
+// bugged is for builds that can have bugs.
+func bugged() {}

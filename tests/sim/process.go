@@ -170,8 +170,8 @@ func (w *world) kill() {
 }
 
 // recover starts the next process. What the last one had begun on the disks
-// has come to its end by now, one way or the other: the kernel lets go of a
-// device only then.
+// has come to its end by now, one way or the other: it waits for that, by the
+// devices and the storages that it claims.
 func (w *world) recover() {
 	w.sched.Settle(nil)
 	w.tracef("recovery")

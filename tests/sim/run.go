@@ -3,19 +3,24 @@ package sim
 import (
 	"fmt"
 	"slices"
-	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// words is size bytes of zeroed memory, 8 byte aligned.
+// words is size bytes of zeroed memory that can be taken away: page aligned, and
+// off the heap.
 func words(size int64) []byte {
-	w := make([]uint64, (size+7)/8)
-	if len(w) == 0 {
+	if size == 0 {
 		return nil
 	}
-	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(w))), size)
+	mem, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		panic(err)
+	}
+	return mem
 }
 
 // maxOutstanding is how many requests a client lets wait.
@@ -80,6 +85,15 @@ func (w *world) do(st Step) {
 	case Create:
 		if w.proc != nil {
 			w.create(st)
+		}
+	case Add:
+		if s != nil && w.proc != nil {
+			w.proc.do("add", func(done func()) {
+				if w.snaps[slot] == s {
+					s.add(dev)
+				}
+				done()
+			})
 		}
 	case Append:
 		if s != nil && w.proc != nil {
@@ -167,28 +181,49 @@ func (w *world) issue(d *device, st Step, op ublk.Op) {
 	d.submit(int(st.Queue), r, nil)
 }
 
-// mark marks blocks dirty by hand.
+// mark marks blocks dirty by hand, whatever is going on.
 func (w *world) mark(dev int, st Step) {
 	d := w.model.devs[dev]
 	size := w.devices[dev].size / sectorSize
 	off := int64(st.Off) % size
 	n := min(max(int64(st.Len), 1), size-off)
-	w.proc.do("mark", func(done func()) {
-		cbt := w.proc.cbts[dev]
-		if err := cbt.MarkDirty([]cbtmap.Sectors{{First: uint64(off), Count: uint64(n)}}); err != nil {
-			if w.deaths == 0 || !cbt.Corrupted() {
-				w.fail("I3: mark dirty: %v", err)
-			}
-			done()
-			return
+	cbt := w.proc.cbts[dev]
+	if err := cbt.MarkDirty([]cbtmap.Sectors{{First: uint64(off), Count: uint64(n)}}); err != nil {
+		if w.deaths == 0 || !cbt.Corrupted() {
+			w.fail("I3: mark dirty: %v", err)
 		}
-		first, last := d.blocks(off*sectorSize, n*sectorSize)
-		for b := first; b <= last; b++ {
-			d.epochs[len(d.epochs)-1].may[b] = true
+		return
+	}
+	first, last := d.blocks(off*sectorSize, n*sectorSize)
+	now := d.epochs[len(d.epochs)-1]
+	for b := first; b <= last; b++ {
+		now.may[b] = true
+	}
+	d.changed(off*sectorSize, n*sectorSize)
+	w.checkReadable(dev, off*sectorSize, n*sectorSize, now, "a range marked dirty")
+}
+
+// checkReadable looks whether the readable map shows a change that belongs to
+// the images of the epoch.
+func (w *world) checkReadable(dev int, off, n int64, since epoch, what string) {
+	if w.proc == nil {
+		return
+	}
+	cbt, d := w.proc.cbts[dev], w.model.devs[dev]
+	info, err := cbt.Info()
+	if err != nil || info.GenerationID != since.generation {
+		return // whoever reads it copies everything
+	}
+	first, last := d.blocks(off, n)
+	m := make([]byte, last-first+1)
+	if _, err := cbt.ReadMap(info.GenerationID, m, first); err != nil {
+		w.fail("I3: change map of disk%d: %v", dev, err)
+	}
+	for i, v := range m {
+		if v < since.number {
+			w.fail("I3: %s of disk%d, block %d, at take %d: its byte says %d", what, dev, first+int64(i), since.number, v)
 		}
-		d.changed(off*sectorSize, n*sectorSize)
-		done()
-	})
+	}
 }
 
 // replace removes a device that no snapshot holds and adds it again, grown.
@@ -218,6 +253,7 @@ func (p *process) replaceIdle(dev int, size int64, done func()) {
 	if size != d.size {
 		w.origs[dev].Resize(size)
 		d.size = size
+		m.resize(size)
 		err := cbt.Resize(size)
 		if err != nil {
 			w.fail("resize: %v", err)
@@ -230,7 +266,6 @@ func (p *process) replaceIdle(dev int, size int64, done func()) {
 	if err != nil || info.DeviceCapacity != size {
 		w.fail("I3: disk%d of %d bytes has a change map of %d: %v", dev, size, info.DeviceCapacity, err)
 	}
-	m.resize(size)
 	m.begin(info.GenerationID, info.ChangesNumber)
 	m.allMay()
 	p.filterOf(dev)

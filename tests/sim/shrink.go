@@ -1,14 +1,15 @@
 package sim
 
 import (
+	"regexp"
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
-// Shrink makes a failing case smaller, as long as it goes on failing, for at
-// most limit. Any failure will do: a smaller case often shows the same bug by
-// another symptom.
+// Shrink makes a failing case smaller, as long as it goes on failing in the same
+// way, for at most limit: by the same invariant, or what else the message begins
+// with.
 func Shrink(c Case, limit time.Duration) (Case, *Failure) {
 	s := shrinker{best: c, until: time.Now().Add(limit), random: blockdev.NewRandom(c.Order)}
 	_, s.failure = Run(c, nil)
@@ -29,6 +30,9 @@ type shrinker struct {
 	random  blockdev.Random
 }
 
+// kind is what the message begins with: "I4", "panic", "snapshot".
+func (f *Failure) kind() string { return regexp.MustCompile(`^\w+`).FindString(f.Message) }
+
 func (s *shrinker) late() bool { return time.Now().After(s.until) }
 
 // try runs a case in the order of the best one and, as what was left out has
@@ -38,7 +42,7 @@ func (s *shrinker) try(c Case) bool {
 		if i > 0 {
 			c.Order = s.random.Uint64() | 1
 		}
-		if _, f := Run(c, nil); f != nil {
+		if _, f := Run(c, nil); f != nil && f.kind() == s.failure.kind() {
 			s.best, s.failure = c, f
 			return true
 		}
@@ -75,7 +79,7 @@ func (s *shrinker) pass() (helped bool) {
 		func(c *Config) { c.Kills, c.KillStep, c.KillPoint = 0, 0, 0 },
 		func(c *Config) { c.Kills = min(c.Kills, 1) },
 		func(c *Config) { c.Depth = max(c.Depth/2, 1) },
-		func(c *Config) { c.Size0 = max(c.Size0/2, 16) },
+		func(c *Config) { c.Size0 = max(c.Size0/2/max(c.Sector, 1)*max(c.Sector, 1), 16) },
 	} {
 		c := s.best
 		simpler(&c.Config)

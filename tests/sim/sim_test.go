@@ -26,6 +26,7 @@ var (
 	flagFirst   = flag.Uint64("sim.first", 1, "first seed")
 	flagCount   = flag.Uint64("sim.count", 0, "number of seeds; 0: a short fixed set")
 	flagMinutes = flag.Float64("sim.minutes", 0, "go on with new seeds for so long, one process a core")
+	flagNative  = flag.Duration("sim.native", 0, "go on with real threads for so long")
 	flagStride  = flag.Uint64("sim.stride", 1, "take every so many-th seed")
 )
 
@@ -67,6 +68,9 @@ const (
 	shortSeeds = 300
 )
 
+// quick: not everything, for the race detector makes it all ten times as slow.
+func quick() bool { return testing.Short() || underRace }
+
 // one runs a single case; -v traces it.
 func one(t *testing.T, c Case) {
 	var f *Failure
@@ -104,29 +108,6 @@ func tags() string {
 	return ""
 }
 
-// TestRegressions runs what once failed.
-func TestRegressions(t *testing.T) {
-	files, err := filepath.Glob("seeds/*.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, path := range files {
-		t.Run(filepath.Base(path), func(t *testing.T) {
-			text, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			c, err := ParseCase(string(text))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, f := Run(c, nil); f != nil {
-				t.Error(f)
-			}
-		})
-	}
-}
-
 // TestSimulation runs generated cases: a fixed set, or as the flags say.
 func TestSimulation(t *testing.T) {
 	if *flagCase != "" {
@@ -152,7 +133,7 @@ func TestSimulation(t *testing.T) {
 		return
 	case *flagMinutes > 0 && count == 0:
 		count = 1 << 62
-	case count == 0 && (testing.Short() || underRace):
+	case count == 0 && quick():
 		count = shortSeeds
 	case count == 0:
 		count = fixedSeeds
@@ -212,7 +193,7 @@ func each(t *testing.T) {
 	wait.Wait()
 }
 
-// small is a case for tests that run it again and again with one thing
+// small is a generated case for tests that run it again and again with one thing
 // changed: a snapshot early on, and everything near it.
 func small(seed uint64) Case {
 	c := Generate(seed*uint64(profiles), 24)
@@ -238,38 +219,194 @@ func small(seed uint64) Case {
 	return c
 }
 
-// smallCases is how many small cases each of the exhaustive tests takes.
-func smallCases() uint64 {
-	if testing.Short() || underRace {
-		return 2
+// scenes are cases in which much happens in few steps: several takes, copies
+// that one snapshot has from another, storage that goes on in a second file,
+// image writes of whole chunks and parts, and ends under I/O.
+var scenes = []string{`
+config Devices=1 Size0=61 Size1=8 Size2=8 Queues=2 IQueues=2 Depth=4 MaxIO=64 Block=12 Slots=2 Storages=2 Limit=48 Portion=8 Sector=1
+order 1
+create snap=0 off=0 len=2 arg=1
+create snap=1 off=1 len=1 arg=1
+append snap=0
+append snap=1
+take snap=0
+write off=0 len=20 gap=255
+take snap=1 gap=2
+write queue=1 off=3 len=30 fua=1 gap=255
+iwrite snap=0 off=40 len=16
+iwrite snap=1 off=50 len=3
+iread snap=0 off=0 len=61 gap=3
+zeroes off=33 len=28
+izeroes snap=1 queue=1 off=0 len=20
+flush
+mark off=7 len=9
+write off=24 len=8
+destroy snap=0 gap=4
+write off=8 len=8
+iread snap=1 off=0 len=61 gap=5
+create snap=0 off=1 len=1 arg=1 gap=255
+append snap=0
+take snap=0
+write off=0 len=61 gap=255
+iread snap=0 off=20 len=41 gap=2
+iread snap=1 off=20 len=41
+`, `
+config Devices=2 Size0=61 Size1=40 Size2=8 Queues=2 IQueues=1 Depth=4 MaxIO=64 Block=9 Discards=2 Slots=3 Storages=2 Limit=64 Portion=8 Sector=1 Fixed=2 Earlier=254
+order 3
+create snap=0 off=1 len=1 arg=1
+add snap=0 dev=1
+append snap=0
+take snap=0
+write off=0 len=17 gap=255
+write dev=1 off=5 len=30
+create snap=1 off=0 len=1 arg=2
+discard off=0 len=61
+iwrite snap=0 dev=1 off=8 len=32
+take snap=1 gap=3
+write dev=1 queue=1 off=0 len=40 fua=1 gap=255
+iread snap=1 off=0 len=40
+iwrite snap=1 off=1 len=2
+zeroes off=20 len=41
+create snap=2 off=2 len=2 arg=3
+take snap=2
+cancel
+take snap=2 gap=255
+write off=1 len=60 gap=255
+destroy snap=1
+iread snap=2 off=0 len=61
+iread snap=0 off=0 len=61
+mark dev=1 off=39 len=1
+destroy snap=2 gap=6
+write dev=1 off=0 len=9
+`, `
+config Devices=1 Size0=96 Size1=8 Size2=8 Queues=1 IQueues=1 Depth=8 MaxIO=96 Block=13 Discards=1 Slots=2 Storages=2 Limit=64 Portion=16 Sector=8
+order 5
+create snap=0 off=0 len=4 arg=1
+append snap=0 arg=1
+take snap=0
+write off=0 len=96 gap=255
+iread snap=0 off=0 len=96
+iwrite snap=0 off=0 len=8
+iwrite snap=0 off=8 len=88 gap=5
+write off=16 len=16
+create snap=1 off=3 len=1 arg=1
+take snap=1
+zeroes off=0 len=64 gap=255
+iread snap=1 off=0 len=96
+destroy snap=0
+flush
+iread snap=1 off=8 len=64
+destroy snap=1
+replace arg=8 gap=255
+write off=90 len=14
+create snap=1 off=1 len=1 arg=1
+take snap=1
+write off=0 len=64 gap=255
+iread snap=1 off=8 len=64
+`, `
+config Devices=1 Size0=256 Size1=8 Size2=8 Queues=1 IQueues=1 Depth=1 MaxIO=64 Block=13 Slots=3 Storages=1 Limit=1024 Portion=64 Sector=1 Earlier=253
+order 7
+create snap=0 len=8 arg=1
+create snap=1 off=1 len=8 arg=1
+create snap=2 len=3 arg=1
+take snap=0
+zeroes off=8 len=113 gap=255
+take snap=1
+write off=112 len=50 gap=255
+write off=240 len=1 gap=4
+take snap=2
+write off=1 len=1 gap=255
+write off=200 len=30 gap=2
+iwrite snap=0 off=170 len=9 gap=2
+write off=180 len=1 gap=7
+`}
+
+// eachSmall calls f with every small case, until it returns false.
+func eachSmall(t *testing.T, f func(name string, c Case) bool) {
+	t.Helper()
+	generated, cases := uint64(6), scenes
+	if quick() {
+		generated, cases = 2, scenes[:1]
 	}
-	return 6
+	for seed := uint64(1); seed <= generated; seed++ {
+		if !f(fmt.Sprintf("small %d", seed), small(seed)) {
+			return
+		}
+	}
+	for i, text := range cases {
+		c, err := ParseCase(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !f(fmt.Sprintf("scene %d", i), c) {
+			return
+		}
+	}
+}
+
+// TestScenes: the scenes are what they are said to be.
+func TestScenes(t *testing.T) {
+	for i, text := range scenes {
+		c, err := ParseCase(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, f := Run(c, nil)
+		if f != nil {
+			t.Errorf("case %d: %v", i, f)
+		}
+		if s.Takes < 2 || s.Storages < 3 || s.Breaks > 0 {
+			t.Errorf("case %d is no such case: %v, %d storages", i, s, s.Storages)
+		}
+	}
 }
 
 // TestFaultAtEveryOperation lets the n-th operation fail, for n = 0, 1, 2 …
 // until there is none left, with every errno and every effect.
 func TestFaultAtEveryOperation(t *testing.T) {
 	runs := 0
-	for seed := uint64(1); seed <= smallCases(); seed++ {
-		for on := 1; on <= 2; on++ {
-			for effect := 0; effect < 3; effect++ {
-				errno := []int{5, 28, 12}[(int(seed)+effect)%3]
-				for n := 0; ; n++ {
-					c := small(seed)
-					c.FaultOn, c.FaultAfter, c.FaultCount, c.FaultErr, c.FaultEffect = on, n, 1, errno, effect
-					s, f := Run(c, nil)
-					runs++
-					if f != nil {
-						report(t, fmt.Sprintf("small %d fault %d on %d effect %d", seed, n, on, effect), c, f)
-						return
-					}
-					if s.Faults == 0 {
-						break
-					}
+	eachSmall(t, func(name string, c Case) bool {
+		kinds := 2 * 3 * 3
+		if quick() {
+			kinds = 2 * 3
+		}
+		for kind := range kinds {
+			on, effect, errno := 1+kind%2, kind/2%3, []int{5, 28, 12}[kind/6]
+			for n := 0; ; n++ {
+				c.FaultOn, c.FaultAfter, c.FaultCount, c.FaultErr, c.FaultEffect = on, n, 1, errno, effect
+				s, f := Run(c, nil)
+				runs++
+				if f != nil {
+					report(t, fmt.Sprintf("%s fault %d on %d errno %d effect %d", name, n, on, errno, effect), c, f)
+					return false
+				}
+				if s.Faults == 0 {
+					break
 				}
 			}
 		}
-	}
+		return true
+	})
+	t.Logf("%d runs", runs)
+}
+
+// TestNoMemory refuses the n-th chunk table, for every n.
+func TestNoMemory(t *testing.T) {
+	runs := 0
+	eachSmall(t, func(name string, c Case) bool {
+		for n := 1; ; n++ {
+			c.NoMemory = n
+			s, f := Run(c, nil)
+			runs++
+			if f != nil {
+				report(t, fmt.Sprintf("%s table %d", name, n), c, f)
+				return false
+			}
+			if s.Tables < n {
+				return true
+			}
+		}
+	})
 	t.Logf("%d runs", runs)
 }
 
@@ -281,52 +418,51 @@ func TestDeathAtEveryStep(t *testing.T) {
 
 func everyDeath(t *testing.T, at func(c *Config, n int)) {
 	runs := 0
-	for seed := uint64(1); seed <= smallCases(); seed++ {
+	eachSmall(t, func(name string, c Case) bool {
 		for kills := 1; kills <= 2; kills++ {
 			for n := 1; ; n++ {
-				c := small(seed)
 				c.Kills = kills
 				at(&c.Config, n)
 				s, f := Run(c, nil)
 				runs++
 				if f != nil {
-					report(t, fmt.Sprintf("small %d kills %d at %d", seed, kills, n), c, f)
-					return
+					report(t, fmt.Sprintf("%s kills %d at %d", name, kills, n), c, f)
+					return false
 				}
 				if s.Deaths == 0 {
 					break
 				}
 			}
 		}
-	}
+		return true
+	})
 	t.Logf("%d runs", runs)
 }
 
 // TestPowerFailureAtEveryStep cuts the power after n steps.
 func TestPowerFailureAtEveryStep(t *testing.T) {
 	runs := 0
-	for seed := uint64(1); seed <= smallCases(); seed++ {
-		for n := 1; ; n++ {
-			c := small(seed)
-			for i := range c.Steps {
-				if s := &c.Steps[i]; s.Verb == ImageRead {
-					s.Verb = Flush
-				} else if s.Verb == Write {
-					s.FUA = s.FUA || i%2 == 0
-				}
+	eachSmall(t, func(name string, c Case) bool {
+		for i := range c.Steps {
+			if s := &c.Steps[i]; s.Verb == ImageRead {
+				s.Verb = Flush
+			} else if s.Verb == Write {
+				s.FUA = s.FUA || i%2 == 0
 			}
+		}
+		for n := 1; ; n++ {
 			c.PowerStep = n
 			s, f := Run(c, nil)
 			runs++
 			if f != nil {
-				report(t, fmt.Sprintf("small %d power %d", seed, n), c, f)
-				return
+				report(t, fmt.Sprintf("%s power %d", name, n), c, f)
+				return false
 			}
 			if s.Steps < uint64(n) {
-				break
+				return true
 			}
 		}
-	}
+	})
 	t.Logf("%d runs", runs)
 }
 
@@ -338,25 +474,6 @@ func TestRunsAreDetermined(t *testing.T) {
 		Run(Generate(seed, *flagSteps), &b)
 		if !bytes.Equal(a.Bytes(), b.Bytes()) {
 			t.Errorf("seed %d: two runs differ", seed)
-		}
-	}
-}
-
-func TestCaseText(t *testing.T) {
-	for seed := uint64(1); seed < 20; seed++ {
-		c := Generate(seed, 50)
-		d, err := ParseCase(c.String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if d.String() != c.String() || d.Config != c.Config {
-			t.Errorf("seed %d: reads back as another case", seed)
-		}
-	}
-	for _, bad := range []string{"", "config Devices=9", "config Devices=1 Foo=2", "config Devices=1\nfly dev=1",
-		"config Devices=1\nread dev=x", "config Devices=1\norder q"} {
-		if _, err := ParseCase(bad); err == nil {
-			t.Errorf("%q is accepted", bad)
 		}
 	}
 }

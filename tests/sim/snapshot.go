@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
@@ -36,7 +37,8 @@ type snapshot struct {
 
 	cut       bool // the instant was: this is the record on which recovery relies
 	taken     bool // and Take has said so
-	leaving   bool // its images are gone, Destroy follows
+	aborted   bool // its end has begun
+	leaving   bool // which is on record: its images go, Destroy follows
 	gone      bool // Destroy has begun
 	images    []*image
 	corrupted int // events
@@ -85,9 +87,18 @@ func (s *snapshot) memory(name string, size int64) ([]byte, error) {
 	if s.w.tables++; s.w.tables == s.w.c.NoMemory {
 		return nil, unix.ENOMEM
 	}
-	mem := words(size)
+	mem := s.w.words(size)
 	s.words = append(s.words, mem)
 	return mem, nil
+}
+
+// words is memory that lasts until the end of the run.
+func (w *world) words(size int64) []byte {
+	mem := words(size)
+	if mem != nil {
+		w.memory = append(w.memory, mem)
+	}
+	return mem
 }
 
 // create makes the snapshot of a step and gives it its first storage.
@@ -98,10 +109,10 @@ func (w *world) create(st Step) {
 			done()
 			return
 		}
-		s := &snapshot{w: w, slot: slot, chunkSize: diffarea.MinChunkSize << (st.Off % 4)}
-		s.pool = words(s.chunkSize * int64(1+(st.Len-1)%64))
+		s := &snapshot{w: w, slot: slot, chunkSize: diffarea.MinChunkSize << (st.Off % 9)}
+		s.pool = w.words(s.chunkSize * int64(1+(st.Len-1)%64))
 		s.poolFile = blockdev.MapMemory(fmt.Sprintf("pool%d", slot), s.pool)
-		s.state = words(diffarea.LogStateSize)
+		s.state = w.words(diffarea.LogStateSize)
 		p := w.proc
 		snap, err := snapimage.New(s.config(), p.queue(p.control))
 		if err != nil {
@@ -112,17 +123,28 @@ func (w *world) create(st Step) {
 			if st.Arg>>i&1 == 0 {
 				continue
 			}
-			if err := snap.Add(p.filters[i], uint64(i+1)); err != nil {
-				w.fail("add: %v", err)
-			}
-			if err := snap.Add(p.filters[i], uint64(i+1)); !errors.Is(err, snapimage.ErrAdded) {
-				w.fail("add twice: %v", err)
-			}
-			s.devs = append(s.devs, i)
+			s.add(i)
+			s.add(i)
 		}
 		w.snaps[slot] = s
 		s.append(int(st.Queue), done)
 	})
+}
+
+// add gives the snapshot one more device. Job only.
+func (s *snapshot) add(dev int) {
+	var want error
+	switch {
+	case s.taken:
+		want = snapimage.ErrTaken
+	case slices.Contains(s.devs, dev):
+		want = snapimage.ErrAdded
+	default:
+		s.devs = append(s.devs, dev)
+	}
+	if err := s.snap.Add(s.w.proc.filters[dev], uint64(dev+1)); !errors.Is(err, want) {
+		s.w.fail("add disk%d to %v: %v, want %v", dev, s, err, want)
+	}
 }
 
 // config is what the snapshot is made of, for this process as for the next.
@@ -171,13 +193,20 @@ func pages(mem []byte) func(yield func(from, to int64)) {
 	}
 }
 
-// void is for a take that the last process did not bring to an end.
+// void is for a take that the last process did not bring to an end. Somebody may
+// have believed in it, and asks for what changed since: but has only what was
+// there at the take before.
 func (s *snapshot) void() {
 	if s.cut {
 		return
 	}
-	for i, info := range s.before {
-		s.w.proc.cbts[s.devs[i]].Void(info)
+	w := s.w
+	for i, before := range s.before {
+		cbt, last := w.proc.cbts[s.devs[i]], &w.takes[s.devs[i]]
+		if now, err := cbt.Info(); err == nil && now != before && last.disk != nil {
+			last.info = now
+		}
+		cbt.Void(before)
 	}
 }
 
@@ -242,6 +271,20 @@ func (s *snapshot) event(e diffarea.Event) {
 		if s.noSpace > 0 && e.Errno != unix.ENOSPC {
 			w.fail("%v has no space but is corrupted with %v", s, e.Errno)
 		}
+		if e.Device != 0 && !slices.Contains(s.devs, int(e.Device-1)) {
+			w.fail("%v is corrupted by device %d, which it does not have", s, e.Device)
+		}
+	case diffarea.LowFreeSpace:
+		if e.Sectors <= 0 {
+			w.fail("%v wants %d sectors", s, e.Sectors)
+		}
+	}
+}
+
+// checkTold sees to it that a break is told, once, and nothing else.
+func (s *snapshot) checkTold() {
+	if told := s.corrupted > 0; s.w.deaths == 0 && !s.aborted && told != s.broken() {
+		s.w.fail("I5: %v is broken: %v (%v); told: %v", s, s.broken(), s.snap.Log().Err(), told)
 	}
 }
 
@@ -321,7 +364,8 @@ func (s *snapshot) atCut() {
 		if n := w.changing[w.origs[dev]]; n != 0 {
 			w.fail("I7: %d writes are in flight on disk%d at the cut", n, dev)
 		}
-		im := &image{snap: s, dev: dev, base: w.origs[dev].Clone()}
+		im := &image{snap: s, dev: dev, base: w.origs[dev].Clone(), needed: make([]bool, w.devices[dev].size/sectorSize)}
+		w.devices[dev].eachWrite(im.needs)
 		reg := newRegister(dev, im.version)
 		im.device = newDevice(w, im.String(), dev, w.devices[dev].size, w.c.IQueues, w.c.Depth, reg)
 		im.device.image = im
@@ -417,11 +461,16 @@ func (s *snapshot) destroy() {
 			done()
 			return
 		}
-		s.leaving = true
-		for _, im := range s.images {
-			im.device.remove()
-		}
-		s.destroyIdle(done)
+		s.checkTold()
+		s.aborted = true
+		s.snap.Abort()
+		w.proc.control.After(0, func() {
+			s.leaving = true
+			for _, im := range s.images {
+				im.device.remove()
+			}
+			s.destroyIdle(done)
+		})
 	})
 }
 
@@ -461,9 +510,9 @@ func (s *snapshot) giveBack() {
 		w.retired[st.File] = s.String()
 	}
 	w.retired[s.poolFile] = s.String()
-	for _, p := range append(s.words, s.pool, s.state) {
-		for i := range p {
-			p[i] = 0xdd
+	for _, mem := range append(s.words, s.pool, s.state) {
+		if err := unix.Mprotect(mem, unix.PROT_NONE); err != nil {
+			panic(err)
 		}
 	}
 }
@@ -480,6 +529,25 @@ func (s *snapshot) checkUsage() {
 	if u.Unstored != 0 && !s.broken() {
 		s.w.fail("%v: %d regions were never stored", s, u.Unstored)
 	}
+	copied := int64(0)
+	for i, im := range s.images {
+		a := s.snap.Image(i).Area()
+		for c := range diffarea.Chunks(a.Size(), a.ChunkSize()) {
+			if a.Load(c) == 0 {
+				continue
+			}
+			copied++
+			from := a.Start(c) / sectorSize
+			to := min(a.Start(c+1), a.Size()) / sectorSize
+			if !slices.Contains(im.needed[from:to], true) {
+				s.w.fail("%v: chunk %d of disk%d was copied, and nothing was written there", s, c, im.dev)
+			}
+		}
+	}
+	if s.w.deaths == 0 && s.w.fired == 0 && !s.broken() && copied != u.Regions {
+		s.w.fail("%v: %d regions handed out for %d chunks", s, u.Regions, copied)
+	}
+	s.checkTold()
 }
 
 // request issues a step's request to the image of a device, if there is one.

@@ -25,6 +25,7 @@ const (
 	ImageFlush
 
 	Create  // snapshot Snap of the devices in the bits of Arg
+	Add     // device Dev to snapshot Snap
 	Append  // storage to snapshot Snap
 	Take    // snapshot Snap
 	Cancel  // the take of snapshot Snap that is under way
@@ -45,7 +46,7 @@ const (
 var verbNames = [verbs]string{
 	"read", "write", "discard", "zeroes", "flush",
 	"iread", "iwrite", "idiscard", "izeroes", "iflush",
-	"create", "append", "take", "cancel", "destroy", "mark", "replace",
+	"create", "add", "append", "take", "cancel", "destroy", "mark", "replace",
 	"stick", "unstick", "slow", "pause", "fill", "room", "kill",
 }
 

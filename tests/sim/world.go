@@ -49,6 +49,7 @@ type world struct {
 	written     map[blockdev.File]int64 // up to where, bytes
 	cbtMemory   [][]byte                // of the change maps, which outlives a process
 	takes       [maxDevices]taken       // the last of each disk
+	memory      [][]byte                // of snapshots, to be unmapped
 	stats       Stats
 }
 
@@ -57,6 +58,8 @@ type Stats struct {
 	Requests uint64 // of clients, completed
 	Steps    uint64 // of the scheduler
 	Takes    int
+	Tables   int // chunk tables asked for
+	Storages int // that were written to
 	Breaks   int // snapshots broken by faults or want of storage
 	Deaths   int
 	Faults   int
@@ -191,6 +194,9 @@ func (w *world) onSubmit(q *blockdev.SchedQueue, op *blockdev.Op) {
 	if i < 0 || !changes(op.Kind) {
 		return
 	}
+	if r := w.devices[i].tagOf(op.Buf); r != nil && r.fua && !op.FUA {
+		w.fail("I2: a piece of %v of %s at sector %d+%d goes without FUA", r.op, r.d.name, op.Off/sectorSize, op.Len/sectorSize)
+	}
 	w.changing[w.origs[i]]++
 	w.model.devs[i].checkMarked(op)
 	for _, s := range w.snaps {
@@ -239,6 +245,7 @@ func (w *world) onFire(op *blockdev.Op) {
 		for _, d := range w.allDevices() {
 			if r := d.tagOf(op.Buf); r != nil {
 				r.spoilt = true
+				r.doomed = d.image == nil
 				if op.Kind == blockdev.Read || d.image == nil {
 					return
 				}
@@ -258,13 +265,17 @@ func (w *world) onFire(op *blockdev.Op) {
 		w.fired++
 		return
 	}
+	var spoilt []*request
 	switch d := w.devices[i]; op.Kind {
 	case blockdev.Flush:
-		d.spoil(ublk.OpFlush, 0, d.size)
+		spoilt = d.spoil(ublk.OpFlush, 0, d.size)
 	case blockdev.Discard:
 		d.spoil(ublk.OpDiscard, op.Off, op.Len)
 	case blockdev.WriteZeroes:
-		d.spoil(ublk.OpWriteZeroes, op.Off, op.Len)
+		spoilt = d.spoil(ublk.OpWriteZeroes, op.Off, op.Len)
+	}
+	if len(spoilt) == 1 {
+		spoilt[0].doomed = true
 	}
 }
 
@@ -458,7 +469,12 @@ func Run(c Case, trace io.Writer) (stats Stats, failure *Failure) {
 	defer func() {
 		stats = w.stats
 		stats.Steps = w.sched.Steps()
-		stats.Deaths = w.deaths
+		stats.Deaths, stats.Tables = w.deaths, w.tables
+		for _, m := range w.storages {
+			if w.written[m] > 0 {
+				stats.Storages++
+			}
+		}
 		if e := recover(); e != nil {
 			failure = &Failure{Step: w.steps, Stats: stats}
 			if v, ok := e.(violation); ok {
@@ -467,6 +483,13 @@ func Run(c Case, trace io.Writer) (stats Stats, failure *Failure) {
 				failure.Message = fmt.Sprintf("panic: %v\n%s", e, debug.Stack())
 			}
 			w.tracef("FAILED: %s", failure.Message)
+		}
+	}()
+	// Memory that a snapshot has given back cannot be touched.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		for _, mem := range w.memory {
+			_ = unix.Munmap(mem)
 		}
 	}()
 	w.onPoints()

@@ -1,0 +1,168 @@
+package integration
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+)
+
+// A daemon that takes over must know when the last one's I/O is over. These
+// tests show what it can go by: a file stays claimed for as long as I/O on it is
+// under way, even if its process is dead and gone.
+
+// claimWrites is how many writes of a MiB the child leaves behind.
+const claimWrites = 4
+
+// claim opens a device or a file as storage is opened, if nobody has.
+func claim(path string) (*os.File, error) {
+	if strings.HasPrefix(path, "/dev/") {
+		return os.OpenFile(path, os.O_RDWR|unix.O_EXCL|unix.O_DIRECT, 0)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_DIRECT, 0)
+	if err == nil {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			f.Close()
+		}
+	}
+	return f, err
+}
+
+// TestClaimChild claims what it is told to, and writes to it until it is killed.
+// It does nothing unless TestClaimOutlivesProcess starts it.
+func TestClaimChild(t *testing.T) {
+	args := strings.Fields(os.Getenv("CLAIM_TEST_CHILD")) // path, what to fill it with
+	if len(args) != 2 {
+		return
+	}
+	f, err := claim(args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := blockdev.NewOSFile(int(f.Fd()), args[0])
+	l, err := blockdev.NewLoop(blockdev.LoopConfig{Name: "claim", Depth: claimWrites})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mem := ublkPages(t, claimWrites<<20)
+	for i := range mem {
+		mem[i] = args[1][0]
+	}
+	l.Post(&blockdev.Task{Run: func() {
+		for i := range int64(claimWrites) {
+			l.Submit(&blockdev.Op{
+				Kind: blockdev.Write, File: file, Off: i << 20, Len: 1 << 20, Buf: blockdev.MemBuf(mem[i<<20 : (i+1)<<20]),
+				Done: func(*blockdev.Op) {},
+			})
+		}
+		fmt.Println("\nwriting")
+	}})
+	time.Sleep(time.Hour)
+}
+
+// TestClaimOutlivesProcess kills a process whose writes take two seconds: what
+// it had claimed can be claimed again only when they have ended.
+func TestClaimOutlivesProcess(t *testing.T) {
+	needVM(t)
+	const size = 64 << 20
+	run(t, "modprobe", "dm-delay")
+	for _, kind := range []string{"device", "file"} {
+		t.Run(kind, func(t *testing.T) {
+			ram := ramDisks(t, 1, size)[0]
+			plain := fmt.Sprintf("0 %d delay %s 0 0", size>>9, ram)
+			path := dmDisk(t, "late", plain)
+			if kind == "file" {
+				ext4FS.make(t, path)
+				path = filepath.Join(mount(t, path), "file")
+				if err := os.WriteFile(path, make([]byte, claimWrites<<20), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				unix.Sync()
+			}
+			run(t, "dmsetup", "suspend", "late")
+			run(t, "dmsetup", "load", "late", "--table", fmt.Sprintf("%s %s 0 2000", plain, ram))
+			run(t, "dmsetup", "resume", "late")
+			// Below the delay.
+			f := openDirect(t, ram, unix.O_RDONLY)
+			defer f.close()
+			disk := func(fill byte) (content []byte, written int) {
+				content = make([]byte, 0, size)
+				buf := ublkPages(t, 1<<20)
+				for len(content) < size {
+					if err := f.read(buf, int64(len(content))); err != nil {
+						t.Fatal(err)
+					}
+					content = append(content, buf...)
+				}
+				return content, bytes.Count(content, bytes.Repeat([]byte{fill}, 512))
+			}
+			for fill := byte('a'); ; fill++ {
+				kill := writeAndWait(t, path, fill)
+				time.Sleep(300 * time.Millisecond)
+				_, before := disk(fill)
+				kill()
+				refused := 0
+				waitFor(t, "the end of what was under way", func() bool {
+					f, err := claim(path)
+					if err != nil {
+						refused++
+						return false
+					}
+					f.Close()
+					return true
+				})
+				now, after := disk(fill)
+				time.Sleep(time.Second)
+				later, _ := disk(fill)
+				t.Logf("%d sectors written when it was killed, %d when it could be claimed, after %d refusals", before, after, refused)
+				if !bytes.Equal(now, later) {
+					t.Fatal("a write of the dead process came after its claim had ended")
+				}
+				if before == 0 && after > 0 {
+					return
+				}
+				// It was killed too early or too late to show anything.
+				if fill == 'z' {
+					t.Fatal("never killed with writes under way")
+				}
+			}
+		})
+	}
+}
+
+// writeAndWait starts a process that claims path and writes to it, and waits
+// until it does. kill ends it.
+func writeAndWait(t *testing.T, path string, fill byte) (kill func()) {
+	t.Helper()
+	child := exec.Command(os.Args[0], "-test.run=^TestClaimChild$")
+	child.Env = append(os.Environ(), fmt.Sprintf("CLAIM_TEST_CHILD=%s %c", path, fill))
+	child.Stderr = os.Stderr
+	out, err := child.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	kill = func() {
+		child.Process.Kill()
+		child.Wait()
+	}
+	t.Cleanup(kill)
+	var said []byte
+	for b := make([]byte, 256); !bytes.Contains(said, []byte("writing")); {
+		n, err := out.Read(b)
+		if said = append(said, b[:n]...); err != nil {
+			t.Fatalf("the child: %v: %s", err, said)
+		}
+	}
+	return kill
+}
