@@ -2,6 +2,7 @@ package snapimage
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -62,6 +63,31 @@ func TestLeftoverStorage(t *testing.T) {
 	if _, err := os.Stat(s.dir); !os.IsNotExist(err) {
 		t.Errorf("the state is still there: %v", err)
 	}
+}
+
+// FuzzClearLeftover: whatever is on record, the state goes and the files of
+// others stay.
+func FuzzClearLeftover(f *testing.F) {
+	f.Add([]byte(`{"path":"/nowhere/storage","dev":1,"ino":2}` + "\n"))
+	f.Add([]byte(`{"path":"bystander","dev":0,"ino":0}{"path":`))
+	f.Add([]byte(`{"path":"","dev":18446744073709551615,"ino":-1}`))
+	f.Add([]byte("null\n[]\n{}"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		base := t.TempDir()
+		dir := filepath.Join(base, "state")
+		bystander := filepath.Join(base, "bystander")
+		if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, recordName), text, 0o600),
+			os.WriteFile(bystander, []byte("mine"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		_ = ClearLeftover(dir) // says what it could not open
+		if _, err := os.Stat(dir); !os.IsNotExist(err) {
+			t.Errorf("the state is still there: %v", err)
+		}
+		if b, err := os.ReadFile(bystander); string(b) != "mine" {
+			t.Errorf("somebody's file holds %q, %v", b, err)
+		}
+	})
 }
 
 func TestSignature(t *testing.T) {

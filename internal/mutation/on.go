@@ -33,10 +33,11 @@ func Yield() {
 	}
 }
 
-// OnYield makes f called at every Yield and at every Point, on whatever thread.
+// OnYield makes f called at every Yield and at every Point, on whatever thread;
+// nil for none.
 func OnYield(f func()) {
-	onYield.Store(&f)
-	onPoint.Store(&f)
+	OnPoint(f)
+	onYield.Store(onPoint.Load())
 }
 
 // OnPoint makes f called at every Point; nil for none. f may panic to die

@@ -100,6 +100,7 @@ func FuzzOpen(f *testing.F) {
 	f.Add(make([]byte, 80), table)
 	f.Fuzz(func(t *testing.T, state, tableBytes []byte) {
 		s, tb := words(diffarea.LogStateSize), words(diffarea.TableSize(chunks))
+		defer unmap(s, tb)
 		copy(s, state)
 		copy(tb, tableBytes)
 		q := blockdev.NewMemoryQueue()

@@ -8,5 +8,5 @@ func TestMutations(t *testing.T) {
 	t.Skip("deliberate bugs and deaths at every store are built with a tag only: make sim, or go test -tags mutation ./tests/sim")
 }
 
-// bugged is for builds that can have bugs.
-func bugged() {}
+// mixThreads is for builds that can have bugs.
+func mixThreads() (end func()) { return func() {} }

@@ -29,16 +29,17 @@ const maxSeeds = 3000
 var native = []mutation.Bug{mutation.CopyTwice, mutation.StoredLate}
 
 // flagBug is for processes that TestNativeMutations starts.
-var flagBug = flag.String("sim.bug", "", "run with that bug, and with threads that come in between each other")
+var flagBug = flag.String("sim.bug", "", "run with that bug, on real threads")
 
-// bugged begins a test that is run so.
-func bugged() {
+// mixThreads begins a test on real threads: with the bug that is asked for, and
+// for a longer one with threads that make way for each other. The result ends it.
+func mixThreads() (end func()) {
 	for _, b := range mutation.All() {
 		if b.String() == *flagBug {
 			mutation.Set(b)
 		}
 	}
-	if *flagBug != "" {
+	if *flagNative > 0 {
 		mutation.OnYield(func() {
 			switch n := rand.Uint64N(16); {
 			case n == 0:
@@ -47,6 +48,10 @@ func bugged() {
 				runtime.Gosched()
 			}
 		})
+	}
+	return func() {
+		mutation.OnYield(nil)
+		mutation.Set(mutation.None)
 	}
 }
 

@@ -182,7 +182,7 @@ func (s *versionSource) next() Version {
 // sector of the device is a register, and so is every sector of each image,
 // beginning with what the device held at the cut.
 func TestLinearizable(t *testing.T) {
-	bugged()
+	defer mixThreads()()
 	rounds := 12
 	if testing.Short() {
 		rounds = 3
@@ -273,7 +273,8 @@ type nativeSnapshot struct {
 func (n *nativeSnapshot) live(versions *versionSource) {
 	t := n.t
 	chunk := int64(diffarea.MinChunkSize) << (n.n % 2)
-	pool := words(chunk * int64(1+n.n/2%3))
+	pool, state := words(chunk*int64(1+n.n/2%3)), words(diffarea.LogStateSize)
+	mem := [][]byte{pool, state}
 	var s *snapimage.Snapshot
 	var cut *blockdev.Memory
 	fail := func(what string, err error) {
@@ -287,11 +288,14 @@ func (n *nativeSnapshot) live(versions *versionSource) {
 		s, err = snapimage.New(snapimage.Config{
 			ID: uuid.New(),
 			Log: diffarea.LogConfig{
-				ChunkSize: chunk, State: words(diffarea.LogStateSize), Portion: 1 << 14,
+				ChunkSize: chunk, State: state, Portion: 1 << 14,
 				Pool:    diffarea.Pool{Mem: pool, File: blockdev.MapMemory(fmt.Sprint("pool", n.n), pool)},
 				OnEvent: func(e diffarea.Event) { t.Errorf("event %v %v", e.Kind, e.Errno) },
 			},
-			Memory: func(_ string, size int64) ([]byte, error) { return words(size), nil },
+			Memory: func(_ string, size int64) ([]byte, error) {
+				mem = append(mem, words(size))
+				return mem[len(mem)-1], nil
+			},
 		}, n.control)
 		fail("new", err)
 		fail("add", s.Add(n.f, 1))
@@ -325,4 +329,5 @@ func (n *nativeSnapshot) live(versions *versionSource) {
 	n.work.Lock()
 	waitFor(n.control, func(done func()) { s.Destroy(done) })
 	n.work.Unlock()
+	unmap(mem...) // whoever still looks there dies of it
 }

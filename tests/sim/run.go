@@ -23,6 +23,15 @@ func words(size int64) []byte {
 	return mem
 }
 
+// unmap takes words away for good.
+func unmap(mem ...[]byte) {
+	for _, m := range mem {
+		if err := unix.Munmap(m); err != nil {
+			panic(err)
+		}
+	}
+}
+
 // maxOutstanding is how many requests a client lets wait.
 const maxOutstanding = 64
 

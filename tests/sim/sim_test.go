@@ -54,6 +54,7 @@ func TestMain(m *testing.M) {
 			os.Exit(2)
 		}
 		*flagMinutes = n
+		*flagNative = time.Duration(n * float64(time.Minute) / 10)
 		if *flagCount == 0 && *flagFirst == 1 {
 			*flagFirst = uint64(time.Now().Unix()) * 100000
 		}

@@ -487,11 +487,7 @@ func Run(c Case, trace io.Writer) (stats Stats, failure *Failure) {
 	}()
 	// Memory that a snapshot has given back cannot be touched.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		for _, mem := range w.memory {
-			_ = unix.Munmap(mem)
-		}
-	}()
+	defer func() { unmap(w.memory...) }()
 	w.onPoints()
 	defer w.offPoints()
 	w.boot()
