@@ -2,6 +2,7 @@ package disk
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -179,15 +181,30 @@ func (h *Host) Openers(d *Disk) []Process {
 	for _, p := range h.partitions(d) {
 		wanted[p.Num] = p.Name
 	}
-	var out []Process
+	if out := h.processes(func(dir string) bool { return hasOpen(dir, wanted) }); len(out) > 0 {
+		return out
+	}
+	// A process that hangs in the middle of a change of its memory does not let it be looked at.
+	ctx, cancel := context.WithTimeout(context.Background(), mapsWait)
+	defer cancel()
+	out, _ := Within(ctx, func() []Process {
+		return h.processes(func(dir string) bool { return ctx.Err() == nil && hasMapped(dir, wanted) })
+	}, func([]Process) {})
+	return out
+}
+
+// mapsWait is the longest that the memory of all processes is looked at.
+const mapsWait = 5 * time.Second
+
+// processes are those other than this one of whose directory in /proc f is true.
+func (h *Host) processes(f func(dir string) bool) (out []Process) {
 	self := strconv.Itoa(os.Getpid())
 	for _, name := range names(h.Proc) {
 		pid, err := strconv.Atoi(name)
 		if err != nil || name == self {
 			continue
 		}
-		dir := filepath.Join(h.Proc, name)
-		if h.hasOpen(dir, wanted) || h.hasMapped(dir, wanted) {
+		if dir := filepath.Join(h.Proc, name); f(dir) {
 			out = append(out, Process{pid, text(filepath.Join(dir, "comm"))})
 		}
 	}
@@ -201,7 +218,7 @@ func isOneOf(link string, wanted map[Num]string) bool {
 }
 
 // hasOpen looks at the files of the process whose directory in /proc is dir.
-func (h *Host) hasOpen(dir string, wanted map[Num]string) bool {
+func hasOpen(dir string, wanted map[Num]string) bool {
 	var remote map[string]bool
 	for _, fd := range names(filepath.Join(dir, "fd")) {
 		link := filepath.Join(dir, "fd", fd)
@@ -252,7 +269,7 @@ func remoteMounts(dir string) map[string]bool {
 
 // hasMapped looks for what a process has mapped and perhaps closed, by the names
 // that the kernel gives the devices.
-func (h *Host) hasMapped(dir string, wanted map[Num]string) bool {
+func hasMapped(dir string, wanted map[Num]string) bool {
 	for _, line := range strings.Split(text(filepath.Join(dir, "maps")), "\n") {
 		// address perms offset dev inode /path
 		at := strings.IndexByte(line, '/')
