@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 	"unsafe"
@@ -42,7 +43,8 @@ const controlPath = "/dev/ublk-control"
 //
 // A command whose context ends is cancelled in the kernel where the kernel can
 // (it waits for queues or for openers), and given up otherwise: the next one
-// starts while the kernel still works on it.
+// starts while the kernel still works on it. The same command for the same device
+// waits for it: one that hangs takes one of the kernel's workers, not all.
 type Control struct {
 	dev      int // /dev/ublk-control
 	wake     int // eventfd
@@ -53,8 +55,11 @@ type Control struct {
 
 	mu     sync.Mutex // guards the fields below
 	queue  []*command
+	hung   map[hungKey]*command // given up, and still in the kernel's hands
 	closed bool
 }
+
+type hungKey struct{ op, dev uint32 }
 
 // command is one control command. All but done belong to the control thread
 // until done is closed.
@@ -66,7 +71,10 @@ type command struct {
 	done chan struct{}
 
 	abandoned bool // under Control.mu: nobody waits for it any more
+	over      bool // the same: the kernel has answered
 }
+
+func (w *command) key() hungKey { return hungKey{w.op, w.cmd.DevID} }
 
 const (
 	commandSlots = 16 // one is running, the others are given up
@@ -99,7 +107,7 @@ func OpenControl() (*Control, error) {
 
 // newControl starts the thread for dev, which is the Control's from then on.
 func newControl(dev int, prep func(*uring.SQE, int, *command)) (*Control, error) {
-	c := &Control{dev: dev, prep: prep, wake: -1, ended: make(chan struct{})}
+	c := &Control{dev: dev, prep: prep, wake: -1, ended: make(chan struct{}), hung: map[hungKey]*command{}}
 	started := make(chan error)
 	go c.thread(started)
 	if err := <-started; err != nil {
@@ -226,6 +234,16 @@ func (c *Control) do(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, bu
 	}
 	w := &command{op: op, cmd: cmd, buf: append([]byte(nil), buf...), done: make(chan struct{})}
 	c.mu.Lock()
+	for !c.closed && c.hung[w.key()] != nil {
+		before := c.hung[w.key()]
+		c.mu.Unlock()
+		select {
+		case <-before.done:
+		case <-ctx.Done():
+			return commandError(op, cmd.DevID, ctx.Err())
+		}
+		c.mu.Lock()
+	}
 	if c.closed {
 		c.mu.Unlock()
 		return commandError(op, cmd.DevID, ErrClosed)
@@ -236,10 +254,7 @@ func (c *Control) do(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, bu
 	select {
 	case <-w.done:
 	case <-ctx.Done():
-		c.mu.Lock()
-		w.abandoned = true
-		c.mu.Unlock()
-		c.notify()
+		c.giveUp(w)
 		return commandError(op, cmd.DevID, ctx.Err())
 	}
 	if err := w.err(); err != nil {
@@ -247,6 +262,19 @@ func (c *Control) do(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, bu
 	}
 	copy(buf, w.buf)
 	return nil
+}
+
+// giveUp is for a command that nobody waits for any more.
+func (c *Control) giveUp(w *command) {
+	c.mu.Lock()
+	if i := slices.Index(c.queue, w); i >= 0 {
+		c.queue = slices.Delete(c.queue, i, i+1)
+	} else if !w.over {
+		w.abandoned = true
+		c.hung[w.key()] = w
+	}
+	c.mu.Unlock()
+	c.notify()
 }
 
 // err is what the kernel answered, or ErrClosed.
@@ -358,7 +386,7 @@ func (t *controlThread) close(err error) {
 	for _, w := range t.running {
 		if w != nil {
 			w.res = notRun
-			close(w.done)
+			t.over(w)
 		}
 	}
 	close(t.ended)
@@ -405,9 +433,6 @@ func (t *controlThread) next() (end bool) {
 		w := t.queue[0]
 		t.queue[0] = nil
 		t.queue = t.queue[1:]
-		if w.abandoned {
-			continue
-		}
 		t.start(w)
 	}
 	return false
@@ -424,6 +449,7 @@ func (t *controlThread) start(w *command) {
 	if slot < 0 {
 		// Each slot holds a command that the kernel does not let go.
 		w.res = -int32(unix.EBUSY)
+		w.over = true
 		close(w.done)
 		return
 	}
@@ -439,6 +465,17 @@ func (t *controlThread) start(w *command) {
 	t.running[slot] = w
 	t.current = slot
 	t.inFlight++
+}
+
+// over is the end of a command.
+func (t *controlThread) over(w *command) {
+	t.mu.Lock()
+	w.over = true
+	if t.hung[w.key()] == w {
+		delete(t.hung, w.key())
+	}
+	t.mu.Unlock()
+	close(w.done)
 }
 
 func prepCommand(sqe *uring.SQE, dev int, w *command) {
@@ -462,6 +499,6 @@ func (t *controlThread) complete(cqe uring.CQE) {
 		}
 		w.res = cqe.Res
 		copy(w.buf, t.mem[slot*slotSize:])
-		close(w.done)
+		t.over(w)
 	}
 }
