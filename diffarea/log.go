@@ -451,11 +451,13 @@ func (s *store) done(op *blockdev.Op) {
 	if mutation.Is(mutation.StoreAnyway) {
 		op.Err = 0
 	}
+	var late slot
+	var lateRegion Region
 	if op.Err == 0 {
 		for r := s.first; r < s.first+s.n; r++ {
 			t := l.slot(r)
 			if mutation.Is(mutation.StoredLate) && r == s.first {
-				defer t.area.table.set(t.chunk, makeWord(Stored, r))
+				late, lateRegion = *t, r
 				continue
 			}
 			t.area.table.set(t.chunk, makeWord(Stored, r))
@@ -478,6 +480,9 @@ func (s *store) done(op *blockdev.Op) {
 	l.busy--
 	s.next, l.storeIdle = l.storeIdle, s
 	l.settle(s.w, woken)
+	if mutation.Is(mutation.StoredLate) && late.area != nil {
+		late.area.table.set(late.chunk, makeWord(Stored, lateRegion))
+	}
 }
 
 // Usage is how full a log is.
