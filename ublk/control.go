@@ -62,16 +62,13 @@ type Control struct {
 type hungKey struct{ op, dev uint32 }
 
 // command is one control command. All but done belong to the control thread
-// until done is closed.
+// until done is closed, which happens under Control.mu.
 type command struct {
 	op   uint32
 	cmd  uapi.UblksrvCtrlCmd
 	buf  []byte // copied to the kernel and back
 	res  int32
 	done chan struct{}
-
-	abandoned bool // under Control.mu: nobody waits for it any more
-	over      bool // the same: the kernel has answered
 }
 
 func (w *command) key() hungKey { return hungKey{w.op, w.cmd.DevID} }
@@ -269,9 +266,12 @@ func (c *Control) giveUp(w *command) {
 	c.mu.Lock()
 	if i := slices.Index(c.queue, w); i >= 0 {
 		c.queue = slices.Delete(c.queue, i, i+1)
-	} else if !w.over {
-		w.abandoned = true
-		c.hung[w.key()] = w
+	} else {
+		select {
+		case <-w.done:
+		default:
+			c.hung[w.key()] = w
+		}
 	}
 	c.mu.Unlock()
 	c.notify()
@@ -420,7 +420,7 @@ func (t *controlThread) run() error {
 func (t *controlThread) next() (end bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.current >= 0 && t.running[t.current].abandoned {
+	if t.current >= 0 && t.hung[t.running[t.current].key()] == t.running[t.current] {
 		sqe := t.ring.SQE()
 		sqe.PrepCancel(uint64(t.current))
 		sqe.UserData = cancelTag
@@ -449,7 +449,6 @@ func (t *controlThread) start(w *command) {
 	if slot < 0 {
 		// Each slot holds a command that the kernel does not let go.
 		w.res = -int32(unix.EBUSY)
-		w.over = true
 		close(w.done)
 		return
 	}
@@ -470,11 +469,10 @@ func (t *controlThread) start(w *command) {
 // over is the end of a command.
 func (t *controlThread) over(w *command) {
 	t.mu.Lock()
-	w.over = true
+	defer t.mu.Unlock()
 	if t.hung[w.key()] == w {
 		delete(t.hung, w.key())
 	}
-	t.mu.Unlock()
 	close(w.done)
 }
 
