@@ -500,10 +500,8 @@ func (d *Daemon) idle(v *device) error {
 	if err := d.free(v); err != nil {
 		return err
 	}
-	if x, err := d.host.ByNumber(v.dev.Num); err == nil {
-		if who := d.host.Openers(x); len(who) > 0 {
-			return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Path + ": opened by " + who[0].String(), Fix: "end that process first"}
-		}
+	if who := d.host.Openers(v.dev.Num); len(who) > 0 {
+		return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Path + ": opened by " + who[0].String(), Fix: "end that process first"}
 	}
 	return nil
 }

@@ -692,12 +692,7 @@ func (d *Device) busy() error {
 
 // opened is ErrBusy if a process has the disk or one of its partitions open.
 func (d *Device) opened() error {
-	host := disk.Machine()
-	x, err := host.ByNumber(d.Num)
-	if err != nil {
-		return nil //nolint:nilerr // there is no disk any more
-	}
-	if ps := host.Openers(x); len(ps) > 0 {
+	if ps := disk.Machine().Openers(d.Num); len(ps) > 0 {
 		return fmt.Errorf("%s: %w: opened by %s", d.Path, ErrBusy, ps[0])
 	}
 	return nil

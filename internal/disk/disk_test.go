@@ -248,11 +248,7 @@ func TestOpeners(t *testing.T) {
 	m.link("/dev/null", m.Proc, "42/fd/3") // a character device, and no block device's number
 	m.write(m.Proc, "42/maps", "7f00000-7f01000 rw-s 00000000 00:05 9 /dev/vdb\n7f01000-7f02000 rw-p 00000000 00:00 0\n")
 	m.link("/dev/null", m.Proc, "42/map_files/7f00000-7f01000")
-	vdb, err := m.ByNumber(Num{1, 3})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if ps := m.Openers(vdb); len(ps) != 0 {
+	if ps := m.Openers(Num{1, 3}); len(ps) != 0 {
 		t.Fatalf("a character device counted as a block device: %v", ps)
 	}
 }

@@ -159,7 +159,7 @@ func (h *Host) busy(d *Disk) error {
 			}
 		}
 	}
-	if ps := h.Openers(d); len(ps) > 0 {
+	if ps := h.Openers(d.Num); len(ps) > 0 {
 		return &Error{ErrInUse, d.Path, "opened exclusively by " + ps[0].String(), "end that process first"}
 	}
 	return &Error{ErrInUse, d.Path, "claimed by the kernel or another program", "find the user first: lsblk, fuser -v " + d.Node}
@@ -174,9 +174,13 @@ type Process struct {
 func (p Process) String() string { return fmt.Sprintf("%s (process %d)", p.Name, p.PID) }
 
 // Openers are the processes, other than this one, that have the disk or one of
-// its partitions open or mapped. What only the kernel holds (mounts, stacked
-// devices) is not seen.
-func (h *Host) Openers(d *Disk) []Process {
+// its partitions open or mapped; none if there is no such disk. What only the
+// kernel holds (mounts, stacked devices) is not seen.
+func (h *Host) Openers(n Num) []Process {
+	d, err := h.byNumber(n)
+	if err != nil {
+		return nil
+	}
 	wanted := map[Num]string{d.Num: d.Name} // and the kernel's names
 	for _, p := range h.partitions(d) {
 		wanted[p.Num] = p.Name
