@@ -249,6 +249,20 @@ func TestStartErrorFreesTheLock(t *testing.T) {
 	f.Close()
 }
 
+// TestNothingAfterStop: what waited for its turn while the daemon removed all
+// gets none.
+func TestNothingAfterStop(t *testing.T) {
+	d := &Daemon{change: make(chan struct{}, 1)}
+	if err := d.Stop(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	late, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer cancel()
+	if _, err := d.begin(late, "add"); CodeOf(err) != Timeout {
+		t.Errorf("%v", err)
+	}
+}
+
 // TestTurns: changes go one at a time; who stops waiting for a turn gets none.
 func TestTurns(t *testing.T) {
 	d := &Daemon{change: make(chan struct{}, 1)}
