@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -105,10 +104,11 @@ func TestClaimOutlivesProcess(t *testing.T) {
 				return content, bytes.Count(content, bytes.Repeat([]byte{fill}, 512))
 			}
 			for fill := byte('a'); ; fill++ {
-				kill := writeAndWait(t, path, fill)
+				child, _ := startChild(t, "TestClaimChild", fmt.Sprintf("CLAIM_TEST_CHILD=%s %c", path, fill), "writing")
 				time.Sleep(300 * time.Millisecond)
 				_, before := disk(fill)
-				kill()
+				child.Process.Kill()
+				child.Wait()
 				refused := 0
 				waitFor(t, "the end of what was under way", func() bool {
 					f, err := claim(path)
@@ -136,33 +136,4 @@ func TestClaimOutlivesProcess(t *testing.T) {
 			}
 		})
 	}
-}
-
-// writeAndWait starts a process that claims path and writes to it, and waits
-// until it does. kill ends it.
-func writeAndWait(t *testing.T, path string, fill byte) (kill func()) {
-	t.Helper()
-	child := exec.Command(os.Args[0], "-test.run=^TestClaimChild$")
-	child.Env = append(os.Environ(), fmt.Sprintf("CLAIM_TEST_CHILD=%s %c", path, fill))
-	child.Stderr = os.Stderr
-	out, err := child.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := child.Start(); err != nil {
-		t.Fatal(err)
-	}
-	kill = func() {
-		child.Process.Kill()
-		child.Wait()
-	}
-	t.Cleanup(kill)
-	var said []byte
-	for b := make([]byte, 256); !bytes.Contains(said, []byte("writing")); {
-		n, err := out.Read(b)
-		if said = append(said, b[:n]...); err != nil {
-			t.Fatalf("the child: %v: %s", err, said)
-		}
-	}
-	return kill
 }

@@ -1,10 +1,12 @@
 package integration
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -109,6 +111,37 @@ func kernelComplaints() []string {
 			}
 		}
 	}
+}
+
+// startChild runs one of these tests, which env tells what to do, in a process of
+// its own, and waits for a line that begins with sign: said is the rest of it. The
+// process is killed at the end of the test at the latest.
+func startChild(t testing.TB, test, env, sign string) (child *exec.Cmd, said string) {
+	t.Helper()
+	child = exec.Command(os.Args[0], "-test.run=^"+test+"$")
+	child.Env = append(os.Environ(), env)
+	child.Stderr = os.Stderr
+	out, err := child.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		child.Process.Kill()
+		child.Wait()
+	})
+	var before strings.Builder
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		if said, ok := strings.CutPrefix(lines.Text(), sign); ok {
+			go func() { _, _ = io.Copy(io.Discard, out) }()
+			return child, said
+		}
+		before.WriteString(lines.Text() + "\n")
+	}
+	t.Fatalf("the child ended: %s", before.String())
+	return nil, ""
 }
 
 // patience is how long a test waits for what has to come, under emulation and

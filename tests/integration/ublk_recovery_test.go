@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -91,32 +90,10 @@ func startUblkServer(t testing.TB, id int, path string, mode ublk.Mode) *ublkSer
 	if id >= 0 {
 		verb = "recover"
 	}
-	s := &ublkServer{cmd: exec.Command(os.Args[0], "-test.run=^TestUblkChild$")}
-	s.cmd.Env = append(os.Environ(), fmt.Sprintf("UBLK_TEST_CHILD=%s %d %s %d", verb, id, path, mode))
-	s.cmd.Stderr = os.Stderr
-	out, err := s.cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(s.kill)
-	var said strings.Builder
-	lines := bufio.NewScanner(out)
-	for lines.Scan() {
-		if n, ok := strings.CutPrefix(lines.Text(), "serving "); ok {
-			s.id, _ = strconv.Atoi(n)
-			go func() {
-				for lines.Scan() {
-				}
-			}()
-			return s
-		}
-		said.WriteString(lines.Text() + "\n")
-	}
-	t.Fatalf("the server ended: %s", said.String())
-	return nil
+	child, said := startChild(t, "TestUblkChild", fmt.Sprintf("UBLK_TEST_CHILD=%s %d %s %d", verb, id, path, mode), "serving ")
+	s := &ublkServer{cmd: child}
+	s.id, _ = strconv.Atoi(said)
+	return s
 }
 
 // TestUblkRecovery kills the server again and again under I/O: no request
