@@ -272,7 +272,7 @@ func (c *Config) ReadConfig(path string) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("read configuration: %w", err)
+		return fail(err, "read configuration")
 	}
 	return c.parse(path, string(b))
 }

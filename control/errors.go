@@ -31,6 +31,8 @@ const (
 	Corrupted   Code = "corrupted" // a snapshot or a change map that broke
 	Timeout     Code = "timeout"
 	Interrupted Code = "interrupted"
+	// GenerationEnded: what changed since then cannot be told, everything has to be copied.
+	GenerationEnded Code = "generation_ended"
 )
 
 // Error is a failed operation, as it travels from the daemon to the caller.

@@ -117,7 +117,7 @@ func httpStatus(c Code) int {
 		return http.StatusBadRequest
 	case NotFound:
 		return http.StatusNotFound
-	case Exists, Busy, ReadOnly, Corrupted:
+	case Exists, Busy, ReadOnly, Corrupted, GenerationEnded:
 		return http.StatusConflict
 	case Denied:
 		return http.StatusForbidden

@@ -33,12 +33,12 @@ The content stays where it is: after "remove" the disk is used directly again.`,
 			}
 			if mode != "" {
 				if r.Mode, err = control.ParseMode(mode); err != nil {
-					return fmt.Errorf("add %s: %w", args[0], err)
+					return usage("add %s: %v", args[0], err)
 				}
 			}
 			for flag, v := range map[string]int{"queues": r.Queues, "depth": r.Depth} {
 				if c.Flags().Changed(flag) && v < 1 {
-					return fmt.Errorf("add %s: --%s %d: must be at least 1", args[0], flag, v)
+					return usage("add %s: --%s %d: must be at least 1", args[0], flag, v)
 				}
 			}
 			if c.Flags().Changed("recovery") {

@@ -13,7 +13,7 @@ import (
 // scripts that were written for it. An option that takes several values may be
 // given several times, or once with the values behind it.
 func (p *program) blksnapCommands() []*cobra.Command {
-	return []*cobra.Command{
+	cs := []*cobra.Command{
 		p.blksnapAttach(), p.blksnapDetach(),
 		p.blksnapCBTInfo(), p.blksnapReadCBTMap(), p.blksnapMarkDirtyBlock(),
 		p.blksnapSnapshotCreate(), p.blksnapSnapshotAdd(), p.blksnapSnapshotAppendStorage(),
@@ -21,7 +21,20 @@ func (p *program) blksnapCommands() []*cobra.Command {
 		p.blksnapSnapshotInfo(), p.blksnapSnapshotCollect(),
 		p.blksnapSnapshotWaitEvent(), p.blksnapSnapshotWatcher(),
 	}
+	for _, c := range cs {
+		c.Annotations = map[string]string{blksnapVerb: c.Name()}
+		c.PreRunE = func(c *cobra.Command, _ []string) error {
+			if err := c.ValidateRequiredFlags(); err != nil {
+				return usage("%s: %v", c.Name(), err)
+			}
+			return nil
+		}
+	}
+	return cs
 }
+
+// blksnapVerb marks blksnap's own commands.
+const blksnapVerb = "blksnap"
 
 // Options that several of blksnap's commands share.
 
@@ -44,7 +57,7 @@ func require(c *cobra.Command, flag string) {
 // checkID refuses what is no UUID before the daemon is asked.
 func checkID(c *cobra.Command, id string) error {
 	if _, err := uuid.Parse(id); err != nil {
-		return &control.Error{Code: control.Invalid, Message: c.Name() + ": --id " + id + ": not a UUID"}
+		return usage("%s: --id %s: not a UUID", c.Name(), id)
 	}
 	return nil
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -48,11 +47,11 @@ func (p *program) blksnapMarkDirtyBlock() *cobra.Command {
 			ranges = append(ranges, args...)
 			switch {
 			case file != "" && len(ranges) > 0:
-				return errors.New("markdirtyblock: give --ranges or --file, not both")
+				return usage("markdirtyblock: give --ranges or --file, not both")
 			case file != "":
 				return p.markFile(c, device, file)
 			case device == "" || len(ranges) == 0:
-				return errors.New("markdirtyblock: give --device and --ranges, or --file")
+				return usage("markdirtyblock: give --device and --ranges, or --file")
 			}
 			return p.markRanges(c, device, ranges)
 		},

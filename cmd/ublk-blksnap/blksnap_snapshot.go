@@ -137,7 +137,7 @@ several snapshots of one device it is the latest one.`,
 		Args: args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
 			if field != "" && field != "image" && field != "error_code" {
-				return fmt.Errorf("snapshot_info: no field %q: use image or error_code", field)
+				return usage("snapshot_info: no field %q: use image or error_code", field)
 			}
 			path, err := devicePath(device)
 			if err != nil {

@@ -47,10 +47,10 @@ func TestBlksnapCommands(t *testing.T) {
 		}
 	}
 	runRefused(t, map[string]string{
-		"blksnap detach":                                     `blksnap: required flag(s) "device" not set`,
+		"blksnap detach":                                     `blksnap: detach: required flag(s) "device" not set`,
 		"blksnap snapshot_take -i 17":                        "blksnap: snapshot_take: --id 17: not a UUID",
 		"blksnap snapshot_destroy -i x":                      "blksnap: snapshot_destroy: --id x: not a UUID",
-		"blksnap snapshot_waitevent -i " + id1:               `blksnap: required flag(s) "timeout" not set`,
+		"blksnap snapshot_waitevent -i " + id1:               `blksnap: snapshot_waitevent: required flag(s) "timeout" not set`,
 		"blksnap snapshot_waitevent -i " + id1 + " -t -1":    "blksnap: snapshot_waitevent: invalid argument",
 		"blksnap snapshot_create -d vdb -f /s -l 10x":        `blksnap: snapshot_create: invalid argument "10x" for "-l, --limit"`,
 		"blksnap markdirtyblock -d vdb":                      "blksnap: markdirtyblock: give --device and --ranges, or --file",
@@ -59,7 +59,7 @@ func TestBlksnapCommands(t *testing.T) {
 		"blksnap markdirtyblock -d vdb -r 8":                 `blksnap: mark vdb: "8" is not a range`,
 		"blksnap markdirtyblock -f /no/such/file":            "blksnap: markdirtyblock: open /no/such/file",
 		"blksnap snapshot_info -d vdb -f size":               `blksnap: snapshot_info: no field "size"`,
-		"blksnap snapshot_appendstorage -i " + id1:           `blksnap: required flag(s) "file" not set`,
+		"blksnap snapshot_appendstorage -i " + id1:           `blksnap: snapshot_appendstorage: required flag(s) "file" not set`,
 		"blksnap snapshot_appendstorage -i " + id1 + " /tmp": "blksnap: snapshot_appendstorage: 1 arguments given",
 	})
 }

@@ -23,11 +23,11 @@ sectors of 512 bytes, merged and in order. N belongs to a generation: with
 		ValidArgsFunction: p.deviceNames,
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if !c.Flags().Changed("since") {
-				return fmt.Errorf("changes: since which take? give --since N")
+				return usage("changes: since which take? give --since N")
 			}
 			if r.Generation != "" {
 				if _, err := uuid.Parse(r.Generation); err != nil {
-					return fmt.Errorf("changes: --generation %s: not a UUID", r.Generation)
+					return usage("changes: --generation %s: not a UUID", r.Generation)
 				}
 			}
 			if r.Device, err = devicePath(args[0]); err != nil {

@@ -33,7 +33,7 @@ func (p *program) writeCBTMap(c *cobra.Command, device, file string) error {
 		return err
 	}
 	if f, ok := p.out.(*os.File); ok && file == "" && !p.json && isTerminal(f) {
-		return fmt.Errorf("map: bytes do not belong on a terminal: give --output FILE")
+		return usage("map: bytes do not belong on a terminal: give --output FILE")
 	}
 	return p.with(c, func(ctx context.Context, api control.API) error {
 		m, err := api.CBTMap(ctx, dev)

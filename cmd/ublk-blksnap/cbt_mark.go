@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -27,7 +26,7 @@ func (p *program) markRanges(c *cobra.Command, device string, ranges []string) e
 	for _, s := range ranges {
 		x, err := control.ParseRange(s)
 		if err != nil {
-			return fmt.Errorf("mark %s: %w", device, err)
+			return usage("mark %s: %v", device, err)
 		}
 		r.Ranges = append(r.Ranges, x)
 	}

@@ -25,8 +25,10 @@ func TestConfigCommands(t *testing.T) {
 		{"ublk-blksnap config check --config " + good, nil, good + ": ok\n"},
 	})
 	runRefused(t, map[string]string{
-		"ublk-blksnap config check " + bad:              "ublk-blksnap: " + bad + ":2: quues: no such parameter\n",
-		"ublk-blksnap config show " + bad:               "ublk-blksnap: " + bad + ":2: quues: no such parameter\n",
+		"ublk-blksnap config check " + bad: "ublk-blksnap: " + bad + ":2: quues: no such parameter\n",
+		"ublk-blksnap config show " + bad:  "ublk-blksnap: " + bad + ":2: quues: no such parameter\n",
+	})
+	runFailing(t, statusNotFound, map[string]string{
 		"ublk-blksnap config check " + dir + "/nothing": "ublk-blksnap: read configuration: open " + dir + "/nothing: no such file",
 	})
 

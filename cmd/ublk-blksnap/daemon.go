@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"log/slog"
 	"strings"
 
@@ -72,7 +71,7 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, starte
 	}
 	level := slog.LevelInfo
 	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
-		return fmt.Errorf("log_level: %w", err)
+		return usage("log_level: %v", err)
 	}
 	log := slog.New(slog.NewTextHandler(p.err, &slog.HandlerOptions{Level: level}))
 	if err := control.EnterNamespace(p.dir(), cfg); err != nil {
@@ -89,7 +88,7 @@ func override(cfg *control.Config, given *pflag.FlagSet, params []control.Param)
 	for i, q := range cfg.Params() {
 		if given.Changed(q.Flag()) {
 			if err := q.Value.Set(params[i].Value.String()); err != nil {
-				return fmt.Errorf("--%s: %w", q.Flag(), err)
+				return usage("--%s: %v", q.Flag(), err)
 			}
 		}
 	}
@@ -97,7 +96,7 @@ func override(cfg *control.Config, given *pflag.FlagSet, params []control.Param)
 		// The message names the key; on the command line it is a flag.
 		key, what, _ := strings.Cut(err.Error(), ":")
 		if given.Changed(strings.ReplaceAll(key, "_", "-")) {
-			return fmt.Errorf("--%s:%s", strings.ReplaceAll(key, "_", "-"), what)
+			return usage("--%s:%s", strings.ReplaceAll(key, "_", "-"), what)
 		}
 		return err
 	}

@@ -33,7 +33,7 @@ needed is missing.`,
 				}
 			})
 			if err == nil && !well {
-				err = silentError{}
+				err = silentError(statusFailed)
 			}
 			return err
 		},

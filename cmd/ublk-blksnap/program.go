@@ -20,6 +20,7 @@ import (
 // program is one run of the command line.
 type program struct {
 	name     string // ublk-blksnap or blksnap
+	blksnap  bool   // a command of blksnap's was called
 	out, err io.Writer
 	// connect reaches the daemon, starting it if need be.
 	connect func(context.Context) (control.API, error)
@@ -29,16 +30,36 @@ type program struct {
 	configPath string
 }
 
-// run executes a command line and returns the exit status: 0, or 1 after an
-// error, which has been written.
+// run executes a command line and returns the exit status; an error has been
+// written.
 func (p *program) run(ctx context.Context, args []string) int {
 	p.name = filepath.Base(args[0])
 	root := p.root()
 	root.SetArgs(args[1:])
 	root.SetOut(p.out)
 	root.SetErr(p.err)
-	return p.exit(root.ExecuteContext(ctx))
+	c, err := root.ExecuteContextC(ctx)
+	p.blksnap = p.name == "blksnap" || c.Annotations[blksnapVerb] != ""
+	return p.exit(err)
 }
+
+// The exit statuses: the kinds of failure that a script does something about.
+const (
+	statusFailed          = 1
+	statusUsage           = 2
+	statusNotFound        = 3
+	statusNoDaemon        = 4
+	statusBusy            = 5
+	statusGenerationEnded = 6
+	statusCorrupted       = 7
+	statusTimeout         = 8
+	statusInterrupted     = 128 + 2 // as a shell has it for SIGINT
+)
+
+const statusHelp = `Exit status: 0 done, 1 failed, 2 wrong usage, 3 no such device, snapshot or file,
+4 no daemon runs, 5 in use, 6 the generation of changes has ended: a full copy is
+needed, 7 the snapshot or the change map is corrupted, 8 took too long,
+130 interrupted. blksnap's own commands know 0 and 1, as blksnap does.`
 
 // exit is the one place where an error becomes text and an exit status.
 func (p *program) exit(err error) int {
@@ -47,24 +68,55 @@ func (p *program) exit(err error) int {
 	}
 	var silent silentError
 	if errors.As(err, &silent) {
-		return 1
+		return int(silent)
+	}
+	var e *control.Error
+	if !errors.As(err, &e) {
+		e = &control.Error{Code: control.Internal, Message: err.Error()}
 	}
 	if p.json {
-		var e *control.Error
-		if !errors.As(err, &e) {
-			e = &control.Error{Code: control.Invalid, Message: err.Error()}
-		}
 		_ = p.printJSON(p.err, map[string]any{"error": e})
-		return 1
+	} else {
+		fmt.Fprintf(p.err, "%s: %s\n", p.name, err)
 	}
-	fmt.Fprintf(p.err, "%s: %s\n", p.name, err)
-	return 1
+	if s := exitStatus(e.Code); !p.blksnap || s == statusInterrupted {
+		return s
+	}
+	return statusFailed
 }
 
-// silentError ends the program with status 1 after it has said everything.
-type silentError struct{}
+func exitStatus(c control.Code) int {
+	switch c {
+	case control.Invalid:
+		return statusUsage
+	case control.NotFound:
+		return statusNotFound
+	case control.Unavailable:
+		return statusNoDaemon
+	case control.Busy:
+		return statusBusy
+	case control.GenerationEnded:
+		return statusGenerationEnded
+	case control.Corrupted:
+		return statusCorrupted
+	case control.Timeout:
+		return statusTimeout
+	case control.Interrupted:
+		return statusInterrupted
+	case control.Internal, control.Exists, control.ReadOnly, control.Unsupported, control.Denied, control.NoSpace:
+	}
+	return statusFailed
+}
+
+// silentError ends the program with this status after it has said everything.
+type silentError int
 
 func (silentError) Error() string { return "failed" }
+
+// usage is the error of a command line that makes no sense.
+func usage(format string, args ...any) error {
+	return &control.Error{Code: control.Invalid, Message: fmt.Sprintf(format, args...)}
+}
 
 func (p *program) root() *cobra.Command {
 	asBlksnap := p.name == "blksnap"
@@ -92,7 +144,7 @@ func (p *program) root() *cobra.Command {
 		return nil
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return fmt.Errorf("%s: %w: see %s --help", c.Name(), err, c.CommandPath())
+		return usage("%s: %v: see %s --help", c.Name(), err, c.CommandPath())
 	})
 	if asBlksnap {
 		root.Short = "Snapshots and changed-block tracking of block devices"
@@ -115,7 +167,9 @@ instant; each has a writable image device.
   ublk-blksnap remove vdb
 
 A daemon does the work; the first command that needs it starts it.
-"ublk-blksnap doctor" tells whether this machine can run it.`
+"ublk-blksnap doctor" tells whether this machine can run it.
+
+` + statusHelp
 	root.AddGroup(
 		&cobra.Group{ID: "device", Title: "Devices:"},
 		&cobra.Group{ID: "snapshot", Title: "Snapshots and changes:"},
@@ -141,7 +195,7 @@ A daemon does the work; the first command that needs it starts it.
 // others.
 func noCommand(c *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return fmt.Errorf("no command %q: see %s --help", args[0], c.CommandPath())
+		return usage("no command %q: see %s --help", args[0], c.CommandPath())
 	}
 	return nil
 }
@@ -150,7 +204,7 @@ func noCommand(c *cobra.Command, args []string) error {
 func args(least, most int) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
 		if len(args) < least || most >= 0 && len(args) > most {
-			return fmt.Errorf("%s: %d arguments given: use %s", c.Name(), len(args), c.UseLine())
+			return usage("%s: %d arguments given: use %s", c.Name(), len(args), c.UseLine())
 		}
 		return nil
 	}

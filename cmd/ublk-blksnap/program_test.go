@@ -199,14 +199,24 @@ func runGolden(t *testing.T, goldens []golden) {
 	}
 }
 
-// refused are command lines that must fail without the daemon being asked, with
-// what they must say.
+// refused are command lines that make no sense: they must fail without the
+// daemon being asked, with what they must say.
 func runRefused(t *testing.T, refused map[string]string) {
 	t.Helper()
-	for line, want := range refused {
+	runFailing(t, statusUsage, refused)
+}
+
+// runFailing is runRefused with another status; blksnap knows only one.
+func runFailing(t *testing.T, wantStatus int, failing map[string]string) {
+	t.Helper()
+	for line, want := range failing {
 		f := newFake()
 		status, out, errs := execute(f, strings.Fields(line)...)
-		if status != 1 || out != "" || !strings.HasPrefix(errs, want) || strings.Count(errs, "\n") != 1 {
+		wantStatus := wantStatus
+		if strings.HasPrefix(line, "blksnap ") {
+			wantStatus = 1
+		}
+		if status != wantStatus || out != "" || !strings.HasPrefix(errs, want) || strings.Count(errs, "\n") != 1 {
 			t.Errorf("%s: status %d, printed %q, said %q; want %q", line, status, out, errs, want)
 		}
 		if len(f.asked) > 0 {
@@ -219,7 +229,7 @@ func TestErrorsOfTheDaemon(t *testing.T) {
 	f := newFake()
 	f.err = &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add /dev/vdb: mounted on /mnt", Fix: "unmount it first"}
 	status, out, errs := execute(f, "ublk-blksnap", "add", "/dev/vdb")
-	if status != 1 || out != "" || errs != "ublk-blksnap: add /dev/vdb: mounted on /mnt: unmount it first\n" {
+	if status != statusBusy || out != "" || errs != "ublk-blksnap: add /dev/vdb: mounted on /mnt: unmount it first\n" {
 		t.Errorf("status %d, %q, %q", status, out, errs)
 	}
 	status, out, errs = execute(f, "ublk-blksnap", "add", "/dev/vdb", "--json")
@@ -230,8 +240,55 @@ func TestErrorsOfTheDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := map[string]string{"code": "busy", "errno": "EBUSY", "message": "add /dev/vdb: mounted on /mnt", "fix": "unmount it first"}
-	if status != 1 || out != "" || !reflect.DeepEqual(e.Error, want) {
+	if status != statusBusy || out != "" || !reflect.DeepEqual(e.Error, want) {
 		t.Errorf("status %d, %q, %v", status, out, e.Error)
+	}
+}
+
+// TestExitStatuses: what a script goes by. blksnap's own commands know only that
+// they failed, under either name.
+func TestExitStatuses(t *testing.T) {
+	for _, c := range []struct {
+		err    error
+		status int
+	}{
+		{nil, 0},
+		{errors.New("whatever"), 1},
+		{&control.Error{Code: control.Internal}, 1},
+		{&control.Error{Code: control.Exists}, 1},
+		{&control.Error{Code: control.Denied}, 1},
+		{&control.Error{Code: control.NoSpace}, 1},
+		{&control.Error{Code: control.Invalid}, 2},
+		{&control.Error{Code: control.NotFound}, 3},
+		{&control.Error{Code: control.Unavailable}, 4},
+		{&control.Error{Code: control.Busy}, 5},
+		{&control.Error{Code: control.GenerationEnded}, 6},
+		{&control.Error{Code: control.Corrupted}, 7},
+		{&control.Error{Code: control.Timeout}, 8},
+		{&control.Error{Code: control.Interrupted}, 130},
+	} {
+		f := newFake()
+		f.err = c.err
+		blksnap := min(c.status, 1)
+		if c.status == 130 {
+			blksnap = 130
+		}
+		for line, want := range map[string]int{
+			"ublk-blksnap list":                       c.status,
+			"ublk-blksnap list --json":                c.status,
+			"ublk-blksnap snapshot_destroy -i " + id1: blksnap,
+			"blksnap snapshot_destroy -i " + id1:      blksnap,
+		} {
+			if status, _, errs := execute(f, strings.Fields(line)...); status != want {
+				t.Errorf("%s with %v: status %d, want %d, said %q", line, c.err, status, want, errs)
+			}
+		}
+	}
+	if _, out, _ := execute(newFake(), "ublk-blksnap", "--help"); !strings.Contains(out, statusHelp) {
+		t.Errorf("--help does not tell the exit statuses:\n%s", out)
+	}
+	if status, _, _ := execute(newFake(), "ublk-blksnap", "snapshot_take", "-i", "17"); status != 1 {
+		t.Errorf("wrong usage of a command of blksnap's: status %d", status)
 	}
 }
 
@@ -281,7 +338,7 @@ func TestUsage(t *testing.T) {
 		"ublk-blksnap add vdb --deep":     "ublk-blksnap: add: unknown flag: --deep: see ublk-blksnap add --help",
 		"ublk-blksnap list x":             "ublk-blksnap: list: 1 arguments given: use ",
 		"blksnap add /dev/vdb":            `blksnap: no command "add": see blksnap --help`,
-		"blksnap attach":                  `blksnap: required flag(s) "device" not set`,
+		"blksnap attach":                  `blksnap: attach: required flag(s) "device" not set`,
 		"ublk-blksnap add vdb --queues=x": "ublk-blksnap: add: invalid argument",
 	})
 	for _, line := range []string{"ublk-blksnap", "ublk-blksnap --help", "ublk-blksnap help", "blksnap --help", "blksnap help",

@@ -31,7 +31,7 @@ device. It must not lie on any of the disks, through no stack of devices.`,
 		Args:    args(0, -1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if noFreeze && !take {
-				return fmt.Errorf("create: --no-freeze is for the take: give --take too")
+				return usage("create: --no-freeze is for the take: give --take too")
 			}
 			r := control.CreateRequest{ChunkSize: int64(chunk)}
 			if r.Devices, err = devicePaths(args); err != nil {

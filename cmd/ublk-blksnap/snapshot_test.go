@@ -68,7 +68,7 @@ func TestDestroyGoesOn(t *testing.T) {
 	f := newFake()
 	f.err = &control.Error{Code: control.NotFound, Errno: unix.ESRCH, Message: "no such snapshot"}
 	status, _, errs := execute(f, "ublk-blksnap", "snapshot", "destroy", id1, id2)
-	if status != 1 || len(f.asked) != 2 || errs != "ublk-blksnap: no such snapshot\nno such snapshot\n" {
+	if status != statusNotFound || len(f.asked) != 2 || errs != "ublk-blksnap: no such snapshot\nno such snapshot\n" {
 		t.Errorf("status %d, asked %v, said %q", status, f.asked, errs)
 	}
 }

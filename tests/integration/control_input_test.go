@@ -20,13 +20,13 @@ import (
 // may do here.
 var progress = regexp.MustCompile(`(?m)^.* … \d+s\n`)
 
-// refused calls the program and wants status 1, nothing on standard output and
-// one line on standard error that says all of the words.
+// refused calls the program and wants a status that the program has, nothing on
+// standard output and one line on standard error that says all of the words.
 func (d *daemon) refused(words []string, args ...string) {
 	d.t.Helper()
 	a := d.call("ublk-blksnap", args...)
 	a.errout = progress.ReplaceAllString(a.errout, "")
-	if a.status != 1 || a.out != "" || strings.Count(a.errout, "\n") != 1 || !strings.HasPrefix(a.errout, "ublk-blksnap: ") {
+	if a.status < 1 || a.status > 8 || a.out != "" || strings.Count(a.errout, "\n") != 1 || !strings.HasPrefix(a.errout, "ublk-blksnap: ") {
 		d.t.Errorf("%v: status %d, printed %q, said %q", args, a.status, a.out, a.errout)
 	}
 	for _, w := range words {
@@ -202,7 +202,29 @@ func TestBadParameters(t *testing.T) {
 	if ss, err := d.Snapshots(ctx(t)); err != nil || len(ss) != 0 {
 		t.Errorf("left of refused snapshots: %v, %v", ss, err)
 	}
+	// What a script goes by; blksnap's own commands only say that they failed.
+	for _, c := range []struct {
+		status int
+		args   string
+	}{
+		{1, "add " + disk}, {2, "add --nonsense"}, {2, "add /dev/null"}, {3, "remove nothing"}, {3, "snapshot destroy " + id},
+		{5, "add " + busyDisk(t)}, {1, "detach -d nothing"}, {1, "snapshot_destroy -i " + id},
+	} {
+		if a := d.call("ublk-blksnap", strings.Fields(c.args)...); a.status != c.status || a.out != "" || a.errout == "" {
+			t.Errorf("%s: %+v, want status %d", c.args, a, c.status)
+		}
+	}
 	d.remove(dev)
+}
+
+// busyDisk is a disk that is used as swap space.
+func busyDisk(t *testing.T) string {
+	t.Helper()
+	disk := loopDisk(t, 1<<20, 512)
+	run(t, "mkswap", disk)
+	run(t, "swapon", disk)
+	t.Cleanup(func() { run(t, "swapoff", disk) })
+	return disk
 }
 
 // TestRemoveInUse: a filter that somebody uses stays, with the user named.

@@ -394,7 +394,7 @@ func TestMistake9FreezeFails(t *testing.T) {
 	t.Cleanup(func() { _, _ = try("fsfreeze", "-u", dir) })
 	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: "/dev/shm"}}})
 	a := d.call("ublk-blksnap", "snapshot", "take", s.ID)
-	if a.status != 1 || !strings.Contains(a.errout, "freeze "+dir) {
+	if a.status != 5 || !strings.Contains(a.errout, "freeze "+dir) {
 		t.Errorf("take: %+v", a)
 	}
 	if got := d.snapshot(s.ID); got.State != control.SnapshotCreated {
