@@ -24,7 +24,7 @@ func cbtError(err error, format string, args ...any) error {
 	case errors.Is(err, cbtmap.ErrCorrupted):
 		e.Code, e.Errno, e.Fix = Corrupted, unix.EFAULT, "copy the whole device: the next take begins anew"
 	case errors.Is(err, cbtmap.ErrGeneration):
-		e.Code, e.Errno, e.Fix = NotFound, unix.ESTALE, "copy the whole device"
+		e.Code, e.Errno, e.Fix = GenerationEnded, unix.ESTALE, "copy the whole device"
 	case errors.Is(err, cbtmap.ErrNotTaken):
 		e.Code, e.Errno = NotFound, unix.ENOENT
 	case errors.Is(err, cbtmap.ErrRange):

@@ -156,7 +156,7 @@ func TestChangesExact(t *testing.T) {
 	_, err := d.changed(dev, 100, "")
 	want(t, err, control.NotFound)
 	_, err = d.changed(dev, 1, "00000000-0000-4000-8000-000000000000")
-	want(t, err, control.NotFound, "copy the whole device")
+	want(t, err, control.GenerationEnded, "copy the whole device")
 	f.close()
 	d.remove(dev)
 }
@@ -273,7 +273,7 @@ func TestMistake1NumberWraps(t *testing.T) {
 				}
 				// Who asks for an increment must not be told that nothing changed.
 				_, err := d.changed(dev, last.ChangesNumber, last.Generation)
-				want(t, err, control.NotFound, "copy the whole device")
+				want(t, err, control.GenerationEnded, "copy the whole device")
 			}
 			generations++
 			take(0, size)
