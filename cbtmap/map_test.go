@@ -50,7 +50,7 @@ func readAll(t testing.TB, m *Map) []byte {
 // changedBlocks are the blocks that readers are told, found through Changes.
 func changedBlocks(t testing.TB, m *Map, generation uuid.UUID, since uint8) []bool {
 	t.Helper()
-	seq, err := m.Changes(generation, since)
+	seq, err := m.Changes(generation, uint64(since))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -344,7 +344,7 @@ func TestChangesMergesNeighboursAndEndsWithTheDevice(t *testing.T) {
 	m.Mark(10*4096, 512)
 	m.Switch()
 	for _, c := range []struct {
-		since uint8
+		since uint64
 		want  []Range
 	}{
 		{0, []Range{{0, 3 * 4096}, {9 * 4096, 4096 + 1536}}},

@@ -166,7 +166,7 @@ func (w *world) check(t fataler) (increments int) {
 			continue // a full copy is always right
 		}
 		increments++
-		seq, err := w.m.Changes(base.generation, base.number)
+		seq, err := w.m.Changes(base.generation, uint64(base.number))
 		if err != nil {
 			t.Fatalf("increment from %d to %d: %v", base.number, i.ChangesNumber, err)
 		}

@@ -88,24 +88,24 @@ func (m *Map) ReadMap(generation uuid.UUID, dst []byte, off int64) (int, error) 
 // the last take, ascending, as long as they can be, the last one ending with the
 // device. They are those of the moment of the call, for which the readable map is
 // copied; the sequence may be used at any time after it, and more than once.
-func (m *Map) Changes(generation uuid.UUID, since uint8) (iter.Seq[Range], error) {
+func (m *Map) Changes(generation uuid.UUID, since uint64) (iter.Seq[Range], error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err := m.checkReaderLocked(generation); err != nil {
 		return nil, fmt.Errorf("list changes: %w", err)
 	}
-	if since > m.number {
+	if since > uint64(m.number) {
 		return nil, fmt.Errorf("list changes: %w: %d, last is %d", ErrNotTaken, since, m.number)
 	}
 	taken, g := bytes.Clone(m.readable), m.geometry
 	return func(yield func(Range) bool) {
 		for i := 0; i < len(taken); {
-			if taken[i] <= since {
+			if uint64(taken[i]) <= since {
 				i++
 				continue
 			}
 			first := int64(i)
-			for i < len(taken) && taken[i] > since {
+			for i < len(taken) && uint64(taken[i]) > since {
 				i++
 			}
 			off := first << g.shift

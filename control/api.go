@@ -28,6 +28,8 @@ type API interface {
 	// changed.
 	CBTMap(ctx context.Context, device string) ([]byte, error)
 	// CBTChanges are the ranges that changed since a take, merged and in order.
+	// [GenerationEnded] if only a full copy helps, [NotFound] if there was no such
+	// take.
 	CBTChanges(ctx context.Context, r ChangesRequest) (Changes, error)
 	// MarkDirty counts ranges as changed: all of them or none.
 	MarkDirty(ctx context.Context, r MarkRequest) error
@@ -154,20 +156,19 @@ type CBTInfo struct {
 	BlockCount     int64  `json:"block_count"`
 	GenerationID   string `json:"generation_id"`
 	ChangesNumber  uint8  `json:"changes_number"` // of the last take
+	Take           Take   `json:"take"`           // the last take: both of the above
 }
 
 // ChangesRequest asks what changed between a take and the last one.
 type ChangesRequest struct {
 	Device string `json:"device"`
-	Since  uint8  `json:"since"`
-	// Generation is the one that Since belongs to; empty: the present one.
-	Generation string `json:"generation,omitempty"`
+	Since  Take   `json:"since"`
 }
 
 // Changes are changed ranges.
 type Changes struct {
 	CBTInfo
-	Since  uint8   `json:"since"`
+	Since  Take    `json:"since"`
 	Ranges []Range `json:"ranges"`
 }
 
@@ -238,9 +239,8 @@ type SnapshotImage struct {
 	Path     string `json:"path,omitempty"` // /dev/ublkbM, once taken
 	Link     string `json:"link,omitempty"` // /dev/ublk-blksnap/images/…
 	Errno    int    `json:"error_code"`     // negative
-	// Generation and ChangesNumber name this take in the device's change map.
-	Generation    string `json:"generation_id,omitempty"`
-	ChangesNumber uint8  `json:"changes_number"`
+	// Take names this take in the device's change map.
+	Take *Take `json:"take,omitempty"`
 }
 
 // SnapshotUsage is what a snapshot takes up, in bytes.

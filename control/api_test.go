@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 )
 
@@ -128,7 +129,7 @@ func calls(ctx context.Context, a API) map[string]struct {
 	yes := true
 	add := AddRequest{Path: "/dev/vdb", Name: "n", Queues: 2, Depth: 3, Mode: ModeCopy, Recovery: &yes}
 	remove := RemoveRequest{Device: "n", Force: true}
-	changes := ChangesRequest{Device: "n", Since: 7, Generation: "g"}
+	changes := ChangesRequest{Device: "n", Since: Take{uuid.UUID{1}, 7}}
 	mark := MarkRequest{Device: "n", Ranges: []Range{{1, 2}, {3, 4}}}
 	create := CreateRequest{Devices: []string{"n"}, Storage: []Storage{{"/s", 5}}, ChunkSize: 4096, Attach: true}
 	addTo := SnapshotDeviceRequest{ID: "u", Device: "n", Attach: true}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 
-	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
@@ -13,9 +12,11 @@ import (
 func cbtInfo(i cbtmap.Info) CBTInfo {
 	return CBTInfo{
 		DeviceCapacity: i.DeviceCapacity, BlockSize: i.BlockSize, BlockCount: i.BlockCount,
-		GenerationID: i.GenerationID.String(), ChangesNumber: i.ChangesNumber,
+		GenerationID: i.GenerationID.String(), ChangesNumber: i.ChangesNumber, Take: takeOf(i),
 	}
 }
+
+func takeOf(i cbtmap.Info) Take { return Take{i.GenerationID, uint64(i.ChangesNumber)} }
 
 // cbtError gives the change map's errors their codes.
 func cbtError(err error, format string, args ...any) error {
@@ -73,6 +74,9 @@ func (d *Daemon) CBTMap(_ context.Context, ref string) ([]byte, error) {
 
 // CBTChanges implements API.
 func (d *Daemon) CBTChanges(_ context.Context, r ChangesRequest) (Changes, error) {
+	if r.Since == (Take{}) {
+		return Changes{}, invalid("changes of %s: since which take?", r.Device)
+	}
 	v, release, err := d.hold(r.Device)
 	if err != nil {
 		return Changes{}, fail(err, "changes of %s", r.Device)
@@ -82,15 +86,9 @@ func (d *Daemon) CBTChanges(_ context.Context, r ChangesRequest) (Changes, error
 	if err != nil {
 		return Changes{}, cbtError(err, "changes of %s", r.Device)
 	}
-	gen := i.GenerationID
-	if r.Generation != "" {
-		if gen, err = uuid.Parse(r.Generation); err != nil {
-			return Changes{}, invalid("changes of %s: generation %q is not a UUID", r.Device, r.Generation)
-		}
-	}
-	seq, err := v.cbt.Changes(gen, r.Since)
+	seq, err := v.cbt.Changes(r.Since.Generation, r.Since.Number)
 	if err != nil {
-		return Changes{}, cbtError(err, "changes of %s since take %d", r.Device, r.Since)
+		return Changes{}, cbtError(err, "changes of %s", r.Device)
 	}
 	out := Changes{CBTInfo: cbtInfo(i), Since: r.Since, Ranges: []Range{}}
 	for x := range seq {

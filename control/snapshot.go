@@ -652,7 +652,8 @@ func (d *Daemon) describeSnapshot(s *snapshot) Snapshot {
 		x := SnapshotImage{Device: im.of.Name, Original: im.of.Original, Errno: out.Errno}
 		if im.dev != nil {
 			x.Path, x.Link = im.dev.Path, im.link
-			x.Generation, x.ChangesNumber = im.take.GenerationID.String(), im.take.ChangesNumber
+			take := takeOf(im.take)
+			x.Take = &take
 		}
 		out.Images = append(out.Images, x)
 	}

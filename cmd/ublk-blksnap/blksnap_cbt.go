@@ -17,7 +17,7 @@ func (p *program) blksnapCBTInfo() *cobra.Command {
 		Use:   "cbtinfo -d DEV",
 		Short: "Describe the change map of a device (blksnap)",
 		Args:  args(0, 0),
-		RunE:  func(c *cobra.Command, _ []string) error { return p.showCBTInfo(c, device) },
+		RunE:  func(c *cobra.Command, _ []string) error { return p.showCBTInfo(c, device, false) },
 	}
 	deviceOption(c, &device)
 	return c

@@ -9,9 +9,10 @@ func (p *program) cbt() *cobra.Command {
 		Use:   "cbt",
 		Short: "Changed-block tracking",
 		Long: `Changed-block tracking. Each block of a filter has one byte: the number of the
-take since which it has changed. A backup keeps generation and number of the take
-it has copied; the blocks with a higher number are its next increment. If the
-generation is another, everything has to be copied.`,
+take since which it has changed. A number holds within one generation of the
+map, so a take is named by one token, GENERATION:N. A backup keeps the token of the
+take it has copied: "changes --since TOKEN" is its next increment, or fails with
+status 6 once that generation has ended, and everything has to be copied.`,
 		Args: noCommand,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}

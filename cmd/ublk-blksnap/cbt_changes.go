@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -13,22 +12,22 @@ import (
 
 func (p *program) cbtChanges() *cobra.Command {
 	var r control.ChangesRequest
+	var since string
 	c := &cobra.Command{
-		Use:   "changes DEV --since N",
+		Use:   "changes DEV --since GENERATION:N",
 		Short: "List the ranges that changed between a take and the last one",
-		Long: `List the ranges that changed between take N and the last take, as SECTOR:COUNT in
-sectors of 512 bytes, merged and in order. N belongs to a generation: with
---generation it is an error if that one has ended, and everything has to be copied.`,
+		Long: `List the ranges that changed between a take and the last one, as SECTOR:COUNT in
+sectors of 512 bytes, merged and in order. The take is named by the token that
+"snapshot take" printed for the device. Status 6 says that its generation has ended:
+everything has to be copied.`,
 		Args:              args(1, 1),
 		ValidArgsFunction: p.deviceNames,
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if !c.Flags().Changed("since") {
-				return usage("changes: since which take? give --since N")
+				return usage("changes: since which take? give --since GENERATION:N")
 			}
-			if r.Generation != "" {
-				if _, err := uuid.Parse(r.Generation); err != nil {
-					return usage("changes: --generation %s: not a UUID", r.Generation)
-				}
+			if r.Since, err = control.ParseTake(since); err != nil {
+				return fmt.Errorf("changes: --since: %w", err)
 			}
 			if r.Device, err = devicePath(args[0]); err != nil {
 				return err
@@ -46,7 +45,6 @@ sectors of 512 bytes, merged and in order. N belongs to a generation: with
 			})
 		},
 	}
-	c.Flags().Uint8Var(&r.Since, "since", 0, "number of a take")
-	c.Flags().StringVar(&r.Generation, "generation", "", "UUID of the generation that N belongs to")
+	c.Flags().StringVar(&since, "since", "", "token of a take, GENERATION:N")
 	return c
 }

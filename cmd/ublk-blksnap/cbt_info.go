@@ -12,15 +12,17 @@ import (
 
 func (p *program) cbtInfo() *cobra.Command {
 	return &cobra.Command{
-		Use:               "info DEV",
-		Short:             "Describe the change map of a filter",
+		Use:   "info DEV",
+		Short: "Describe the change map of a filter",
+		Long: `Describe the change map of a filter. What "take" says names the last take for
+"cbt changes --since".`,
 		Args:              args(1, 1),
 		ValidArgsFunction: p.deviceNames,
-		RunE:              func(c *cobra.Command, args []string) error { return p.showCBTInfo(c, args[0]) },
+		RunE:              func(c *cobra.Command, args []string) error { return p.showCBTInfo(c, args[0], true) },
 	}
 }
 
-func (p *program) showCBTInfo(c *cobra.Command, device string) error {
+func (p *program) showCBTInfo(c *cobra.Command, device string, token bool) error {
 	dev, err := devicePath(device)
 	if err != nil {
 		return err
@@ -33,6 +35,9 @@ func (p *program) showCBTInfo(c *cobra.Command, device string) error {
 		return p.print(i, func(w io.Writer) {
 			fmt.Fprintf(w, "block_size=%d\ndevice_capacity=%d\nblock_count=%d\ngeneration_id=%s\nchanges_number=%d\n",
 				i.BlockSize, i.DeviceCapacity, i.BlockCount, i.GenerationID, i.ChangesNumber)
+			if token {
+				fmt.Fprintf(w, "take=%s\n", i.Take)
+			}
 		})
 	})
 }

@@ -12,16 +12,16 @@ const cbtInfoText = "block_size=65536\ndevice_capacity=1073741824\nblock_count=1
 
 func TestCBTCommands(t *testing.T) {
 	runGolden(t, []golden{
-		{"ublk-blksnap cbt info vdb", []any{"vdb"}, cbtInfoText},
+		{"ublk-blksnap cbt info vdb", []any{"vdb"}, cbtInfoText + "take=" + id2 + ":3\n"},
 		{"ublk-blksnap cbt map vdb", []any{"vdb"}, "\x00\x01\x02"},
-		{"ublk-blksnap cbt changes vdb --since 2", []any{control.ChangesRequest{Device: "vdb", Since: 2}}, "0:128\n512:256\n"},
-		{"ublk-blksnap cbt changes vdb --since 0 --generation " + id2, []any{control.ChangesRequest{Device: "vdb", Generation: id2}}, "0:128\n512:256\n"},
+		{"ublk-blksnap cbt changes vdb --since " + take(2).String(), []any{control.ChangesRequest{Device: "vdb", Since: take(2)}}, "0:128\n512:256\n"},
 		{"ublk-blksnap cbt mark vdb 0:1 8:16", []any{control.MarkRequest{Device: "vdb", Ranges: []control.Range{{Sector: 0, Count: 1}, {Sector: 8, Count: 16}}}}, ""},
 	})
 	runRefused(t, map[string]string{
-		"ublk-blksnap cbt changes vdb":                          "ublk-blksnap: changes: since which take?",
-		"ublk-blksnap cbt changes vdb --since 256":              "ublk-blksnap: changes: invalid argument",
-		"ublk-blksnap cbt changes vdb --since 1 --generation x": "ublk-blksnap: changes: --generation x: not a UUID",
+		"ublk-blksnap cbt changes vdb": "ublk-blksnap: changes: since which take?",
+		"ublk-blksnap cbt changes vdb --since 3": `ublk-blksnap: changes: --since: "3" names no take: ` +
+			`write GENERATION:N, as "snapshot take", "snapshot info" and "cbt info" print it`,
+		"ublk-blksnap cbt changes vdb --since 3 --generation x": "ublk-blksnap: changes: unknown flag: --generation",
 		"ublk-blksnap cbt mark vdb":                             "ublk-blksnap: mark: 1 arguments given",
 		"ublk-blksnap cbt mark vdb 0:1 8":                       `ublk-blksnap: mark vdb: "8" is not a range`,
 		"ublk-blksnap cbt mark vdb 0:0":                         `ublk-blksnap: mark vdb: range "0:0" is empty`,

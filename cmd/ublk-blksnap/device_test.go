@@ -37,7 +37,7 @@ write-zeroes:    0 requests, 0 bytes
 errors:          1
 in flight:       2
 discards skipped: 4096 bytes that a snapshot needs
-change tracking: 16384 blocks of 64K, generation ` + id2 + ", take 3\n"},
+change tracking: 16384 blocks of 64K, take ` + id2 + ":3\n"},
 	})
 	runRefused(t, map[string]string{
 		"ublk-blksnap add vdb --mode fast":  `ublk-blksnap: add vdb: "fast" is not a mode`,

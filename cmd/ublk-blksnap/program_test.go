@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -110,6 +111,9 @@ const (
 	id2 = "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8"
 )
 
+// take is a take of the device of newFake.
+func take(n uint64) control.Take { return control.Take{Generation: uuid.MustParse(id2), Number: n} }
+
 // newFake is a daemon with one device in two snapshots.
 func newFake() *fakeDaemon {
 	at := time.Date(2025, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -118,16 +122,17 @@ func newFake() *fakeDaemon {
 		Number: "259:0", Size: 1 << 30, LogicalBlockSize: 512, PhysicalBlockSize: 4096, Queues: 2, Depth: 64,
 		Mode: control.ModeCopy, Added: at, Snapshots: []string{id1, id2},
 	}
-	cbt := control.CBTInfo{DeviceCapacity: 1 << 30, BlockSize: 65536, BlockCount: 16384, GenerationID: id2, ChangesNumber: 3}
+	cbt := control.CBTInfo{DeviceCapacity: 1 << 30, BlockSize: 65536, BlockCount: 16384, GenerationID: id2, ChangesNumber: 3, Take: take(3)}
+	last := take(3)
 	image := control.SnapshotImage{Device: "vdb", Original: "/dev/vdb", Path: "/dev/ublkb1",
-		Link: "/dev/ublk-blksnap/images/vdb-" + id1, Generation: id2, ChangesNumber: 3}
+		Link: "/dev/ublk-blksnap/images/vdb-" + id1, Take: &last}
 	broken := image
 	broken.Link, broken.Errno = "/dev/ublk-blksnap/images/vdb-"+id2, -28
 	return &fakeDaemon{
 		device: d,
 		status: control.DeviceStatus{Device: d, State: "live", Errors: 1, InFlight: 2, DiscardsSkipped: 4096,
 			Operations: map[string]control.Operation{control.OpRead: {Requests: 10, Bytes: 5120}, control.OpFlush: {Requests: 3}}, CBT: &cbt},
-		changes: control.Changes{CBTInfo: cbt, Since: 2, Ranges: []control.Range{{Sector: 0, Count: 128}, {Sector: 512, Count: 256}}},
+		changes: control.Changes{CBTInfo: cbt, Since: take(2), Ranges: []control.Range{{Sector: 0, Count: 128}, {Sector: 512, Count: 256}}},
 		snapshots: []control.Snapshot{
 			{ID: id1, State: control.SnapshotTaken, Created: at, Taken: &at, ChunkSize: 65536, Frozen: 12 * time.Millisecond,
 				Images: []control.SnapshotImage{image}, Storage: []control.Storage{{Path: "/var/tmp", Limit: 1 << 30}, {Path: "/dev/vdd"}},
@@ -308,7 +313,7 @@ func TestJSONEverywhere(t *testing.T) {
 		"ublk-blksnap add /dev/vdb", "ublk-blksnap list", "ublk-blksnap status vdb", "ublk-blksnap version", "ublk-blksnap config show",
 		"ublk-blksnap config check", "ublk-blksnap snapshot create vdb --storage /var/tmp", "ublk-blksnap snapshot take " + id1,
 		"ublk-blksnap snapshot list", "ublk-blksnap snapshot info " + id1, "ublk-blksnap cbt info vdb", "ublk-blksnap cbt map vdb",
-		"ublk-blksnap cbt changes vdb --since 1", "blksnap version", "blksnap attach -d vdb", "blksnap cbtinfo -d vdb",
+		"ublk-blksnap cbt changes vdb --since " + take(1).String(), "blksnap version", "blksnap attach -d vdb", "blksnap cbtinfo -d vdb",
 		"blksnap snapshot_create -d vdb", "blksnap snapshot_info -d vdb", "blksnap snapshot_info -d vdb -f image",
 		"blksnap snapshot_collect", "blksnap snapshot_waitevent -t 1 -i " + id1,
 	} {

@@ -53,7 +53,7 @@ func writeSnapshot(w io.Writer, s control.Snapshot) {
 	for _, im := range s.Images {
 		text := im.Device + " (" + im.Original + ")"
 		if im.Link != "" {
-			text += fmt.Sprintf(" at %s, change map %s take %d", im.Link, im.Generation, im.ChangesNumber)
+			text += fmt.Sprintf(" at %s, take %s", im.Link, im.Take)
 		}
 		if im.Errno != 0 {
 			text += fmt.Sprintf(", error %d", im.Errno)

@@ -18,7 +18,8 @@ func (p *program) snapshotTake() *cobra.Command {
 		Long: `Take a snapshot: all its devices at one instant, or none of them. Filesystems
 mounted on them are frozen around that instant, for at most the configured
 freeze_timeout; if one cannot be frozen, nothing is taken. With --no-freeze an
-image is as after a power failure. Prints a line per device: name and image.`,
+image is as after a power failure. Prints a line per device: name, image, and
+the token that names this take for "cbt changes --since".`,
 		Args: args(1, 1),
 		RunE: func(c *cobra.Command, args []string) error {
 			r.ID = args[0]
@@ -29,7 +30,7 @@ image is as after a power failure. Prints a line per device: name and image.`,
 				}
 				return p.print(s, func(w io.Writer) {
 					for _, im := range s.Images {
-						fmt.Fprintf(w, "%s %s\n", im.Device, im.Link)
+						fmt.Fprintf(w, "%s %s %s\n", im.Device, im.Link, im.Take)
 					}
 				})
 			})

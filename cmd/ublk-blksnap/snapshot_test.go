@@ -18,7 +18,7 @@ func TestSnapshotCommands(t *testing.T) {
 		{"ublk-blksnap snapshot add " + id1 + " vdb", []any{control.SnapshotDeviceRequest{ID: id1, Device: "vdb"}}, ""},
 		{"ublk-blksnap snapshot append " + id1 + " /s --limit 1M",
 			[]any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s", Limit: 1 << 20}}}, ""},
-		{"ublk-blksnap snapshot take " + id1, []any{control.TakeRequest{ID: id1}}, "vdb /dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
+		{"ublk-blksnap snapshot take " + id1, []any{control.TakeRequest{ID: id1}}, "vdb /dev/ublk-blksnap/images/vdb-" + id1 + " " + id2 + ":3\n"},
 		{"ublk-blksnap snapshot destroy " + id1 + " " + id2, []any{id1, id2}, ""},
 		{"ublk-blksnap snapshot list", []any{"snapshots"}, "" +
 			"UUID                                  STATE      CREATED              CHUNK  COPIED  DEVICES\n" +
@@ -35,7 +35,7 @@ func TestSnapshotCommands(t *testing.T) {
 			"stored:    524288 of 1073741824 bytes\n" +
 			"storage:   /var/tmp, at most 1G\n" +
 			"storage:   /dev/vdd\n" +
-			"image:     vdb (/dev/vdb) at /dev/ublk-blksnap/images/vdb-" + id1 + ", change map " + id2 + " take 3\n"},
+			"image:     vdb (/dev/vdb) at /dev/ublk-blksnap/images/vdb-" + id1 + ", take " + id2 + ":3\n"},
 		{"ublk-blksnap snapshot watch " + id1, []any{id1}, "" +
 			"2025-01-02T03:04:05Z " + id1 + " taken\n" +
 			"2025-01-02T03:04:05Z " + id1 + " low_free_space requested_sectors=2097152\n" +

@@ -62,8 +62,8 @@ func writeStatus(w io.Writer, s control.DeviceStatus) {
 		line("discards skipped", fmt.Sprintf("%d bytes that a snapshot needs", s.DiscardsSkipped))
 	}
 	if s.CBT != nil {
-		line("change tracking", fmt.Sprintf("%d blocks of %s, generation %s, take %d",
-			s.CBT.BlockCount, control.FormatSize(s.CBT.BlockSize), s.CBT.GenerationID, s.CBT.ChangesNumber))
+		line("change tracking", fmt.Sprintf("%d blocks of %s, take %s",
+			s.CBT.BlockCount, control.FormatSize(s.CBT.BlockSize), s.CBT.Take))
 	}
 }
 

@@ -92,8 +92,7 @@ first=$(ours snapshot create $name --storage "$work" --limit 40M --take)
 image1=/dev/ublk-blksnap/images/$name-$first
 tell "image: $image1 -> $(readlink -f "$image1")"
 show ours cbt info $name
-generation=$(ours cbt info $name | sed -n 's/^generation_id=//p')
-take1=$(ours cbt info $name | sed -n 's/^changes_number=//p')
+take1=$(ours cbt info $name | sed -n 's/^take=//p')
 
 step "Files change: some overwritten, some deleted, some new"
 for i in 3 7 21; do head -c 200000 /dev/urandom >"$work/mnt/books/$i"; done
@@ -137,7 +136,7 @@ sync
 
 step "The change map: which blocks have changed between the two"
 block=$(ours cbt info $name | sed -n 's/^block_size=//p')
-ours cbt changes $name --since "$take1" --generation "$generation" >"$work/changes"
+ours cbt changes $name --since "$take1" >"$work/changes"
 tell "$(wc -l <"$work/changes") ranges in blocks of $((block / 1024)) KiB, in sectors of 512 bytes:"
 head -n 5 "$work/changes" | sed 's/^/      /'
 [ "$(wc -l <"$work/changes")" -le 5 ] || tell "  …"

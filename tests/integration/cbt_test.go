@@ -5,9 +5,11 @@ import (
 	"math/rand"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -24,6 +26,11 @@ func (d *daemon) cbt(dev control.Device) control.CBTInfo {
 	return i
 }
 
+// nth is the take of number n in the generation of a map.
+func nth(i control.CBTInfo, n int) control.Take {
+	return control.Take{Generation: i.Take.Generation, Number: uint64(n)}
+}
+
 func (d *daemon) cbtMap(dev control.Device) []byte {
 	d.t.Helper()
 	m, err := d.CBTMap(ctx(d.t), dev.Name)
@@ -35,9 +42,9 @@ func (d *daemon) cbtMap(dev control.Device) []byte {
 
 // changed are the numbers of the blocks that changed between a take and the
 // last one.
-func (d *daemon) changed(dev control.Device, since uint8, generation string) (blocks []int64, err error) {
+func (d *daemon) changed(dev control.Device, since control.Take) (blocks []int64, err error) {
 	d.t.Helper()
-	c, err := d.CBTChanges(ctx(d.t), control.ChangesRequest{Device: dev.Name, Since: since, Generation: generation})
+	c, err := d.CBTChanges(ctx(d.t), control.ChangesRequest{Device: dev.Name, Since: since})
 	if err != nil {
 		return nil, err
 	}
@@ -71,7 +78,7 @@ func TestChangesExact(t *testing.T) {
 	}
 	first := d.take(0, dev)
 	if got := d.cbt(dev); got.ChangesNumber != 1 || got.GenerationID != i.GenerationID ||
-		first.Images[0].ChangesNumber != 1 || first.Images[0].Generation != i.GenerationID {
+		*first.Images[0].Take != nth(i, 1) || got.Take != nth(i, 1) {
 		t.Fatalf("after the first take: %+v, image %+v", got, first.Images[0])
 	}
 
@@ -114,7 +121,7 @@ func TestChangesExact(t *testing.T) {
 		s := d.take(0, dev)
 		d.destroy(last.ID)
 		last = s
-		got, err := d.changed(dev, uint8(1+round), i.GenerationID)
+		got, err := d.changed(dev, nth(i, 1+round))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -143,21 +150,48 @@ func TestChangesExact(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.close()
-	if got, err := d.changed(dev, 6, ""); err != nil || !slices.Contains(got, clean) {
+	if got, err := d.changed(dev, nth(i, 6)); err != nil || !slices.Contains(got, clean) {
 		t.Errorf("changed after a write to block %d of the image: %v, %v", clean, got, err)
 	}
 	d.destroy(last.ID)
 	d.destroy(d.take(0, dev).ID)
-	if got, err := d.changed(dev, 7, ""); err != nil || !slices.Contains(got, clean) {
+	if got, err := d.changed(dev, nth(i, 7)); err != nil || !slices.Contains(got, clean) {
 		t.Errorf("I3: the original is not marked where it differs from the image that was copied: %v, %v", got, err)
 	}
 
 	// Numbers that do not exist.
-	_, err := d.changed(dev, 100, "")
+	_, err := d.changed(dev, nth(i, 100))
 	want(t, err, control.NotFound)
-	_, err = d.changed(dev, 1, "00000000-0000-4000-8000-000000000000")
+	_, err = d.changed(dev, control.Take{Generation: uuid.New(), Number: 1})
 	want(t, err, control.GenerationEnded, "copy the whole device")
 	f.close()
+	d.remove(dev)
+
+	// A script that kept a take asks again when the history has been lost: as many
+	// takes later an increment would be small, and wrong.
+	dev = d.add(disk)
+	for range 7 {
+		d.destroy(d.take(0, dev).ID)
+	}
+	if a := d.call("ublk-blksnap", "cbt", "changes", dev.Name, "--since", i.Take.String()); a.status != 6 || a.out != "" {
+		t.Errorf("since a take of a generation that has ended: %+v", a)
+	}
+	if a := d.call("ublk-blksnap", "cbt", "changes", dev.Name, "--since", "3"); a.status != 2 || !strings.Contains(a.errout, "GENERATION:N") {
+		t.Errorf("since a bare number: %+v", a)
+	}
+	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: "/dev/shm"}}})
+	a := d.call("ublk-blksnap", "snapshot", "take", s.ID)
+	token := strings.TrimSpace(a.out[strings.LastIndexByte(a.out, ' ')+1:])
+	if a.status != 0 || token != d.cbt(dev).Take.String() || token != nth(d.cbt(dev), 8).String() {
+		t.Errorf("snapshot take printed %q, the last take is %v", a.out, d.cbt(dev).Take)
+	}
+	if a := d.call("ublk-blksnap", "cbt", "changes", dev.Name, "--since", token); a.status != 0 || a.out != "" {
+		t.Errorf("since the last take: %+v", a)
+	}
+	if a := d.call("ublk-blksnap", "cbt", "changes", dev.Name, "--since", nth(d.cbt(dev), 9).String()); a.status != 3 {
+		t.Errorf("since a take to come: %+v", a)
+	}
+	d.destroy(s.ID)
 	d.remove(dev)
 }
 
@@ -182,7 +216,7 @@ func TestChangesUnderLoad(t *testing.T) {
 	for range int(span(4, 60)) {
 		time.Sleep(100 * time.Millisecond)
 		s := d.take(4<<10, dev)
-		changed, err := d.changed(dev, last.Images[0].ChangesNumber, last.Images[0].Generation)
+		changed, err := d.changed(dev, *last.Images[0].Take)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -256,7 +290,7 @@ func TestMistake1NumberWraps(t *testing.T) {
 		s := d.take(16<<10, dev)
 		im := s.Images[0]
 		info := d.cbt(dev)
-		if info.GenerationID != im.Generation || info.ChangesNumber != im.ChangesNumber {
+		if info.Take != *im.Take {
 			t.Fatalf("round %d: map %+v, image %+v", round, info, im)
 		}
 		image := openDirect(t, im.Path, unix.O_RDONLY)
@@ -266,19 +300,19 @@ func TestMistake1NumberWraps(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if im.Generation != last.Generation {
+		if last.Take == nil || im.Take.Generation != last.Take.Generation {
 			if lastID != "" {
-				if last.ChangesNumber < 254 || im.ChangesNumber != 0 {
-					t.Errorf("round %d: take %d of a generation is followed by take %d of the next", round, last.ChangesNumber, im.ChangesNumber)
+				if last.Take.Number < 254 || im.Take.Number != 0 {
+					t.Errorf("round %d: take %d of a generation is followed by take %d of the next", round, last.Take.Number, im.Take.Number)
 				}
 				// Who asks for an increment must not be told that nothing changed.
-				_, err := d.changed(dev, last.ChangesNumber, last.Generation)
+				_, err := d.changed(dev, *last.Take)
 				want(t, err, control.GenerationEnded, "copy the whole device")
 			}
 			generations++
 			take(0, size)
 		} else {
-			c, err := d.CBTChanges(ctx(t), control.ChangesRequest{Device: dev.Name, Since: last.ChangesNumber, Generation: last.Generation})
+			c, err := d.CBTChanges(ctx(t), control.ChangesRequest{Device: dev.Name, Since: *last.Take})
 			if err != nil {
 				t.Fatalf("round %d: %v", round, err)
 			}
@@ -293,7 +327,7 @@ func TestMistake1NumberWraps(t *testing.T) {
 		}
 		image.close()
 		if err := w.disks[0].compare(copied, 0); err != nil {
-			t.Fatalf("I3, round %d, take %d: the copy differs: %v", round, im.ChangesNumber, err)
+			t.Fatalf("I3, round %d, take %v: the copy differs: %v", round, im.Take, err)
 		}
 		if round%32 == 0 {
 			if err := w.same(im.Path); err != nil {
@@ -328,7 +362,7 @@ func TestMarkDirty(t *testing.T) {
 		return d.MarkDirty(ctx(t), control.MarkRequest{Device: dev.Name, Ranges: r})
 	}
 	shown := func() []int64 {
-		blocks, err := d.changed(dev, 0, "")
+		blocks, err := d.changed(dev, nth(d.cbt(dev), 0))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -351,7 +385,7 @@ func TestMarkDirty(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.destroy(d.take(0, dev).ID)
-	got, err := d.changed(dev, 1, "")
+	got, err := d.changed(dev, nth(d.cbt(dev), 1))
 	if want := []int64{1, 4, 5, 127}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("marked %v, %v, want %v", got, err, want)
 	}

@@ -186,7 +186,7 @@ func TestMistake4TakeHalfDone(t *testing.T) {
 	// The same snapshot can be taken now.
 	s = d.taken(s.ID)
 	for i, im := range s.Images {
-		if int(im.ChangesNumber) != int(info[i].ChangesNumber)+1 {
+		if im.Take.Number != info[i].Take.Number+1 {
 			t.Errorf("image %+v, before the take %+v", im, info[i])
 		}
 		at := mount(t, im.Path)

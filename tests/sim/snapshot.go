@@ -405,7 +405,7 @@ func (w *world) checkIncrement(dev int, s *snapshot, info cbtmap.Info) {
 	if before.disk == nil || before.info.GenerationID != info.GenerationID {
 		return
 	}
-	changed, err := w.proc.cbts[dev].Changes(info.GenerationID, before.info.ChangesNumber)
+	changed, err := w.proc.cbts[dev].Changes(info.GenerationID, uint64(before.info.ChangesNumber))
 	if err != nil {
 		w.fail("I3: changes of disk%d since take %d: %v", dev, before.info.ChangesNumber, err)
 	}

@@ -10,8 +10,8 @@ fail() { echo "FAILED: $*" >&2; exit 1; }
 
 sums() { (cd "$1" && find . -type f -not -path './lost+found*' -print0 | sort -z | xargs -0 md5sum); }
 
-# field NAME: the value of one line of cbtinfo
-field() { blksnap cbtinfo -d "$disk" | sed -n "s/^$1=//p"; }
+# field NAME: the value of one line of cbtinfo, as $info holds it
+field() { sed -n "s/^$1=//p" <<<"$info"; }
 
 blksnap version
 blksnap attach -d "$disk"
@@ -50,6 +50,8 @@ for round in 1 2 3; do
 	head -c 1000000 /dev/urandom >"$mnt/round$round/file3"
 	sync
 
+	# In one go: a number without its generation means nothing.
+	info=$(blksnap cbtinfo -d "$disk")
 	block=$(field block_size)
 	generation=$(field generation_id)
 	number=$(field changes_number)
@@ -58,6 +60,7 @@ for round in 1 2 3; do
 		dd if="$image" of="$copy" bs=1M status=none
 	else
 		blksnap readcbtmap -d "$disk" -f "$dir/map"
+		[ "$(blksnap cbtinfo -d "$disk")" = "$info" ] || fail "another take while the map was read"
 		# The bytes above the last number are the blocks of the increment.
 		blocks=$(od -An -v -t u1 -w1 "$dir/map" | awk -v last="$last_number" '$1 > last { print NR - 1 }')
 		echo "round $round: increment of $(wc -w <<<"$blocks") blocks of $(field block_count)"
