@@ -45,7 +45,8 @@ type API interface {
 	// their images: all or nothing.
 	TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, error)
 	// DestroySnapshot removes images and differences, also under users, whose
-	// I/O then fails.
+	// I/O then fails. With [Timeout] because the storage does not answer, the
+	// rest goes by itself when it does.
 	DestroySnapshot(ctx context.Context, id string) error
 	Snapshots(ctx context.Context) ([]Snapshot, error)
 	Snapshot(ctx context.Context, id string) (Snapshot, error)
@@ -219,7 +220,7 @@ type TakeRequest struct {
 // Snapshot is a snapshot of one or more devices.
 type Snapshot struct {
 	ID        string     `json:"id"`
-	State     string     `json:"state"` // created, taken, corrupted
+	State     string     `json:"state"` // created, taken, corrupted, destroying
 	Created   time.Time  `json:"created"`
 	Taken     *time.Time `json:"taken,omitempty"`
 	ChunkSize int64      `json:"chunk_size"`
@@ -255,6 +256,9 @@ const (
 	SnapshotCreated   = "created"
 	SnapshotTaken     = "taken"
 	SnapshotCorrupted = "corrupted"
+	// SnapshotDestroying: its images are gone or about to go, and its storage is
+	// on its way back, if that answers.
+	SnapshotDestroying = "destroying"
 )
 
 // WaitRequest asks for a snapshot's next event.

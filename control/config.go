@@ -37,7 +37,8 @@ type Config struct {
 	Recovery      bool
 	StateSize     int64 // bytes
 	FreezeTimeout time.Duration
-	// StorageTimeout is how long writes wait for difference storage.
+	// StorageTimeout is how long writes, and whoever appends or destroys, wait
+	// for difference storage.
 	StorageTimeout time.Duration
 	// DiskTimeout bounds the waiting for an original disk, or the driver, when a
 	// device is added, removed or destroyed.
@@ -104,7 +105,7 @@ func (c *Config) Params() []Param {
 		{"recovery", "devices survive their daemon: their I/O waits for the next one (experimental)", truth{&c.Recovery}},
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", size{&c.StateSize}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
-		{"storage_timeout", "longest time that writes wait for difference storage that does not answer; then the snapshot is given up", duration{&c.StorageTimeout}},
+		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer", duration{&c.DiskTimeout}},
 		{"log_level", "debug, info, warn or error", level{&c.LogLevel}},
 	}

@@ -30,16 +30,19 @@ type snapshot struct {
 	chunk   int64
 	created time.Time
 	// told carries events from the queue threads, which must not wait; over is
-	// closed after the last one.
-	told chan diffarea.Event
-	over chan struct{}
+	// closed when all is gone, and failed says then what is left of it.
+	told   chan diffarea.Event
+	over   chan struct{}
+	failed error
 
 	// use is held by those who look into live without holding Daemon.change, and
-	// by destroy while it goes away.
+	// by giveBack while it goes away. gone changes under Daemon.mu too.
 	use  sync.RWMutex
 	gone bool
 
 	// Daemon.mu guards what follows.
+	leaving bool // its end has begun; nothing can be asked of it any more
+	ending  bool // all of it but the images is on its way back
 	images  []*image
 	storage []Storage
 	taken   *time.Time
@@ -101,7 +104,8 @@ func (d *Daemon) holding(v *device) []string {
 func (d *Daemon) has(s *snapshot, v *device) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return slices.ContainsFunc(s.images, func(im *image) bool { return im.of == v })
+	// Whose storage alone is still on its way back needs the disk no more.
+	return !s.gone && slices.ContainsFunc(s.images, func(im *image) bool { return im.of == v })
 }
 
 // findSnapshot is the snapshot of that UUID.
@@ -117,6 +121,15 @@ func (d *Daemon) findSnapshot(id string) (*snapshot, error) {
 		return nil, noSnapshot(u.String())
 	}
 	return s, nil
+}
+
+// usable is findSnapshot for those who want something of it; needs change.
+func (d *Daemon) usable(id string) (*snapshot, error) {
+	s, err := d.findSnapshot(id)
+	if err == nil && s.leaving {
+		return nil, &Error{Code: Busy, Errno: unix.EBUSY, Message: "snapshot " + s.id + ": is being destroyed", Fix: "create another"}
+	}
+	return s, err
 }
 
 // CreateSnapshot implements API.
@@ -188,17 +201,17 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (s *snapshot, err 
 	d.mu.Unlock()
 	for _, v := range devices {
 		if err := d.addTo(s, v); err != nil {
-			return nil, errors.Join(err, d.destroy(s))
+			return nil, d.undo(s, err)
 		}
 	}
 	for _, st := range r.Storage {
 		if err := d.appendTo(s, st); err != nil {
-			return nil, errors.Join(err, d.destroy(s))
+			return nil, d.undo(s, err)
 		}
 	}
 	if err := ctx.Err(); err != nil {
 		// Nobody will learn its UUID.
-		return nil, errors.Join(err, d.destroy(s))
+		return nil, d.undo(s, err)
 	}
 	return s, nil
 }
@@ -276,7 +289,7 @@ func (d *Daemon) AddToSnapshot(ctx context.Context, r SnapshotDeviceRequest) (Sn
 		return Snapshot{}, err
 	}
 	defer end()
-	s, err := d.findSnapshot(r.ID)
+	s, err := d.usable(r.ID)
 	if err != nil {
 		return Snapshot{}, err
 	}
@@ -299,7 +312,7 @@ func (d *Daemon) AppendStorage(ctx context.Context, r StorageRequest) (Snapshot,
 		return Snapshot{}, err
 	}
 	defer end()
-	s, err := d.findSnapshot(r.ID)
+	s, err := d.usable(r.ID)
 	if err != nil {
 		return Snapshot{}, err
 	}
@@ -335,6 +348,9 @@ func (d *Daemon) appendTo(s *snapshot, st Storage) error {
 	}
 	d.step("allocate storage in %s", st.Path)
 	if err := s.live.AppendStorage(path, st.Limit); err != nil {
+		if hanging := s.live.Returning(); len(hanging) > 0 {
+			d.o.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", hanging)
+		}
 		return snapshotError(err, "storage %s", st.Path)
 	}
 	d.mu.Lock()
@@ -350,7 +366,7 @@ func (d *Daemon) TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, err
 		return Snapshot{}, err
 	}
 	defer end()
-	s, err := d.findSnapshot(r.ID)
+	s, err := d.usable(r.ID)
 	if err != nil {
 		return Snapshot{}, err
 	}
@@ -388,12 +404,12 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
 	_ = os.Remove(d.frozenFile())
 	if err != nil {
 		if s.live.Taken() {
-			return errors.Join(err, d.destroy(s))
+			return d.undo(s, err)
 		}
 		return err
 	}
 	if err := d.makeImages(ctx, s); err != nil {
-		return errors.Join(fmt.Errorf("make images: %w: the snapshot is destroyed", err), d.destroy(s))
+		return d.undo(s, fmt.Errorf("make images: %w: the snapshot is destroyed", err))
 	}
 	now := time.Now()
 	d.mu.Lock()
@@ -495,20 +511,31 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 
 // DestroySnapshot implements API.
 func (d *Daemon) DestroySnapshot(ctx context.Context, id string) error {
-	end, err := d.begin(ctx, "destroy snapshot %s", id)
+	s, err := d.beginDestroy(ctx, id)
 	if err != nil {
 		return err
+	}
+	// Nobody else has to wait for its storage.
+	if err := d.awaitGone(ctx, s); err != nil {
+		return snapshotError(err, "destroy snapshot %s", s.id)
+	}
+	return nil
+}
+
+func (d *Daemon) beginDestroy(ctx context.Context, id string) (*snapshot, error) {
+	end, err := d.begin(ctx, "destroy snapshot %s", id)
+	if err != nil {
+		return nil, err
 	}
 	defer end()
 	s, err := d.findSnapshot(id)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := d.destroy(s); err != nil {
-		return snapshotError(err, "destroy snapshot %s", s.id)
+	if err := d.end(s); err != nil {
+		return nil, snapshotError(err, "destroy snapshot %s", s.id)
 	}
-	d.o.Log.Info("snapshot destroyed", "snapshot", s.id)
-	return nil
+	return s, nil
 }
 
 // destroyBroken destroys a snapshot because its device v is removed by force.
@@ -517,18 +544,42 @@ func (d *Daemon) destroyBroken(id string, v *device) error {
 	if err != nil {
 		return err
 	}
-	if s.taken != nil {
+	if s.taken != nil && !s.leaving {
 		d.events.emit(Event{Snapshot: s.id, Kind: EventCorrupted, Device: v.OriginalNumber, Errno: -int(unix.ENODEV)})
 		d.o.Log.Warn("snapshot broken by the removal of its device", "snapshot", s.id, "name", v.Name)
 	}
 	return d.destroy(s)
 }
 
-// destroy needs change. With an error the snapshot is still there, less what of
-// it could be removed.
+// undo destroys a snapshot with which something failed; needs change. What does
+// not answer has been waited for by then.
+func (d *Daemon) undo(s *snapshot, err error) error {
+	if errors.Is(err, snapimage.ErrStuck) {
+		return errors.Join(err, d.end(s))
+	}
+	return errors.Join(err, d.destroy(s))
+}
+
+// destroy ends a snapshot and waits for it, with an end; needs change.
 func (d *Daemon) destroy(s *snapshot) error {
+	if err := d.end(s); err != nil {
+		return err
+	}
+	return d.awaitGone(context.Background(), s)
+}
+
+// end removes the images of a snapshot and begins to give the rest back; needs
+// change. With an error the snapshot is still there, less what of it could be
+// removed.
+func (d *Daemon) end(s *snapshot) error {
+	d.mu.Lock()
+	s.leaving = true
+	d.mu.Unlock()
+	if s.ending {
+		return nil
+	}
 	// First of all, so that whatever hangs below, the original disks do not.
-	failed := s.live.Log().Err() == unix.EIO || s.live.Log().Err() == unix.ETIMEDOUT
+	broken := s.live.Log().Err() == unix.EIO || s.live.Log().Err() == unix.ETIMEDOUT
 	s.live.Abort()
 	for _, im := range s.images {
 		if im.dev == nil {
@@ -546,26 +597,54 @@ func (d *Daemon) destroy(s *snapshot) error {
 		d.mu.Unlock()
 	}
 	d.step("destroy snapshot %s: give the storage back", s.id)
-	if err := s.live.End(); err != nil {
-		return fmt.Errorf("%w: nothing waits for it any more; destroy the snapshot again when it does", err)
-	}
+	d.mu.Lock()
+	s.ending = true
+	d.mu.Unlock()
+	go d.giveBack(s, broken)
+	return nil
+}
+
+// giveBack gives memory and storage of a snapshot without images back, beside
+// all other work: a storage that does not answer is waited for without an end.
+func (d *Daemon) giveBack(s *snapshot, broken bool) {
+	s.live.End()
 	s.use.Lock()
+	d.mu.Lock()
 	s.gone = true
+	d.mu.Unlock()
 	s.use.Unlock()
-	err := s.live.DestroyFiles()
+	if err := s.live.DestroyFiles(); err != nil {
+		// Nothing uses them any more: what is left is files.
+		d.o.Log.Error("storage or state not given back", "snapshot", s.id, "error", err)
+		if !broken { // storage that does not work can not be emptied either
+			s.failed = err
+		}
+	}
 	d.mu.Lock()
 	delete(d.snapshots, s.id)
 	d.mu.Unlock()
+	d.o.Log.Info("snapshot destroyed", "snapshot", s.id)
 	close(s.over)
-	if err != nil {
-		// Nothing uses them any more: what is left is files.
-		d.o.Log.Error("storage or state not given back", "snapshot", s.id, "error", err)
-		if failed {
-			return nil // storage that does not work can not be emptied either
-		}
-		return err
+}
+
+// awaitGone waits until nothing is left of a snapshot that ends, within the
+// limit for storage; change is not needed.
+func (d *Daemon) awaitGone(ctx context.Context, s *snapshot) error {
+	select {
+	case <-s.over:
+		return s.failed
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d.o.Config.StorageTimeout):
 	}
-	return nil
+	hanging := s.live.Returning()
+	d.mu.Lock()
+	for i := 0; !s.gone && i < len(s.storage); i++ {
+		hanging = append(hanging, s.storage[i].Path) // of these one does
+	}
+	d.mu.Unlock()
+	d.o.Log.Warn("the storage of a destroyed snapshot does not answer: it is given back when it does", "snapshot", s.id, "storage", hanging)
+	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when it does", strings.Join(hanging, ", "), snapimage.ErrStuck)
 }
 
 // tell passes on the events of a snapshot until it is destroyed, and gives it
@@ -636,6 +715,8 @@ func (d *Daemon) describeSnapshot(s *snapshot) Snapshot {
 			Capacity: u.Capacity * u.ChunkSize,
 		}
 		out.Errno = -int(s.live.Log().Err())
+	} else {
+		out.Errno = -int(unix.ESHUTDOWN)
 	}
 	s.use.RUnlock()
 	d.mu.Lock()
@@ -643,6 +724,8 @@ func (d *Daemon) describeSnapshot(s *snapshot) Snapshot {
 	out.Taken, out.Frozen = s.taken, s.frozen
 	out.Storage = append(out.Storage, s.storage...)
 	switch {
+	case s.leaving:
+		out.State = SnapshotDestroying
 	case out.Errno != 0:
 		out.State = SnapshotCorrupted
 	case s.taken != nil:

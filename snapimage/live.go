@@ -26,7 +26,7 @@ type LiveConfig struct {
 	// StateDir is a directory on a tmpfs that outlives the daemon; the snapshot
 	// makes one of its own in it.
 	StateDir string
-	// Patience is how long storage may take to answer whoever waits for it.
+	// Patience is how long storage may take to answer who appends it.
 	Patience time.Duration
 	// Control is the queue for control work; its thread is not the caller's.
 	Control blockdev.Queue
@@ -42,8 +42,10 @@ type Live struct {
 	cfg     LiveConfig
 	state   *state
 	storage []*storage
-	ended   chan error // of End, once it has begun
-	align   int        // smallest logical block of its devices, bytes
+	align   int // smallest logical block of its devices, bytes
+
+	mu        sync.Mutex
+	returning []*returning
 }
 
 // NewLive makes an empty snapshot.
@@ -103,35 +105,37 @@ func (v *Live) AddDevice(f *filter.Filter, device uint64, block int) error {
 
 // AppendStorage gives the snapshot a file, directory or block device, of which
 // it takes at most limit bytes; 0 is no limit. It returns when the first
-// portion is allocated, or with ErrStuck when that takes too long: the storage
-// is used then if it answers after all, and given back with the others.
+// portion is allocated, or with ErrStuck when that takes longer than
+// LiveConfig.Patience, all in all: the storage is used then if it answers after
+// all, and given back with the others.
 func (v *Live) AppendStorage(path string, limit int64) error {
-	s, err := v.openStorage(path, limit)
+	late := time.After(v.cfg.Patience)
+	s, err := v.openStorage(path, limit, late)
 	if err != nil {
 		return fmt.Errorf("append storage: %w", err)
 	}
 	v.storage = append(v.storage, s)
-	err = v.state.remember(s)
-	if err == nil {
-		select {
-		case err = <-v.start(func(done func(error)) { v.Append(s.engine(), done) }):
-		case <-time.After(v.cfg.Patience):
-			return fmt.Errorf("append storage: %s: %w", path, ErrStuck)
-		}
+	select {
+	case err = <-v.start(func(done func(error)) { v.Append(s.engine(), done) }):
+	case <-late:
+		return fmt.Errorf("append storage: %s: %w", path, ErrStuck)
 	}
 	if err == nil {
 		return nil
 	}
 	v.storage = v.storage[:len(v.storage)-1]
-	err = fmt.Errorf("append storage: %w", err)
-	if s.fixed {
-		return errors.Join(err, s.file.Close())
+	r := v.giveBack(path, func() error { return s.discard(0) })
+	select {
+	case <-r.done:
+		err, r.err = errors.Join(err, r.err), nil // told once
+	case <-late:
+		err = fmt.Errorf("%w; and %s does not answer: it is given back when it does", err, path)
 	}
-	return errors.Join(err, s.discard(0))
+	return fmt.Errorf("append storage: %w", err)
 }
 
 // openStorage is for what may hang itself: a file of a dead file server.
-func (v *Live) openStorage(path string, limit int64) (*storage, error) {
+func (v *Live) openStorage(path string, limit int64, late <-chan time.Time) (*storage, error) {
 	type result struct {
 		s   *storage
 		err error
@@ -140,19 +144,62 @@ func (v *Live) openStorage(path string, limit int64) (*storage, error) {
 	opened := make(chan result, 1)
 	go func() {
 		s, err := openStorage(path, limit, align)
+		if err == nil {
+			if err = v.state.remember(s); err != nil {
+				err = errors.Join(err, s.discard(0))
+			}
+		}
 		opened <- result{s, err}
 	}()
 	select {
 	case r := <-opened:
 		return r.s, r.err
-	case <-time.After(v.cfg.Patience):
-		go func() {
+	case <-late:
+		v.giveBack(path, func() error {
 			if r := <-opened; r.err == nil {
-				_ = r.s.discard(0)
+				return r.s.discard(0)
 			}
-		}()
+			return nil
+		})
 		return nil, fmt.Errorf("%s: %w", path, ErrStuck)
 	}
+}
+
+// returning is a storage on its way back. What it takes may hang for as long as
+// the storage does not answer; the file or device stays claimed until then.
+type returning struct {
+	path string
+	done chan struct{} // closed when it is back
+	err  error         // from then on
+}
+
+// giveBack runs f, which gives the storage at path back, beside the caller.
+func (v *Live) giveBack(path string, f func() error) *returning {
+	r := &returning{path: path, done: make(chan struct{})}
+	v.mu.Lock()
+	v.returning = append(v.returning, r)
+	v.mu.Unlock()
+	go func() {
+		r.err = f()
+		close(r.done)
+	}()
+	return r
+}
+
+// Returning are the paths of storage that is being given back and has not
+// answered yet. It may be called beside any other method.
+func (v *Live) Returning() []string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	var paths []string
+	for _, r := range v.returning {
+		select {
+		case <-r.done:
+		default:
+			paths = append(paths, r.path)
+		}
+	}
+	return paths
 }
 
 // TakeOptions say how to take.
@@ -209,26 +256,25 @@ func (v *Live) Abort() {
 // diffarea.Log.Waiting.
 func (v *Live) GiveUp(errno unix.Errno) { v.post(func() { v.Snapshot.GiveUp(errno) }) }
 
-// End ends the snapshot, whose image devices are gone. With ErrStuck a storage
-// does not end what is under way; another End waits for that again.
-func (v *Live) End() error {
-	if v.ended == nil {
-		v.ended = v.start(func(done func(error)) { v.Destroy(func() { done(nil) }) })
-	}
-	select {
-	case err := <-v.ended:
-		return err
-	case <-time.After(v.cfg.Patience):
-		return ErrStuck
-	}
+// End ends the snapshot, whose image devices are gone. It waits until its
+// storage has ended what is under way, for as long as that takes.
+func (v *Live) End() {
+	_ = v.call(func(done func(error)) { v.Destroy(func() { done(nil) }) })
 }
 
 // DestroyFiles gives memory and storage of a snapshot back that has ended, with
-// nothing left to read in them.
+// nothing left to read in them. It takes as long as the storage takes to answer;
+// none waits for another, and the record of what is left to do is the last to
+// go.
 func (v *Live) DestroyFiles() error {
-	var errs []error
 	for _, s := range v.storage {
-		errs = append(errs, s.discard(v.Log().Used(s.file)))
+		used := v.Log().Used(s.file)
+		v.giveBack(s.path, func() error { return s.discard(used) })
+	}
+	var errs []error
+	for _, r := range v.returning {
+		<-r.done
+		errs = append(errs, r.err)
 	}
 	return errors.Join(append(errs, v.state.close())...)
 }

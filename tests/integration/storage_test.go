@@ -194,7 +194,7 @@ func TestStuckStorage(t *testing.T) {
 		t.Errorf("I5: a writer noticed: %v", err)
 	}
 	resume()
-	d.destroy(s.ID)
+	waitFor(t, "the end of the snapshot", func() bool { return len(snapshotIDs(t, d)) == 0 })
 	if left, err := os.ReadDir(filepath.Join(d.dir.State(), "snapshots")); err != nil || len(left) != 0 {
 		t.Errorf("state left: %v, %v", left, err)
 	}
@@ -202,6 +202,85 @@ func TestStuckStorage(t *testing.T) {
 	if err := w.same(ram[0]); err != nil {
 		t.Errorf("I2: %v", err)
 	}
+}
+
+// TestDestroyStuckStorage destroys snapshots whose storage stops to answer while
+// nothing is under way on it: that is told in time, holds up nobody else, and
+// ends by itself when the storage answers. Until then it is claimed.
+func TestDestroyStuckStorage(t *testing.T) {
+	needVM(t)
+	const size = 8 << 20
+	ram := ramDisks(t, 2, size)
+	run(t, "modprobe", "dm-mod")
+	// Over disks with a cache: the kernel flushes no others.
+	device := dmDisk(t, "store", linear(t, loopDisk(t, 2*size, 512)))
+	files := dmDisk(t, "files", linear(t, loopDisk(t, ext4FS.minimum, 512)))
+	ext4FS.make(t, files)
+	dir := mount(t, files)
+	file := filepath.Join(dir, "differences")
+	d := startDaemon(t, "storage_timeout=3s")
+	dev, other := d.add(ram[0]), d.add(ram[1])
+	storage := []string{device, file}
+	var held []control.Snapshot
+	for _, path := range storage {
+		s := d.create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: path}}})
+		held = append(held, d.taken(s.ID))
+	}
+	suspended := []string{"store", "files"} // with its filesystem frozen
+	for _, name := range suspended {
+		run(t, "dmsetup", "suspend", name)
+	}
+	resume := func() {
+		for _, name := range suspended {
+			run(t, "dmsetup", "resume", name)
+		}
+		suspended = nil
+	}
+	t.Cleanup(resume)
+
+	ended := make(chan error, len(held))
+	for _, s := range held {
+		go func() { ended <- d.DestroySnapshot(ctx(t), s.ID) }()
+	}
+	waitFor(t, "the destruction to begin", func() bool {
+		list, err := d.Snapshots(ctx(t))
+		return err == nil && len(list) == 2 && !slices.ContainsFunc(list, func(s control.Snapshot) bool { return s.State != control.SnapshotDestroying })
+	})
+	others := func() {
+		t.Helper()
+		d.destroy(d.take(0, other).ID)
+		d.remove(d.add(loopDisk(t, size, 512)))
+	}
+	others()
+	for range held {
+		err := await(t, "the end of the patience", ended)
+		want(t, err, control.Timeout, "does not answer")
+	}
+	others()
+	_, err := d.CreateSnapshot(ctx(t), control.CreateRequest{Devices: []string{other.Name}, Storage: []control.Storage{{Path: device}}})
+	want(t, err, control.Busy, device)
+	for i, s := range held {
+		if now := d.snapshot(s.ID); now.State != control.SnapshotDestroying || now.Storage[0].Path != storage[i] || now.Images[0].Path != "" {
+			t.Errorf("while its storage does not answer: %+v", now)
+		}
+		_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: "/dev/shm"}})
+		want(t, err, control.Busy, "being destroyed")
+	}
+	d.remove(dev) // which needs none of it
+	resume()
+	waitFor(t, "the end of the snapshots", func() bool { return len(snapshotIDs(t, d)) == 0 })
+	if _, err := os.Stat(file); err == nil {
+		t.Error("the file is left")
+	}
+	if f, err := claim(device); err != nil {
+		t.Error(err)
+	} else {
+		f.Close()
+	}
+	if left, err := os.ReadDir(filepath.Join(d.dir.State(), "snapshots")); err != nil || len(left) != 0 {
+		t.Errorf("state left: %v, %v", left, err)
+	}
+	umount(t, dir)
 }
 
 // TestStuckFile has storage files on a filesystem that stands still: opening or
