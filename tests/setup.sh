@@ -17,6 +17,7 @@ test_needs="
 	busybox                       busybox-static
 	modprobe                      kmod
 	/usr/bin/udevadm              udev
+	/lib/systemd/systemd          systemd
 	dmsetup                       dmsetup
 	blockdev                      util-linux
 	losetup                       mount

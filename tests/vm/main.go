@@ -73,6 +73,7 @@ func parse(args []string) (*options, error) {
 	flags.StringVar(&o.Cache, "cache", env("VM_CACHE", ""), "directory for kernels; .cache/vm of the module, if empty (VM_CACHE)")
 	flags.StringVar(&o.Out, "out", env("VM_OUT", ""), "directory that the command may write to; cache/out, if empty (VM_OUT)")
 	flags.BoolVar(&o.Udev, "udev", env("VM_UDEV", "") != "", "run udev in the guest (VM_UDEV)")
+	flags.BoolVar(&o.Systemd, "systemd", env("VM_SYSTEMD", "") != "", "run the command under systemd, as a service (VM_SYSTEMD)")
 	flags.StringVar(&o.where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
 	flags.BoolVar(&o.noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\"")
 	flags.BoolVar(&o.again, "again", false, "run the command again, from its start, if an emulated processor ended the machine by a fault of its own")

@@ -8,7 +8,12 @@
 //	stdout, stderr, status <─ virtio-serial ports, one each; the kernel's own messages go elsewhere (the console log)
 //
 // So a program, script or compiled test of the host runs in the guest unchanged, as root, with the kernel that the
-// test asks for. The guest has no network, no init system and, unless asked for, no udev.
+// test asks for. The guest has no network and, unless asked for, no init system and no udev.
+//
+// With Config.Systemd, process 1 is the host's systemd. It brings up sysinit.target, with udev and the journal, of the
+// host's tree but for an empty /etc/fstab; the command is a service after that. When it has ended, systemd powers the
+// machine off. The command may leave a script, /run/vm/last, for the moment when nothing runs any more and nothing is
+// mounted: its output is the command's as well, and so is its exit status if the command's was 0.
 //
 // A guest that is killed loses what its kernel had not yet handed to the disk: the page cache of the guest, and any
 // write still in flight. What the guest's disk had already taken, flushed or not, lies in the page cache of the host

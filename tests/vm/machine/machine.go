@@ -66,6 +66,7 @@ type Config struct {
 	CPUs    int      // 2 if zero
 	Disks   []Disk   // more disks
 	Udev    bool     // run systemd-udevd; otherwise device-mapper is told to do without
+	Systemd bool     // have systemd for process 1, with all it brings; see the package's doc
 	Out     string   // directory of the host that the guest may write to, at the same path; none if empty
 	Dir     string   // where the command starts
 	Tree    string   // kept visible should it lie under /tmp or /run; Dir if empty
@@ -505,6 +506,9 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 	fmt.Fprintf(&env, "VM_MODULES=%s\n", quote(kernel.Modules))
 	if cfg.Udev {
 		fmt.Fprintln(&env, "VM_UDEV=1")
+	}
+	if cfg.Systemd {
+		fmt.Fprintln(&env, "VM_SYSTEMD=1")
 	}
 	if len(cfg.Disks) > 0 {
 		fmt.Fprintln(&env, "VM_DISKS=1")
