@@ -3,6 +3,7 @@ package cbtmap
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -28,12 +29,21 @@ type Map struct {
 	// under mu:
 	header
 	path string // of the mapped file, "" if there is none
+
+	// onRelease is a test's chance to do something whenever work that is done in
+	// parts has given mu back.
+	onRelease func()
 }
 
-// Sectors is a range of a device in sectors of 512 bytes.
-type Sectors struct {
-	First uint64
-	Count uint64
+// maxHeld is how many blocks are marked or read under one hold of mu: a take, for
+// which all writes wait, may wait for that.
+const maxHeld = 64 << 10
+
+func (m *Map) release() {
+	m.mu.Unlock()
+	if m.onRelease != nil {
+		m.onRelease()
+	}
 }
 
 // mark writes the byte v, which is the highest the map may hold, for the blocks
@@ -92,24 +102,47 @@ func (m *Map) markBothLocked(off, length int64) {
 }
 
 // MarkDirty counts the ranges as changed, in the active and in the readable map:
-// all of them, or none and an error that names the first wrong one and wraps
-// ErrRange, or ErrCorrupted.
+// all of them, or none and an error that names a wrong one and wraps ErrRange, or
+// ErrCorrupted. Each block is marked once, however many ranges it is in.
+//
+// A take may fall into the middle of it. What is marked before belongs to that
+// take, what is marked after is shown at once to those who read it, and belongs
+// to the next take as well: each block as if it had been marked alone. So whoever
+// asks after MarkDirty for changes since a take from before it is told of all.
 func (m *Map) MarkDirty(ranges []Sectors) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.corrupted() {
-		return fmt.Errorf("mark ranges dirty: %w", ErrCorrupted)
+	i, err := m.Info()
+	if err != nil {
+		return fmt.Errorf("mark ranges dirty: %w", err)
 	}
-	capacity := uint64(m.geometry.size / SectorSize)
-	for i, r := range ranges {
+	capacity := uint64(i.DeviceCapacity / SectorSize)
+	for _, r := range ranges {
 		if r.Count == 0 || r.Count > capacity || r.First > capacity-r.Count {
-			return fmt.Errorf("mark range %d dirty: sectors %d:%d of %d: %w", i, r.First, r.Count, capacity, ErrRange)
+			return fmt.Errorf("mark sectors %d:%d of %d dirty: %w", r.First, r.Count, capacity, ErrRange)
 		}
 	}
-	for _, r := range ranges {
-		m.markBothLocked(int64(r.First)*SectorSize, int64(r.Count)*SectorSize)
+	for _, r := range Merge(slices.Clone(ranges)) {
+		off, end := int64(r.First)*SectorSize, int64(r.First+r.Count)*SectorSize
+		for off < end {
+			if off, err = m.markPart(off, end); err != nil {
+				return fmt.Errorf("mark ranges dirty: %w", err)
+			}
+		}
 	}
 	return nil
+}
+
+// markPart marks blocks of [off, end), as many as may be under one hold of mu,
+// and returns where it goes on.
+func (m *Map) markPart(off, end int64) (next int64, err error) {
+	m.mu.Lock()
+	defer m.release()
+	if m.corrupted() {
+		return off, ErrCorrupted
+	}
+	part := int64(maxHeld) << m.shift
+	next = min(end, off-off%part+part)
+	m.markBothLocked(off, next-off)
+	return next, nil
 }
 
 // Switch is the take: what was marked until now becomes readable, under the

@@ -57,7 +57,10 @@ func changedBlocks(t testing.TB, m *Map, generation uuid.UUID, since uint8) []bo
 	i := info(t, m)
 	set := make([]bool, i.BlockCount)
 	end := int64(-1)
-	for r := range seq {
+	for r, err := range seq {
+		if err != nil {
+			t.Fatal(err)
+		}
 		if r.Length <= 0 || r.Offset <= end || r.Offset%i.BlockSize != 0 || r.Offset+r.Length > i.DeviceCapacity {
 			t.Fatalf("range %+v after one that ends at %d", r, end)
 		}
@@ -308,12 +311,12 @@ func TestDirtyRangesAreMarkedAllOrNone(t *testing.T) {
 		ranges []Sectors
 		names  string
 	}{
-		{[]Sectors{{0, 1}, {8, 1}}, "range 1 dirty: sectors 8:1 of 8"},
-		{[]Sectors{{0, 9}, {0, 1}}, "range 0 dirty: sectors 0:9"},
-		{[]Sectors{{0, 1}, {1, 1}, {2, 0}}, "range 2 dirty: sectors 2:0"},
-		{[]Sectors{{0, 1}, {math.MaxUint64, 2}}, "range 1"},
-		{[]Sectors{{0, 1}, {2, math.MaxUint64}}, "range 1"},
-		{[]Sectors{{0, 1}, {7, 2}}, "range 1"},
+		{[]Sectors{{0, 1}, {8, 1}}, "sectors 8:1 of 8 dirty"},
+		{[]Sectors{{0, 9}, {0, 1}}, "sectors 0:9"},
+		{[]Sectors{{0, 1}, {1, 1}, {2, 0}}, "sectors 2:0"},
+		{[]Sectors{{0, 1}, {math.MaxUint64, 2}}, "sectors 18446744073709551615:2"},
+		{[]Sectors{{0, 1}, {2, math.MaxUint64}}, "sectors 2:18446744073709551615"},
+		{[]Sectors{{0, 1}, {7, 2}}, "sectors 7:2"},
 	} {
 		m := newMap(t, 8)
 		m.Switch()
@@ -356,8 +359,14 @@ func TestChangesMergesNeighboursAndEndsWithTheDevice(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m.NewGeneration() // what was asked for before is not touched
-		if got := slices.Collect(seq); !slices.Equal(got, c.want) {
+		var got []Range
+		for r, err := range seq {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, r)
+		}
+		if !slices.Equal(got, c.want) {
 			t.Errorf("since %d: %v, want %v", c.since, got, c.want)
 		}
 		for r := range seq { // stopping early is allowed
@@ -365,6 +374,12 @@ func TestChangesMergesNeighboursAndEndsWithTheDevice(t *testing.T) {
 				t.Errorf("since %d: begins with %v", c.since, r)
 			}
 			break
+		}
+		m.NewGeneration()
+		for _, err := range seq { // the history is gone: the end says so
+			if !errors.Is(err, ErrGeneration) {
+				t.Errorf("since %d, of a generation that has ended: %v", c.since, err)
+			}
 		}
 		m = again(t, m, i)
 	}

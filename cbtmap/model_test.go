@@ -171,7 +171,10 @@ func (w *world) check(t fataler) (increments int) {
 			t.Fatalf("increment from %d to %d: %v", base.number, i.ChangesNumber, err)
 		}
 		restored := slices.Clone(base.content)
-		for r := range seq {
+		for r, err := range seq {
+			if err != nil {
+				t.Fatalf("increment from %d to %d: %v", base.number, i.ChangesNumber, err)
+			}
 			from, to := r.Offset/512, (r.Offset+r.Length)/512
 			copy(restored[from:to], w.image[from:to])
 		}
@@ -208,6 +211,115 @@ func TestIncrementsOf300TakesEqualTheImages(t *testing.T) {
 			t.Fatalf("only %d increments were checked", increments)
 		}
 	})
+}
+
+// However much is asked to be marked, a take waits for one part of it at most,
+// and may fall anywhere into it: nothing of it is lost to those who have a take
+// from before.
+func TestTakesWhileRangesAreMarked(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		const blocks = 4*maxHeld + 77
+		m, err := NewMemory(blocks*512, sectorBlocks)
+		if err != nil {
+			t.Fatal(err)
+		}
+		base := m.Switch()
+		m.Switch()
+		var ranges []Sectors
+		want := make([]bool, blocks)
+		for range rapid.IntRange(1, 8).Draw(t, "ranges") {
+			first := rapid.IntRange(0, blocks-1).Draw(t, "first")
+			count := rapid.IntRange(1, blocks-first).Draw(t, "count")
+			ranges = append(ranges, Sectors{uint64(first), uint64(count)})
+			for b := first; b < first+count; b++ {
+				want[b] = true
+			}
+		}
+		takes := rapid.SliceOfN(rapid.IntRange(0, 2), 8, 8).Draw(t, "takes")
+		took, since := 0, slices.Clone(m.readable)
+		m.onRelease = func() {
+			marked := 0
+			for b, was := range since {
+				if m.readable[b] != was {
+					marked++
+					if m.readable[b] != m.number || m.active[b] != m.number+1 {
+						t.Fatalf("block %d has %d and %d at take %d", b, m.readable[b], m.active[b], m.number)
+					}
+				}
+			}
+			if marked > maxHeld {
+				t.Fatalf("a take had to wait until %d blocks were marked", marked)
+			}
+			if took < len(takes) {
+				for range takes[took] {
+					m.Switch()
+				}
+			}
+			took++
+			since = slices.Clone(m.readable)
+		}
+		if err := m.MarkDirty(ranges); err != nil {
+			t.Fatal(err)
+		}
+		m.onRelease = nil
+		changes := func() (set []bool) {
+			set = make([]bool, blocks)
+			seq, err := m.Changes(base.GenerationID, uint64(base.ChangesNumber))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for r, err := range seq {
+				if err != nil {
+					t.Fatal(err)
+				}
+				for b := r.Offset / 512; b < (r.Offset+r.Length)/512; b++ {
+					set[b] = true
+				}
+			}
+			return set
+		}
+		if !slices.Equal(changes(), want) {
+			t.Fatal("what was marked is not shown at once")
+		}
+		m.Switch()
+		if !slices.Equal(changes(), want) {
+			t.Fatal("what was marked is not shown after the next take")
+		}
+	})
+}
+
+// A reader takes as little of the lock, and what it is told while takes go on
+// leaves nothing out.
+func TestTakesWhileChangesAreRead(t *testing.T) {
+	const blocks = 3*maxHeld + 5
+	m, err := NewMemory(blocks*512, sectorBlocks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	base := m.Switch()
+	m.Mark(0, blocks*512)
+	m.Switch()
+	held := 0
+	m.onRelease = func() { held++; m.Switch() }
+	seq, err := m.Changes(base.GenerationID, uint64(base.ChangesNumber))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for r, err := range seq {
+		if err != nil || r != (Range{0, blocks * 512}) {
+			t.Errorf("%v, %v", r, err)
+		}
+	}
+	if held != 4 {
+		t.Errorf("read under %d holds of the lock", held)
+	}
+	all := make([]byte, blocks)
+	if n, err := m.ReadMap(base.GenerationID, all, 0); n != blocks || err != nil || slices.Min(all) == 0 {
+		t.Errorf("read %d blocks, %v", n, err)
+	}
+	if held != 8 {
+		t.Errorf("the map was read under %d holds of the lock", held-4)
+	}
 }
 
 // Everything a map may go through, with bases noted at any time: whatever is

@@ -1,7 +1,6 @@
 package cbtmap
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -65,12 +64,23 @@ func (m *Map) checkReaderLocked(generation uuid.UUID) error {
 }
 
 // ReadMap reads the readable map of the generation from block off on, as
-// [io.ReaderAt] does. A map read in pieces is right if every piece was read: a
-// take between two pieces can only add changes, or is refused with ErrGeneration.
-// Bytes above ChangesNumber do not occur but for such a take.
-func (m *Map) ReadMap(generation uuid.UUID, dst []byte, off int64) (int, error) {
+// [io.ReaderAt] does. It is read in parts, as the caller may: a map read in parts
+// is right if every part was read, for a take between two of them can only add
+// changes, or is refused with ErrGeneration. Bytes above ChangesNumber do not
+// occur but for such a take.
+func (m *Map) ReadMap(generation uuid.UUID, dst []byte, off int64) (n int, err error) {
+	for {
+		part := dst[n:min(len(dst), n+maxHeld)]
+		k, err := m.readPart(generation, part, off+int64(n))
+		if n += k; err != nil || n == len(dst) {
+			return n, err
+		}
+	}
+}
+
+func (m *Map) readPart(generation uuid.UUID, dst []byte, off int64) (int, error) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
+	defer m.release()
 	if err := m.checkReaderLocked(generation); err != nil {
 		return 0, fmt.Errorf("read change map: %w", err)
 	}
@@ -86,9 +96,11 @@ func (m *Map) ReadMap(generation uuid.UUID, dst []byte, off int64) (int, error) 
 
 // Changes returns the ranges of the device that changed between take since and
 // the last take, ascending, as long as they can be, the last one ending with the
-// device. They are those of the moment of the call, for which the readable map is
-// copied; the sequence may be used at any time after it, and more than once.
-func (m *Map) Changes(generation uuid.UUID, since uint64) (iter.Seq[Range], error) {
+// device. The map is read in parts as the sequence goes on, as [Map.ReadMap] does
+// it: a take meanwhile can only add to it. An error, which is ErrGeneration or
+// ErrCorrupted, ends the sequence: it is not whole then. The sequence may be used
+// more than once.
+func (m *Map) Changes(generation uuid.UUID, since uint64) (iter.Seq2[Range, error], error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err := m.checkReaderLocked(generation); err != nil {
@@ -97,21 +109,40 @@ func (m *Map) Changes(generation uuid.UUID, since uint64) (iter.Seq[Range], erro
 	if since > uint64(m.number) {
 		return nil, fmt.Errorf("list changes: %w: %d, last is %d", ErrNotTaken, since, m.number)
 	}
-	taken, g := bytes.Clone(m.readable), m.geometry
-	return func(yield func(Range) bool) {
-		for i := 0; i < len(taken); {
-			if uint64(taken[i]) <= since {
-				i++
-				continue
-			}
-			first := int64(i)
-			for i < len(taken) && uint64(taken[i]) > since {
-				i++
-			}
-			off := first << g.shift
-			if !yield(Range{Offset: off, Length: min(int64(i)<<g.shift, g.size) - off}) {
+	g := m.geometry
+	return func(yield func(Range, error) bool) {
+		part := make([]byte, min(g.count, maxHeld))
+		first := int64(-1) // of the changed blocks that end where we are; -1: none do
+		for at := int64(0); at < g.count; {
+			n, err := m.ReadMap(generation, part, at)
+			if err != nil && err != io.EOF {
+				yield(Range{}, fmt.Errorf("list changes: %w", err))
 				return
 			}
+			for i, number := range part[:n] {
+				changed := uint64(number) > since
+				if changed == (first >= 0) {
+					continue
+				}
+				if block := at + int64(i); changed {
+					first = block
+				} else {
+					if !yield(g.bytes(first, block), nil) {
+						return
+					}
+					first = -1
+				}
+			}
+			at += int64(n)
+		}
+		if first >= 0 {
+			yield(g.bytes(first, g.count), nil)
 		}
 	}, nil
+}
+
+// bytes is the range of the blocks from first up to end.
+func (g geometry) bytes(first, end int64) Range {
+	off := first << g.shift
+	return Range{Offset: off, Length: min(end<<g.shift, g.size) - off}
 }

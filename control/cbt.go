@@ -91,7 +91,10 @@ func (d *Daemon) CBTChanges(_ context.Context, r ChangesRequest) (Changes, error
 		return Changes{}, cbtError(err, "changes of %s", r.Device)
 	}
 	out := Changes{CBTInfo: cbtInfo(i), Since: r.Since, Ranges: []Range{}}
-	for x := range seq {
+	for x, err := range seq {
+		if err != nil {
+			return Changes{}, cbtError(err, "changes of %s", r.Device)
+		}
 		out.Ranges = append(out.Ranges, Range{uint64(x.Offset / cbtmap.SectorSize), uint64(x.Length / cbtmap.SectorSize)})
 	}
 	return out, nil

@@ -181,7 +181,10 @@ func TestDiscardKeepsWhatASnapshotNeeds(t *testing.T) {
 	}
 	info := g.cbt.Switch()
 	changed := int64(0)
-	for r := range must(g.cbt.Changes(info.GenerationID, 0)) {
+	for r, err := range must(g.cbt.Changes(info.GenerationID, 0)) {
+		if err != nil {
+			t.Fatal(err)
+		}
 		changed += r.Length
 	}
 	if changed != diskSize {

@@ -426,7 +426,10 @@ func (w *world) checkIncrement(dev int, s *snapshot, info cbtmap.Info) {
 		}
 	}
 	at := int64(0)
-	for r := range changed {
+	for r, err := range changed {
+		if err != nil {
+			w.fail("I3: changes of disk%d: %v", dev, err)
+		}
 		if r.Offset < at || r.Length <= 0 {
 			w.fail("I3: disk%d: changes %d+%d after %d", dev, r.Offset, r.Length, at)
 		}
