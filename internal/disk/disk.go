@@ -87,6 +87,15 @@ func (d *Disk) Title() string {
 	return d.Name
 }
 
+// Known is the path that a person knows the disk by: a device-mapper device by
+// its name, as its number changes.
+func (d *Disk) Known() string {
+	if d.DMName != "" {
+		return "/dev/mapper/" + d.DMName
+	}
+	return d.Node
+}
+
 // Host is the machine that is looked at.
 type Host struct {
 	// Root is the directory from which paths given by people are resolved,

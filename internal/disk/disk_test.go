@@ -157,6 +157,18 @@ func TestLookup(t *testing.T) {
 	}
 }
 
+func TestKnown(t *testing.T) {
+	m := newMachine(t)
+	m.disk("vdb", "1:3", "")
+	m.disk("dm-0", "253:0", "")
+	m.set("dm-0", "dm/name", "slow")
+	for path, want := range map[string]string{"/dev/vdb": "/dev/vdb", "/dev/dm-0": "/dev/mapper/slow", "slow": "/dev/mapper/slow"} {
+		if d, err := m.Lookup(path); err != nil || d.Known() != want {
+			t.Errorf("%s is known as %+v, %v; want %s", path, d, err, want)
+		}
+	}
+}
+
 func TestCheckUsable(t *testing.T) {
 	for _, c := range []struct {
 		name  string
@@ -241,15 +253,53 @@ func TestCheckUsable(t *testing.T) {
 	}
 }
 
+// TestOpeners: whoever has the device open or mapped is found, by whatever name.
+// A character device of the same number is another, and so is what only bears the
+// name.
 func TestOpeners(t *testing.T) {
-	m := newMachine(t)
-	m.disk("vdb", "1:3", "")
-	m.write(m.Proc, "42/comm", "fio\n")
-	m.link("/dev/null", m.Proc, "42/fd/3") // a character device, and no block device's number
-	m.write(m.Proc, "42/maps", "7f00000-7f01000 rw-s 00000000 00:05 9 /dev/vdb\n7f01000-7f02000 rw-p 00000000 00:00 0\n")
-	m.link("/dev/null", m.Proc, "42/map_files/7f00000-7f01000")
-	if ps := m.Openers(Num{1, 3}); len(ps) != 0 {
-		t.Fatalf("a character device counted as a block device: %v", ps)
+	const maps = "7f00000-7f01000 rw-s 00000000 00:05 9 /dev/vdb\n7f01000-7f02000 rw-p 00000000 00:00 0\n"
+	const mapped = "42/map_files/7f00000-7f01000"
+	for name, c := range map[string]struct {
+		make func(*machine)
+		open bool
+	}{
+		"nobody":           {func(*machine) {}, false},
+		"open":             {func(m *machine) { m.link("/dev/vdb", m.Proc, "42/fd/3") }, true},
+		"a partition open": {func(m *machine) { m.link("/dev/vdb1", m.Proc, "42/fd/3") }, true},
+		"another open":     {func(m *machine) { m.link("/dev/vdc", m.Proc, "42/fd/3") }, false},
+		"open by another node": {func(m *machine) {
+			m.link("/jail/disk", m.Proc, "42/fd/3")
+			m.write(m.Proc, "42/fdinfo/3", "pos:\t0\nmnt_id:\t17\n")
+		}, true},
+		"on a server that may be dead": {func(m *machine) {
+			m.link("/jail/disk", m.Proc, "42/fd/3")
+			m.write(m.Proc, "42/fdinfo/3", "pos:\t0\nmnt_id:\t17\n")
+			m.mount(42, 17, "0:50", "/jail", "nfs4", "host:/x", "rw")
+		}, false},
+		"mapped": {func(m *machine) {
+			m.write(m.Proc, "42/maps", maps)
+			m.link("/dev/vdb", m.Proc, mapped)
+		}, true},
+		"a character device open": {func(m *machine) { m.link("/dev/null", m.Proc, "42/fd/3") }, false},
+		"a character device mapped under the name": {func(m *machine) {
+			m.write(m.Proc, "42/maps", maps)
+			m.link("/dev/null", m.Proc, mapped)
+		}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			m.disk("vdb", "1:3", "")
+			m.disk("vdb1", "1:4", "vdb")
+			m.disk("vdc", "1:5", "")
+			m.nodes["/jail/disk"] = m.nodes["/dev/vdb"]
+			m.nodes["/dev/null"] = status{mode: unix.S_IFCHR, rdev: Num{1, 3}}
+			m.write(m.Proc, "42/comm", "fio\n")
+			c.make(m)
+			ps := m.Openers(Num{1, 3})
+			if c.open != (len(ps) == 1) || len(ps) > 1 || c.open && ps[0].String() != "fio (process 42)" {
+				t.Errorf("openers %v", ps)
+			}
+		})
 	}
 }
 
@@ -482,14 +532,23 @@ func TestOpenMount(t *testing.T) {
 	}
 }
 
+// FuzzParseMount: no line breaks it, and what the kernel writes comes back as it
+// is, whatever the mount point is called.
 func FuzzParseMount(f *testing.F) {
-	f.Add(`36 35 98:0 / /mnt\040x rw - ext4 /dev/vdb rw`)
-	f.Add(`36 35 98:0 / /mnt rw master:1 shared:2 - ext4 \134`)
-	f.Add("1 2 3")
-	f.Fuzz(func(t *testing.T, line string) {
-		m, ok := parseMount(line)
-		if ok && (m.FSType == "" || strings.Contains(m.FSType, " ")) {
-			t.Fatalf("%q gave %+v", line, m)
+	f.Add(`36 35 98:0 / /mnt\040x rw - ext4 /dev/vdb rw`, "mnt x", "/dev/vdb")
+	f.Add(`36 35 98:0 / /mnt rw master:1 shared:2 - ext4 \134`, "a - b", `\040`)
+	f.Add("1 2 3", "no\u00a0break", "a\tb\nc\v\f\rd")
+	// seq_file's mangling: fs/proc_namespace.c.
+	kernel := strings.NewReplacer(" ", `\040`, "\t", `\011`, "\n", `\012`, `\`, `\134`, "#", `\043`)
+	f.Fuzz(func(t *testing.T, line, point, source string) {
+		if m, ok := parseMount(line); ok && (m.FSType == "" || m.Point == "" || strings.Contains(m.FSType+m.Super, " ")) {
+			t.Errorf("%q gave %+v", line, m)
+		}
+		point = "/" + point
+		line = fmt.Sprintf("36 35 98:7 / %s rw,relatime master:1 shared:2 - ext4 %s rw,errors=x", kernel.Replace(point), kernel.Replace(source))
+		want := Mount{ID: 36, Num: Num{98, 7}, Point: point, FSType: "ext4", Source: source, Super: "rw,errors=x"}
+		if m, ok := parseMount(line); !ok || m != want {
+			t.Errorf("%q gave %+v, want %+v", line, m, want)
 		}
 	})
 }

@@ -86,8 +86,9 @@ func (h *Host) OpenMount(m Mount) (*os.File, error) {
 //	36 35 98:0 /root /point opts tag:1 - type source super
 func parseMount(line string) (Mount, bool) {
 	left, right, ok := strings.Cut(line, " - ")
-	l, r := strings.Fields(left), strings.Fields(right)
-	if !ok || len(l) < 6 || len(r) < 2 {
+	// At blanks alone: the kernel escapes no other spaces that Unicode knows.
+	l, r := strings.Split(left, " "), strings.Split(right, " ")
+	if !ok || len(l) < 6 || len(r) < 2 || l[4] == "" || r[0] == "" {
 		return Mount{}, false
 	}
 	id, err1 := strconv.ParseUint(l[0], 10, 64)

@@ -22,7 +22,7 @@ func (h *Host) CheckUsable(d *Disk) error {
 		return &Error{ErrEmpty, d.Path, "has zero size", "put a medium in or set the device up first"}
 	}
 	if d.ReadOnly {
-		return &Error{ErrReadOnly, d.Path, "read-only", "make it writable first: blockdev --setrw " + d.Node}
+		return &Error{ErrReadOnly, d.Path, "read-only", "make it writable first: blockdev --setrw " + d.Known()}
 	}
 	return h.CheckFree(d)
 }
@@ -38,7 +38,7 @@ func (h *Host) CheckFree(d *Disk) error {
 			continue
 		}
 		if x != d {
-			what = "its partition " + x.Node + " is " + what
+			what = "its partition " + x.Known() + " is " + what
 		}
 		return &Error{ErrInUse, d.Path, what, fix}
 	}
@@ -55,7 +55,7 @@ func (h *Host) user(d *Disk, mounts []Mount) (what, fix string) {
 		return h.describeHolder(name)
 	}
 	if h.isSwap(d) {
-		return "used as swap space", "swapoff " + d.Node + " first"
+		return "used as swap space", "swapoff " + d.Known() + " first"
 	}
 	if fs, _ := filepath.Glob(filepath.Join(h.Sys, "fs/btrfs/*/devices", d.Name)); len(fs) > 0 {
 		return "part of a mounted btrfs filesystem", "unmount it first"
@@ -154,7 +154,7 @@ func (h *Host) busy(d *Disk) error {
 		if n, err := ParseNum(h.sysText("class/block", d.Parent, "dev")); err == nil {
 			if whole, err := h.byNumber(n); err == nil {
 				if what, fix := h.user(whole, h.Mounts()); what != "" {
-					return &Error{ErrInUse, d.Path, "its disk " + whole.Node + " is " + what, fix}
+					return &Error{ErrInUse, d.Path, "its disk " + whole.Known() + " is " + what, fix}
 				}
 			}
 		}
@@ -162,7 +162,7 @@ func (h *Host) busy(d *Disk) error {
 	if ps := h.Openers(d.Num); len(ps) > 0 {
 		return &Error{ErrInUse, d.Path, "opened exclusively by " + ps[0].String(), "end that process first"}
 	}
-	return &Error{ErrInUse, d.Path, "claimed by the kernel or another program", "find the user first: lsblk, fuser -v " + d.Node}
+	return &Error{ErrInUse, d.Path, "claimed by the kernel or another program", "find the user first: lsblk, fuser -v " + d.Known()}
 }
 
 // Process is a process that has something open.
@@ -185,14 +185,14 @@ func (h *Host) Openers(n Num) []Process {
 	for _, p := range h.partitions(d) {
 		wanted[p.Num] = p.Name
 	}
-	if out := h.processes(func(dir string) bool { return hasOpen(dir, wanted) }); len(out) > 0 {
+	if out := h.processes(func(dir string) bool { return h.hasOpen(dir, wanted) }); len(out) > 0 {
 		return out
 	}
 	// A process that hangs in the middle of a change of its memory does not let it be looked at.
 	ctx, cancel := context.WithTimeout(context.Background(), mapsWait)
 	defer cancel()
 	out, _ := Within(ctx, func() []Process {
-		return h.processes(func(dir string) bool { return ctx.Err() == nil && hasMapped(dir, wanted) })
+		return h.processes(func(dir string) bool { return ctx.Err() == nil && h.hasMapped(dir, wanted) })
 	}, func([]Process) {})
 	return out
 }
@@ -216,13 +216,30 @@ func (h *Host) processes(f func(dir string) bool) (out []Process) {
 }
 
 // isOneOf says whether the file that a link in /proc leads to is a wanted device.
-func isOneOf(link string, wanted map[Num]string) bool {
+func (h *Host) isOneOf(link string, wanted map[Num]string) bool {
+	st, err := h.follow(link)
+	return err == nil && st.mode == unix.S_IFBLK && wanted[st.rdev] != ""
+}
+
+// follow is the status of what a link in /proc leads to, which need not have a
+// path.
+func (h *Host) follow(link string) (status, error) {
+	if h.stat != nil {
+		to, err := os.Readlink(link)
+		if err != nil {
+			return status{}, err
+		}
+		return h.stat(to)
+	}
 	var st unix.Stat_t
-	return unix.Stat(link, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && wanted[numOf(st.Rdev)] != ""
+	if err := unix.Stat(link, &st); err != nil {
+		return status{}, err
+	}
+	return status{mode: uint16(st.Mode & unix.S_IFMT), rdev: numOf(st.Rdev)}, nil
 }
 
 // hasOpen looks at the files of the process whose directory in /proc is dir.
-func hasOpen(dir string, wanted map[Num]string) bool {
+func (h *Host) hasOpen(dir string, wanted map[Num]string) bool {
 	var remote map[string]bool
 	for _, fd := range names(filepath.Join(dir, "fd")) {
 		link := filepath.Join(dir, "fd", fd)
@@ -240,7 +257,7 @@ func hasOpen(dir string, wanted map[Num]string) bool {
 				continue
 			}
 		}
-		if isOneOf(link, wanted) {
+		if h.isOneOf(link, wanted) {
 			return true
 		}
 	}
@@ -273,7 +290,7 @@ func remoteMounts(dir string) map[string]bool {
 
 // hasMapped looks for what a process has mapped and perhaps closed, by the names
 // that the kernel gives the devices.
-func hasMapped(dir string, wanted map[Num]string) bool {
+func (h *Host) hasMapped(dir string, wanted map[Num]string) bool {
 	for _, line := range strings.Split(text(filepath.Join(dir, "maps")), "\n") {
 		// address perms offset dev inode /path
 		at := strings.IndexByte(line, '/')
@@ -286,7 +303,7 @@ func hasMapped(dir string, wanted map[Num]string) bool {
 				continue
 			}
 			var from, to uint64
-			if n, _ := fmt.Sscanf(line, "%x-%x", &from, &to); n == 2 && isOneOf(fmt.Sprintf("%s/map_files/%x-%x", dir, from, to), wanted) {
+			if n, _ := fmt.Sscanf(line, "%x-%x", &from, &to); n == 2 && h.isOneOf(fmt.Sprintf("%s/map_files/%x-%x", dir, from, to), wanted) {
 				return true
 			}
 		}
