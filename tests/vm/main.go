@@ -222,9 +222,7 @@ func (o *options) boot(ctx context.Context) (status int, err error) {
 		if !innocent || n == tries {
 			break
 		}
-		if ran {
-			fmt.Fprintf(os.Stderr, "vm: %v; the command is run again\n", machine.ErrStale)
-		}
+		fmt.Fprintf(os.Stderr, "vm: %v\nvm: tried again, for the %s time\n", err, []string{"second", "third"}[n-1])
 	}
 	if errors.Is(err, machine.ErrDied) {
 		err = fmt.Errorf("%w%s", err, keepLog(o.Cache, log.Bytes()))

@@ -220,6 +220,9 @@ exec %[3]s "$@"
 		if status != 0 && (!strings.Contains(stderr, "the machine died") || !strings.Contains(stderr, "no such luck")) {
 			t.Errorf("stderr %q", stderr)
 		}
+		if told := strings.Count(stderr, "vm: tried again, for the "); told != c.starts-1 {
+			t.Errorf("%d deaths: stderr %q", c.deaths, stderr)
+		}
 		if starts, err := os.ReadFile(filepath.Join(dir, "starts")); strings.Count(string(starts), "\n") != c.starts {
 			t.Errorf("%d deaths: started %q, %v; want %d", c.deaths, starts, err, c.starts)
 		}
@@ -245,11 +248,15 @@ func TestAgain(t *testing.T) {
 		{"-again", "Oops: 0002 [#1] SMP NOPTI", "00000", statusBroken},
 	} {
 		out := t.TempDir()
+		again := c.flag == "-again" && c.oops == stale
 		stdout, stderr, status := result(t, vm("-accel", "tcg", c.flag, "-disk", "a=1M", "-out", out, "-e", "OOPS="+c.oops, command))
 		if status != c.status || stdout != c.stdout {
 			t.Errorf("%s, %s: status %d, stdout %q, stderr %q", c.flag, c.oops, status, stdout, stderr)
 		}
 		if told := strings.Contains(stderr, "code that was no longer there"); told != (c.oops == stale) {
+			t.Errorf("%s, %s: stderr %q", c.flag, c.oops, stderr)
+		}
+		if told := strings.Contains(stderr, "vm: tried again, for the second time\n"); told != again {
 			t.Errorf("%s, %s: stderr %q", c.flag, c.oops, stderr)
 		}
 	}
