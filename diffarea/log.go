@@ -346,6 +346,31 @@ func (l *Log) Waiting() (waits bool, done uint64) {
 	return l.victimLocked() != nil, l.ended + uint64(l.next)
 }
 
+// UnderWay names the disks that the log waits for: those of the storage that are
+// being written, and the originals that are being read.
+func (l *Log) UnderWay() (names []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	add := func(f blockdev.File) {
+		if !slices.Contains(names, f.Name()) {
+			names = append(names, f.Name())
+		}
+	}
+	for r := l.next - min(l.next, l.poolSlots); r < l.next; r++ {
+		switch s := l.slot(r); s.state {
+		case slotCopying:
+			add(s.area.orig)
+		case slotStoring:
+			add(l.file(l.state.find(r).source))
+		case slotFree, slotLanded, slotDead:
+		}
+	}
+	if l.growth.active {
+		add(l.growth.op.File)
+	}
+	return names
+}
+
 // victimLocked is the area of a copy that waits for another disk, nil if there
 // is none. What waits for room that reads of the same disk take has nothing to
 // gain from the end of the snapshot.

@@ -512,6 +512,9 @@ func TestWaitingForOthers(t *testing.T) {
 	if waits, _ := b.log.Waiting(); waits || b.woken != 0 {
 		t.Fatalf("waits %v, %d woken; want to wait for the own disk alone", waits, b.woken)
 	}
+	if names := b.log.UnderWay(); !slices.Equal(names, []string{"disk"}) {
+		t.Fatalf("under way: %v", names)
+	}
 	woken := 0
 	if ok, _ := other.Protect(b.w, 0, nil, func() { woken++ }); ok {
 		t.Fatal("protected for no reason")
@@ -529,6 +532,33 @@ func TestWaitingForOthers(t *testing.T) {
 	b.sched.Run()
 	if b.woken != 8 {
 		t.Fatalf("%d of 8 woken", b.woken)
+	}
+	if names := b.log.UnderWay(); names != nil {
+		t.Fatalf("under way after all: %v", names)
+	}
+}
+
+// A storage that hangs is named, whether it is written or grows.
+func TestUnderWay(t *testing.T) {
+	b := newBench(t, 16, 4, 1<<20)
+	store := blockdev.NewMemoryFile("f", 1<<30)
+	if err := b.append(diffarea.Storage{File: store}); err != nil {
+		t.Fatal(err)
+	}
+	b.sched.Stick(store)
+	b.protect(0, 2)
+	b.sched.Run()
+	if names := b.log.UnderWay(); !slices.Equal(names, []string{"f"}) {
+		t.Fatalf("under way: %v", names)
+	}
+	b.sched.Unstick(store)
+	b.sched.Run()
+	more := blockdev.NewMemoryFile("more", 1<<30)
+	b.sched.Stick(more)
+	b.log.Append(b.w, diffarea.Storage{File: more}, func(error) {})
+	b.sched.Run()
+	if names := b.log.UnderWay(); !slices.Equal(names, []string{"more"}) {
+		t.Fatalf("under way: %v", names)
 	}
 }
 

@@ -69,8 +69,9 @@ func NewLive(cfg LiveConfig) (*Live, error) {
 	return &Live{Snapshot: s, cfg: cfg, state: st, align: blockdev.SectorSize}, nil
 }
 
-// ErrStuck: a difference storage does not answer.
-var ErrStuck = errors.New("the storage does not answer")
+// ErrStuck: a disk of the snapshot, of its storage or an original, does not
+// answer.
+var ErrStuck = errors.New("does not answer")
 
 // call runs f on the control queue's thread and waits until it calls back.
 func (v *Live) call(f func(done func(error))) error { return <-v.start(f) }
