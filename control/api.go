@@ -34,7 +34,7 @@ type API interface {
 	// MarkDirty counts ranges as changed: all of them or none.
 	MarkDirty(ctx context.Context, r MarkRequest) error
 
-	// CreateSnapshot makes a snapshot, not yet taken.
+	// CreateSnapshot makes a snapshot, taken only if asked for.
 	CreateSnapshot(ctx context.Context, r CreateRequest) (Snapshot, error)
 	// AddToSnapshot adds a device to a snapshot not yet taken. [Exists] if it is
 	// in it.
@@ -138,6 +138,9 @@ type DeviceStatus struct {
 	Operations map[string]Operation `json:"operations"` // by kind
 	Errors     uint64               `json:"errors"`
 	InFlight   int64                `json:"in_flight"`
+	// Unregistered counts the requests that failed because the kernel did not
+	// register their payload, however often it was asked.
+	Unregistered uint64 `json:"unregistered"`
 	// DiscardsSkipped counts the bytes of discards that were not passed on
 	// because a snapshot needs them.
 	DiscardsSkipped uint64   `json:"discards_skipped"`
@@ -194,6 +197,10 @@ type CreateRequest struct {
 	ChunkSize int64 `json:"chunk_size,omitempty"`
 	// Attach adds a filter over a device that has none.
 	Attach bool `json:"attach,omitempty"`
+	// Take takes it at once, with NoFreeze as in TakeRequest. If that fails, or
+	// the caller is gone, no snapshot is left.
+	Take     bool `json:"take,omitempty"`
+	NoFreeze bool `json:"no_freeze,omitempty"`
 }
 
 // SnapshotDeviceRequest names a snapshot and a device.

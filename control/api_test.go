@@ -131,7 +131,7 @@ func calls(ctx context.Context, a API) map[string]struct {
 	remove := RemoveRequest{Device: "n", Force: true}
 	changes := ChangesRequest{Device: "n", Since: Take{uuid.UUID{1}, 7}}
 	mark := MarkRequest{Device: "n", Ranges: []Range{{1, 2}, {3, 4}}}
-	create := CreateRequest{Devices: []string{"n"}, Storage: []Storage{{"/s", 5}}, ChunkSize: 4096, Attach: true}
+	create := CreateRequest{Devices: []string{"n"}, Storage: []Storage{{"/s", 5}}, ChunkSize: 4096, Attach: true, Take: true, NoFreeze: true}
 	addTo := SnapshotDeviceRequest{ID: "u", Device: "n", Attach: true}
 	storage := StorageRequest{ID: "u", Storage: Storage{"/s", 6}}
 	take := TakeRequest{ID: "u", NoFreeze: true}
@@ -238,8 +238,10 @@ func TestUnknownCallsAndFields(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusNotImplemented {
-		t.Errorf("GET: %s", resp.Status)
+	var e Error
+	if err := json.NewDecoder(resp.Body).Decode(&e); err != nil || resp.StatusCode != http.StatusMethodNotAllowed || resp.Header.Get("Allow") != http.MethodPost ||
+		e.Code != Invalid || !strings.HasSuffix(e.Message, "use POST") {
+		t.Errorf("GET of a call that is known: %s, %+v, %v", resp.Status, e, err)
 	}
 }
 

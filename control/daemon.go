@@ -67,11 +67,11 @@ func NewDaemon(o Options) (*Daemon, error) {
 	}
 	var err error
 	if d.ctl, err = ublk.OpenControl(); err != nil {
-		return nil, driverError(err)
+		return nil, driverError(err, "start the daemon")
 	}
 	if d.loop, err = blockdev.NewLoop(blockdev.LoopConfig{Name: "snapshots", Depth: 64}); err != nil {
 		d.ctl.Close()
-		return nil, driverError(err)
+		return nil, driverError(err, "start the daemon")
 	}
 	d.clearAway()
 	return d, nil
@@ -79,7 +79,7 @@ func NewDaemon(o Options) (*Daemon, error) {
 
 // driverError gives the reasons why no device can be had their codes. The
 // messages say what to do themselves.
-func driverError(err error) error {
+func driverError(err error, what string) error {
 	var code Code
 	switch {
 	case errors.Is(err, ublk.ErrNoDriver), errors.Is(err, ublk.ErrTooOld), errors.Is(err, uring.ErrNotSupported):
@@ -87,9 +87,19 @@ func driverError(err error) error {
 	case errors.Is(err, ublk.ErrPermission), errors.Is(err, uring.ErrDisabled):
 		code = Denied
 	default:
-		return fail(err, "start the daemon: open the ublk driver")
+		return fail(err, "%s: open the ublk driver", what)
 	}
-	return &Error{Code: code, Message: "start the daemon: " + err.Error()}
+	return &Error{Code: code, Message: what + ": " + err.Error()}
+}
+
+// Driver says why the ublk driver is not to be had, if so. It is loaded if it can be.
+func Driver() error {
+	ctl, err := ublk.OpenControl()
+	if err != nil {
+		return driverError(err, "look for the driver")
+	}
+	ctl.Close()
+	return nil
 }
 
 // clearAway removes what a dead daemon left: ublk devices without a disk, and
@@ -216,7 +226,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 	all := d.sorted()
 	for _, v := range all {
 		if err := d.idle(v); err != nil {
-			return err
+			return fail(err, "%s", v.Name)
 		}
 	}
 	for _, s := range d.sortedSnapshots() {
@@ -226,7 +236,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 	}
 	for _, v := range all {
 		if err := d.removeIdle(ctx, v); err != nil {
-			return err
+			return fail(err, "%s", v.Name)
 		}
 	}
 	return nil
@@ -295,6 +305,7 @@ func (d *Daemon) note(kernelName, kind, name string) error {
 	text := fmt.Sprintf("UBLK_BLKSNAP_KIND=%s\nUBLK_BLKSNAP_NAME=%s\n", kind, name)
 	path := filepath.Join(d.o.Dir.udev(), kernelName)
 	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		_ = os.Remove(path) // the part of it that there was room for
 		return fmt.Errorf("write the note for udev: %w", err)
 	}
 	return nil

@@ -209,7 +209,7 @@ func (d *Daemon) nameFilter(x *disk.Disk, err error) error {
 	}
 	for _, v := range d.sorted() {
 		if v.disk.Parent == x.Name || x.Parent == v.disk.Name {
-			return &Error{Code: Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", v.disk.Node, v.Name)}
+			return &Error{Code: Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", v.disk.Known(), v.Name)}
 		}
 	}
 	return err
@@ -252,7 +252,7 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 		return err
 	}
 	v.Device = Device{
-		Name: r.Name, Original: v.disk.Node, OriginalNumber: v.disk.Num.String(),
+		Name: r.Name, Original: v.disk.Known(), OriginalNumber: v.disk.Num.String(),
 		Path: v.dev.Path, Number: v.dev.Num.String(), ID: uint32(v.dev.ID),
 		Size: v.geo.Size, LogicalBlockSize: v.geo.LogicalBlock, PhysicalBlockSize: v.geo.PhysicalBlock,
 		Queues: v.dev.Queues, Depth: v.dev.Depth, Mode: modeOf(v.dev.Mode), Recovery: *r.Recovery,
@@ -292,16 +292,16 @@ func (d *Daemon) openOriginal(ctx context.Context, x *disk.Disk) (*blockdev.OSFi
 		_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
 		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
 		if err != nil {
-			return opened{nil, fmt.Errorf("keep %s open: %w", x.Node, err)}
+			return opened{nil, fmt.Errorf("keep %s open: %w", x.Known(), err)}
 		}
-		return opened{blockdev.NewOSFile(fd, x.Node), nil}
+		return opened{blockdev.NewOSFile(fd, x.Known()), nil}
 	}, func(o opened) {
 		if o.err == nil {
 			_ = o.file.Close()
 		}
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open and flush %s: %w", x.Node, err)
+		return nil, fmt.Errorf("open and flush %s: %w", x.Known(), err)
 	}
 	return o.file, o.err
 }
@@ -409,7 +409,7 @@ func (d *Daemon) find(ref string) (*device, error) {
 	if err != nil {
 		// The original may have been pulled out.
 		for _, v := range all {
-			if v.Original == ref || v.Link == ref {
+			if v.Original == ref || v.disk.Node == ref || v.Link == ref {
 				return v, nil
 			}
 		}
@@ -494,14 +494,14 @@ func (d *Daemon) removeOrphan(r RemoveRequest, id int) error {
 // idle says who uses the device, if anybody does.
 func (d *Daemon) idle(v *device) error {
 	if ids := d.holding(v); len(ids) > 0 {
-		return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Name + ": held by snapshot " + ids[0],
+		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "held by snapshot " + ids[0],
 			Fix: "destroy it first: ublk-blksnap snapshot destroy " + ids[0]}
 	}
 	if err := d.free(v); err != nil {
 		return err
 	}
 	if who := d.host.Openers(v.dev.Num); len(who) > 0 {
-		return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Path + ": opened by " + who[0].String(), Fix: "end that process first"}
+		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "opened by " + who[0].String(), Fix: "end that process first"}
 	}
 	return nil
 }
@@ -555,8 +555,13 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 	return d.takeDown(v)
 }
 
-// late explains a removal that took too long.
+// late explains a removal that took too long, or for which the disk does no work
+// any more.
 func (d *Daemon) late(v *device, err error) error {
+	if errors.Is(err, unix.EIO) {
+		return &Error{Code: Internal, Errno: unix.EIO, Message: fmt.Sprintf("what is written cannot reach %s: %v", v.Original, err),
+			Fix: "give that up: ublk-blksnap remove --force " + v.Name}
+	}
 	if !errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
@@ -573,7 +578,7 @@ func (d *Daemon) inUse(v *device) error {
 	if who := d.idle(v); who != nil {
 		return who
 	}
-	return &Error{Code: Busy, Errno: unix.EBUSY, Message: v.Path + ": in use", Fix: "find the user first: fuser -v " + v.Path}
+	return &Error{Code: Busy, Errno: unix.EBUSY, Message: "in use", Fix: "find the user first: fuser -v " + v.Path}
 }
 
 // removeForced removes a device under its users; needs change.
@@ -653,7 +658,7 @@ func (d *Daemon) DeviceStatus(ctx context.Context, ref string) (DeviceStatus, er
 		return DeviceStatus{}, fail(err, "status of %s", ref)
 	}
 	defer release()
-	s := DeviceStatus{Device: d.describe(v), State: "unknown", Operations: map[string]Operation{}}
+	s := DeviceStatus{Device: d.describe(v), State: "unknown", Operations: map[string]Operation{}, Unregistered: v.dev.Unregistered()}
 	if i, err := v.dev.Info(ctx); err == nil {
 		s.State = i.State.String()
 	}

@@ -1,6 +1,28 @@
 package control
 
-import "testing"
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// TestNoteFails: of a note for which there is no room nothing is left.
+func TestNoteFails(t *testing.T) {
+	d := &Daemon{o: Options{Dir: RunDir(t.TempDir())}}
+	if err := os.Mkdir(d.o.Dir.udev(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	note := filepath.Join(d.o.Dir.udev(), "ublkb0")
+	if err := os.Symlink("/dev/full", note); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.note("ublkb0", "filter", "vdb"); err == nil {
+		t.Error("no error")
+	}
+	if _, err := os.Lstat(note); !os.IsNotExist(err) {
+		t.Errorf("the note is left: %v", err)
+	}
+}
 
 func TestRoomForQueues(t *testing.T) {
 	const gib = 1 << 30

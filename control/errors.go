@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -114,27 +115,36 @@ func fail(err error, format string, args ...any) *Error {
 	switch {
 	case errors.As(err, &e):
 		c := *e
-		c.Message = what + ": " + err.Error()
+		c.Message = said(what, err.Error())
 		if e.Fix != "" {
-			c.Message = what + ": " + e.Message
+			c.Message = said(what, e.Message)
 		}
 		return &c
 	case errors.As(err, &d):
 		c := diskError(d)
-		c.Message = what + ": " + d.What
+		c.Message = said(what, d.What)
 		return c
 	case errors.Is(err, ublk.ErrTooOld), errors.Is(err, ublk.ErrZoned):
-		return &Error{Code: Unsupported, Errno: unix.EOPNOTSUPP, Message: what + ": " + err.Error()}
+		return &Error{Code: Unsupported, Errno: unix.EOPNOTSUPP, Message: said(what, err.Error())}
 	case errors.Is(err, context.DeadlineExceeded):
 		return &Error{Code: Timeout, Errno: unix.ETIMEDOUT, Message: what + ": took too long"}
 	case errors.Is(err, context.Canceled):
 		return &Error{Code: Interrupted, Errno: unix.EINTR, Message: what + ": interrupted"}
 	case errors.As(err, &errno):
-		return &Error{Code: codeOfErrno(errno), Errno: errno, Message: what + ": " + err.Error()}
+		return &Error{Code: codeOfErrno(errno), Errno: errno, Message: said(what, err.Error())}
 	case errors.Is(err, os.ErrNotExist):
-		return &Error{Code: NotFound, Errno: unix.ENOENT, Message: what + ": " + err.Error()}
+		return &Error{Code: NotFound, Errno: unix.ENOENT, Message: said(what, err.Error())}
 	}
-	return &Error{Code: Internal, Message: what + ": " + err.Error()}
+	return &Error{Code: Internal, Message: said(what, err.Error())}
+}
+
+// said puts what was being done before what came of it, naming the object once.
+// A file that this process reached through the root of process 1 is named as
+// everybody knows it.
+func said(what, came string) string {
+	came = strings.ReplaceAll(came, initRoot+"/", "/")
+	object := what[strings.LastIndexByte(what, ' ')+1:]
+	return what + ": " + strings.TrimPrefix(came, object+": ")
 }
 
 func codeOfErrno(n unix.Errno) Code {

@@ -29,6 +29,10 @@ func TestFail(t *testing.T) {
 		{context.DeadlineExceeded, Timeout, "add /dev/vdb: took too long"},
 		{context.Canceled, Interrupted, "add /dev/vdb: interrupted"},
 		{fmt.Errorf("odd"), Internal, "add /dev/vdb: odd"},
+		// The object is named once, and by a path that everybody knows.
+		{&Error{Code: Busy, Message: "/dev/vdb: held by snapshot 7", Fix: "destroy it"}, Busy, "add /dev/vdb: held by snapshot 7: destroy it"},
+		{fmt.Errorf("/proc/1/root/dev/vdb: %w", unix.EBUSY), Busy, "add /dev/vdb: device or resource busy"},
+		{&os.PathError{Op: "open", Path: "/proc/1/root/var/tmp/x", Err: unix.EACCES}, Denied, "add /dev/vdb: open /var/tmp/x: permission denied"},
 	} {
 		e := fail(c.err, "add %s", "/dev/vdb")
 		if e.Code != c.code || e.Error() != c.text {

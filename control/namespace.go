@@ -48,7 +48,7 @@ func EnterNamespace(dir RunDir, c Config) error {
 	// anything is left on a machine that cannot do it.
 	ctl, err := ublk.OpenControl()
 	if err != nil {
-		return driverError(err)
+		return driverError(err, "start the daemon")
 	}
 	ctl.Close()
 	if err := dir.mountState(c.StateSize); err != nil {
@@ -70,11 +70,14 @@ func EnterNamespace(dir RunDir, c Config) error {
 	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew in the mount namespace")
 }
 
+// initRoot is the root directory of process 1.
+const initRoot = "/proc/1/root"
+
 // host is the machine as everybody sees it.
 func host() *disk.Host {
 	h := disk.Machine()
 	if os.Getenv(insideEnv) != "" {
-		h.Root = "/proc/1/root"
+		h.Root = initRoot
 	}
 	return h
 }

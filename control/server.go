@@ -56,7 +56,7 @@ func NewHandler(api API, log *slog.Logger) http.Handler {
 	handle(mux, "snapshot/list", func(ctx context.Context, _ none) ([]Snapshot, error) { return api.Snapshots(ctx) })
 	handle(mux, "snapshot/info", func(ctx context.Context, r snapshotRef) (Snapshot, error) { return api.Snapshot(ctx, r.ID) })
 	handle(mux, "snapshot/wait", api.WaitEvent)
-	mux.HandleFunc("POST /v1/snapshot/watch", func(w http.ResponseWriter, r *http.Request) { watch(api, w, r) })
+	post(mux, "snapshot/watch", func(w http.ResponseWriter, r *http.Request) { watch(api, w, r) })
 
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, &Error{Code: Unsupported, Errno: unix.ENOSYS,
@@ -69,12 +69,24 @@ func NewHandler(api API, log *slog.Logger) http.Handler {
 	})
 }
 
+// post serves a call. Another method is answered with what is right.
+func post(mux *http.ServeMux, path string, serve http.HandlerFunc) {
+	mux.HandleFunc("/v1/"+path, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost {
+			serve(w, r)
+			return
+		}
+		w.Header().Set("Allow", http.MethodPost)
+		answerError(w, http.StatusMethodNotAllowed, invalid("%s %s: not this method: use POST", r.Method, r.URL.Path))
+	})
+}
+
 func answerless[Req any](f func(context.Context, Req) error) func(context.Context, Req) (none, error) {
 	return func(ctx context.Context, r Req) (none, error) { return none{}, f(ctx, r) }
 }
 
 func handle[Req, Resp any](mux *http.ServeMux, path string, f func(context.Context, Req) (Resp, error)) {
-	mux.HandleFunc("POST /v1/"+path, func(w http.ResponseWriter, r *http.Request) {
+	post(mux, path, func(w http.ResponseWriter, r *http.Request) {
 		var req Req
 		if err := readBody(r, &req); err != nil {
 			writeError(w, err)
@@ -106,8 +118,12 @@ func writeError(w http.ResponseWriter, err error) {
 	if !errors.As(err, &e) {
 		e = &Error{Code: Internal, Message: err.Error()}
 	}
+	answerError(w, httpStatus(e.Code), e)
+}
+
+func answerError(w http.ResponseWriter, status int, e *Error) {
 	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(httpStatus(e.Code))
+	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(e)
 }
 

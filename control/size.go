@@ -37,6 +37,19 @@ func FormatSize(n int64) string {
 	return strconv.FormatInt(n, 10) + unit
 }
 
+// HumanSize writes a size as people read it: in the largest unit of which it has
+// one, with a digit after the point if need be.
+func HumanSize(n int64) string {
+	v, unit := float64(n), ""
+	for _, u := range []string{"K", "M", "G", "T", "P"} {
+		if v < 1023.95 { // which would be written as 1024
+			break
+		}
+		v, unit = v/1024, u
+	}
+	return strings.TrimSuffix(strconv.FormatFloat(v, 'f', 1, 64), ".0") + unit
+}
+
 // Range is a range of a device in sectors of 512 bytes.
 type Range struct {
 	Sector uint64 `json:"sector"`

@@ -40,6 +40,17 @@ func FuzzParseSize(f *testing.F) {
 	})
 }
 
+func TestHumanSize(t *testing.T) {
+	for n, want := range map[int64]string{
+		0: "0", 1: "1", 512: "512", 1023: "1023", 1024: "1K", 1536: "1.5K", 65536: "64K", 1 << 20: "1M", 1<<20 - 1: "1M", 1<<20 - 1<<10: "1023K",
+		10 << 30: "10G", 1_000_204_886_016: "931.5G", 1 << 40: "1T", math.MaxInt64: "8192P",
+	} {
+		if got := HumanSize(n); got != want {
+			t.Errorf("HumanSize(%d) = %s, want %s", n, got, want)
+		}
+	}
+}
+
 func TestParseRange(t *testing.T) {
 	for s, want := range map[string]Range{"0:1": {0, 1}, "8:16": {8, 16}, "18446744073709551614:1": {math.MaxUint64 - 1, 1}} {
 		if got, err := ParseRange(s); err != nil || got != want {

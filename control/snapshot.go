@@ -129,6 +129,10 @@ func (d *Daemon) usable(id string) (*snapshot, error) {
 	if err == nil && s.leaving {
 		return nil, &Error{Code: Busy, Errno: unix.EBUSY, Message: "snapshot " + s.id + ": is being destroyed", Fix: "create another"}
 	}
+	if err == nil && s.live.Log().Err() != 0 {
+		errno := s.live.Log().Err()
+		return nil, &Error{Code: Corrupted, Errno: errno, Message: "snapshot " + s.id + ": is corrupted: " + errno.Error(), Fix: "destroy it, and take another"}
+	}
 	return s, err
 }
 
@@ -207,6 +211,14 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (s *snapshot, err 
 	for _, st := range r.Storage {
 		if err := d.appendTo(s, st); err != nil {
 			return nil, d.undo(s, err)
+		}
+	}
+	if r.Take {
+		if err := d.take(ctx, s, TakeRequest{ID: s.id, NoFreeze: r.NoFreeze}); err != nil {
+			if !s.leaving { // take has not begun to destroy it
+				err = d.undo(s, err)
+			}
+			return nil, err
 		}
 	}
 	if err := ctx.Err(); err != nil {
@@ -373,7 +385,6 @@ func (d *Daemon) TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, err
 	if err := d.take(ctx, s, r); err != nil {
 		return Snapshot{}, snapshotError(err, "take snapshot %s", s.id)
 	}
-	d.o.Log.Info("snapshot taken", "snapshot", s.id, "frozen", s.frozen)
 	return d.describeSnapshot(s), nil
 }
 
@@ -416,6 +427,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
 	s.taken, s.frozen = &now, frozen
 	d.mu.Unlock()
 	d.events.emit(Event{Snapshot: s.id, Kind: EventTaken})
+	d.o.Log.Info("snapshot taken", "snapshot", s.id, "frozen", frozen)
 	return nil
 }
 
@@ -637,14 +649,24 @@ func (d *Daemon) awaitGone(ctx context.Context, s *snapshot) error {
 		return ctx.Err()
 	case <-time.After(d.o.Config.StorageTimeout):
 	}
+	s.use.RLock()
 	hanging := s.live.Returning()
-	d.mu.Lock()
-	for i := 0; !s.gone && i < len(s.storage); i++ {
-		hanging = append(hanging, s.storage[i].Path) // of these one does
+	if !s.gone {
+		hanging = append(hanging, s.hanging()...)
 	}
-	d.mu.Unlock()
-	d.o.Log.Warn("the storage of a destroyed snapshot does not answer: it is given back when it does", "snapshot", s.id, "storage", hanging)
+	s.use.RUnlock()
+	d.o.Log.Warn("a disk of a destroyed snapshot does not answer: what is left is given back when it does", "snapshot", s.id, "disks", hanging)
 	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when it does", strings.Join(hanging, ", "), snapimage.ErrStuck)
+}
+
+// hanging are the disks that the log of a snapshot waits for: storage, or
+// originals; needs use.
+func (s *snapshot) hanging() []string {
+	names := s.live.Log().UnderWay()
+	for i, name := range names {
+		names[i] = strings.TrimPrefix(name, initRoot)
+	}
+	return names
 }
 
 // tell passes on the events of a snapshot until it is destroyed, and gives it
@@ -663,7 +685,7 @@ func (d *Daemon) tell(s *snapshot) {
 			if waits, n := s.live.Log().Waiting(); !waits || n != done || moved.IsZero() {
 				moved, done = now, n
 			} else if now.Sub(moved) >= limit && !s.gone && s.live.Log().Err() == 0 {
-				d.o.Log.Error("writes wait for difference storage that does not answer: the snapshot is given up", "snapshot", s.id, "for", limit)
+				d.o.Log.Error("writes wait for another disk than their own, which does not answer: the snapshot is given up", "snapshot", s.id, "for", limit, "disks", s.hanging())
 				s.live.GiveUp(unix.ETIMEDOUT)
 			}
 			s.use.RUnlock()

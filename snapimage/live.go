@@ -113,13 +113,13 @@ func (v *Live) AppendStorage(path string, limit int64) error {
 	late := time.After(v.cfg.Patience)
 	s, err := v.openStorage(path, limit, late)
 	if err != nil {
-		return fmt.Errorf("append storage: %w", err)
+		return err
 	}
 	v.storage = append(v.storage, s)
 	select {
 	case err = <-v.start(func(done func(error)) { v.Append(s.engine(), done) }):
 	case <-late:
-		return fmt.Errorf("append storage: %s: %w", path, ErrStuck)
+		return fmt.Errorf("%s: %w", path, ErrStuck)
 	}
 	if err == nil {
 		return nil
@@ -132,7 +132,7 @@ func (v *Live) AppendStorage(path string, limit int64) error {
 	case <-late:
 		err = fmt.Errorf("%w; and %s does not answer: it is given back when it does", err, path)
 	}
-	return fmt.Errorf("append storage: %w", err)
+	return err
 }
 
 // openStorage is for what may hang itself: a file of a dead file server.
