@@ -2,11 +2,16 @@ package main
 
 import (
 	"errors"
+	"regexp"
+	"slices"
+	"strings"
 
 	"github.com/google/uuid"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // blksnapCommands are blksnap's own commands with its options and output, for
@@ -22,6 +27,7 @@ func (p *program) blksnapCommands() []*cobra.Command {
 		p.blksnapSnapshotWaitEvent(), p.blksnapSnapshotWatcher(),
 	}
 	for _, c := range cs {
+		asBoost(c.Flags())
 		c.Annotations = map[string]string{blksnapVerb: c.Name()}
 		c.PreRunE = func(c *cobra.Command, _ []string) error {
 			if err := c.ValidateRequiredFlags(); err != nil {
@@ -31,6 +37,40 @@ func (p *program) blksnapCommands() []*cobra.Command {
 		}
 	}
 	return cs
+}
+
+// asBoost reads options as blksnap does, which has them read by
+// boost::program_options: a long one may be shortened as long as it is the only
+// one that begins so, and one that takes a single value is given once.
+func asBoost(flags *pflag.FlagSet) {
+	names := []string{"help", "json"}
+	flags.VisitAll(func(f *pflag.Flag) {
+		names = append(names, f.Name)
+		if _, several := f.Value.(pflag.SliceValue); !several {
+			f.Value = &once{Value: f.Value}
+		}
+	})
+	flags.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		meant := slices.DeleteFunc(slices.Clone(names), func(n string) bool { return !strings.HasPrefix(n, name) })
+		if len(meant) == 1 {
+			name = meant[0]
+		}
+		return pflag.NormalizedName(name)
+	})
+}
+
+// once is an option that can be given once.
+type once struct {
+	pflag.Value
+	given bool
+}
+
+func (o *once) Set(s string) error {
+	if o.given {
+		return errors.New("given more than once")
+	}
+	o.given = true
+	return o.Value.Set(s)
 }
 
 // blksnapVerb marks blksnap's own commands.
@@ -62,14 +102,39 @@ func checkID(c *cobra.Command, id string) error {
 	return nil
 }
 
-// twoWays adds to the refusal of a disk in use what blksnap's users need to
+// twoWays adds to the refusal of a mounted disk what blksnap's users need to
 // know: here a filter cannot be slid under a mounted filesystem.
-func twoWays(err error) error {
+func twoWays(err error, device string) error {
 	var e *control.Error
-	if errors.As(err, &e) && e.Code == control.Busy {
-		c := *e
-		c.Fix = "unmount it, attach it and mount the filter device in its place, or put the disk under device-mapper"
-		return &c
+	if !errors.As(err, &e) || e.Code != control.Busy || !strings.Contains(e.Message, "mounted on ") {
+		return err
 	}
-	return err
+	c := *e
+	c.Fix = "unmount it, attach it and mount the filter device in its place"
+	if d, err := disk.Machine().Lookup(device); err != nil || d.DMName == "" {
+		c.Fix += ", or put the disk under device-mapper"
+	}
+	return &c
+}
+
+// inBlksnapsWords has an error of the daemon's name the commands that blksnap's
+// users have.
+func inBlksnapsWords(e *control.Error) {
+	for _, w := range blksnapsWords {
+		e.Message = w.ours.ReplaceAllString(e.Message, w.blksnaps)
+		e.Fix = w.ours.ReplaceAllString(e.Fix, w.blksnaps)
+	}
+}
+
+var blksnapsWords = []struct {
+	ours     *regexp.Regexp
+	blksnaps string
+}{
+	{regexp.MustCompile(`^add (\S+): `), "attach $1: "},
+	{regexp.MustCompile(`^remove (\S+): `), "detach $1: "},
+	{regexp.MustCompile(`add it first: ublk-blksnap add `), "attach it first: blksnap attach -d "},
+	{regexp.MustCompile(`\bublk-blksnap remove ([^-\s]\S*)`), "blksnap detach -d $1"},
+	{regexp.MustCompile(`\bublk-blksnap snapshot destroy (\S+)`), "blksnap snapshot_destroy -i $1"},
+	// blksnap has no names and no force.
+	{regexp.MustCompile(`choose another with --name`), "choose another: ublk-blksnap add --name"},
 }

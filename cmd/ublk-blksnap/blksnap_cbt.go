@@ -79,7 +79,7 @@ func (p *program) markFile(c *cobra.Command, device, path string) error {
 		return fmt.Errorf("markdirtyblock: %w", err)
 	}
 	if device == "" {
-		device = d.Node
+		device = d.Known()
 	}
 	var ranges []string
 	for _, x := range extents {

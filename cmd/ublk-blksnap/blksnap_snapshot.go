@@ -2,12 +2,15 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
@@ -133,7 +136,7 @@ func (p *program) blksnapSnapshotInfo() *cobra.Command {
 		Use:   "snapshot_info -d DEV [-f image|error_code]",
 		Short: "Tell the image of a device and its error (blksnap)",
 		Long: `Tell the image of a device and the error that broke its snapshot, 0 for none. With
-several snapshots of one device it is the latest one.`,
+several snapshots of one device it is the latest one that is taken.`,
 		Args: args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
 			if field != "" && field != "image" && field != "error_code" {
@@ -147,6 +150,9 @@ several snapshots of one device it is the latest one.`,
 				im, err := latestImage(ctx, api, path)
 				if err != nil {
 					return err
+				}
+				if im.Link == "" {
+					im.Link = "/dev/" // and no name, as blksnap says it
 				}
 				v := map[string]any{"error_code": im.Errno, "image": im.Link}
 				if field != "" {
@@ -167,7 +173,8 @@ several snapshots of one device it is the latest one.`,
 	return c
 }
 
-// latestImage is the image of a device in the latest snapshot that has it.
+// latestImage is the image of a device in the latest snapshot of it that is
+// taken; none if there is no such snapshot.
 func latestImage(ctx context.Context, api control.API, device string) (control.SnapshotImage, error) {
 	d, err := api.DeviceStatus(ctx, device)
 	if err != nil {
@@ -179,18 +186,18 @@ func latestImage(ctx context.Context, api control.API, device string) (control.S
 	}
 	for i := len(ss) - 1; i >= 0; i-- {
 		for _, im := range ss[i].Images {
-			if im.Device == d.Name {
+			if im.Device == d.Name && im.Link != "" {
 				return im, nil
 			}
 		}
 	}
-	return control.SnapshotImage{}, &control.Error{Code: control.NotFound, Message: "snapshot_info " + device + ": in no snapshot"}
+	return control.SnapshotImage{}, nil
 }
 
 func (p *program) blksnapSnapshotCollect() *cobra.Command {
 	return &cobra.Command{
 		Use:   "snapshot_collect",
-		Short: "List the UUIDs of all snapshots (blksnap)",
+		Short: "List the UUIDs of all snapshots, and an empty line (blksnap)",
 		Args:  args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
 			return p.with(c, func(ctx context.Context, api control.API) error {
@@ -206,6 +213,7 @@ func (p *program) blksnapSnapshotCollect() *cobra.Command {
 					for _, id := range ids {
 						fmt.Fprintln(w, id)
 					}
+					fmt.Fprintln(w)
 				})
 			})
 		},
@@ -223,7 +231,7 @@ func (p *program) blksnapSnapshotWaitEvent() *cobra.Command {
 			if err := checkID(c, id); err != nil {
 				return err
 			}
-			api, err := p.connect(c.Context())
+			api, err := p.reach(c.Context())
 			if err != nil {
 				return err
 			}
@@ -275,6 +283,12 @@ func eventFields(e control.Event) []string {
 	return out
 }
 
+// inBlksnapsErrno is a negative errno in the words of the C library.
+func inBlksnapsErrno(n int) string {
+	text := unix.Errno(-n).Error()
+	return strings.ToUpper(text[:1]) + text[1:]
+}
+
 // errWatched ends watching.
 var errWatched = errors.New("watched to the end")
 
@@ -288,36 +302,42 @@ func (p *program) blksnapSnapshotWatcher() *cobra.Command {
 			if err := checkID(c, id); err != nil {
 				return err
 			}
-			api, err := p.connect(c.Context())
+			api, err := p.reach(c.Context())
 			if err != nil {
 				return err
 			}
+			say := func(format string, args ...any) {
+				if !p.json {
+					fmt.Fprintf(p.out, format+"\n", args...)
+				}
+			}
+			say("Start snapshot watcher.")
 			err = api.Watch(c.Context(), id, func(e control.Event) error {
 				if !blksnapEvent(e.Kind) {
 					return nil
 				}
 				if p.json {
-					if err := p.printJSON(p.out, e); err != nil {
-						return err
-					}
-				} else {
-					line := e.Kind
-					for _, f := range eventFields(e) {
-						line += " " + f
-					}
-					if _, err := fmt.Fprintln(p.out, line); err != nil {
+					// One line an event, for readers by the line.
+					if err := json.NewEncoder(p.out).Encode(e); err != nil {
 						return err
 					}
 				}
 				if e.Kind == control.EventCorrupted {
+					say("%d - The snapshot was corrupted for device [%s] with error %q.", e.Time.UnixNano(), e.Device, inBlksnapsErrno(e.Errno))
 					return errWatched
 				}
+				say("%d - %s", e.Time.UnixNano(), strings.Join(append([]string{e.Kind}, eventFields(e)...), " "))
 				return nil
 			})
-			if errors.Is(err, errWatched) {
-				return nil
+			switch {
+			case errors.Is(err, errWatched):
+			case err == nil, control.CodeOf(err) == control.NotFound:
+				say("The snapshot no longer exists.")
+			default:
+				return watched(c.Context(), err)
 			}
-			return err
+			say("Snapshot watcher finished.")
+			return nil
 		},
 	}
 	idOption(c, &id)

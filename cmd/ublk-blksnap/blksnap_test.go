@@ -36,10 +36,20 @@ func TestBlksnapCommands(t *testing.T) {
 		{"snapshot_info -d vdb", []any{"vdb", "snapshots"}, "error_code=-28\nimage=/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
 		{"snapshot_info -d vdb -f image", []any{"vdb", "snapshots"}, "/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
 		{"snapshot_info -d vdb --field error_code", []any{"vdb", "snapshots"}, "-28\n"},
-		{"snapshot_collect", []any{"snapshots"}, id1 + "\n" + id2 + "\n"},
+		{"snapshot_collect", []any{"snapshots"}, id1 + "\n" + id2 + "\n\n"},
 		{"snapshot_waitevent -i " + id1 + " -t 1500", []any{control.WaitRequest{ID: id1, Timeout: 1500 * time.Millisecond}},
 			"result=ok\ntime=1735787045000000000\nevent=low_free_space\nrequested_nr_sect=2097152\n"},
-		{"snapshot_watcher -i " + id1, nil, "low_free_space requested_nr_sect=2097152\ncorrupted device=254:16 error_code=-28\n"},
+		{"snapshot_watcher -i " + id1, nil, "Start snapshot watcher.\n" +
+			"1735787045000000000 - low_free_space requested_nr_sect=2097152\n" +
+			"1735787045000000000 - The snapshot was corrupted for device [254:16] with error \"No space left on device\".\n" +
+			"Snapshot watcher finished.\n"},
+		// boost::program_options takes long options that are cut short.
+		{"markdirtyblock --range 0:8 16:8 --dev vdb", mark, ""},
+		{"attach --d /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "Attached successfully\n"},
+		{"snapshot_create --dev=vdb --fi=/d --lim=1G", create([]string{"vdb"}, []control.Storage{{Path: "/d", Limit: 1 << 30}}), id1 + "\n"},
+		{"snapshot_info --device vdb --fi image", []any{"vdb", "snapshots"}, "/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
+		{"snapshot_waitevent --i " + id1 + " --time 0", []any{control.WaitRequest{ID: id1}},
+			"result=ok\ntime=1735787045000000000\nevent=low_free_space\nrequested_nr_sect=2097152\n"},
 	}
 	for _, name := range []string{"blksnap ", "ublk-blksnap "} {
 		for _, g := range goldens {
@@ -56,7 +66,12 @@ func TestBlksnapCommands(t *testing.T) {
 		"blksnap markdirtyblock -d vdb":                      "blksnap: markdirtyblock: give --device and --ranges, or --file",
 		"blksnap markdirtyblock -r 0:8":                      "blksnap: markdirtyblock: give --device and --ranges, or --file",
 		"blksnap markdirtyblock -d vdb -f x -r 0:8":          "blksnap: markdirtyblock: give --ranges or --file, not both",
-		"blksnap markdirtyblock -d vdb -r 8":                 `blksnap: mark vdb: "8" is not a range`,
+		"blksnap markdirtyblock -d vdb -r 8":                 `blksnap: markdirtyblock vdb: "8" is not a range`,
+		"blksnap attach -d vdb -d vdc":                       `blksnap: attach: invalid argument "vdc" for "-d, --device" flag: given more than once`,
+		"blksnap snapshot_take -i " + id1 + " --id=" + id2:   `blksnap: snapshot_take: invalid argument "` + id2 + `" for "-i, --id" flag: given more than once`,
+		"blksnap snapshot_create -d vdb -f /a -d vdc -f /b":  `blksnap: snapshot_create: invalid argument "/b" for "-f, --file" flag: given more than once`,
+		"blksnap markdirtyblock -d vdb --rangs 0:8":          "blksnap: markdirtyblock: unknown flag: --rangs",
+		"blksnap attach --devices vdb":                       "blksnap: attach: unknown flag: --devices",
 		"blksnap markdirtyblock -f /no/such/file":            "blksnap: markdirtyblock: open /no/such/file",
 		"blksnap snapshot_info -d vdb -f size":               `blksnap: snapshot_info: no field "size"`,
 		"blksnap snapshot_appendstorage -i " + id1:           `blksnap: snapshot_appendstorage: required flag(s) "file" not set`,
@@ -79,6 +94,11 @@ func TestAttachAgain(t *testing.T) {
 	_, _, errs := execute(f, "blksnap", "attach", "-d", "/dev/vdb")
 	if !strings.Contains(errs, "mounted on /mnt: unmount it") || !strings.Contains(errs, "device-mapper") {
 		t.Errorf("not both ways out: %q", errs)
+	}
+	// That is no way out of another use.
+	f.err = &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add /dev/vdb: used as swap space", Fix: "swapoff /dev/vdb first"}
+	if _, _, errs := execute(f, "blksnap", "attach", "-d", "/dev/vdb"); errs != "blksnap: attach /dev/vdb: used as swap space: swapoff /dev/vdb first\n" {
+		t.Errorf("%q", errs)
 	}
 }
 
@@ -105,11 +125,58 @@ func TestWaitEventResults(t *testing.T) {
 	}
 }
 
+// TestSnapshotInfoOfNone: a device that is attached, in no snapshot or in one that
+// is not taken yet, has an image without a name.
 func TestSnapshotInfoOfNone(t *testing.T) {
 	f := newFake()
-	f.snapshots = nil
-	if status, out, errs := execute(f, "blksnap", "snapshot_info", "-d", "vdb"); status != 1 || out != "" || errs != "blksnap: snapshot_info vdb: in no snapshot\n" {
-		t.Errorf("status %d, %q, %q", status, out, errs)
+	untaken := control.Snapshot{ID: id2, State: control.SnapshotCreated, Images: []control.SnapshotImage{{Device: "vdb", Original: "/dev/vdb"}}}
+	for _, snapshots := range [][]control.Snapshot{nil, {untaken}} {
+		f.snapshots = snapshots
+		if status, out, errs := execute(f, "blksnap", "snapshot_info", "-d", "vdb"); status != 0 || out != "error_code=0\nimage=/dev/\n" || errs != "" {
+			t.Errorf("status %d, %q, %q", status, out, errs)
+		}
+	}
+	// One that can be used comes before a newer one that cannot yet.
+	f = newFake()
+	f.snapshots = []control.Snapshot{f.snapshots[0], untaken}
+	if status, out, _ := execute(f, "blksnap", "snapshot_info", "-d", "vdb", "-f", "image"); status != 0 || out != "/dev/ublk-blksnap/images/vdb-"+id1+"\n" {
+		t.Errorf("status %d, %q", status, out)
+	}
+}
+
+// TestWatcherOfNone: to blksnap a snapshot that is gone is the end of watching it.
+func TestWatcherOfNone(t *testing.T) {
+	for _, err := range []error{nil, &control.Error{Code: control.NotFound, Errno: unix.ESRCH, Message: "no such snapshot"}} {
+		f := newFake()
+		f.events, f.err = nil, err
+		status, out, errs := execute(f, "blksnap", "snapshot_watcher", "-i", id1)
+		if status != 0 || out != "Start snapshot watcher.\nThe snapshot no longer exists.\nSnapshot watcher finished.\n" || errs != "" {
+			t.Errorf("%v: status %d, %q, %q", err, status, out, errs)
+		}
+	}
+}
+
+// TestBlksnapsWords: what to do is said in the commands that blksnap has.
+func TestBlksnapsWords(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		err  control.Error
+		want string
+	}{
+		{[]string{"detach", "-d", "vdb"}, control.Error{Message: "remove vdb: held by snapshot " + id1, Fix: "destroy it first: ublk-blksnap snapshot destroy " + id1},
+			"detach vdb: held by snapshot " + id1 + ": destroy it first: blksnap snapshot_destroy -i " + id1},
+		{[]string{"cbtinfo", "-d", "/dev/vdb"}, control.Error{Message: "change map of /dev/vdb: has no filter", Fix: "add it first: ublk-blksnap add /dev/vdb"},
+			"change map of /dev/vdb: has no filter: attach it first: blksnap attach -d /dev/vdb"},
+		{[]string{"attach", "-d", "/dev/vdb"}, control.Error{Message: "add /dev/vdb: being removed", Fix: "end that first: ublk-blksnap remove vdb"},
+			"attach /dev/vdb: being removed: end that first: blksnap detach -d vdb"},
+		{[]string{"attach", "-d", "/dev/vdb"}, control.Error{Message: "add /dev/vdb: left over", Fix: "remove that one first: ublk-blksnap remove --force /dev/ublkb3"},
+			"attach /dev/vdb: left over: remove that one first: ublk-blksnap remove --force /dev/ublkb3"},
+	} {
+		f := newFake()
+		f.err = &c.err
+		if status, _, errs := execute(f, append([]string{"blksnap"}, c.args...)...); status != 1 || errs != "blksnap: "+c.want+"\n" {
+			t.Errorf("%v: status %d, said %q, want %q", c.args, status, errs, c.want)
+		}
 	}
 }
 

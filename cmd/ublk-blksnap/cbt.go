@@ -14,7 +14,7 @@ map, so a take is named by one token, GENERATION:N. A backup keeps the token of 
 take it has copied: "changes --since TOKEN" is its next increment, or fails with
 status 6 once that generation has ended, and everything has to be copied.`,
 		Args: noCommand,
-		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
+		RunE: p.whichCommand,
 	}
 	c.AddCommand(p.cbtInfo(), p.cbtMap(), p.cbtChanges(), p.cbtMark())
 	return c

@@ -7,7 +7,6 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
@@ -32,7 +31,7 @@ func (p *program) writeCBTMap(c *cobra.Command, device, file string) error {
 	if err != nil {
 		return err
 	}
-	if f, ok := p.out.(*os.File); ok && file == "" && !p.json && isTerminal(f) {
+	if file == "" && !p.json && p.read(p.out) {
 		return usage("map: bytes do not belong on a terminal: give --output FILE")
 	}
 	return p.with(c, func(ctx context.Context, api control.API) error {
@@ -42,7 +41,7 @@ func (p *program) writeCBTMap(c *cobra.Command, device, file string) error {
 		}
 		if file != "" {
 			if err := os.WriteFile(file, m, 0o600); err != nil {
-				return fmt.Errorf("map %s: %w", device, err)
+				return fmt.Errorf("%s %s: %w", c.Name(), device, err)
 			}
 			if !p.json {
 				return nil
@@ -53,9 +52,4 @@ func (p *program) writeCBTMap(c *cobra.Command, device, file string) error {
 			_, err = w.Write(m)
 		})
 	})
-}
-
-func isTerminal(f *os.File) bool {
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
 }

@@ -26,7 +26,7 @@ func (p *program) markRanges(c *cobra.Command, device string, ranges []string) e
 	for _, s := range ranges {
 		x, err := control.ParseRange(s)
 		if err != nil {
-			return usage("mark %s: %v", device, err)
+			return usage("%s %s: %v", c.Name(), device, err)
 		}
 		r.Ranges = append(r.Ranges, x)
 	}

@@ -16,7 +16,7 @@ func (p *program) config() *cobra.Command {
 		Use:   "config",
 		Short: "Check or show the configuration",
 		Args:  noCommand,
-		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
+		RunE:  p.whichCommand,
 	}
 	c.AddCommand(&cobra.Command{
 		Use:   "check [FILE]",

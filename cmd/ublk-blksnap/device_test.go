@@ -36,6 +36,7 @@ discard:         0 requests, 0 bytes
 write-zeroes:    0 requests, 0 bytes
 errors:          1
 in flight:       2
+unregistered:    5 requests got an I/O error because the kernel did not register their payload
 discards skipped: 4096 bytes that a snapshot needs
 change tracking: 16384 blocks of 64K, take ` + id2 + ":3\n"},
 	})

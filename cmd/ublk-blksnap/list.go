@@ -25,17 +25,17 @@ func (p *program) list() *cobra.Command {
 				return p.print(ds, func(w io.Writer) {
 					t := newTable(w, "NAME", "ORIGINAL", "DEVICE", "SIZE", "MODE", "QUEUES", "SNAPSHOTS")
 					for _, d := range ds {
-						t.row(d.Name, d.Original, d.Path, control.FormatSize(d.Size), d.Mode,
+						t.row(d.Name, d.Original, d.Path, control.HumanSize(d.Size), d.Mode,
 							fmt.Sprintf("%dx%d", d.Queues, d.Depth), len(d.Snapshots))
 					}
-					t.flush()
+					p.flush(t, "no filters")
 				})
 			})
 		},
 	}
 }
 
-// table writes columns; nothing at all without rows.
+// table writes columns; nothing at all without rows, but to a person.
 type table struct {
 	w    *tabwriter.Writer
 	head []any
@@ -60,4 +60,10 @@ func (t *table) row(cells ...any) {
 	}
 }
 
-func (t *table) flush() { _ = t.w.Flush() }
+// flush ends a table. Who reads an empty one on a terminal is told so.
+func (p *program) flush(t *table, empty string) {
+	if t.head != nil && p.read(p.out) {
+		fmt.Fprintln(p.out, empty)
+	}
+	_ = t.w.Flush()
+}

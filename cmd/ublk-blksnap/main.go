@@ -19,7 +19,7 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	p := &program{out: os.Stdout, err: os.Stderr}
+	p := &program{out: os.Stdout, err: os.Stderr, terminal: isTerminal, driver: control.Driver}
 	p.connect = func(ctx context.Context) (control.API, error) {
 		s := control.Starter{Dir: p.dir(), ConfigPath: p.configPath, Starting: func() { p.say("starting the daemon") }}
 		return s.Connect(ctx)

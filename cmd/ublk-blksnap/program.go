@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -24,6 +26,10 @@ type program struct {
 	out, err io.Writer
 	// connect reaches the daemon, starting it if need be.
 	connect func(context.Context) (control.API, error)
+	// terminal says whether a person reads what is written; nil: nobody does.
+	terminal func(io.Writer) bool
+	// driver says why there is no ublk driver.
+	driver func() error
 
 	json       bool
 	runDir     string
@@ -70,14 +76,25 @@ func (p *program) exit(err error) int {
 	if errors.As(err, &silent) {
 		return int(silent)
 	}
-	var e *control.Error
-	if !errors.As(err, &e) {
-		e = &control.Error{Code: control.Internal, Message: err.Error()}
+	if several, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // this one, not one within
+		status := 0
+		for _, err := range several.Unwrap() {
+			status = cmp.Or(status, p.exit(err))
+		}
+		return status
+	}
+	e := &control.Error{Code: control.Internal}
+	if within := new(control.Error); errors.As(err, &within) {
+		*e = *within
+	}
+	e.Message = strings.TrimSuffix(err.Error(), ": "+e.Fix)
+	if p.blksnap {
+		inBlksnapsWords(e)
 	}
 	if p.json {
 		_ = p.printJSON(p.err, map[string]any{"error": e})
 	} else {
-		fmt.Fprintf(p.err, "%s: %s\n", p.name, err)
+		fmt.Fprintf(p.err, "%s: %s\n", p.name, e)
 	}
 	if s := exitStatus(e.Code); !p.blksnap || s == statusInterrupted {
 		return s
@@ -125,7 +142,7 @@ func (p *program) root() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          noCommand,
-		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
+		RunE:          p.whichCommand,
 	}
 	root.PersistentFlags().BoolVarP(&p.json, "json", "j", false, "print JSON")
 	root.PersistentFlags().StringVar(&p.runDir, "run-dir", control.DefaultRunDir, "run directory of the daemon")
@@ -144,7 +161,11 @@ func (p *program) root() *cobra.Command {
 		return nil
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return usage("%s: %v: see %s --help", c.Name(), err, c.CommandPath())
+		text := flagError(err)
+		if c.HasParent() {
+			text = c.Name() + ": " + text
+		}
+		return usage("%s: see %s --help", text, c.CommandPath())
 	})
 	if asBlksnap {
 		root.Short = "Snapshots and changed-block tracking of block devices"
@@ -152,6 +173,8 @@ func (p *program) root() *cobra.Command {
 		root.AddCommand(p.blksnapCommands()...)
 		return root
 	}
+	root.Version = control.Version
+	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	root.Short = "Snapshots and changed-block tracking of block devices, on ublk"
 	root.Long = root.Short + `
 
@@ -163,7 +186,7 @@ instant; each has a writable image device.
   mount /dev/ublk-blksnap/vdb /mnt          used instead of /dev/vdb
   ublk-blksnap snapshot create vdb --storage /var/tmp --take
   mount -o ro /dev/ublk-blksnap/images/…    as it was
-  ublk-blksnap cbt changes vdb --since 1    what changed
+  ublk-blksnap cbt changes vdb --since …    what changed since a take
   ublk-blksnap remove vdb
 
 A daemon does the work; the first command that needs it starts it.
@@ -200,6 +223,34 @@ func noCommand(c *cobra.Command, args []string) error {
 	return nil
 }
 
+// whichCommand refuses to do nothing.
+func (p *program) whichCommand(c *cobra.Command, _ []string) error {
+	if !p.json {
+		c.SetOut(p.err)
+		if err := c.Help(); err != nil {
+			return err
+		}
+		fmt.Fprintln(p.err)
+	}
+	return usage("no command given: see %s --help", c.CommandPath())
+}
+
+// flagError is what is wrong with a flag, in words.
+func flagError(err error) string {
+	var n *strconv.NumError
+	if !errors.As(err, &n) {
+		return err.Error()
+	}
+	words := "not a whole number"
+	switch {
+	case errors.Is(n, strconv.ErrRange):
+		words = "out of range"
+	case n.Func == "ParseBool":
+		words = "neither true nor false"
+	}
+	return strings.Replace(err.Error(), n.Error(), words, 1)
+}
+
 // args refuses the wrong number of arguments in the words of the command's usage.
 func args(least, most int) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
@@ -214,13 +265,26 @@ func (p *program) dir() control.RunDir { return control.RunDir(p.runDir) }
 
 // with runs f with the daemon, and says what goes on if it takes long.
 func (p *program) with(c *cobra.Command, f func(ctx context.Context, api control.API) error) error {
-	api, err := p.connect(c.Context())
+	api, err := p.reach(c.Context())
 	if err != nil {
 		return err
 	}
 	done := p.tellWhatGoesOn(c.Context(), c.Name(), api)
 	defer done()
 	return f(c.Context(), api)
+}
+
+// reach is connect to a daemon with the configuration that was asked for.
+func (p *program) reach(ctx context.Context) (control.API, error) {
+	api, err := p.connect(ctx)
+	if err != nil || p.configPath == "" {
+		return api, err
+	}
+	info, err := api.Info(ctx)
+	if err == nil && info.Config != p.configPath {
+		err = usage("--config %s: a daemon runs that was started with %s: stop it first, or leave --config out", p.configPath, info.Config)
+	}
+	return api, err
 }
 
 // slow is when waiting starts to need an explanation.
@@ -255,8 +319,34 @@ func (p *program) tellWhatGoesOn(ctx context.Context, what string, api control.A
 	}
 }
 
-// say tells a person something that is not the result.
-func (p *program) say(s string) { fmt.Fprintf(p.err, "%s: %s\n", p.name, s) }
+// say tells a person something that is not the result. A script that keeps what
+// is on standard error looks for errors there.
+func (p *program) say(s string) {
+	if p.read(p.err) {
+		fmt.Fprintf(p.err, "%s: %s\n", p.name, s)
+	}
+}
+
+// read says whether a person reads what is written to w.
+func (p *program) read(w io.Writer) bool { return p.terminal != nil && p.terminal(w) }
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+// watched is what comes of watching until err: a person who has seen enough makes
+// no error.
+func watched(ctx context.Context, err error) error {
+	if ctx.Err() != nil && control.CodeOf(err) == control.Interrupted {
+		return silentError(statusInterrupted)
+	}
+	return err
+}
 
 // print writes a result: as JSON if that is wanted, else by text.
 func (p *program) print(v any, text func(w io.Writer)) error {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -32,6 +33,7 @@ type fakeDaemon struct {
 	changes   control.Changes
 	events    []control.Event
 	doing     string
+	config    string
 	delay     time.Duration
 }
 
@@ -42,7 +44,7 @@ func (f *fakeDaemon) ask(r any) error {
 }
 
 func (f *fakeDaemon) Info(context.Context) (control.Info, error) {
-	return control.Info{Doing: f.doing}, nil
+	return control.Info{Doing: f.doing, Config: f.config}, nil
 }
 func (f *fakeDaemon) AddDevice(_ context.Context, r control.AddRequest) (control.Device, error) {
 	return f.device, f.ask(r)
@@ -130,7 +132,7 @@ func newFake() *fakeDaemon {
 	broken.Link, broken.Errno = "/dev/ublk-blksnap/images/vdb-"+id2, -28
 	return &fakeDaemon{
 		device: d,
-		status: control.DeviceStatus{Device: d, State: "live", Errors: 1, InFlight: 2, DiscardsSkipped: 4096,
+		status: control.DeviceStatus{Device: d, State: "live", Errors: 1, InFlight: 2, DiscardsSkipped: 4096, Unregistered: 5,
 			Operations: map[string]control.Operation{control.OpRead: {Requests: 10, Bytes: 5120}, control.OpFlush: {Requests: 3}}, CBT: &cbt},
 		changes: control.Changes{CBTInfo: cbt, Since: take(2), Ranges: []control.Range{{Sector: 0, Count: 128}, {Sector: 512, Count: 256}}},
 		snapshots: []control.Snapshot{
@@ -155,7 +157,7 @@ func execute(f *fakeDaemon, args ...string) (status int, out, errs string) {
 
 func executeAPI(f control.API, args ...string) (status int, out, errs string) {
 	var o, e bytes.Buffer
-	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }}
+	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }, driver: func() error { return nil }}
 	status = p.run(context.Background(), args)
 	return status, o.String(), e.String()
 }
@@ -163,19 +165,81 @@ func executeAPI(f control.API, args ...string) (status int, out, errs string) {
 // TestRelativePaths: the daemon works in another directory than the command.
 func TestRelativePaths(t *testing.T) {
 	var o, e bytes.Buffer
-	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return newFake(), nil }}
-	if status := p.run(context.Background(), []string{"ublk-blksnap", "--run-dir", "run", "--config", "../conf", "list"}); status != 0 {
-		t.Fatalf("status %d: %s", status, e.String())
-	}
 	here, err := os.Getwd()
 	if err != nil {
 		t.Fatal(err)
 	}
+	f := newFake()
+	f.config = filepath.Join(filepath.Dir(here), "conf")
+	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }}
+	if status := p.run(context.Background(), []string{"ublk-blksnap", "--run-dir", "run", "--config", "../conf", "list"}); status != 0 {
+		t.Fatalf("status %d: %s", status, e.String())
+	}
 	if want := filepath.Join(here, "run"); p.runDir != want {
 		t.Errorf("run directory %s, want %s", p.runDir, want)
 	}
-	if want := filepath.Join(filepath.Dir(here), "conf"); p.configPath != want {
-		t.Errorf("configuration %s, want %s", p.configPath, want)
+	if p.configPath != f.config {
+		t.Errorf("configuration %s, want %s", p.configPath, f.config)
+	}
+}
+
+// TestAnotherConfig: a configuration that the daemon does not have is not passed
+// over.
+func TestAnotherConfig(t *testing.T) {
+	for _, line := range []string{"add vdb", "list", "snapshot watch", "snapshot_waitevent -t 0 -i " + id1, "snapshot_watcher -i " + id1} {
+		f := newFake()
+		f.config = "/etc/ublk-blksnap.conf"
+		status, out, errs := execute(f, strings.Fields("ublk-blksnap --config /my/conf "+line)...)
+		want := "ublk-blksnap: --config /my/conf: a daemon runs that was started with /etc/ublk-blksnap.conf: stop it first, or leave --config out\n"
+		if status == 0 || out != "" || errs != want || len(f.asked) > 0 {
+			t.Errorf("%s: status %d, printed %q, said %q, asked %v", line, status, out, errs, f.asked)
+		}
+	}
+}
+
+// TestOnATerminal: a person learns that a list is empty and what takes long, a
+// script gets results and errors alone.
+func TestOnATerminal(t *testing.T) {
+	for line, want := range map[string]string{"list": "no filters\n", "snapshot list": "no snapshots\n", "list --json": "[]\n"} {
+		for _, person := range []bool{true, false} {
+			var o, e bytes.Buffer
+			f := newFake()
+			f.device, f.snapshots = control.Device{}, []control.Snapshot{}
+			p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return person }}
+			status := p.run(context.Background(), strings.Fields("ublk-blksnap "+line))
+			p.say("starting the daemon")
+			said := ""
+			if person {
+				said = "ublk-blksnap: starting the daemon\n"
+			} else if !strings.Contains(line, "json") {
+				want = ""
+			}
+			if status != 0 || o.String() != want || e.String() != said {
+				t.Errorf("%s, person %v: status %d, printed %q, said %q", line, person, status, o.String(), e.String())
+			}
+		}
+	}
+	if isTerminal(os.NewFile(^uintptr(0), "closed")) || isTerminal(&bytes.Buffer{}) {
+		t.Error("what is no terminal is one")
+	}
+	if pty, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0); err != nil || !isTerminal(pty) {
+		t.Errorf("a terminal is none, %v", err)
+	}
+}
+
+// TestInterruptedWatch: who has seen enough makes no error, but says it by the
+// status.
+func TestInterruptedWatch(t *testing.T) {
+	for _, line := range []string{"snapshot watch", "snapshot watch " + id1 + " --json", "snapshot_watcher -i " + id1} {
+		var o, e bytes.Buffer
+		f := newFake()
+		f.events, f.err = nil, &control.Error{Code: control.Interrupted, Errno: unix.EINTR, Message: "ask the daemon: interrupted"}
+		p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }}
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		if status := p.run(ctx, strings.Fields("ublk-blksnap "+line)); status != statusInterrupted || e.Len() > 0 {
+			t.Errorf("%s: status %d, said %q", line, status, e.String())
+		}
 	}
 }
 
@@ -312,8 +376,8 @@ func TestJSONEverywhere(t *testing.T) {
 	for _, line := range []string{
 		"ublk-blksnap add /dev/vdb", "ublk-blksnap list", "ublk-blksnap status vdb", "ublk-blksnap version", "ublk-blksnap config show",
 		"ublk-blksnap config check", "ublk-blksnap snapshot create vdb --storage /var/tmp", "ublk-blksnap snapshot take " + id1,
-		"ublk-blksnap snapshot list", "ublk-blksnap snapshot info " + id1, "ublk-blksnap cbt info vdb", "ublk-blksnap cbt map vdb",
-		"ublk-blksnap cbt changes vdb --since " + take(1).String(), "blksnap version", "blksnap attach -d vdb", "blksnap cbtinfo -d vdb",
+		"ublk-blksnap snapshot list", "ublk-blksnap snapshot info " + id1, "ublk-blksnap snapshot destroy " + id1, "ublk-blksnap cbt info vdb", "ublk-blksnap cbt map vdb",
+		"ublk-blksnap cbt changes vdb --since " + take(1).String(), "blksnap attach -d vdb", "blksnap cbtinfo -d vdb",
 		"blksnap snapshot_create -d vdb", "blksnap snapshot_info -d vdb", "blksnap snapshot_info -d vdb -f image",
 		"blksnap snapshot_collect", "blksnap snapshot_waitevent -t 1 -i " + id1,
 	} {
@@ -325,29 +389,43 @@ func TestJSONEverywhere(t *testing.T) {
 		}
 	}
 	// Streams are a line of JSON an event.
-	_, out, _ := execute(newFake(), "ublk-blksnap", "snapshot", "watch", id1, "--json")
-	for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
-		if !json.Valid([]byte(line)) {
-			t.Errorf("event %q", line)
+	for _, line := range []string{"ublk-blksnap snapshot watch " + id1 + " --json", "blksnap snapshot_watcher -i " + id1 + " --json"} {
+		_, out, _ := execute(newFake(), strings.Fields(line)...)
+		for _, event := range strings.Split(strings.TrimSpace(out), "\n") {
+			if !json.Valid([]byte(event)) {
+				t.Errorf("%s: event %q", line, event)
+			}
 		}
 	}
 }
 
 func TestUsage(t *testing.T) {
 	runRefused(t, map[string]string{
-		"ublk-blksnap explode":            `ublk-blksnap: no command "explode": see ublk-blksnap --help`,
-		"ublk-blksnap snapshot burn":      `ublk-blksnap: no command "burn": see ublk-blksnap snapshot --help`,
-		"ublk-blksnap cbt x":              `ublk-blksnap: no command "x": see ublk-blksnap cbt --help`,
-		"ublk-blksnap add":                "ublk-blksnap: add: 0 arguments given: use ublk-blksnap add DEV [flags]",
-		"ublk-blksnap add a b":            "ublk-blksnap: add: 2 arguments given: use ",
-		"ublk-blksnap add vdb --deep":     "ublk-blksnap: add: unknown flag: --deep: see ublk-blksnap add --help",
-		"ublk-blksnap list x":             "ublk-blksnap: list: 1 arguments given: use ",
-		"blksnap add /dev/vdb":            `blksnap: no command "add": see blksnap --help`,
-		"blksnap attach":                  `blksnap: attach: required flag(s) "device" not set`,
-		"ublk-blksnap add vdb --queues=x": "ublk-blksnap: add: invalid argument",
+		"ublk-blksnap explode":                               `ublk-blksnap: no command "explode": see ublk-blksnap --help`,
+		"ublk-blksnap snapshot burn":                         `ublk-blksnap: no command "burn": see ublk-blksnap snapshot --help`,
+		"ublk-blksnap cbt x":                                 `ublk-blksnap: no command "x": see ublk-blksnap cbt --help`,
+		"ublk-blksnap add":                                   "ublk-blksnap: add: 0 arguments given: use ublk-blksnap add DEV [flags]",
+		"ublk-blksnap add a b":                               "ublk-blksnap: add: 2 arguments given: use ",
+		"ublk-blksnap add vdb --deep":                        "ublk-blksnap: add: unknown flag: --deep: see ublk-blksnap add --help",
+		"ublk-blksnap list x":                                "ublk-blksnap: list: 1 arguments given: use ",
+		"blksnap add /dev/vdb":                               `blksnap: no command "add": see blksnap --help`,
+		"blksnap attach":                                     `blksnap: attach: required flag(s) "device" not set`,
+		"ublk-blksnap add vdb --queues=x":                    `ublk-blksnap: add: invalid argument "x" for "--queues" flag: not a whole number: see ublk-blksnap add --help`,
+		"ublk-blksnap add vdb --queues=99999999999999999999": `ublk-blksnap: add: invalid argument "99999999999999999999" for "--queues" flag: out of range: see`,
+		"ublk-blksnap list --json=x":                         `ublk-blksnap: list: invalid argument "x" for "-j, --json" flag: neither true nor false: see`,
+		"ublk-blksnap --nonsense":                            "ublk-blksnap: unknown flag: --nonsense: see ublk-blksnap --help\n",
 	})
-	for _, line := range []string{"ublk-blksnap", "ublk-blksnap --help", "ublk-blksnap help", "blksnap --help", "blksnap help",
-		"ublk-blksnap snapshot", "ublk-blksnap cbt", "ublk-blksnap config", "ublk-blksnap completion bash", "ublk-blksnap daemon --help"} {
+	// What to do was left out: help, and what is wrong.
+	for line, want := range map[string]int{"ublk-blksnap": 2, "ublk-blksnap cbt": 2, "ublk-blksnap snapshot": 2, "ublk-blksnap config": 2, "blksnap": 1} {
+		status, out, errs := execute(newFake(), strings.Fields(line)...)
+		if status != want || out != "" || len(errs) < 200 || !strings.HasSuffix(errs, strings.Fields(line)[0]+": no command given: see "+line+" --help\n") {
+			t.Errorf("%s: status %d, want %d, printed %q, said %q", line, status, want, out, errs)
+		}
+		if _, _, errs := execute(newFake(), strings.Fields(line+" --json")...); !json.Valid([]byte(errs)) {
+			t.Errorf("%s --json said %q", line, errs)
+		}
+	}
+	for _, line := range []string{"ublk-blksnap --help", "ublk-blksnap help", "blksnap --help", "blksnap help", "ublk-blksnap completion bash", "ublk-blksnap daemon --help"} {
 		f := newFake()
 		status, out, errs := execute(f, strings.Fields(line)...)
 		if status != 0 || len(out) < 200 || errs != "" || len(f.asked) > 0 {
@@ -364,10 +442,12 @@ func TestSlowIsExplained(t *testing.T) {
 	}
 	f := newFake()
 	f.delay, f.doing = slow+2*time.Second, "take snapshot: 1 filesystems to freeze"
-	status, out, errs := execute(f, "ublk-blksnap", "snapshot", "take", id1)
+	var o, e bytes.Buffer
+	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return true }}
+	status := p.run(context.Background(), []string{"ublk-blksnap", "snapshot", "take", id1})
 	// A busy machine may say it a second late.
-	if status != 0 || !regexp.MustCompile(`^ublk-blksnap: take snapshot: 1 filesystems to freeze … [23]s\n$`).MatchString(errs) {
-		t.Errorf("status %d, printed %q, said %q", status, out, errs)
+	if status != 0 || !regexp.MustCompile(`^ublk-blksnap: take snapshot: 1 filesystems to freeze … [23]s\n$`).MatchString(e.String()) {
+		t.Errorf("status %d, printed %q, said %q", status, o.String(), e.String())
 	}
 }
 
@@ -396,16 +476,19 @@ func TestDevicePath(t *testing.T) {
 func TestVersion(t *testing.T) {
 	runGolden(t, []golden{
 		{"ublk-blksnap version", nil, "ublk-blksnap " + control.Version + "\n"},
+		{"ublk-blksnap --version", nil, "ublk-blksnap " + control.Version + "\n"},
 		{"blksnap version", nil, control.Version + ".0\n"},
+		{"blksnap version -j", nil, control.Version + ".0\n"},
 	})
+	var o, e bytes.Buffer
+	p := &program{out: &o, err: &e, driver: func() error { return &control.Error{Code: control.Unsupported, Message: "no ublk driver"} }}
+	if status := p.run(context.Background(), []string{"blksnap", "version"}); status != 1 || o.Len() > 0 || e.String() != "blksnap: no ublk driver\n" {
+		t.Errorf("without a driver: status %d, printed %q, said %q", status, o.String(), e.String())
+	}
+	if status := p.run(context.Background(), []string{"ublk-blksnap", "version"}); status != 0 {
+		t.Errorf("our own version without a driver: status %d", status)
+	}
 	if n, err := fmt.Sscanf(control.Version+".0", "%d.%d.%d.%d", new(int), new(int), new(int), new(int)); n != 4 || err != nil {
 		t.Errorf("version %s has not four numbers", control.Version)
 	}
-}
-
-// failingTake is a fake daemon whose takes fail.
-type failingTake struct{ *fakeDaemon }
-
-func (failingTake) TakeSnapshot(context.Context, control.TakeRequest) (control.Snapshot, error) {
-	return control.Snapshot{}, &control.Error{Code: control.NoSpace, Message: "take: no storage"}
 }

@@ -9,7 +9,7 @@ func (p *program) snapshot() *cobra.Command {
 		Use:   "snapshot",
 		Short: "Create, take, watch and destroy snapshots",
 		Args:  noCommand,
-		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
+		RunE:  p.whichCommand,
 	}
 	c.AddCommand(p.snapshotCreate(), p.snapshotAdd(), p.snapshotAppend(), p.snapshotTake(),
 		p.snapshotDestroy(), p.snapshotList(), p.snapshotInfo(), p.snapshotWatch())

@@ -22,7 +22,8 @@ func (p *program) snapshotCreate() *cobra.Command {
 		Use:   "create [DEV...]",
 		Short: "Create a snapshot of one or several filters and print its UUID",
 		Long: `Create a snapshot of one or several filters and print its UUID. Nothing is kept
-until it is taken ("snapshot take", or --take here).
+until it is taken ("snapshot take", or --take here: if that fails, no snapshot
+is left).
 
 What the filters' disks held at the take and is overwritten later goes to the
 difference storage: a file, a directory (a nameless file in it) or a whole block
@@ -33,7 +34,10 @@ device. It must not lie on any of the disks, through no stack of devices.`,
 			if noFreeze && !take {
 				return usage("create: --no-freeze is for the take: give --take too")
 			}
-			r := control.CreateRequest{ChunkSize: int64(chunk)}
+			if take && len(storage) == 0 {
+				return usage("create: --take needs a place for what is overwritten: give --storage too")
+			}
+			r := control.CreateRequest{ChunkSize: int64(chunk), Take: take, NoFreeze: noFreeze}
 			if r.Devices, err = devicePaths(args); err != nil {
 				return err
 			}
@@ -44,14 +48,6 @@ device. It must not lie on any of the disks, through no stack of devices.`,
 				s, err := api.CreateSnapshot(ctx, r)
 				if err != nil {
 					return err
-				}
-				if take {
-					id := s.ID
-					if s, err = api.TakeSnapshot(ctx, control.TakeRequest{ID: id, NoFreeze: noFreeze}); err != nil {
-						// The caller has no UUID to destroy it by.
-						_ = api.DestroySnapshot(context.WithoutCancel(ctx), id)
-						return err
-					}
 				}
 				return p.print(s, func(w io.Writer) { fmt.Fprintln(w, s.ID) })
 			})

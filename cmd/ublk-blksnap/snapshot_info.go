@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
@@ -28,6 +29,12 @@ func (p *program) snapshotInfo() *cobra.Command {
 	}
 }
 
+// errnoText is a negative errno in words.
+func errnoText(n int) string {
+	e := unix.Errno(-n)
+	return fmt.Sprintf("%s (%s)", e.Error(), unix.ErrnoName(e))
+}
+
 func writeSnapshot(w io.Writer, s control.Snapshot) {
 	line := func(key string, v any) { fmt.Fprintf(w, "%-10s %v\n", key+":", v) }
 	line("uuid", s.ID)
@@ -41,12 +48,12 @@ func writeSnapshot(w io.Writer, s control.Snapshot) {
 	line("copied", fmt.Sprintf("%d bytes", s.Usage.Copied))
 	line("stored", fmt.Sprintf("%d of %d bytes", s.Usage.Stored, s.Usage.Capacity))
 	if s.Errno != 0 {
-		line("error", s.Errno)
+		line("error", errnoText(s.Errno))
 	}
 	for _, st := range s.Storage {
 		limit := ""
 		if st.Limit != 0 {
-			limit = ", at most " + control.FormatSize(st.Limit)
+			limit = ", at most " + control.HumanSize(st.Limit)
 		}
 		line("storage", st.Path+limit)
 	}
@@ -56,7 +63,7 @@ func writeSnapshot(w io.Writer, s control.Snapshot) {
 			text += fmt.Sprintf(" at %s, take %s", im.Link, im.Take)
 		}
 		if im.Errno != 0 {
-			text += fmt.Sprintf(", error %d", im.Errno)
+			text += ", error: " + errnoText(im.Errno)
 		}
 		line("image", text)
 	}

@@ -13,7 +13,7 @@ import (
 func (p *program) snapshotList() *cobra.Command {
 	return &cobra.Command{
 		Use:   "list",
-		Short: "List the snapshots",
+		Short: "List the snapshots and their image devices",
 		Args:  args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
 			return p.with(c, func(ctx context.Context, api control.API) error {
@@ -22,16 +22,16 @@ func (p *program) snapshotList() *cobra.Command {
 					return err
 				}
 				return p.print(ss, func(w io.Writer) {
-					t := newTable(w, "UUID", "STATE", "CREATED", "CHUNK", "COPIED", "DEVICES")
+					t := newTable(w, "UUID", "STATE", "CREATED", "CHUNK", "COPIED", "DEVICES", "IMAGES")
 					for _, s := range ss {
-						var names []string
+						var names, images []string
 						for _, im := range s.Images {
-							names = append(names, im.Device)
+							names, images = append(names, im.Device), append(images, im.Link)
 						}
 						t.row(s.ID, s.State, s.Created.Format("2006-01-02 15:04:05"), control.FormatSize(s.ChunkSize),
-							control.FormatSize(s.Usage.Copied), strings.Join(names, " "))
+							control.HumanSize(s.Usage.Copied), strings.Join(names, " "), strings.TrimSpace(strings.Join(images, " ")))
 					}
-					t.flush()
+					p.flush(t, "no snapshots")
 				})
 			})
 		},

@@ -19,12 +19,12 @@ func (p *program) snapshotWatch() *cobra.Command {
 destroyed, or of all snapshots from now on.`,
 		Args: args(0, 1),
 		RunE: func(c *cobra.Command, args []string) error {
-			api, err := p.connect(c.Context())
+			api, err := p.reach(c.Context())
 			if err != nil {
 				return err
 			}
 			id := strings.Join(args, "")
-			return api.Watch(c.Context(), id, func(e control.Event) error {
+			err = api.Watch(c.Context(), id, func(e control.Event) error {
 				if p.json {
 					// One line an event, for readers by the line.
 					return json.NewEncoder(p.out).Encode(e)
@@ -32,6 +32,7 @@ destroyed, or of all snapshots from now on.`,
 				_, err := fmt.Fprintln(p.out, eventLine(e))
 				return err
 			})
+			return watched(c.Context(), err)
 		},
 	}
 }

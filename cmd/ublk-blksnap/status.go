@@ -41,7 +41,7 @@ func writeStatus(w io.Writer, s control.DeviceStatus) {
 	line("device", s.Path+" ("+s.Number+")")
 	line("link", s.Link)
 	line("state", s.State)
-	line("size", fmt.Sprintf("%d bytes (%s)", s.Size, control.FormatSize(s.Size)))
+	line("size", fmt.Sprintf("%d bytes (%s)", s.Size, control.HumanSize(s.Size)))
 	line("block size", fmt.Sprintf("%d logical, %d physical", s.LogicalBlockSize, s.PhysicalBlockSize))
 	line("queues", fmt.Sprintf("%d of depth %d", s.Queues, s.Depth))
 	line("mode", s.Mode)
@@ -58,6 +58,9 @@ func writeStatus(w io.Writer, s control.DeviceStatus) {
 	}
 	line("errors", s.Errors)
 	line("in flight", s.InFlight)
+	if s.Unregistered > 0 {
+		line("unregistered", fmt.Sprintf("%d requests got an I/O error because the kernel did not register their payload", s.Unregistered))
+	}
 	if s.DiscardsSkipped > 0 {
 		line("discards skipped", fmt.Sprintf("%d bytes that a snapshot needs", s.DiscardsSkipped))
 	}

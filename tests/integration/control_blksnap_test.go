@@ -22,7 +22,6 @@ func TestBlksnapScript(t *testing.T) {
 	call := func(args ...string) answer {
 		t.Helper()
 		a := d.call("blksnap", args...)
-		a.errout = progress.ReplaceAllString(a.errout, "")
 		return a
 	}
 	// says wants status 0 and that very output.
@@ -121,15 +120,18 @@ func TestBlksnapScript(t *testing.T) {
 	for _, disk := range disks[1:] {
 		t.Cleanup(func() { call("detach", "-d", disk) })
 	}
-	says("error_code=0\nimage=\n", "snapshot_info", "-d", disks[0])
+	says("error_code=0\nimage=/dev/\n", "snapshot_info", "-d", disks[0])
 	says("", "snapshot_take", "-i", first)
 	fails("already", "snapshot_take", "-i", first)
 	image := "/dev/ublk-blksnap/images/ram0-" + first
 	says("error_code=0\nimage="+image+"\n", "snapshot_info", "-d", disks[0])
 	says(image+"\n", "snapshot_info", "-d", filter, "-f", "image")
 	says("0\n", "snapshot_info", "-d", "/dev/ublkb0", "--field", "error_code")
-	says(first+"\n", "snapshot_collect")
-	fails("held by snapshot "+first, "detach", "-d", disks[0])
+	says(first+"\n\n", "snapshot_collect")
+	newer := create("-d", disks[0])
+	says(image+"\n", "snapshot_info", "--dev", disks[0], "--fi", "image")
+	says("", "snapshot_destroy", "-i", newer)
+	fails("detach "+disks[0]+": held by snapshot "+first+": destroy it first: blksnap snapshot_destroy -i "+first, "detach", "-d", disks[0])
 
 	// The map is that of the take, whatever is written later.
 	map1 := readMap()
@@ -142,7 +144,7 @@ func TestBlksnapScript(t *testing.T) {
 	reads(image, 5, 0)
 	says("result=timeout\n", "snapshot_waitevent", "-i", first, "-t", "10")
 	says("", "snapshot_destroy", "-i", first)
-	says("", "snapshot_collect")
+	says("\n", "snapshot_collect")
 	if _, err := os.Stat(file); err == nil {
 		t.Error("the storage file is left")
 	}
@@ -158,7 +160,8 @@ func TestBlksnapScript(t *testing.T) {
 			t.Errorf("block %d has number %d", block, b)
 		}
 	}
-	says("", "markdirtyblock", "-d", disks[0], "-r", "0:1", "256:128")
+	says("", "markdirtyblock", "--device", disks[0], "--range", "0:1", "256:128")
+	fails("given more than once", "markdirtyblock", "-d", disks[0], "-d", disks[1], "-r", "0:1")
 	fails("range outside the device", "markdirtyblock", "-d", disks[0], "-r", "512:1", "131072:1")
 	var marked []int
 	for block, b := range readMap() {
@@ -191,7 +194,8 @@ func TestBlksnapScript(t *testing.T) {
 	if !strings.Contains(last, "event=corrupted\ndevice=1:0\nerror_code=-28\n") {
 		t.Errorf("the last event is %q", last)
 	}
-	if a := call("snapshot_watcher", "-i", third); a.status != 0 || !strings.HasSuffix(a.out, "corrupted device=1:0 error_code=-28\n") {
+	if a := call("snapshot_watcher", "-i", third); a.status != 0 || !strings.HasPrefix(a.out, "Start snapshot watcher.\n") ||
+		!strings.HasSuffix(a.out, " - The snapshot was corrupted for device [1:0] with error \"No space left on device\".\nSnapshot watcher finished.\n") {
 		t.Errorf("watcher: %+v", a)
 	}
 	says("-28\n", "snapshot_info", "-d", disks[0], "-f", "error_code")
@@ -200,6 +204,12 @@ func TestBlksnapScript(t *testing.T) {
 	}
 	for block := int64(0); block < 200; block++ {
 		reads(filter, block, byte(block))
+	}
+	if a := d.call("ublk-blksnap", "snapshot", "append", third, "/dev/shm"); a.status != 7 || !strings.Contains(a.errout, "is corrupted: no space left on device") {
+		t.Errorf("storage for a broken snapshot: %+v", a)
+	}
+	if a := d.call("ublk-blksnap", "snapshot", "info", third); a.status != 0 || !strings.Contains(a.out, "no space left on device (ENOSPC)") {
+		t.Errorf("info of a broken snapshot: %+v", a)
 	}
 	says("", "snapshot_destroy", "-i", third)
 	says("result=not found\n", "snapshot_waitevent", "-i", third, "-t", "10")
@@ -243,6 +253,12 @@ func TestBlksnapScript(t *testing.T) {
 	// A mounted disk cannot be attached: both ways out are named.
 	dir = mount(t, disks[0])
 	fails("mounted on "+dir+": unmount it", "attach", "-d", disks[0])
-	fails("device-mapper", "attach", "-d", disks[0])
+	fails("put the disk under device-mapper", "attach", "-d", disks[0])
+	umount(t, dir)
+	dm := dmDisk(t, "there", linear(t, disks[0]))
+	dir = mount(t, dm)
+	if a := call("attach", "-d", dm); a.status != 1 || !strings.Contains(a.errout, "mounted on "+dir+": unmount it") || strings.Contains(a.errout, "under device-mapper") {
+		t.Errorf("attach of a mounted device-mapper device: %+v", a)
+	}
 	umount(t, dir)
 }

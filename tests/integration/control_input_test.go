@@ -1,37 +1,40 @@
 package integration
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
-)
 
-// progress is what the program says when something takes long, which anything
-// may do here.
-var progress = regexp.MustCompile(`(?m)^.* … \d+s\n`)
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
 
 // refused calls the program and wants a status that the program has, nothing on
 // standard output and one line on standard error that says all of the words.
 func (d *daemon) refused(words []string, args ...string) {
 	d.t.Helper()
 	a := d.call("ublk-blksnap", args...)
-	a.errout = progress.ReplaceAllString(a.errout, "")
 	if a.status < 1 || a.status > 8 || a.out != "" || strings.Count(a.errout, "\n") != 1 || !strings.HasPrefix(a.errout, "ublk-blksnap: ") {
 		d.t.Errorf("%v: status %d, printed %q, said %q", args, a.status, a.out, a.errout)
 	}
 	for _, w := range words {
 		if !strings.Contains(a.errout, w) {
 			d.t.Errorf("%v said %q, not %q", args, a.errout, w)
+		}
+	}
+	// What is said is for people: nothing of the daemon's own view, nothing twice.
+	for _, w := range []string{"/proc/1/root", "strconv", "ublk-blksnap: ublk-blksnap:"} {
+		if strings.Contains(a.errout, w) {
+			d.t.Errorf("%v said %q", args, a.errout)
 		}
 	}
 }
@@ -153,11 +156,14 @@ func TestBadDisks(t *testing.T) {
 		dt.refused([]string{"the name " + dev.Name + " is taken by the filter over " + disks[2], "--name"}, "add", disks[1], "--name", dev.Name)
 		s := dt.take(0, dev)
 		dt.refused([]string{"is an image of snapshot " + s.ID}, "add", s.Images[0].Path)
-		dt.refused([]string{"held by snapshot " + s.ID, "snapshot destroy"}, "remove", dev.Name)
+		dt.refused([]string{"remove " + dev.Name + ": held by snapshot " + s.ID, "snapshot destroy"}, "remove", dev.Name)
 		dt.destroy(s.ID)
 		dt.remove(dev)
 	})
-	// Whatever was refused has left the disks free.
+	// Whatever was refused has left the disks free, and no notes.
+	if notes, err := os.ReadDir(filepath.Join(string(d.dir), "udev")); err != nil || len(notes) > 0 {
+		t.Errorf("notes left: %v, %v", notes, err)
+	}
 	for _, disk := range disks {
 		d.remove(d.add(disk))
 	}
@@ -193,11 +199,18 @@ func TestBadParameters(t *testing.T) {
 	d.refused([]string{"no such snapshot"}, "snapshot", "destroy", id)
 	d.refused([]string{"not a UUID"}, "snapshot", "info", "17")
 	d.refused([]string{"/no/such/place"}, "snapshot", "create", dev.Name, "--storage", "/no/such/place/at/all")
+	held := filepath.Join(t.TempDir(), "held")
+	if err := os.WriteFile(held, []byte("content"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.refused([]string{"storage " + held + ": in use"}, "snapshot", "create", dev.Name, "--storage", held)
+	d.refused([]string{"give --storage"}, "snapshot", "create", dev.Name, "--take")
+	d.refused([]string{"--config /my/conf: a daemon runs that was started with "}, "list", "--config", "/my/conf")
 	d.refused([]string{"chunk size 5120: not a power of two"}, "snapshot", "create", dev.Name, "--chunk-size", "5K")
 	d.refused([]string{"no filter of this name"}, "snapshot", "create", "nothing")
 	d.refused([]string{"already"}, "snapshot", "create", dev.Name, disk)
-	d.refused([]string{"no take of that number"}, "cbt", "changes", dev.Name, "--since", "9")
-	d.refused([]string{"copy the whole device"}, "cbt", "changes", dev.Name, "--since", "0", "--generation", id)
+	d.refused([]string{"no take of that number"}, "cbt", "changes", dev.Name, "--since", d.cbt(dev).GenerationID+":9")
+	d.refused([]string{"copy the whole device"}, "cbt", "changes", dev.Name, "--since", id+":0")
 	d.refused([]string{"range outside the device"}, "cbt", "mark", dev.Name, "0:8", fmt.Sprintf("%d:1", dev.Size/512))
 	if ss, err := d.Snapshots(ctx(t)); err != nil || len(ss) != 0 {
 		t.Errorf("left of refused snapshots: %v, %v", ss, err)
@@ -208,13 +221,34 @@ func TestBadParameters(t *testing.T) {
 		args   string
 	}{
 		{1, "add " + disk}, {2, "add --nonsense"}, {2, "add /dev/null"}, {3, "remove nothing"}, {3, "snapshot destroy " + id},
-		{5, "add " + busyDisk(t)}, {1, "detach -d nothing"}, {1, "snapshot_destroy -i " + id},
+		{5, "add " + busyDisk(t)}, {6, "cbt changes " + dev.Name + " --since " + id + ":0"}, {1, "detach -d nothing"}, {1, "snapshot_destroy -i " + id},
 	} {
 		if a := d.call("ublk-blksnap", strings.Fields(c.args)...); a.status != c.status || a.out != "" || a.errout == "" {
 			t.Errorf("%s: %+v, want status %d", c.args, a, c.status)
 		}
 	}
 	d.remove(dev)
+
+	// Who has seen enough of the events says so without an error.
+	s := d.create(control.CreateRequest{})
+	watch := exec.Command(program(t), "--run-dir", string(d.dir), "snapshot", "watch", s.ID)
+	var errs bytes.Buffer
+	watch.Stderr = &errs
+	out, err := watch.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := watch.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || !strings.HasSuffix(line, " created\n") {
+		t.Errorf("watched %q, %v", line, err)
+	}
+	_ = watch.Process.Signal(os.Interrupt)
+	if err := watch.Wait(); status(t, err) != 130 || errs.Len() > 0 {
+		t.Errorf("interrupted: %v, said %q", err, &errs)
+	}
+	d.destroy(s.ID)
 }
 
 // busyDisk is a disk that is used as swap space.
@@ -371,6 +405,12 @@ func cannot(t *testing.T, words ...string) {
 				t.Errorf("%v said %q, not %q", args, said, w)
 			}
 		}
+	}
+	version := exec.Command(program(t), "version")
+	version.Args[0] = "blksnap"
+	said, err := version.CombinedOutput()
+	if status(t, err) != 1 || !strings.HasPrefix(string(said), "blksnap: ") || !strings.Contains(string(said), words[0]) {
+		t.Errorf("blksnap version: %v, %q", err, said)
 	}
 	if m, err := os.ReadFile("/proc/self/mountinfo"); err != nil || bytes.Contains(m, []byte(dir)) {
 		t.Errorf("a mount is left in %s, %v", dir, err)

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -180,7 +181,7 @@ func TestHungOriginal(t *testing.T) {
 			hung = false
 		}
 	}
-	d := startDaemon(t, "disk_timeout=10s")
+	d := startDaemon(t, "disk_timeout=10s", "storage_timeout=3s")
 	t.Cleanup(resume)
 	others := func() {
 		t.Helper()
@@ -191,7 +192,7 @@ func TestHungOriginal(t *testing.T) {
 	remove := func(dev control.Device, force bool, fix string) {
 		t.Helper()
 		err := d.RemoveDevice(ctx(t), control.RemoveRequest{Device: dev.Name, Force: force})
-		want(t, err, control.Timeout, dev.Original+" does not answer", fix)
+		want(t, err, control.Timeout, disk+" does not answer", fix)
 	}
 	for _, force := range []bool{false, true} {
 		dev := d.add(disk)
@@ -259,6 +260,53 @@ func TestHungOriginal(t *testing.T) {
 		})
 	}
 	d.remove(d.add(disk))
+
+	// A snapshot waits for the original too, and does not lay that to its storage.
+	dev = d.add(disk)
+	s := d.take(64<<10, dev)
+	hang()
+	dd := exec.Command("dd", "if=/dev/urandom", "of="+dev.Path, "bs=64k", "count=1", "conv=fsync,notrunc")
+	if err := dd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "a write under way", func() bool {
+		st, err := d.DeviceStatus(ctx(t), dev.Name)
+		return err == nil && st.InFlight > 0
+	})
+	err = d.DestroySnapshot(ctx(t), s.ID)
+	want(t, err, control.Timeout, "destroy snapshot "+s.ID+": "+disk+": does not answer")
+	// Who is killed while he waits for his snapshot leaves none.
+	create := exec.Command(program(t), "--run-dir", string(d.dir), "snapshot", "create", dev.Name, "--storage", "/dev/shm", "--take")
+	if err := create.Start(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the take", func() bool {
+		i, err := d.Info(ctx(t))
+		return err == nil && strings.HasPrefix(i.Doing, "take snapshot")
+	})
+	_ = create.Process.Kill()
+	_ = create.Wait()
+	waitFor(t, "the end of the snapshot", func() bool {
+		return !slices.ContainsFunc(snapshotIDs(t, d), func(id string) bool { return id != s.ID })
+	})
+	resume()
+	if err := dd.Wait(); err != nil {
+		t.Errorf("dd: %v", err)
+	}
+	waitFor(t, "the end of the snapshot", func() bool { return len(snapshotIDs(t, d)) == 0 })
+	// One that cannot be taken is not left either, and one that can is taken by the same call.
+	if _, err := d.CreateSnapshot(ctx(t), control.CreateRequest{Devices: []string{dev.Name}, Take: true}); control.CodeOf(err) != control.NoSpace {
+		t.Errorf("a take without storage: %v", err)
+	}
+	if ids := snapshotIDs(t, d); len(ids) > 0 {
+		t.Errorf("left of a failed take: %v", ids)
+	}
+	s = d.create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: "/dev/shm"}}, Take: true})
+	if s.State != control.SnapshotTaken || s.Taken == nil || len(s.Images) != 1 || s.Images[0].Path == "" {
+		t.Errorf("taken at once: %+v", s)
+	}
+	d.destroy(s.ID)
+	d.remove(dev)
 }
 
 // TestPulledOut takes the original away under load, with a snapshot held: its
@@ -289,6 +337,7 @@ func TestPulledOut(t *testing.T) {
 	d.destroy(s.ID)
 	// What cannot be synced is not removed unasked.
 	err := d.RemoveDevice(ctx(t), control.RemoveRequest{Device: dev.Name})
+	want(t, err, control.Internal, "ublk-blksnap remove --force "+dev.Name)
 	if !errors.Is(err, unix.EIO) {
 		t.Errorf("remove: %v", err)
 	}

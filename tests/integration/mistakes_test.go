@@ -101,11 +101,14 @@ func TestMistake3DetachWhileHeld(t *testing.T) {
 	go func() {
 		watched <- d.Watch(ctx(t), s.ID, func(e control.Event) error { events <- e; return nil })
 	}()
-	time.Sleep(100 * time.Millisecond)
+	// Once it watches: a snapshot that is gone cannot be watched any more.
+	if e := await(t, "the first event", events); e.Kind != control.EventCreated {
+		t.Errorf("the first event is %+v", e)
+	}
 	if err := d.RemoveDevice(ctx(t), control.RemoveRequest{Device: dev.Name, Force: true}); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-watched; err != nil {
+	if err := await(t, "the end of the watching", watched); err != nil {
 		t.Error(err)
 	}
 	close(events)
@@ -334,7 +337,7 @@ func TestMistake7StorageOnItself(t *testing.T) {
 			t.Errorf("storage %s: %+v", path, a)
 		}
 	}
-	if a := d.call("blksnap", "snapshot_collect"); a.status != 0 || a.out != "" {
+	if a := d.call("blksnap", "snapshot_collect"); a.status != 0 || a.out != "\n" {
 		t.Errorf("snapshots are left: %+v", a)
 	}
 	umount(t, dir)
