@@ -143,7 +143,7 @@ func (d *Daemon) clearAway() {
 		snapshots, _ := os.ReadDir(d.snapshotsDir())
 		for _, e := range snapshots {
 			if err := snapimage.ClearLeftover(filepath.Join(d.snapshotsDir(), e.Name())); err != nil {
-				d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", e.Name(), "error", err)
+				d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", e.Name(), "error", asKnown(err.Error()))
 			}
 		}
 	}

@@ -141,7 +141,7 @@ func examineMemory() []Check {
 	free := availableMemory()
 	text := fmt.Sprintf("%d MiB available of %d MiB", free>>20, int64(s.Totalram)*int64(s.Unit)>>20)
 	if free < enoughMemory {
-		return append(out, Check{"memory", Note, text, "give the daemon at least " + FormatSize(enoughMemory)})
+		return append(out, Check{"memory", Note, text, "give the daemon at least " + HumanSize(enoughMemory)})
 	}
 	return append(out, Check{"memory", OK, text, ""})
 }

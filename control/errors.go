@@ -138,11 +138,13 @@ func fail(err error, format string, args ...any) *Error {
 	return &Error{Code: Internal, Message: said(what, err.Error())}
 }
 
+// asKnown names the files that this process reaches through the root of process
+// 1 as everybody knows them.
+func asKnown(text string) string { return strings.ReplaceAll(text, initRoot+"/", "/") }
+
 // said puts what was being done before what came of it, naming the object once.
-// A file that this process reached through the root of process 1 is named as
-// everybody knows it.
 func said(what, came string) string {
-	came = strings.ReplaceAll(came, initRoot+"/", "/")
+	came = asKnown(came)
 	object := what[strings.LastIndexByte(what, ' ')+1:]
 	return what + ": " + strings.TrimPrefix(came, object+": ")
 }

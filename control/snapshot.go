@@ -361,7 +361,7 @@ func (d *Daemon) appendTo(s *snapshot, st Storage) error {
 	d.step("allocate storage in %s", st.Path)
 	if err := s.live.AppendStorage(path, st.Limit); err != nil {
 		if hanging := s.live.Returning(); len(hanging) > 0 {
-			d.o.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", hanging)
+			d.o.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", asKnown(strings.Join(hanging, ", ")))
 		}
 		return snapshotError(err, "storage %s", st.Path)
 	}
@@ -627,7 +627,7 @@ func (d *Daemon) giveBack(s *snapshot, broken bool) {
 	s.use.Unlock()
 	if err := s.live.DestroyFiles(); err != nil {
 		// Nothing uses them any more: what is left is files.
-		d.o.Log.Error("storage or state not given back", "snapshot", s.id, "error", err)
+		d.o.Log.Error("storage or state not given back", "snapshot", s.id, "error", asKnown(err.Error()))
 		if !broken { // storage that does not work can not be emptied either
 			s.failed = err
 		}
@@ -650,21 +650,24 @@ func (d *Daemon) awaitGone(ctx context.Context, s *snapshot) error {
 	case <-time.After(d.o.Config.StorageTimeout):
 	}
 	s.use.RLock()
-	hanging := s.live.Returning()
-	if !s.gone {
-		hanging = append(hanging, s.hanging()...)
-	}
+	hanging := s.hanging()
 	s.use.RUnlock()
 	d.o.Log.Warn("a disk of a destroyed snapshot does not answer: what is left is given back when it does", "snapshot", s.id, "disks", hanging)
 	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when it does", strings.Join(hanging, ", "), snapimage.ErrStuck)
 }
 
-// hanging are the disks that the log of a snapshot waits for: storage, or
-// originals; needs use.
+// hanging are the disks that the log of a snapshot waits for, storage or
+// originals, and storage that does not come back; needs use.
 func (s *snapshot) hanging() []string {
-	names := s.live.Log().UnderWay()
+	names := s.live.Returning()
+	if !s.gone {
+		names = append(names, s.live.Log().UnderWay()...)
+	}
+	if len(names) == 0 {
+		names = []string{"a disk"} // whose name is not known
+	}
 	for i, name := range names {
-		names[i] = strings.TrimPrefix(name, initRoot)
+		names[i] = asKnown(name)
 	}
 	return names
 }
