@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"io"
 	"time"
 )
 
@@ -24,13 +25,15 @@ type API interface {
 	DeviceStatus(ctx context.Context, device string) (DeviceStatus, error)
 
 	CBTInfo(ctx context.Context, device string) (CBTInfo, error)
-	// CBTMap is one byte per block: the number of the take since which it
-	// changed.
-	CBTMap(ctx context.Context, device string) ([]byte, error)
-	// CBTChanges are the ranges that changed since a take, merged and in order.
-	// [GenerationEnded] if only a full copy helps, [NotFound] if there was no such
-	// take.
-	CBTChanges(ctx context.Context, r ChangesRequest) (Changes, error)
+	// CBTMap writes one byte per block: the number of the take since which it
+	// changed. The map is at least as new as the returned info. After an error what
+	// was written is not whole.
+	CBTMap(ctx context.Context, device string, w io.Writer) (CBTInfo, error)
+	// CBTChanges calls each for the ranges that changed since a take, merged and in
+	// order, up to the take of the returned info at least. It ends with each's error
+	// if that fails. [GenerationEnded] if only a full copy helps, [NotFound] if there
+	// was no such take.
+	CBTChanges(ctx context.Context, r ChangesRequest, each func(Range) error) (CBTInfo, error)
 	// MarkDirty counts ranges as changed: all of them or none.
 	MarkDirty(ctx context.Context, r MarkRequest) error
 
@@ -167,13 +170,6 @@ type CBTInfo struct {
 type ChangesRequest struct {
 	Device string `json:"device"`
 	Since  Take   `json:"since"`
-}
-
-// Changes are changed ranges.
-type Changes struct {
-	CBTInfo
-	Since  Take    `json:"since"`
-	Ranges []Range `json:"ranges"`
 }
 
 // MarkRequest asks to count ranges as changed.

@@ -45,13 +45,20 @@ func (f *fakeAPI) CBTInfo(_ context.Context, d string) (CBTInfo, error) {
 	f.asked = d
 	return CBTInfo{BlockCount: 4}, f.err
 }
-func (f *fakeAPI) CBTMap(_ context.Context, d string) ([]byte, error) {
+func (f *fakeAPI) CBTMap(_ context.Context, d string, w io.Writer) (CBTInfo, error) {
 	f.asked = d
-	return []byte{0, 1, 255}, f.err
+	if f.err != nil {
+		return CBTInfo{}, f.err
+	}
+	_, err := w.Write([]byte{0, 1, 255})
+	return CBTInfo{BlockCount: 3}, err
 }
-func (f *fakeAPI) CBTChanges(_ context.Context, r ChangesRequest) (Changes, error) {
+func (f *fakeAPI) CBTChanges(_ context.Context, r ChangesRequest, each func(Range) error) (CBTInfo, error) {
 	f.asked = r
-	return Changes{Ranges: []Range{{1, 2}}}, f.err
+	if f.err != nil {
+		return CBTInfo{}, f.err
+	}
+	return CBTInfo{BlockCount: 3}, errors.Join(each(Range{1, 2}), each(Range{4, 1}))
 }
 func (f *fakeAPI) MarkDirty(_ context.Context, r MarkRequest) error { f.asked = r; return f.err }
 func (f *fakeAPI) CreateSnapshot(_ context.Context, r CreateRequest) (Snapshot, error) {
@@ -109,7 +116,7 @@ func serveFake(t *testing.T, api API) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &http.Server{Handler: NewHandler(api, quiet()), ErrorLog: slog.NewLogLogger(quiet().Handler(), 0)}
+	s := newServer(api, quiet(), usualPatience)
 	go s.Serve(l)
 	t.Cleanup(func() { s.Close() })
 	c := NewClient(socket)
@@ -130,7 +137,7 @@ func calls(ctx context.Context, a API) map[string]struct {
 	add := AddRequest{Path: "/dev/vdb", Name: "n", Queues: 2, Depth: 3, Mode: ModeCopy, Recovery: &yes}
 	remove := RemoveRequest{Device: "n", Force: true}
 	changes := ChangesRequest{Device: "n", Since: Take{uuid.UUID{1}, 7}}
-	mark := MarkRequest{Device: "n", Ranges: []Range{{1, 2}, {3, 4}}}
+	mark := MarkRequest{Device: "n", Ranges: []Range{{1, 2}, {4, 4}}}
 	create := CreateRequest{Devices: []string{"n"}, Storage: []Storage{{"/s", 5}}, ChunkSize: 4096, Attach: true, Take: true, NoFreeze: true}
 	addTo := SnapshotDeviceRequest{ID: "u", Device: "n", Attach: true}
 	storage := StorageRequest{ID: "u", Storage: Storage{"/s", 6}}
@@ -143,8 +150,16 @@ func calls(ctx context.Context, a API) map[string]struct {
 		"list":     {nil, func() (any, error) { return a.Devices(ctx) }},
 		"status":   {"n", func() (any, error) { return a.DeviceStatus(ctx, "n") }},
 		"cbt info": {"n", func() (any, error) { return a.CBTInfo(ctx, "n") }},
-		"cbt map":  {"n", func() (any, error) { return a.CBTMap(ctx, "n") }},
-		"changes":  {changes, func() (any, error) { return a.CBTChanges(ctx, changes) }},
+		"cbt map": {"n", func() (any, error) {
+			var got bytes.Buffer
+			i, err := a.CBTMap(ctx, "n", &got)
+			return []any{i, got.String()}, err
+		}},
+		"changes": {changes, func() (any, error) {
+			var got []Range
+			i, err := a.CBTChanges(ctx, changes, func(x Range) error { got = append(got, x); return nil })
+			return []any{i, got}, err
+		}},
 		"mark":     {mark, func() (any, error) { return nil, a.MarkDirty(ctx, mark) }},
 		"create":   {create, func() (any, error) { return a.CreateSnapshot(ctx, create) }},
 		"add to":   {addTo, func() (any, error) { return a.AddToSnapshot(ctx, addTo) }},
@@ -208,10 +223,10 @@ func TestPlainErrorsGetACode(t *testing.T) {
 // TestWatchBrokenOff: a stream that ends by an error must not look like one that
 // ended well.
 func TestWatchBrokenOff(t *testing.T) {
-	c := serveFake(t, &fakeAPI{events: []Event{{Seq: 1}}, err: errors.New("gone")})
+	c := serveFake(t, &fakeAPI{events: []Event{{Seq: 1}}, err: noSnapshot("u")})
 	n := 0
 	err := c.Watch(context.Background(), "u", func(Event) error { n++; return nil })
-	if n != 1 || CodeOf(err) != Unavailable {
+	if n != 1 || CodeOf(err) != NotFound || !errors.Is(err, unix.ESRCH) {
 		t.Fatalf("%d events, error %v", n, err)
 	}
 }

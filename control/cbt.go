@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"io"
 
 	"golang.org/x/sys/unix"
 
@@ -48,56 +49,83 @@ func (d *Daemon) CBTInfo(_ context.Context, ref string) (CBTInfo, error) {
 	return cbtInfo(i), nil
 }
 
+// mapPart is how many blocks of a map are read at a time for an answer.
+const mapPart = 32 << 10
+
 // CBTMap implements API.
-func (d *Daemon) CBTMap(_ context.Context, ref string) ([]byte, error) {
+func (d *Daemon) CBTMap(_ context.Context, ref string, w io.Writer) (CBTInfo, error) {
 	v, release, err := d.hold(ref)
 	if err != nil {
-		return nil, fail(err, "read the change map of %s", ref)
+		return CBTInfo{}, fail(err, "read the change map of %s", ref)
 	}
-	defer release()
-	for {
-		i, err := v.cbt.Info()
-		if err != nil {
-			return nil, cbtError(err, "read the change map of %s", ref)
+	i, err := v.cbt.Info()
+	release()
+	part := make([]byte, min(i.BlockCount, mapPart))
+	for at := int64(0); err == nil && at < i.BlockCount; {
+		if release, err = v.hold(); err != nil {
+			break
 		}
-		m := make([]byte, i.BlockCount)
-		n, err := v.cbt.ReadMap(i.GenerationID, m, 0)
-		if errors.Is(err, cbtmap.ErrGeneration) {
-			continue // a take in between began a new one
+		var n int
+		n, err = v.cbt.ReadMap(i.GenerationID, part, at)
+		release()
+		if err == io.EOF {
+			err = nil
 		}
-		if int64(n) < i.BlockCount && err != nil {
-			return nil, cbtError(err, "read the change map of %s", ref)
+		if err == nil {
+			at += int64(n)
+			_, err = w.Write(part[:n])
 		}
-		return m[:n], nil
 	}
+	if err != nil {
+		return CBTInfo{}, cbtError(err, "read the change map of %s", ref)
+	}
+	return cbtInfo(i), nil
 }
 
 // CBTChanges implements API.
-func (d *Daemon) CBTChanges(_ context.Context, r ChangesRequest) (Changes, error) {
+func (d *Daemon) CBTChanges(_ context.Context, r ChangesRequest, each func(Range) error) (CBTInfo, error) {
+	i, err := d.changes(r, each)
+	if err != nil {
+		return CBTInfo{}, cbtError(err, "changes of %s", r.Device)
+	}
+	return cbtInfo(i), nil
+}
+
+func (d *Daemon) changes(r ChangesRequest, each func(Range) error) (i cbtmap.Info, err error) {
 	if r.Since == (Take{}) {
-		return Changes{}, invalid("changes of %s: since which take?", r.Device)
+		return i, invalid("since which take?")
 	}
 	v, release, err := d.hold(r.Device)
 	if err != nil {
-		return Changes{}, fail(err, "changes of %s", r.Device)
+		return i, err
 	}
-	defer release()
-	i, err := v.cbt.Info()
-	if err != nil {
-		return Changes{}, cbtError(err, "changes of %s", r.Device)
-	}
+	defer func() { release() }()
 	seq, err := v.cbt.Changes(r.Since.Generation, r.Since.Number)
 	if err != nil {
-		return Changes{}, cbtError(err, "changes of %s", r.Device)
+		return i, err
 	}
-	out := Changes{CBTInfo: cbtInfo(i), Since: r.Since, Ranges: []Range{}}
+	// Before any is read, so that what is told is at least as new; and if it is of
+	// another generation already, the sequence ends with that.
+	if i, err = v.cbt.Info(); err != nil {
+		return i, err
+	}
 	for x, err := range seq {
 		if err != nil {
-			return Changes{}, cbtError(err, "changes of %s", r.Device)
+			return i, err
 		}
-		out.Ranges = append(out.Ranges, Range{uint64(x.Offset / cbtmap.SectorSize), uint64(x.Length / cbtmap.SectorSize)})
+		// Whom this is for may be slow: nobody else is to wait for that.
+		release()
+		release = func() {}
+		if err := each(Range{uint64(x.Offset / cbtmap.SectorSize), uint64(x.Length / cbtmap.SectorSize)}); err != nil {
+			return i, err
+		}
+		again, err := v.hold()
+		if err != nil {
+			return i, err
+		}
+		release = again
 	}
-	return out, nil
+	return i, nil
 }
 
 // MarkDirty implements API.

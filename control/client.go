@@ -118,14 +118,29 @@ func (c *Client) CBTInfo(ctx context.Context, device string) (CBTInfo, error) {
 }
 
 // CBTMap implements API.
-func (c *Client) CBTMap(ctx context.Context, device string) ([]byte, error) {
-	m, err := call[mapAnswer](ctx, c, "cbt/map", deviceRef{device})
-	return m.Map, err
+func (c *Client) CBTMap(ctx context.Context, device string, w io.Writer) (info CBTInfo, err error) {
+	err = lines(ctx, c, "cbt/map", deviceRef{device}, func(l mapLine) (*lastLine, error) {
+		if l.Info != nil {
+			info = *l.Info
+		}
+		_, err := w.Write(l.Map)
+		return &l.lastLine, err
+	})
+	return info, err
 }
 
 // CBTChanges implements API.
-func (c *Client) CBTChanges(ctx context.Context, r ChangesRequest) (Changes, error) {
-	return call[Changes](ctx, c, "cbt/changes", r)
+func (c *Client) CBTChanges(ctx context.Context, r ChangesRequest, each func(Range) error) (info CBTInfo, err error) {
+	err = lines(ctx, c, "cbt/changes", r, func(l rangeLine) (*lastLine, error) {
+		if l.Info != nil {
+			info = *l.Info
+		}
+		if l.Range == nil {
+			return &l.lastLine, nil
+		}
+		return &l.lastLine, each(*l.Range)
+	})
+	return info, err
 }
 
 // MarkDirty implements API.
@@ -177,20 +192,35 @@ func (c *Client) WaitEvent(ctx context.Context, r WaitRequest) (Event, error) {
 
 // Watch implements API.
 func (c *Client) Watch(ctx context.Context, id string, each func(Event) error) error {
-	resp, err := c.send(ctx, "snapshot/watch", snapshotRef{id})
+	return lines(ctx, c, "snapshot/watch", snapshotRef{id}, func(l eventLine) (*lastLine, error) {
+		if l.Event == nil {
+			return &l.lastLine, nil
+		}
+		return &l.lastLine, each(*l.Event)
+	})
+}
+
+// lines calls each for the lines of a long answer. It ends with each's error, or
+// the one that is in a line.
+func lines[Line any](ctx context.Context, c *Client, path string, req any, each func(Line) (*lastLine, error)) error {
+	resp, err := c.send(ctx, path, req)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
 	for d := json.NewDecoder(resp.Body); ; {
-		var e Event
-		switch err := d.Decode(&e); {
+		var l Line
+		switch err := d.Decode(&l); {
 		case err == io.EOF:
 			return nil
 		case err != nil:
 			return c.transportError(ctx, err)
 		}
-		if err := each(e); err != nil {
+		last, err := each(l)
+		if last.Error != nil {
+			return last.Error
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -49,12 +49,17 @@ func (d *Daemon) hold(ref string) (v *device, release func(), err error) {
 	if v, err = d.find(ref); err != nil {
 		return nil, nil, err
 	}
+	release, err = v.hold()
+	return v, release, err
+}
+
+func (v *device) hold() (release func(), err error) {
 	v.use.RLock()
 	if v.gone {
 		v.use.RUnlock()
-		return nil, nil, &Error{Code: NotFound, Errno: unix.ENODEV, Message: "has no filter any more"}
+		return nil, &Error{Code: NotFound, Errno: unix.ENODEV, Message: "has no filter any more"}
 	}
-	return v, v.use.RUnlock, nil
+	return v.use.RUnlock, nil
 }
 
 // settleLimit is how long a device that is in use may be so by a passer-by: udev

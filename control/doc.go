@@ -5,8 +5,11 @@
 //	              └──────────── both are an API ─────┘
 //
 // Every call is "POST /v1/OBJECT/VERB" with a JSON object as its body and a JSON
-// object, or an [Error], as its answer; /v1/snapshot/watch answers with a line
-// of JSON per event until the caller goes away. So
+// object, or an [Error], as its answer. Where the answer may be long, it is a line
+// of JSON per piece: /v1/snapshot/watch has one per event until the caller goes
+// away, /v1/cbt/changes one per range and /v1/cbt/map some of the map in base 64,
+// both with "info" in the last one. A line with "error" ends an answer that is not
+// whole. So
 //
 //	curl --unix-socket /run/ublk-blksnap/control.sock -d '{}' http://d/v1/device/list
 //
@@ -30,6 +33,11 @@
 // (list, status, info, events) waits only for a second mutex that guards the
 // tables and is never held during I/O. Lock order: the first, then the second.
 // The queue threads of the devices take neither.
+//
+// What callers can take of it is bounded: see server.go. A request is small, or
+// read piece by piece, and waits for nobody's: calls that look, that change, that
+// mark, that watch and that read long answers have places of their own. Nothing
+// of a device is held while a caller takes his time.
 //
 // # The end of a daemon
 //

@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -79,14 +78,10 @@ func run(o Options, open func() (stopper, error)) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	srv := &http.Server{
-		Handler:           NewHandler(api, o.Log),
-		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ReadHeaderTimeout: 10 * time.Second,
-		ErrorLog:          slog.NewLogLogger(o.Log.Handler(), slog.LevelWarn),
-	}
+	srv := newServer(api, o.Log, usualPatience)
+	srv.BaseContext = func(net.Listener) context.Context { return ctx }
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
+	go func() { served <- srv.Serve(&crowd{Listener: l, places: make(chan struct{}, maxConnections)}) }()
 	o.Log.Info("daemon started", "version", Version, "pid", os.Getpid(), "socket", o.Dir.Socket())
 	if o.Ready != nil {
 		o.Ready()

@@ -66,11 +66,19 @@ func ParseRange(s string) (Range, error) {
 	if !ok || err1 != nil || err2 != nil {
 		return Range{}, fmt.Errorf("%q is not a range: write SECTOR:COUNT", s)
 	}
-	if b == 0 {
-		return Range{}, fmt.Errorf("range %q is empty", s)
+	r := Range{a, b}
+	if err := r.check(); err != nil {
+		return Range{}, err
 	}
-	if a+b < a {
-		return Range{}, fmt.Errorf("range %q ends beyond all sectors", s)
+	return r, nil
+}
+
+func (r Range) check() error {
+	switch {
+	case r.Count == 0:
+		return fmt.Errorf("range %q is empty", r)
+	case r.Sector+r.Count < r.Sector:
+		return fmt.Errorf("range %q ends beyond all sectors", r)
 	}
-	return Range{a, b}, nil
+	return nil
 }

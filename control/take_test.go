@@ -54,11 +54,15 @@ func TestChangesSince(t *testing.T) {
 	first := m.Switch()
 	m.Mark(0, 512)
 	m.Switch()
-	ask := func(t Take) (Changes, error) {
-		return d.CBTChanges(context.Background(), ChangesRequest{Device: "data", Since: t})
+	var got []Range
+	ask := func(t Take) (CBTInfo, error) {
+		return d.CBTChanges(context.Background(), ChangesRequest{Device: "data", Since: t}, func(x Range) error {
+			got = append(got, x)
+			return nil
+		})
 	}
-	if c, err := ask(Take{first.GenerationID, 1}); err != nil || len(c.Ranges) != 1 || c.Take != (Take{first.GenerationID, 2}) {
-		t.Errorf("since 1: %+v, %v", c, err)
+	if i, err := ask(Take{first.GenerationID, 1}); err != nil || len(got) != 1 || i.Take != (Take{first.GenerationID, 2}) {
+		t.Errorf("since 1: %+v, %v, %v", i, got, err)
 	}
 	for _, n := range []uint64{3, 255, 256, 256 + 1, 1<<64 - 1} {
 		if _, err := ask(Take{first.GenerationID, n}); CodeOf(err) != NotFound {

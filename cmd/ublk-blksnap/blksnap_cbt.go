@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -85,8 +86,9 @@ func (p *program) markFile(c *cobra.Command, device, path string) error {
 	for _, x := range extents {
 		ranges = append(ranges, control.Range{Sector: uint64(x.Offset) / 512, Count: uint64(x.Length) / 512}.String())
 	}
-	if len(ranges) > 0 {
-		if err := p.markRanges(c, device, ranges); err != nil {
+	// The daemon takes no more of one request.
+	for some := range slices.Chunk(ranges, 32<<10) {
+		if err := p.markRanges(c, device, some); err != nil {
 			return err
 		}
 	}

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
 
 	"github.com/spf13/cobra"
 
@@ -33,18 +35,47 @@ everything has to be copied.`,
 				return err
 			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
-				ch, err := api.CBTChanges(ctx, r)
-				if err != nil {
-					return err
+				if p.json {
+					return p.changesJSON(ctx, api, r)
 				}
-				return p.print(ch, func(w io.Writer) {
-					for _, x := range ch.Ranges {
-						fmt.Fprintln(w, x)
-					}
+				w := bufio.NewWriter(p.out)
+				_, err := api.CBTChanges(ctx, r, func(x control.Range) error {
+					_, err := fmt.Fprintln(w, x)
+					return err
 				})
+				return errors.Join(err, w.Flush())
 			})
 		},
 	}
 	c.Flags().StringVar(&since, "since", "", "token of a take, GENERATION:N")
 	return c
+}
+
+// changesJSON prints the ranges as they come: there may be millions.
+func (p *program) changesJSON(ctx context.Context, api control.API, r control.ChangesRequest) error {
+	w := bufio.NewWriter(p.out)
+	start := `{"ranges":[`
+	i, err := api.CBTChanges(ctx, r, func(x control.Range) error {
+		b, err := json.Marshal(x)
+		if err == nil {
+			_, err = fmt.Fprintf(w, "%s\n%s", start, b)
+		}
+		start = ","
+		return err
+	})
+	if err != nil {
+		return errors.Join(err, w.Flush())
+	}
+	rest, err := json.Marshal(struct {
+		control.CBTInfo
+		Since control.Take `json:"since"`
+	}{i, r.Since})
+	if err != nil {
+		return err
+	}
+	if start != "," {
+		fmt.Fprint(w, start)
+	}
+	fmt.Fprintf(w, "],\n%s\n", rest[1:])
+	return w.Flush()
 }

@@ -2,8 +2,9 @@ package main
 
 import (
 	"context"
+	"encoding/base64"
+	"errors"
 	"fmt"
-	"io"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -35,21 +36,57 @@ func (p *program) writeCBTMap(c *cobra.Command, device, file string) error {
 		return usage("map: bytes do not belong on a terminal: give --output FILE")
 	}
 	return p.with(c, func(ctx context.Context, api control.API) error {
-		m, err := api.CBTMap(ctx, dev)
-		if err != nil {
-			return err
-		}
-		if file != "" {
-			if err := os.WriteFile(file, m, 0o600); err != nil {
-				return fmt.Errorf("%s %s: %w", c.Name(), device, err)
+		switch {
+		case file != "":
+			i, err := mapToFile(ctx, api, dev, file)
+			if err != nil || !p.json {
+				return err
 			}
-			if !p.json {
-				return nil
-			}
-			return p.print(map[string]any{"file": file, "blocks": len(m)}, nil)
+			return p.printJSON(p.out, map[string]any{"file": file, "blocks": i.BlockCount, "take": i.Take})
+		case p.json:
+			return p.mapJSON(ctx, api, dev)
 		}
-		return p.print(map[string][]byte{"map": m}, func(w io.Writer) {
-			_, err = w.Write(m)
-		})
+		_, err := api.CBTMap(ctx, dev, p.out)
+		return err
 	})
 }
+
+// mapToFile writes the map to a file, which stays as it was if there is no map.
+func mapToFile(ctx context.Context, api control.API, device, path string) (i control.CBTInfo, err error) {
+	var f *os.File
+	i, err = api.CBTMap(ctx, device, writerFunc(func(b []byte) (n int, err error) {
+		if f == nil {
+			if f, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
+				return 0, err
+			}
+		}
+		return f.Write(b)
+	}))
+	if f != nil {
+		err = errors.Join(err, f.Close())
+	}
+	return i, err
+}
+
+// mapJSON prints the map as it comes, in base 64.
+func (p *program) mapJSON(ctx context.Context, api control.API, device string) error {
+	start := `{"map":"`
+	text := base64.NewEncoder(base64.StdEncoding, writerFunc(func(b []byte) (int, error) {
+		_, err := fmt.Fprintf(p.out, "%s%s", start, b)
+		start = ""
+		return len(b), err
+	}))
+	i, err := api.CBTMap(ctx, device, text)
+	if err != nil {
+		return err
+	}
+	if err := text.Close(); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(p.out, "%s\",\n\"take\":%q}\n", start, i.Take)
+	return err
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }

@@ -30,7 +30,7 @@ type fakeDaemon struct {
 	device    control.Device
 	status    control.DeviceStatus
 	snapshots []control.Snapshot
-	changes   control.Changes
+	cbt       control.CBTInfo
 	events    []control.Event
 	doing     string
 	config    string
@@ -65,13 +65,20 @@ func (f *fakeDaemon) DeviceStatus(_ context.Context, d string) (control.DeviceSt
 	return f.status, f.ask(d)
 }
 func (f *fakeDaemon) CBTInfo(_ context.Context, d string) (control.CBTInfo, error) {
-	return f.changes.CBTInfo, f.ask(d)
+	return f.cbt, f.ask(d)
 }
-func (f *fakeDaemon) CBTMap(_ context.Context, d string) ([]byte, error) {
-	return []byte{0, 1, 2}, f.ask(d)
+func (f *fakeDaemon) CBTMap(_ context.Context, d string, w io.Writer) (control.CBTInfo, error) {
+	if err := f.ask(d); err != nil {
+		return control.CBTInfo{}, err
+	}
+	_, err := w.Write([]byte{0, 1, 2})
+	return f.cbt, err
 }
-func (f *fakeDaemon) CBTChanges(_ context.Context, r control.ChangesRequest) (control.Changes, error) {
-	return f.changes, f.ask(r)
+func (f *fakeDaemon) CBTChanges(_ context.Context, r control.ChangesRequest, each func(control.Range) error) (control.CBTInfo, error) {
+	if err := f.ask(r); err != nil {
+		return control.CBTInfo{}, err
+	}
+	return f.cbt, errors.Join(each(control.Range{Sector: 0, Count: 128}), each(control.Range{Sector: 512, Count: 256}))
 }
 func (f *fakeDaemon) MarkDirty(_ context.Context, r control.MarkRequest) error { return f.ask(r) }
 func (f *fakeDaemon) CreateSnapshot(_ context.Context, r control.CreateRequest) (control.Snapshot, error) {
@@ -134,7 +141,7 @@ func newFake() *fakeDaemon {
 		device: d,
 		status: control.DeviceStatus{Device: d, State: "live", Errors: 1, InFlight: 2, DiscardsSkipped: 4096, Unregistered: 5,
 			Operations: map[string]control.Operation{control.OpRead: {Requests: 10, Bytes: 5120}, control.OpFlush: {Requests: 3}}, CBT: &cbt},
-		changes: control.Changes{CBTInfo: cbt, Since: take(2), Ranges: []control.Range{{Sector: 0, Count: 128}, {Sector: 512, Count: 256}}},
+		cbt: cbt,
 		snapshots: []control.Snapshot{
 			{ID: id1, State: control.SnapshotTaken, Created: at, Taken: &at, ChunkSize: 65536, Frozen: 12 * time.Millisecond,
 				Images: []control.SnapshotImage{image}, Storage: []control.Storage{{Path: "/var/tmp", Limit: 1 << 30}, {Path: "/dev/vdd"}},

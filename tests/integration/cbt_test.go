@@ -1,7 +1,9 @@
 package integration
 
 import (
+	"bytes"
 	"errors"
+	"io"
 	"math/rand"
 	"path/filepath"
 	"slices"
@@ -33,28 +35,38 @@ func nth(i control.CBTInfo, n int) control.Take {
 
 func (d *daemon) cbtMap(dev control.Device) []byte {
 	d.t.Helper()
-	m, err := d.CBTMap(ctx(d.t), dev.Name)
-	if err != nil {
-		d.t.Fatal(err)
+	var m bytes.Buffer
+	i, err := d.CBTMap(ctx(d.t), dev.Name, &m)
+	if err != nil || int64(m.Len()) != i.BlockCount {
+		d.t.Fatalf("a map of %d bytes for %d blocks: %v", m.Len(), i.BlockCount, err)
 	}
-	return m
+	return m.Bytes()
+}
+
+// changes are the ranges that changed since a take.
+func (d *daemon) changes(dev control.Device, since control.Take) (i control.CBTInfo, ranges []control.Range, err error) {
+	i, err = d.CBTChanges(ctx(d.t), control.ChangesRequest{Device: dev.Name, Since: since}, func(x control.Range) error {
+		ranges = append(ranges, x)
+		return nil
+	})
+	return i, ranges, err
 }
 
 // changed are the numbers of the blocks that changed between a take and the
 // last one.
 func (d *daemon) changed(dev control.Device, since control.Take) (blocks []int64, err error) {
 	d.t.Helper()
-	c, err := d.CBTChanges(ctx(d.t), control.ChangesRequest{Device: dev.Name, Since: since})
+	c, ranges, err := d.changes(dev, since)
 	if err != nil {
 		return nil, err
 	}
-	for i, r := range c.Ranges {
+	for i, r := range ranges {
 		at, n := int64(r.Sector)*sectorSize, int64(r.Count)*sectorSize
 		if at%c.BlockSize != 0 || n <= 0 || n%c.BlockSize != 0 && at+n != c.DeviceCapacity {
 			d.t.Errorf("range %v is not of blocks of %d", r, c.BlockSize)
 		}
-		if i > 0 && c.Ranges[i-1].Sector+c.Ranges[i-1].Count >= r.Sector {
-			d.t.Errorf("ranges %v and %v are not in order and merged", c.Ranges[i-1], r)
+		if i > 0 && ranges[i-1].Sector+ranges[i-1].Count >= r.Sector {
+			d.t.Errorf("ranges %v and %v are not in order and merged", ranges[i-1], r)
 		}
 		for b := at / c.BlockSize; b*c.BlockSize < at+n; b++ {
 			blocks = append(blocks, b)
@@ -312,14 +324,14 @@ func TestMistake1NumberWraps(t *testing.T) {
 			generations++
 			take(0, size)
 		} else {
-			c, err := d.CBTChanges(ctx(t), control.ChangesRequest{Device: dev.Name, Since: *last.Take})
+			_, ranges, err := d.changes(dev, *last.Take)
 			if err != nil {
 				t.Fatalf("round %d: %v", round, err)
 			}
-			if n > 0 && len(c.Ranges) == 0 {
+			if n > 0 && len(ranges) == 0 {
 				t.Errorf("I3, round %d: %d writes, and nothing changed", round, n)
 			}
-			for _, x := range c.Ranges {
+			for _, x := range ranges {
 				take(int64(x.Sector)*sectorSize, int64(x.Count)*sectorSize)
 				blocks += int(x.Count / 8)
 			}
@@ -423,7 +435,7 @@ func TestTrackingParameters(t *testing.T) {
 	if a := d.call("blksnap", "readcbtmap", "-d", "/dev/null", "-f", file); a.status != 1 || a.errout == "" {
 		t.Errorf("readcbtmap of no disk: %+v", a)
 	}
-	if _, err := d.CBTMap(ctx(t), "nobody"); !errors.Is(err, unix.ENODEV) {
+	if _, err := d.CBTMap(ctx(t), "nobody", io.Discard); !errors.Is(err, unix.ENODEV) {
 		t.Errorf("map of a device without a filter: %v", err)
 	}
 	d.remove(dev)

@@ -3,15 +3,21 @@ package integration
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -433,4 +439,73 @@ func TestDoctorWell(t *testing.T) {
 	if a := call("doctor", "--json"); a.status != 0 || !strings.Contains(a.out, `"ok": true`) {
 		t.Errorf("JSON: status %d: %s", a.status, a.out)
 	}
+}
+
+// TestLargeRequests: what clients send takes no memory to speak of, however much
+// it is and from how many.
+func TestLargeRequests(t *testing.T) {
+	needVM(t)
+	leakTest(t)
+	const size = 64 << 20
+	disk := ramDisks(t, 1, size)[0]
+	d := startDaemon(t)
+	dev := d.add(disk)
+	d.destroy(d.take(0, dev).ID)
+	before := d.memory()
+	piece := []byte(strings.Repeat(`{"sector":0,"count":131072},`, 4096))
+	send := func(path, begin string, piece []byte, n int, end string) (status int, err error) {
+		parts := []io.Reader{strings.NewReader(begin)}
+		for range n {
+			parts = append(parts, bytes.NewReader(piece))
+		}
+		c := http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
+			return net.Dial("unix", d.dir.Socket())
+		}}}
+		defer c.CloseIdleConnections()
+		resp, err := c.Post("http://d/v1/"+path, "application/json", io.MultiReader(append(parts, strings.NewReader(end))...))
+		if err != nil {
+			return 0, err
+		}
+		resp.Body.Close()
+		return resp.StatusCode, nil
+	}
+	ends := make(chan error)
+	most := before
+	for range 4 {
+		go func() {
+			_, err := send("snapshot/create", `{"devices":["`, bytes.Repeat([]byte("x"), 1<<20), 60, `"]}`)
+			// The daemon may hang up before all is sent.
+			if err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+				ends <- err
+				return
+			}
+			status, err := send("cbt/mark", fmt.Sprintf(`{"device":%q,"ranges":[`, dev.Name), piece, 20, `{"sector":0,"count":8}]}`)
+			if err == nil && status != http.StatusOK {
+				err = fmt.Errorf("marking is answered with status %d", status)
+			}
+			ends <- err
+		}()
+	}
+	for left := 4; left > 0; {
+		select {
+		case err := <-ends:
+			left--
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(20 * time.Millisecond):
+			// Who wants to look does not wait for it.
+			if _, err := d.Devices(ctx(t)); err != nil {
+				t.Error(err)
+			}
+			most = max(most, d.memory())
+		}
+	}
+	if most > before+40<<20 {
+		t.Errorf("%d MiB of memory, %d before", most>>20, before>>20)
+	}
+	if n := slices.Min(d.cbtMap(dev)); n == 0 {
+		t.Error("not all is marked")
+	}
+	d.remove(dev)
 }
