@@ -10,6 +10,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 )
 
 const chunk = 4 << 10
@@ -18,10 +19,10 @@ const chunk = 4 << 10
 // with the byte c+1.
 type bench struct {
 	t      *testing.T
-	sched  *blockdev.Sched
-	faults *blockdev.Faults
+	sched  *blockdevtest.Sched
+	faults *blockdevtest.Faults
 	w      *diffarea.Worker
-	disk   *blockdev.Memory
+	disk   *blockdevtest.Memory
 	log    *diffarea.Log
 	area   *diffarea.Area
 	events []diffarea.Event
@@ -31,14 +32,14 @@ type bench struct {
 }
 
 func newBench(t *testing.T, chunks, slots, portion int64) *bench {
-	b := &bench{t: t, sched: blockdev.NewSched(0), faults: &blockdev.Faults{}}
-	b.sched.OnSubmit = func(_ *blockdev.SchedQueue, op *blockdev.Op) {
+	b := &bench{t: t, sched: blockdevtest.NewSched(0), faults: &blockdevtest.Faults{}}
+	b.sched.OnSubmit = func(_ *blockdevtest.SchedQueue, op *blockdev.Op) {
 		if op.Kind == blockdev.Write && op.File != blockdev.File(b.disk) {
 			b.stores = append(b.stores, [2]int64{op.Off, op.Len})
 		}
 	}
-	b.w = diffarea.NewWorker(blockdev.NewFaulty(b.sched.NewQueue("q"), b.faults))
-	b.disk = blockdev.NewMemoryDevice("disk", chunks*chunk)
+	b.w = diffarea.NewWorker(blockdevtest.NewFaulty(b.sched.NewQueue("q"), b.faults))
+	b.disk = blockdevtest.NewMemoryDevice("disk", chunks*chunk)
 	for c := range chunks {
 		if _, err := b.disk.WriteAt(bytes.Repeat([]byte{byte(c + 1)}, chunk), c*chunk); err != nil {
 			t.Fatal(err)
@@ -48,7 +49,7 @@ func newBench(t *testing.T, chunks, slots, portion int64) *bench {
 	var err error
 	b.log, err = diffarea.NewLog(diffarea.LogConfig{
 		ChunkSize: chunk,
-		Pool:      diffarea.Pool{Mem: pool, File: blockdev.MapMemory("pool", pool)},
+		Pool:      diffarea.Pool{Mem: pool, File: blockdevtest.MapMemory("pool", pool)},
 		State:     make([]byte, diffarea.LogStateSize),
 		Portion:   portion,
 		OnEvent:   func(e diffarea.Event) { b.events = append(b.events, e) },
@@ -93,7 +94,7 @@ func (b *bench) holds(c diffarea.Chunk) bool {
 	}
 	f, off := b.area.Place(w, b.area.Start(c))
 	got := make([]byte, chunk)
-	if _, err := f.(*blockdev.Memory).ReadAt(got, off); err != nil {
+	if _, err := f.(*blockdevtest.Memory).ReadAt(got, off); err != nil {
 		b.t.Fatal(err)
 	}
 	return bytes.Equal(got, bytes.Repeat([]byte{byte(c + 1)}, chunk))
@@ -108,7 +109,7 @@ func (b *bench) check() {
 
 func TestCopiesLandAndAreStoredInOrder(t *testing.T) {
 	b := newBench(t, 64, 16, 1<<20)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
 		t.Fatal(err)
 	}
 	if n := b.protect(0, 64); n != 64 {
@@ -161,7 +162,7 @@ func TestStoresWaitForCopies(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b := newBench(t, 64, 16, 1<<20)
-			if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+			if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
 				t.Fatal(err)
 			}
 			b.protect(0, 4)
@@ -196,7 +197,7 @@ func TestStoresWaitForCopies(t *testing.T) {
 // Stores that become possible together leave in the order of the storage.
 func TestFullStoresLeaveInOrder(t *testing.T) {
 	b := newBench(t, 1024, 1024, 1<<30)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
 		t.Fatal(err)
 	}
 	var first *diffarea.Copy
@@ -218,7 +219,7 @@ func TestFullStoresLeaveInOrder(t *testing.T) {
 
 func TestTwoWritersOfOneChunkShareItsCopy(t *testing.T) {
 	b := newBench(t, 4, 4, 1<<20)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
 		t.Fatal(err)
 	}
 	if b.protect(1, 2)+b.protect(1, 2) != 2 {
@@ -234,12 +235,12 @@ func TestTwoWritersOfOneChunkShareItsCopy(t *testing.T) {
 func TestFollowersShareTheRead(t *testing.T) {
 	b := newBench(t, 32, 4, 1<<20)
 	big, small := b.other(16*chunk), b.area
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
 		t.Fatal(err)
 	}
 	reads := 0
 	old := b.sched.OnSubmit
-	b.sched.OnSubmit = func(q *blockdev.SchedQueue, op *blockdev.Op) {
+	b.sched.OnSubmit = func(q *blockdevtest.SchedQueue, op *blockdev.Op) {
 		if op.Kind == blockdev.Read && op.File == blockdev.File(b.disk) {
 			reads++
 		}
@@ -270,7 +271,7 @@ func (b *bench) other(size int64) *diffarea.Area {
 	pool := make([]byte, 4*size)
 	l, err := diffarea.NewLog(diffarea.LogConfig{
 		ChunkSize: size,
-		Pool:      diffarea.Pool{Mem: pool, File: blockdev.MapMemory("pool2", pool)},
+		Pool:      diffarea.Pool{Mem: pool, File: blockdevtest.MapMemory("pool2", pool)},
 		State:     make([]byte, diffarea.LogStateSize),
 		Portion:   1 << 20,
 		OnEvent:   func(diffarea.Event) {},
@@ -278,7 +279,7 @@ func (b *bench) other(size int64) *diffarea.Area {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	l.Append(b.w, diffarea.Storage{File: blockdev.NewMemoryFile("f2", 1<<30)}, func(err error) {
+	l.Append(b.w, diffarea.Storage{File: blockdevtest.NewMemoryFile("f2", 1<<30)}, func(err error) {
 		if err != nil {
 			b.t.Error(err)
 		}
@@ -290,7 +291,7 @@ func (b *bench) other(size int64) *diffarea.Area {
 
 func TestStorageGrowsInPortionsUpToItsLimit(t *testing.T) {
 	b := newBench(t, 200, 8, 16*chunk)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30), Size: 40*chunk + 100}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30), Size: 40*chunk + 100}); err != nil {
 		t.Fatal(err)
 	}
 	if got := b.log.Usage().Capacity; got != 16 {
@@ -318,7 +319,7 @@ func TestStorageGrowsInPortionsUpToItsLimit(t *testing.T) {
 
 func TestStorageAppendedInTimeAvoidsTheOverflow(t *testing.T) {
 	b := newBench(t, 64, 8, 8*chunk)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryDevice("d", 20*chunk), Size: 20 * chunk, Fixed: true}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryDevice("d", 20*chunk), Size: 20 * chunk, Fixed: true}); err != nil {
 		t.Fatal(err)
 	}
 	b.protect(0, 18)
@@ -326,7 +327,7 @@ func TestStorageAppendedInTimeAvoidsTheOverflow(t *testing.T) {
 	if len(b.events) != 1 || b.events[0].Kind != diffarea.LowFreeSpace {
 		t.Fatalf("events %v, want low_free_space", b.events)
 	}
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
 		t.Fatal(err)
 	}
 	b.protect(18, 64)
@@ -345,7 +346,7 @@ func TestStorageAppendedInTimeAvoidsTheOverflow(t *testing.T) {
 func TestFullFilesystemGivesItsLastChunk(t *testing.T) {
 	b := newBench(t, 64, 8, 16*chunk)
 	// 21 chunks: a portion of 16, then what is left of a full filesystem.
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 21*chunk)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 21*chunk)}); err != nil {
 		t.Fatal(err)
 	}
 	b.protect(0, 21)
@@ -364,11 +365,11 @@ func TestFullFilesystemGivesItsLastChunk(t *testing.T) {
 // A quota that is used up is as a filesystem that is full.
 func TestQuotaGivesItsLastChunk(t *testing.T) {
 	b := newBench(t, 8, 4, 16*chunk)
-	b.faults.Add(blockdev.Fault{
+	b.faults.Add(blockdevtest.Fault{
 		Kinds: []blockdev.Kind{blockdev.Allocate}, Err: unix.EDQUOT,
 		Fits: func(op *blockdev.Op) bool { return op.Off+op.Len > 5*chunk },
 	})
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 64*chunk)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 64*chunk)}); err != nil {
 		t.Fatal(err)
 	}
 	b.protect(0, 5)
@@ -381,10 +382,10 @@ func TestQuotaGivesItsLastChunk(t *testing.T) {
 
 func TestAppendFailure(t *testing.T) {
 	b := newBench(t, 8, 4, 16*chunk)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", chunk/2)}); !errors.Is(err, unix.ENOSPC) {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", chunk/2)}); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("append of a full filesystem: %v, want ENOSPC", err)
 	}
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryDevice("d", 512), Size: 512, Fixed: true}); err == nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryDevice("d", 512), Size: 512, Fixed: true}); err == nil {
 		t.Error("storage smaller than a chunk was taken")
 	}
 	if got := b.log.Usage().Capacity; got != 0 {
@@ -394,11 +395,11 @@ func TestAppendFailure(t *testing.T) {
 
 func TestStoreErrorBreaksTheLogOnly(t *testing.T) {
 	b := newBench(t, 64, 4, 1<<20)
-	f := blockdev.NewMemoryFile("f", 1<<30)
+	f := blockdevtest.NewMemoryFile("f", 1<<30)
 	if err := b.append(diffarea.Storage{File: f}); err != nil {
 		t.Fatal(err)
 	}
-	b.faults.Add(blockdev.Fault{Kinds: []blockdev.Kind{blockdev.Write}, File: f, After: 2, Err: unix.EIO})
+	b.faults.Add(blockdevtest.Fault{Kinds: []blockdev.Kind{blockdev.Write}, File: f, After: 2, Err: unix.EIO})
 	b.protect(0, 64)
 	b.sched.Run()
 	if b.log.Err() != unix.EIO || b.woken != 64 {
@@ -415,10 +416,10 @@ func TestStoreErrorBreaksTheLogOnly(t *testing.T) {
 
 func TestCopyErrorBreaksTheLogOnly(t *testing.T) {
 	b := newBench(t, 8, 4, 1<<20)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
 		t.Fatal(err)
 	}
-	b.faults.Add(blockdev.Fault{Kinds: []blockdev.Kind{blockdev.Read}, File: b.disk, Off: 3 * chunk, Len: 1, Err: unix.EIO})
+	b.faults.Add(blockdevtest.Fault{Kinds: []blockdev.Kind{blockdev.Read}, File: b.disk, Off: 3 * chunk, Len: 1, Err: unix.EIO})
 	b.protect(0, 8)
 	b.sched.Run()
 	if b.woken != 8 || b.log.Err() != unix.EIO || b.area.Load(3).State() != diffarea.Failed {
@@ -429,7 +430,7 @@ func TestCopyErrorBreaksTheLogOnly(t *testing.T) {
 
 func TestCloseUnderWay(t *testing.T) {
 	b := newBench(t, 64, 2, 1<<20)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
 		t.Fatal(err)
 	}
 	b.protect(0, 64)
@@ -456,7 +457,7 @@ func TestAbortWithStuckStorage(t *testing.T) {
 
 func testStuckStorage(t *testing.T, end func(*diffarea.Log, *diffarea.Worker), want ...diffarea.Event) {
 	b := newBench(t, 64, 4, 1<<20)
-	f := blockdev.NewMemoryFile("f", 1<<30)
+	f := blockdevtest.NewMemoryFile("f", 1<<30)
 	if err := b.append(diffarea.Storage{File: f}); err != nil {
 		t.Fatal(err)
 	}
@@ -499,10 +500,10 @@ func testStuckStorage(t *testing.T, end func(*diffarea.Log, *diffarea.Worker), w
 // another: the end of the snapshot would not help.
 func TestWaitingForOthers(t *testing.T) {
 	b := newBench(t, 16, 4, 1<<20)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
 		t.Fatal(err)
 	}
-	disk := blockdev.NewMemoryDevice("other", 16*chunk)
+	disk := blockdevtest.NewMemoryDevice("other", 16*chunk)
 	other := diffarea.NewArea(diffarea.AreaConfig{
 		Log: b.log, Orig: disk, Size: 16 * chunk, Device: 8, Words: make([]byte, diffarea.TableSize(16)),
 	})
@@ -541,7 +542,7 @@ func TestWaitingForOthers(t *testing.T) {
 // A storage that hangs is named, whether it is written or grows.
 func TestUnderWay(t *testing.T) {
 	b := newBench(t, 16, 4, 1<<20)
-	store := blockdev.NewMemoryFile("f", 1<<30)
+	store := blockdevtest.NewMemoryFile("f", 1<<30)
 	if err := b.append(diffarea.Storage{File: store}); err != nil {
 		t.Fatal(err)
 	}
@@ -553,7 +554,7 @@ func TestUnderWay(t *testing.T) {
 	}
 	b.sched.Unstick(store)
 	b.sched.Run()
-	more := blockdev.NewMemoryFile("more", 1<<30)
+	more := blockdevtest.NewMemoryFile("more", 1<<30)
 	b.sched.Stick(more)
 	b.log.Append(b.w, diffarea.Storage{File: more}, func(error) {})
 	b.sched.Run()
@@ -566,7 +567,7 @@ func TestUnderWay(t *testing.T) {
 // every state, and takes over from its memory.
 func TestTakeOver(t *testing.T) {
 	for steps := range 60 {
-		disk := blockdev.NewMemoryDevice("disk", 32*chunk)
+		disk := blockdevtest.NewMemoryDevice("disk", 32*chunk)
 		for c := range int64(32) {
 			if _, err := disk.WriteAt(bytes.Repeat([]byte{byte(c + 1)}, chunk), c*chunk); err != nil {
 				t.Fatal(err)
@@ -574,13 +575,13 @@ func TestTakeOver(t *testing.T) {
 		}
 		pool, state := make([]byte, 8*chunk), make([]byte, diffarea.LogStateSize)
 		words := make([]byte, diffarea.TableSize(32))
-		store := blockdev.NewMemoryFile("f", 1<<30)
+		store := blockdevtest.NewMemoryFile("f", 1<<30)
 		cfg := diffarea.LogConfig{
-			ChunkSize: chunk, Pool: diffarea.Pool{Mem: pool, File: blockdev.MapMemory("pool", pool)},
+			ChunkSize: chunk, Pool: diffarea.Pool{Mem: pool, File: blockdevtest.MapMemory("pool", pool)},
 			State: state, Portion: 64 * chunk, OnEvent: func(diffarea.Event) {},
 		}
 		area := diffarea.AreaConfig{Orig: disk, Size: 32 * chunk, Words: words}
-		s := blockdev.NewSched(uint64(steps + 1))
+		s := blockdevtest.NewSched(uint64(steps + 1))
 		q := s.NewQueue("first")
 		w := diffarea.NewWorker(q)
 		l, err := diffarea.NewLog(cfg)
@@ -602,7 +603,7 @@ func TestTakeOver(t *testing.T) {
 			landed[c] = a.Load(c) != 0
 		}
 		s.Kill(q)
-		s.Settle(func(*blockdev.Memory) bool { return true })
+		s.Settle(func(*blockdevtest.Memory) bool { return true })
 
 		q = s.NewQueue("second")
 		w = diffarea.NewWorker(q)
@@ -637,7 +638,7 @@ func TestOpenLogRefusesForeignState(t *testing.T) {
 		_ = b
 		state := make([]byte, diffarea.LogStateSize)
 		pool := make([]byte, 4*chunk)
-		c := diffarea.LogConfig{ChunkSize: chunk, Pool: diffarea.Pool{Mem: pool, File: blockdev.MapMemory("p", pool)}, State: state, Portion: 1 << 20}
+		c := diffarea.LogConfig{ChunkSize: chunk, Pool: diffarea.Pool{Mem: pool, File: blockdevtest.MapMemory("p", pool)}, State: state, Portion: 1 << 20}
 		if _, err := diffarea.NewLog(c); err != nil {
 			t.Fatal(err)
 		}
@@ -665,7 +666,7 @@ func TestNoAllocationPerCopy(t *testing.T) {
 	b.sched.OnSubmit = nil
 	q := &instant{}
 	w := diffarea.NewWorker(q)
-	b.log.Append(w, diffarea.Storage{File: blockdev.NewMemoryFile("f", 1<<30)}, func(error) {})
+	b.log.Append(w, diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}, func(error) {})
 	q.run()
 	wake := func() { b.woken++ }
 	c := diffarea.Chunk(0)

@@ -6,6 +6,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 )
 
 // pinQueue is a queue with few places for buffers. An operation that names a
@@ -40,7 +41,7 @@ func TestUsePins(t *testing.T) {
 	b, other := newBench(t, 8, 8, 8*chunk), newBench(t, 8, 8, 8*chunk)
 	q := &pinQueue{Queue: b.sched.NewQueue("pins"), places: make([]*byte, 1), used: map[int32]int{}}
 	b.w = diffarea.NewWorker(q)
-	if err := b.append(diffarea.Storage{File: blockdev.NewMemoryDevice("storage", 8*chunk), Size: 8 * chunk, Fixed: true}); err != nil {
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryDevice("storage", 8*chunk), Size: 8 * chunk, Fixed: true}); err != nil {
 		t.Fatal(err)
 	}
 	use := func(places int, areas ...*diffarea.Area) {

@@ -11,6 +11,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -22,9 +23,9 @@ const (
 // rig is a filter with two queues over a disk in memory full of 0xaa.
 type rig struct {
 	t      *testing.T
-	sched  *blockdev.Sched
-	faults blockdev.Faults
-	disk   *blockdev.Memory
+	sched  *blockdevtest.Sched
+	faults blockdevtest.Faults
+	disk   *blockdevtest.Memory
 	cbt    *cbtmap.Map
 	f      *filter.Filter
 	q      []*filter.Queue
@@ -34,19 +35,19 @@ type rig struct {
 }
 
 func newRig(t *testing.T) *rig {
-	g := &rig{t: t, sched: blockdev.NewSched(0), done: map[*ublk.Request]unix.Errno{}}
-	g.disk = blockdev.NewMemoryDevice("disk", diskSize)
+	g := &rig{t: t, sched: blockdevtest.NewSched(0), done: map[*ublk.Request]unix.Errno{}}
+	g.disk = blockdevtest.NewMemoryDevice("disk", diskSize)
 	if _, err := g.disk.WriteAt(bytes.Repeat([]byte{0xaa}, diskSize), 0); err != nil {
 		t.Fatal(err)
 	}
-	g.disk.SetDiscards(blockdev.DiscardZero)
+	g.disk.SetDiscards(blockdevtest.DiscardZero)
 	var err error
 	if g.cbt, err = cbtmap.NewMemory(diskSize, cbtmap.DefaultParams()); err != nil {
 		t.Fatal(err)
 	}
 	g.f = filter.New(filter.Config{Orig: g.disk, Size: diskSize, CBT: g.cbt, Queues: 2})
 	for i := range 2 {
-		g.q = append(g.q, g.f.NewQueue(i, blockdev.NewFaulty(g.sched.NewQueue(fmt.Sprint(i)), &g.faults)))
+		g.q = append(g.q, g.f.NewQueue(i, blockdevtest.NewFaulty(g.sched.NewQueue(fmt.Sprint(i)), &g.faults)))
 	}
 	g.w = diffarea.NewWorker(g.sched.NewQueue("control"))
 	return g
@@ -73,13 +74,13 @@ func (g *rig) send(q int, op ublk.Op, off, n int64, fill byte) *ublk.Request {
 func (g *rig) area(size int64) *diffarea.Area {
 	pool := make([]byte, 8*size)
 	l, err := diffarea.NewLog(diffarea.LogConfig{
-		ChunkSize: size, Pool: diffarea.Pool{Mem: pool, File: blockdev.MapMemory("pool", pool)},
+		ChunkSize: size, Pool: diffarea.Pool{Mem: pool, File: blockdevtest.MapMemory("pool", pool)},
 		State: make([]byte, diffarea.LogStateSize), Portion: 1 << 20, OnEvent: func(diffarea.Event) {},
 	})
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	l.Append(g.w, diffarea.Storage{File: blockdev.NewMemoryFile("store", 1<<30)}, func(err error) {
+	l.Append(g.w, diffarea.Storage{File: blockdevtest.NewMemoryFile("store", 1<<30)}, func(err error) {
 		if err != nil {
 			g.t.Error(err)
 		}
@@ -112,7 +113,7 @@ func TestEveryOperationReachesTheOriginal(t *testing.T) {
 	g := newRig(t)
 	var kinds []blockdev.Kind
 	var fua, noUnmap bool
-	g.sched.OnSubmit = func(_ *blockdev.SchedQueue, op *blockdev.Op) {
+	g.sched.OnSubmit = func(_ *blockdevtest.SchedQueue, op *blockdev.Op) {
 		kinds = append(kinds, op.Kind)
 		fua = fua || op.Kind == blockdev.Write && op.FUA
 		noUnmap = noUnmap || op.Kind == blockdev.WriteZeroes && op.NoUnmap
@@ -144,7 +145,7 @@ func TestEveryOperationReachesTheOriginal(t *testing.T) {
 
 func TestErrorsAreThoseOfTheOriginal(t *testing.T) {
 	g := newRig(t)
-	g.faults.Add(blockdev.Fault{File: g.disk, Off: chunk, Len: 512, Err: unix.ENOLINK})
+	g.faults.Add(blockdevtest.Fault{File: g.disk, Off: chunk, Len: 512, Err: unix.ENOLINK})
 	bad := g.send(0, ublk.OpWrite, chunk, 512, 1)
 	good := g.send(0, ublk.OpWrite, 2*chunk, 512, 1)
 	g.sched.Run()
@@ -221,7 +222,7 @@ func TestOldDataIsReadOnce(t *testing.T) {
 		g.cut(g.area(size))
 	}
 	var reads int64
-	g.sched.OnSubmit = func(_ *blockdev.SchedQueue, op *blockdev.Op) {
+	g.sched.OnSubmit = func(_ *blockdevtest.SchedQueue, op *blockdev.Op) {
 		if op.Kind == blockdev.Read && op.File == blockdev.File(g.disk) {
 			reads += op.Len
 		}
@@ -285,7 +286,7 @@ func TestCancelledCutChangesNothing(t *testing.T) {
 }
 
 func TestNoAllocationPerRequest(t *testing.T) {
-	f := filter.New(filter.Config{Orig: blockdev.NewMemoryDevice("disk", diskSize), Size: diskSize, CBT: must(cbtmap.NewMemory(diskSize, cbtmap.DefaultParams())), Queues: 1})
+	f := filter.New(filter.Config{Orig: blockdevtest.NewMemoryDevice("disk", diskSize), Size: diskSize, CBT: must(cbtmap.NewMemory(diskSize, cbtmap.DefaultParams())), Queues: 1})
 	in := &instant{}
 	q := f.NewQueue(0, in)
 	r := ublk.NewRequest(0, ignore{})
@@ -313,7 +314,7 @@ func (q *instant) Post(*blockdev.Task)    {}
 
 // BenchmarkWrite is what the filter itself costs a write that is not copied.
 func BenchmarkWrite(b *testing.B) {
-	f := filter.New(filter.Config{Orig: blockdev.NewMemoryDevice("disk", diskSize), Size: diskSize, CBT: must(cbtmap.NewMemory(diskSize, cbtmap.DefaultParams())), Queues: 1})
+	f := filter.New(filter.Config{Orig: blockdevtest.NewMemoryDevice("disk", diskSize), Size: diskSize, CBT: must(cbtmap.NewMemory(diskSize, cbtmap.DefaultParams())), Queues: 1})
 	in := &instant{}
 	q := f.NewQueue(0, in)
 	r := ublk.NewRequest(0, ignore{})
@@ -336,7 +337,7 @@ func TestNeighboursAreReadTogether(t *testing.T) {
 	a := g.area(chunk) // 8 slots
 	g.cut(a)
 	var reads []string
-	g.sched.OnSubmit = func(_ *blockdev.SchedQueue, op *blockdev.Op) {
+	g.sched.OnSubmit = func(_ *blockdevtest.SchedQueue, op *blockdev.Op) {
 		if op.Kind == blockdev.Read && op.File == g.disk {
 			reads = append(reads, fmt.Sprintf("%d+%d", op.Off/chunk, op.Len/chunk))
 		}
@@ -372,7 +373,7 @@ func TestNeighboursAreReadTogether(t *testing.T) {
 		w := a.Load(c)
 		f, off := a.Place(w, a.Start(c))
 		var b [chunk]byte
-		if _, err := f.(*blockdev.Memory).ReadAt(b[:], off); err != nil {
+		if _, err := f.(*blockdevtest.Memory).ReadAt(b[:], off); err != nil {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(b[:], bytes.Repeat([]byte{byte(c)}, chunk)) {

@@ -13,6 +13,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -20,9 +21,9 @@ import (
 // world is one disk under a filter with two queues, in memory.
 type world struct {
 	t       *testing.T
-	sched   *blockdev.Sched
-	control *blockdev.SchedQueue
-	disk    *blockdev.Memory
+	sched   *blockdevtest.Sched
+	control *blockdevtest.SchedQueue
+	disk    *blockdevtest.Memory
 	filter  *filter.Filter
 	queues  []*filter.Queue
 	events  []diffarea.Event
@@ -32,9 +33,9 @@ type world struct {
 const diskSize = 1<<20 + 3*512
 
 func newWorld(t *testing.T, seed uint64) *world {
-	w := &world{t: t, sched: blockdev.NewSched(seed)}
+	w := &world{t: t, sched: blockdevtest.NewSched(seed)}
 	w.control = w.sched.NewQueue("control")
-	w.disk = blockdev.NewMemoryDevice("disk", diskSize)
+	w.disk = blockdevtest.NewMemoryDevice("disk", diskSize)
 	fill := make([]byte, diskSize)
 	rand.New(rand.NewSource(int64(seed))).Read(fill)
 	if _, err := w.disk.WriteAt(fill, 0); err != nil {
@@ -65,7 +66,7 @@ func (w *world) snapshot(chunk int64, poolSlots int64) *snapimage.Snapshot {
 		ID: uuid.New(),
 		Log: diffarea.LogConfig{
 			ChunkSize: chunk,
-			Pool:      diffarea.Pool{Mem: pool, File: blockdev.MapMemory("pool", pool)},
+			Pool:      diffarea.Pool{Mem: pool, File: blockdevtest.MapMemory("pool", pool)},
 			State:     make([]byte, diffarea.LogStateSize),
 			Portion:   256 << 10,
 			OnEvent:   func(e diffarea.Event) { w.events = append(w.events, e) },
@@ -130,7 +131,7 @@ func TestImageIsTheDiskAtTheCut(t *testing.T) {
 			if err := h.s.Add(w.filter, 1); err != nil {
 				t.Fatal(err)
 			}
-			h.s.Append(diffarea.Storage{File: blockdev.NewMemoryFile("store", 1<<30)}, func(err error) {
+			h.s.Append(diffarea.Storage{File: blockdevtest.NewMemoryFile("store", 1<<30)}, func(err error) {
 				if err != nil {
 					t.Error(err)
 				}

@@ -8,9 +8,8 @@
 // Done runs on it, so a handler needs no lock for what only its own queue
 // touches. Post is the one way in from other threads.
 //
-// The implementations: Loop (the real one, an io_uring on a pinned thread),
-// Memory (files in memory that can lose what was not synced) and Faulty
-// (another Queue with the n-th operation failing).
+// Loop is the implementation: an io_uring on a pinned thread. Tests have others
+// in package blockdevtest.
 //
 // # Durability
 //

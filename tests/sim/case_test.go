@@ -5,7 +5,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 )
 
 // orders is in how many orders of things a case of seeds/ runs: what the engine
@@ -35,7 +35,7 @@ func eachSeed(t *testing.T, f func(t *testing.T, text string, c Case)) {
 
 // inOrders runs a case in its own order and in others until it fails.
 func inOrders(c Case) *Failure {
-	r := blockdev.NewRandom(c.Order)
+	r := blockdevtest.NewRandom(c.Order)
 	for range orders {
 		if _, f := Run(c, nil); f != nil {
 			return f

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 )
 
 // maxDevices is how many original disks a world has at most.
@@ -154,7 +155,7 @@ func (p Profile) String() string { return profileNames[p] }
 
 // Generate makes the case of a seed.
 func Generate(seed uint64, n int) Case {
-	r := blockdev.NewRandom(seed)
+	r := blockdevtest.NewRandom(seed)
 	profile := Profile(seed % uint64(profiles))
 	c := Case{Config: generateConfig(&r, profile), Order: r.Uint64() | 1}
 	g := generator{r: &r, c: &c.Config, profile: profile}
@@ -167,7 +168,7 @@ func Generate(seed uint64, n int) Case {
 	return c
 }
 
-func generateConfig(r *blockdev.Random, p Profile) Config {
+func generateConfig(r *blockdevtest.Random, p Profile) Config {
 	pick := func(of ...int) int { return of[r.Intn(len(of))] }
 	c := Config{
 		Devices:  pick(1, 1, 2, 3),
@@ -235,7 +236,7 @@ func generateConfig(r *blockdev.Random, p Profile) Config {
 
 // generator makes steps.
 type generator struct {
-	r       *blockdev.Random
+	r       *blockdevtest.Random
 	c       *Config
 	profile Profile
 	hot     uint32  // where writers crowd

@@ -5,7 +5,7 @@ import (
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 )
 
 // stepBytes is how many bytes of fuzzing data make a step.
@@ -75,20 +75,20 @@ func FuzzOpen(f *testing.F) {
 	config := func(state []byte) diffarea.LogConfig {
 		return diffarea.LogConfig{
 			ChunkSize: diffarea.MinChunkSize, State: state, Portion: 1 << 16, OnEvent: func(diffarea.Event) {},
-			Pool: diffarea.Pool{Mem: pool, File: blockdev.MapMemory("pool", pool)},
+			Pool: diffarea.Pool{Mem: pool, File: blockdevtest.MapMemory("pool", pool)},
 		}
 	}
-	disk := blockdev.NewMemoryDevice("disk", chunks*diffarea.MinChunkSize)
+	disk := blockdevtest.NewMemoryDevice("disk", chunks*diffarea.MinChunkSize)
 	// A log with something in it: three chunks copied.
 	{
-		q := blockdev.NewMemoryQueue()
+		q := blockdevtest.NewMemoryQueue()
 		w := diffarea.NewWorker(q)
 		l, err := diffarea.NewLog(config(good))
 		if err != nil {
 			f.Fatal(err)
 		}
 		a := diffarea.NewArea(diffarea.AreaConfig{Log: l, Orig: disk, Size: disk.Size(), Words: table})
-		l.Append(w, diffarea.Storage{File: blockdev.NewMemoryFile("store", 1<<20)}, func(error) {})
+		l.Append(w, diffarea.Storage{File: blockdevtest.NewMemoryFile("store", 1<<20)}, func(error) {})
 		q.Run()
 		for _, c := range []diffarea.Chunk{1, 4, 5} {
 			a.Protect(w, c, nil, func() {})
@@ -103,9 +103,9 @@ func FuzzOpen(f *testing.F) {
 		defer unmap(s, tb)
 		copy(s, state)
 		copy(tb, tableBytes)
-		q := blockdev.NewMemoryQueue()
+		q := blockdevtest.NewMemoryQueue()
 		w := diffarea.NewWorker(q)
-		store := blockdev.NewMemoryFile("store", 1<<20)
+		store := blockdevtest.NewMemoryFile("store", 1<<20)
 		l, err := diffarea.OpenLog(config(s), []diffarea.Storage{{File: store}})
 		if err != nil {
 			return

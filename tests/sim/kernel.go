@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -31,7 +32,7 @@ type hwqueue struct {
 
 	// While a process serves it:
 	handler ublk.Handler
-	thread  *blockdev.SchedQueue
+	thread  *blockdevtest.SchedQueue
 }
 
 // tag is a slot for one request. Its buffer and ublk.Request belong to the
@@ -149,7 +150,7 @@ func (h *hwqueue) give(t *tag) {
 
 // serve makes a process's handler serve the queue. Requests that an earlier
 // process left behind are issued again.
-func (h *hwqueue) serve(thread *blockdev.SchedQueue, handler ublk.Handler) {
+func (h *hwqueue) serve(thread *blockdevtest.SchedQueue, handler ublk.Handler) {
 	h.thread, h.handler = thread, handler
 	c := &completer{h}
 	for _, t := range h.tags {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -304,7 +305,7 @@ func (m *model) checkError(r *request, errno unix.Errno) {
 type image struct {
 	snap   *snapshot
 	dev    int
-	base   *blockdev.Memory // the original at the cut
+	base   *blockdevtest.Memory // the original at the cut
 	device *device
 	needed []bool // by sector: a write may have needed its copy
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -111,11 +112,11 @@ type client struct {
 	buf    []byte
 	done   func()
 	errno  unix.Errno
-	random blockdev.Random
+	random blockdevtest.Random
 }
 
 func newClient(id, dev int, q blockdev.Queue, h ublk.Handler, tag int) *client {
-	c := &client{id: id, dev: dev, q: q, h: h, buf: make([]byte, maxSectors*sectorSize), random: blockdev.NewRandom(uint64(id + 1))}
+	c := &client{id: id, dev: dev, q: q, h: h, buf: make([]byte, maxSectors*sectorSize), random: blockdevtest.NewRandom(uint64(id + 1))}
 	c.r = ublk.NewRequest(tag, c)
 	return c
 }
@@ -199,7 +200,7 @@ func linearizable(t *testing.T, rounds int, seed uint64) {
 		queues      = 3
 	)
 	const accesses = 60
-	disk := blockdev.NewMemoryDevice("disk", diskSectors*sectorSize)
+	disk := blockdevtest.NewMemoryDevice("disk", diskSectors*sectorSize)
 	p := make([]byte, diskSectors*sectorSize)
 	fill(p, initial, 0, 0)
 	if _, err := disk.WriteAt(p, 0); err != nil {
@@ -210,9 +211,9 @@ func linearizable(t *testing.T, rounds int, seed uint64) {
 		t.Fatal(err)
 	}
 	f := filter.New(filter.Config{Orig: disk, Size: diskSectors * sectorSize, CBT: cbt, Queues: queues})
-	var threads []*blockdev.MemoryThread
-	thread := func() *blockdev.MemoryThread {
-		q := blockdev.NewMemoryThread(uint64(len(threads)) + seed)
+	var threads []*blockdevtest.MemoryThread
+	thread := func() *blockdevtest.MemoryThread {
+		q := blockdevtest.NewMemoryThread(uint64(len(threads)) + seed)
 		threads = append(threads, q)
 		return q
 	}
@@ -262,10 +263,10 @@ type nativeSnapshot struct {
 	t        *testing.T
 	n        int
 	f        *filter.Filter
-	disk     *blockdev.Memory
+	disk     *blockdevtest.Memory
 	control  blockdev.Queue
 	work     *sync.Mutex // one piece of control work at a time
-	queues   []*blockdev.MemoryThread
+	queues   []*blockdevtest.MemoryThread
 	accesses int
 }
 
@@ -276,7 +277,7 @@ func (n *nativeSnapshot) live(versions *versionSource) {
 	pool, state := words(chunk*int64(1+n.n/2%3)), words(diffarea.LogStateSize)
 	mem := [][]byte{pool, state}
 	var s *snapimage.Snapshot
-	var cut *blockdev.Memory
+	var cut *blockdevtest.Memory
 	fail := func(what string, err error) {
 		if err != nil {
 			t.Errorf("%s: %v", what, err)
@@ -289,7 +290,7 @@ func (n *nativeSnapshot) live(versions *versionSource) {
 			ID: uuid.New(),
 			Log: diffarea.LogConfig{
 				ChunkSize: chunk, State: state, Portion: 1 << 14,
-				Pool:    diffarea.Pool{Mem: pool, File: blockdev.MapMemory(fmt.Sprint("pool", n.n), pool)},
+				Pool:    diffarea.Pool{Mem: pool, File: blockdevtest.MapMemory(fmt.Sprint("pool", n.n), pool)},
 				OnEvent: func(e diffarea.Event) { t.Errorf("event %v %v", e.Kind, e.Errno) },
 			},
 			Memory: func(_ string, size int64) ([]byte, error) {
@@ -299,7 +300,7 @@ func (n *nativeSnapshot) live(versions *versionSource) {
 		}, n.control)
 		fail("new", err)
 		fail("add", s.Add(n.f, 1))
-		s.Append(diffarea.Storage{File: blockdev.NewMemoryFile(fmt.Sprint("store", n.n), 1<<30)}, func(err error) {
+		s.Append(diffarea.Storage{File: blockdevtest.NewMemoryFile(fmt.Sprint("store", n.n), 1<<30)}, func(err error) {
 			fail("append", err)
 			s.Take(func() { cut = n.disk.Clone() }, func(err error) {
 				fail("take", err)

@@ -6,14 +6,15 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 )
 
 // process is the daemon: the engine on simulated threads. Its control thread
 // does one piece of control work at a time, as the real one does.
 type process struct {
 	w       *world
-	threads []*blockdev.SchedQueue
-	control *blockdev.SchedQueue
+	threads []*blockdevtest.SchedQueue
+	control *blockdevtest.SchedQueue
 	filters []*filter.Filter
 	cbts    []*cbtmap.Map
 
@@ -26,7 +27,7 @@ type process struct {
 
 // handler is a filter's queue and its thread.
 type handler struct {
-	thread  *blockdev.SchedQueue
+	thread  *blockdevtest.SchedQueue
 	handler *filter.Queue
 }
 
@@ -37,15 +38,15 @@ type job struct {
 }
 
 // thread starts a thread of the process.
-func (p *process) thread(name string) *blockdev.SchedQueue {
+func (p *process) thread(name string) *blockdevtest.SchedQueue {
 	q := p.w.sched.NewQueue(name)
 	p.threads = append(p.threads, q)
 	return q
 }
 
 // queue is a thread's queue as the engine sees it: faults strike in between.
-func (p *process) queue(q *blockdev.SchedQueue) blockdev.Queue {
-	return blockdev.NewFaulty(q, p.w.faults)
+func (p *process) queue(q *blockdevtest.SchedQueue) blockdev.Queue {
+	return blockdevtest.NewFaulty(q, p.w.faults)
 }
 
 func (p *process) idle() bool { return p.current == "" && len(p.jobs) == 0 }

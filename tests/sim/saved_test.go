@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 )
 
 // TestSavedMapAfterPowerFailure: a saved change map of which only some sectors
@@ -19,7 +19,7 @@ func TestSavedMapAfterPowerFailure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := blockdev.NewRandom(1)
+	r := blockdevtest.NewRandom(1)
 	mark := func() {
 		for i := 0; i < 200; i++ {
 			m.Mark(int64(r.Intn(4000))*sectorSize, sectorSize)

@@ -4,14 +4,14 @@ import (
 	"regexp"
 	"time"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 )
 
 // Shrink makes a failing case smaller, as long as it goes on failing in the same
 // way, for at most limit: by the same invariant, or what else the message begins
 // with.
 func Shrink(c Case, limit time.Duration) (Case, *Failure) {
-	s := shrinker{best: c, until: time.Now().Add(limit), random: blockdev.NewRandom(c.Order)}
+	s := shrinker{best: c, until: time.Now().Add(limit), random: blockdevtest.NewRandom(c.Order)}
 	_, s.failure = Run(c, nil)
 	if s.failure == nil {
 		return c, nil
@@ -27,7 +27,7 @@ type shrinker struct {
 	best    Case
 	failure *Failure
 	until   time.Time
-	random  blockdev.Random
+	random  blockdevtest.Random
 }
 
 // kind is what the message begins with: "I4", "panic", "snapshot".

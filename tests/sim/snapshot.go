@@ -12,7 +12,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -27,7 +27,7 @@ type snapshot struct {
 
 	chunkSize int64
 	pool      []byte
-	poolFile  *blockdev.Memory
+	poolFile  *blockdevtest.Memory
 	state     []byte
 	words     [][]byte
 
@@ -111,7 +111,7 @@ func (w *world) create(st Step) {
 		}
 		s := &snapshot{w: w, slot: slot, chunkSize: diffarea.MinChunkSize << (st.Off % 9)}
 		s.pool = w.words(s.chunkSize * int64(1+(st.Len-1)%64))
-		s.poolFile = blockdev.MapMemory(fmt.Sprintf("pool%d", slot), s.pool)
+		s.poolFile = blockdevtest.MapMemory(fmt.Sprintf("pool%d", slot), s.pool)
 		s.state = w.words(diffarea.LogStateSize)
 		p := w.proc
 		snap, err := snapimage.New(s.config(), p.queue(p.control))
@@ -220,13 +220,13 @@ func (s *snapshot) append(kind int, done func()) {
 	size := int64(w.c.Limit) * sectorSize
 	n := len(w.storages)
 	st := diffarea.Storage{}
-	var m *blockdev.Memory
+	var m *blockdevtest.Memory
 	if w.c.Fixed>>(n%3)&1 != 0 {
 		size = min(size, 8<<20)
-		m = blockdev.NewMemoryDevice(fmt.Sprintf("store%d", n), size)
+		m = blockdevtest.NewMemoryDevice(fmt.Sprintf("store%d", n), size)
 		st.Size, st.Fixed = size, true
 	} else {
-		m = blockdev.NewMemoryFile(fmt.Sprintf("store%d", n), size)
+		m = blockdevtest.NewMemoryFile(fmt.Sprintf("store%d", n), size)
 		if kind&1 != 0 {
 			st.Size = size
 		}
@@ -297,7 +297,7 @@ func (s *snapshot) room() int64 {
 	u := s.snap.Log().Usage()
 	left := (u.Capacity - u.Regions) * u.ChunkSize
 	for _, st := range s.appended {
-		m := st.File.(*blockdev.Memory)
+		m := st.File.(*blockdevtest.Memory)
 		if max := m.Limit(); max > 0 {
 			left += (max - m.Size()) / u.ChunkSize * u.ChunkSize
 		}
@@ -441,7 +441,7 @@ func (w *world) checkIncrement(dev int, s *snapshot, info cbtmap.Info) {
 
 // taken is a disk at a cut, as a backup has it.
 type taken struct {
-	disk *blockdev.Memory
+	disk *blockdevtest.Memory
 	info cbtmap.Info
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 )
 
 const sectorSize = blockdev.SectorSize
@@ -76,7 +77,7 @@ func versionOf(s []byte, dev int, sector int64) Version {
 	at := place(dev, sector)
 	if binary.LittleEndian.Uint64(s[8:]) != at {
 		for _, b := range s[:sectorSize] {
-			if b != blockdev.JunkByte {
+			if b != blockdevtest.JunkByte {
 				return wrong
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -16,15 +17,15 @@ import (
 // memory that outlives a process, one process at a time, and clients.
 type world struct {
 	c      Case
-	sched  *blockdev.Sched
-	client *blockdev.SchedQueue
-	faults *blockdev.Faults
+	sched  *blockdevtest.Sched
+	client *blockdevtest.SchedQueue
+	faults *blockdevtest.Faults
 	trace  io.Writer // nil: none
 	clock  moment
 
-	origs    []*blockdev.Memory
+	origs    []*blockdevtest.Memory
 	devices  []*device // the filter devices
-	storages []*blockdev.Memory
+	storages []*blockdevtest.Memory
 	full     bool // storage cannot grow
 	wasFull  bool // or could not at some time
 	model    *model
@@ -36,11 +37,11 @@ type world struct {
 	outstanding int // requests under way
 	steps       int // taken
 	done        bool
-	over        bool                     // the power has failed
-	waiting     bool                     // for everything before to complete
-	onIdle      []func()                 // called when anything has ended
-	changing    map[*blockdev.Memory]int // operations in flight that change an original
-	fired       int                      // faults that hit something other than a client's own operation
+	over        bool                         // the power has failed
+	waiting     bool                         // for everything before to complete
+	onIdle      []func()                     // called when anything has ended
+	changing    map[*blockdevtest.Memory]int // operations in flight that change an original
+	fired       int                          // faults that hit something other than a client's own operation
 	deaths      int
 	tables      int    // chunk tables asked for
 	bornAt      uint64 // steps of the scheduler when the process started
@@ -109,11 +110,11 @@ func (w *world) version() Version {
 func newWorld(c Case, trace io.Writer) *world {
 	w := &world{
 		c:        c,
-		sched:    blockdev.NewSched(c.Order),
+		sched:    blockdevtest.NewSched(c.Order),
 		trace:    trace,
-		faults:   &blockdev.Faults{},
+		faults:   &blockdevtest.Faults{},
 		versions: initial,
-		changing: make(map[*blockdev.Memory]int),
+		changing: make(map[*blockdevtest.Memory]int),
 		retired:  make(map[blockdev.File]string),
 		written:  make(map[blockdev.File]int64),
 	}
@@ -125,8 +126,8 @@ func newWorld(c Case, trace io.Writer) *world {
 	w.model = &model{w: w}
 	for i := 0; i < c.Devices; i++ {
 		size := c.size(i)
-		m := blockdev.NewMemoryDevice(fmt.Sprintf("disk%d", i), size)
-		m.SetDiscards(blockdev.DiscardEffect(c.Discards))
+		m := blockdevtest.NewMemoryDevice(fmt.Sprintf("disk%d", i), size)
+		m.SetDiscards(blockdevtest.DiscardEffect(c.Discards))
 		m.SetBlockSize(int64(max(c.Sector, 1)) * sectorSize)
 		p := make([]byte, size)
 		fill(p, initial, i, 0)
@@ -148,9 +149,9 @@ func newWorld(c Case, trace io.Writer) *world {
 		w.model.add(i)
 	}
 	if c.FaultOn != 0 {
-		f := blockdev.Fault{
+		f := blockdevtest.Fault{
 			After: c.FaultAfter, Count: c.FaultCount,
-			Err: unix.Errno(c.FaultErr), Effect: blockdev.Effect(c.FaultEffect),
+			Err: unix.Errno(c.FaultErr), Effect: blockdevtest.Effect(c.FaultEffect),
 		}
 		for k := blockdev.Read; k <= blockdev.Allocate; k++ {
 			if c.FaultKinds>>k&1 != 0 {
@@ -183,7 +184,7 @@ func changes(k blockdev.Kind) bool {
 }
 
 // onSubmit looks at every operation that reaches a disk.
-func (w *world) onSubmit(q *blockdev.SchedQueue, op *blockdev.Op) {
+func (w *world) onSubmit(q *blockdevtest.SchedQueue, op *blockdev.Op) {
 	if w.trace != nil {
 		w.tracef("%s: submit %v %s %d+%d", q.Name(), op.Kind, op.File.Name(), op.Off/sectorSize, op.Len/sectorSize)
 	}
@@ -210,7 +211,7 @@ func (w *world) onSubmit(q *blockdev.SchedQueue, op *blockdev.Op) {
 	}
 }
 
-func (w *world) onEffect(q *blockdev.SchedQueue, op *blockdev.Op, off, n int64) {
+func (w *world) onEffect(q *blockdevtest.SchedQueue, op *blockdev.Op, off, n int64) {
 	if w.trace != nil {
 		w.tracef("%s: effect %v %s %d+%d", q.Name(), op.Kind, op.File.Name(), (op.Off+off)/sectorSize, n/sectorSize)
 	}
@@ -221,13 +222,13 @@ func (w *world) onEffect(q *blockdev.SchedQueue, op *blockdev.Op, off, n int64) 
 		w.written[op.File] = max(w.written[op.File], op.Off+off+n)
 	}
 	if i := w.isOrig(op.File); i >= 0 && changes(op.Kind) {
-		if op.Kind != blockdev.Discard || blockdev.DiscardEffect(w.c.Discards) != blockdev.DiscardKeep {
+		if op.Kind != blockdev.Discard || blockdevtest.DiscardEffect(w.c.Discards) != blockdevtest.DiscardKeep {
 			w.model.devs[i].changed(op.Off+off, n)
 		}
 	}
 }
 
-func (w *world) onComplete(q *blockdev.SchedQueue, op *blockdev.Op) {
+func (w *world) onComplete(q *blockdevtest.SchedQueue, op *blockdev.Op) {
 	if w.trace != nil {
 		w.tracef("%s: complete %v %s %d+%d: %v", q.Name(), op.Kind, op.File.Name(), op.Off/sectorSize, op.Len/sectorSize, op.Err)
 	}
@@ -431,8 +432,8 @@ func (w *world) allDevices() []*device {
 }
 
 // files are the disks that can be stuck or slow.
-func (w *world) files() []*blockdev.Memory {
-	return append(append([]*blockdev.Memory(nil), w.origs...), w.storages...)
+func (w *world) files() []*blockdevtest.Memory {
+	return append(append([]*blockdevtest.Memory(nil), w.origs...), w.storages...)
 }
 
 func (s Stats) String() string {

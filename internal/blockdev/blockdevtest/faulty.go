@@ -1,9 +1,11 @@
-package blockdev
+package blockdevtest
 
 import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // Effect says how much of an operation is done before it fails.
@@ -20,10 +22,10 @@ const (
 
 // Fault picks operations and says how they fail.
 type Fault struct {
-	Kinds []Kind // empty: any kind
-	File  File   // nil: any file
+	Kinds []blockdev.Kind // empty: any kind
+	File  blockdev.File   // nil: any file
 	// Fits, if there is one, says whether the fault is for op.
-	Fits func(op *Op) bool
+	Fits func(op *blockdev.Op) bool
 	// Off and Len are the bytes that the operation must touch; Len 0: any.
 	Off, Len int64
 	// After is how many operations that fit are let through first, and Count
@@ -33,11 +35,11 @@ type Fault struct {
 	Effect       Effect
 }
 
-func (f *Fault) fits(op *Op) bool {
+func (f *Fault) fits(op *blockdev.Op) bool {
 	if f.File != nil && f.File != op.File {
 		return false
 	}
-	if f.Len != 0 && op.Kind != Flush && (op.Off >= f.Off+f.Len || op.Off+op.Len <= f.Off) {
+	if f.Len != 0 && op.Kind != blockdev.Flush && (op.Off >= f.Off+f.Len || op.Off+op.Len <= f.Off) {
 		return false
 	}
 	if f.Fits != nil && !f.Fits(op) {
@@ -55,7 +57,7 @@ func (f *Fault) fits(op *Op) bool {
 type Faults struct {
 	// OnFire is told each operation that is going to fail; nil or set before
 	// the queues are used.
-	OnFire func(op *Op)
+	OnFire func(op *blockdev.Op)
 
 	mu    sync.Mutex
 	list  []*fault
@@ -89,7 +91,7 @@ func (fs *Faults) Fired() int {
 }
 
 // pick is the fault that op meets, or nil. Every fault that fits counts op.
-func (fs *Faults) pick(op *Op) *Fault {
+func (fs *Faults) pick(op *blockdev.Op) *Fault {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	var hit *Fault
@@ -112,20 +114,20 @@ func (fs *Faults) pick(op *Op) *Fault {
 // Faulty is a Queue that passes operations on to another one, except those
 // that meet a fault.
 type Faulty struct {
-	inner  Queue
+	inner  blockdev.Queue
 	faults *Faults
 }
 
 // NewFaulty puts faults in front of inner.
-func NewFaulty(inner Queue, faults *Faults) *Faulty {
+func NewFaulty(inner blockdev.Queue, faults *Faults) *Faulty {
 	return &Faulty{inner: inner, faults: faults}
 }
 
 // Post passes t on.
-func (q *Faulty) Post(t *Task) { q.inner.Post(t) }
+func (q *Faulty) Post(t *blockdev.Task) { q.inner.Post(t) }
 
 // Submit starts op, or lets it fail.
-func (q *Faulty) Submit(op *Op) {
+func (q *Faulty) Submit(op *blockdev.Op) {
 	f := q.faults.pick(op)
 	if f == nil {
 		q.inner.Submit(op)
@@ -140,14 +142,13 @@ func (q *Faulty) Submit(op *Op) {
 		op.Done(op)
 	}
 	part := *op
-	part.next, part.moved = nil, 0
 	if f.Effect == PartEffect {
-		part.Len = op.Len / SectorSize / 2 * SectorSize
+		part.Len = op.Len / blockdev.SectorSize / 2 * blockdev.SectorSize
 	}
-	if f.Effect == NoEffect || f.Effect == PartEffect && (part.Len == 0 || op.Kind == Flush) {
-		q.inner.Post(&Task{Run: fail})
+	if f.Effect == NoEffect || f.Effect == PartEffect && (part.Len == 0 || op.Kind == blockdev.Flush) {
+		q.inner.Post(&blockdev.Task{Run: fail})
 		return
 	}
-	part.Done = func(*Op) { fail() }
+	part.Done = func(*blockdev.Op) { fail() }
 	q.inner.Submit(&part)
 }

@@ -1,6 +1,6 @@
 //go:build !race
 
-package blockdev
+package blockdevtest
 
 // dma copies as a disk does, past all that Go knows of memory: the engine may
 // have read what is being overwritten, and find out afterwards.

@@ -1,17 +1,19 @@
-package blockdev
+package blockdevtest
 
 import (
 	"bytes"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // do submits one operation and runs it to its end.
-func do(t *testing.T, q *SchedQueue, op *Op) unix.Errno {
+func do(t *testing.T, q *SchedQueue, op *blockdev.Op) unix.Errno {
 	t.Helper()
 	done := 0
-	op.Done = func(*Op) { done++ }
+	op.Done = func(*blockdev.Op) { done++ }
 	q.Submit(op)
 	if done != 0 {
 		t.Fatal("done inside submit")
@@ -23,10 +25,10 @@ func do(t *testing.T, q *SchedQueue, op *Op) unix.Errno {
 	return op.Err
 }
 
-func sectors(b byte, n int) []byte { return bytes.Repeat([]byte{b}, n*SectorSize) }
+func sectors(b byte, n int) []byte { return bytes.Repeat([]byte{b}, n*blockdev.SectorSize) }
 
-func write(f File, off int64, p []byte) *Op {
-	return &Op{Kind: Write, File: f, Off: off, Len: int64(len(p)), Buf: MemBuf(p)}
+func write(f blockdev.File, off int64, p []byte) *blockdev.Op {
+	return &blockdev.Op{Kind: blockdev.Write, File: f, Off: off, Len: int64(len(p)), Buf: blockdev.MemBuf(p)}
 }
 
 func content(t *testing.T, m *Memory, off, n int64) []byte {
@@ -42,15 +44,15 @@ func TestMemoryDevice(t *testing.T) {
 	q := NewMemoryQueue()
 	m := NewMemoryDevice("disk", 1<<40)
 	p := append(sectors(1, 9), sectors(2, 9)...)
-	at := int64(1<<40 - 18*SectorSize)
+	at := int64(1<<40 - 18*blockdev.SectorSize)
 	if e := do(t, q, write(m, at, p)); e != 0 {
 		t.Fatal(e)
 	}
 	got := make([]byte, len(p))
-	if e := do(t, q, &Op{Kind: Read, File: m, Off: at, Len: int64(len(p)), Buf: MemBuf(got)}); e != 0 || !bytes.Equal(got, p) {
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.Read, File: m, Off: at, Len: int64(len(p)), Buf: blockdev.MemBuf(got)}); e != 0 || !bytes.Equal(got, p) {
 		t.Fatalf("read back: %v, equal %v", e, bytes.Equal(got, p))
 	}
-	if e := do(t, q, &Op{Kind: WriteZeroes, File: m, Off: at + SectorSize, Len: 16 * SectorSize}); e != 0 {
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.WriteZeroes, File: m, Off: at + blockdev.SectorSize, Len: 16 * blockdev.SectorSize}); e != 0 {
 		t.Fatal(e)
 	}
 	want := append(append(sectors(1, 1), sectors(0, 16)...), sectors(2, 1)...)
@@ -62,44 +64,44 @@ func TestMemoryDevice(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name string
-		op   *Op
+		op   *blockdev.Op
 		want unix.Errno
 	}{
-		{"read beyond", &Op{Kind: Read, File: m, Off: 1 << 40, Len: SectorSize, Buf: MemBuf(got)}, unix.EIO},
-		{"write beyond", write(m, 1<<40-SectorSize, sectors(3, 2)), unix.ENOSPC},
+		{"read beyond", &blockdev.Op{Kind: blockdev.Read, File: m, Off: 1 << 40, Len: blockdev.SectorSize, Buf: blockdev.MemBuf(got)}, unix.EIO},
+		{"write beyond", write(m, 1<<40-blockdev.SectorSize, sectors(3, 2)), unix.ENOSPC},
 		{"unaligned", write(m, 7, sectors(3, 1)), unix.EINVAL},
-		{"empty", &Op{Kind: Read, File: m}, unix.EINVAL},
-		{"allocate", &Op{Kind: Allocate, File: m, Len: SectorSize}, unix.EOPNOTSUPP},
+		{"empty", &blockdev.Op{Kind: blockdev.Read, File: m}, unix.EINVAL},
+		{"allocate", &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: blockdev.SectorSize}, unix.EOPNOTSUPP},
 	} {
 		if e := do(t, q, c.op); e != c.want {
 			t.Errorf("%s: %v, want %v", c.name, e, c.want)
 		}
 	}
-	if got := content(t, m, 1<<40-SectorSize, SectorSize); !bytes.Equal(got, sectors(2, 1)) {
+	if got := content(t, m, 1<<40-blockdev.SectorSize, blockdev.SectorSize); !bytes.Equal(got, sectors(2, 1)) {
 		t.Error("a refused write left something behind")
 	}
 }
 
 func TestMemoryFile(t *testing.T) {
 	q := NewMemoryQueue()
-	m := NewMemoryFile("file", 8*SectorSize)
-	if e := do(t, q, &Op{Kind: Allocate, File: m, Len: 4 * SectorSize}); e != 0 || m.Size() != 4*SectorSize {
+	m := NewMemoryFile("file", 8*blockdev.SectorSize)
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: 4 * blockdev.SectorSize}); e != 0 || m.Size() != 4*blockdev.SectorSize {
 		t.Fatalf("allocate: %v, size %d", e, m.Size())
 	}
-	if e := do(t, q, &Op{Kind: Allocate, File: m, Off: 4 * SectorSize, Len: 5 * SectorSize}); e != unix.ENOSPC {
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Off: 4 * blockdev.SectorSize, Len: 5 * blockdev.SectorSize}); e != unix.ENOSPC {
 		t.Fatalf("allocate past the limit: %v", e)
 	}
-	if e := do(t, q, write(m, 7*SectorSize, sectors(7, 1))); e != 0 || m.Size() != 8*SectorSize {
+	if e := do(t, q, write(m, 7*blockdev.SectorSize, sectors(7, 1))); e != 0 || m.Size() != 8*blockdev.SectorSize {
 		t.Fatalf("write that grows: %v, size %d", e, m.Size())
 	}
-	if e := do(t, q, &Op{Kind: Discard, File: m, Off: 7 * SectorSize, Len: SectorSize}); e != 0 {
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.Discard, File: m, Off: 7 * blockdev.SectorSize, Len: blockdev.SectorSize}); e != 0 {
 		t.Fatal(e)
 	}
-	if !bytes.Equal(content(t, m, 0, 8*SectorSize), sectors(0, 8)) {
+	if !bytes.Equal(content(t, m, 0, 8*blockdev.SectorSize), sectors(0, 8)) {
 		t.Error("a hole does not read as zeroes")
 	}
-	m.SetLimit(16 * SectorSize)
-	if e := do(t, q, &Op{Kind: Allocate, File: m, Off: 8 * SectorSize, Len: 8 * SectorSize}); e != 0 {
+	m.SetLimit(16 * blockdev.SectorSize)
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Off: 8 * blockdev.SectorSize, Len: 8 * blockdev.SectorSize}); e != 0 {
 		t.Errorf("allocate below the raised limit: %v", e)
 	}
 }
@@ -107,14 +109,14 @@ func TestMemoryFile(t *testing.T) {
 func TestMemoryDiscard(t *testing.T) {
 	for effect, want := range map[DiscardEffect]byte{DiscardZero: 0, DiscardKeep: 5, DiscardJunk: JunkByte} {
 		q := NewMemoryQueue()
-		m := NewMemoryDevice("disk", 4*SectorSize)
+		m := NewMemoryDevice("disk", 4*blockdev.SectorSize)
 		m.SetDiscards(effect)
 		do(t, q, write(m, 0, sectors(5, 4)))
-		if e := do(t, q, &Op{Kind: Discard, File: m, Off: SectorSize, Len: SectorSize}); e != 0 {
+		if e := do(t, q, &blockdev.Op{Kind: blockdev.Discard, File: m, Off: blockdev.SectorSize, Len: blockdev.SectorSize}); e != 0 {
 			t.Fatal(e)
 		}
-		if got := content(t, m, 0, 4*SectorSize); got[SectorSize] != want || got[0] != 5 || got[2*SectorSize] != 5 {
-			t.Errorf("effect %d: %#x, want %#x", effect, got[SectorSize], want)
+		if got := content(t, m, 0, 4*blockdev.SectorSize); got[blockdev.SectorSize] != want || got[0] != 5 || got[2*blockdev.SectorSize] != 5 {
+			t.Errorf("effect %d: %#x, want %#x", effect, got[blockdev.SectorSize], want)
 		}
 	}
 }
@@ -133,17 +135,17 @@ func TestMapMemory(t *testing.T) {
 }
 
 func TestMemoryClone(t *testing.T) {
-	m := NewMemoryDevice("disk", 16*SectorSize)
+	m := NewMemoryDevice("disk", 16*blockdev.SectorSize)
 	m.WriteAt(sectors(1, 16), 0)
 	c := m.Clone()
 	m.WriteAt(sectors(2, 2), 0)
-	c.WriteAt(sectors(3, 2), 8*SectorSize)
+	c.WriteAt(sectors(3, 2), 8*blockdev.SectorSize)
 	for _, x := range []struct {
 		m    *Memory
 		off  int64
 		want byte
 	}{{m, 0, 2}, {m, 8, 1}, {c, 0, 1}, {c, 8, 3}} {
-		if got := content(t, x.m, x.off*SectorSize, SectorSize); got[0] != x.want {
+		if got := content(t, x.m, x.off*blockdev.SectorSize, blockdev.SectorSize); got[0] != x.want {
 			t.Errorf("sector %d: %d, want %d", x.off, got[0], x.want)
 		}
 	}
@@ -157,19 +159,19 @@ func outcomes(t *testing.T, prepare func(q *SchedQueue, m *Memory)) map[byte]boo
 	for seed := uint64(1); seed < 60; seed++ {
 		s := NewSched(seed)
 		q := s.NewQueue("q")
-		m := NewMemoryDevice("disk", 4*SectorSize)
+		m := NewMemoryDevice("disk", 4*blockdev.SectorSize)
 		m.WriteAt(sectors(9, 4), 0)
 		m.LoseUnsynced()
 		prepare(q, m)
 		s.PowerFail(m)
-		seen[content(t, m, 0, SectorSize)[0]] = true
+		seen[content(t, m, 0, blockdev.SectorSize)[0]] = true
 	}
 	return seen
 }
 
 func TestPowerFail(t *testing.T) {
-	flush := func(m *Memory) *Op { return &Op{Kind: Flush, File: m} }
-	none := func(*Op) {}
+	flush := func(m *Memory) *blockdev.Op { return &blockdev.Op{Kind: blockdev.Flush, File: m} }
+	none := func(*blockdev.Op) {}
 	for _, c := range []struct {
 		name    string
 		prepare func(q *SchedQueue, m *Memory)
@@ -213,7 +215,7 @@ func TestPowerFail(t *testing.T) {
 			q.Submit(w)
 		}, []byte{9, 1}},
 		{"zeroes", func(q *SchedQueue, m *Memory) {
-			do(t, q, &Op{Kind: WriteZeroes, File: m, Len: SectorSize})
+			do(t, q, &blockdev.Op{Kind: blockdev.WriteZeroes, File: m, Len: blockdev.SectorSize})
 		}, []byte{9, 0}},
 	} {
 		seen := outcomes(t, c.prepare)
@@ -233,16 +235,16 @@ func TestPowerFailTearsWrites(t *testing.T) {
 	for seed := uint64(1); seed < 40; seed++ {
 		s := NewSched(seed)
 		q := s.NewQueue("q")
-		m := NewMemoryDevice("disk", 8*SectorSize)
+		m := NewMemoryDevice("disk", 8*blockdev.SectorSize)
 		m.LoseUnsynced()
 		w := write(m, 0, sectors(1, 8))
-		w.Done = func(*Op) {}
+		w.Done = func(*blockdev.Op) {}
 		q.Submit(w)
 		s.PowerFail(m)
-		got := content(t, m, 0, 8*SectorSize)
+		got := content(t, m, 0, 8*blockdev.SectorSize)
 		n := 0
 		for i := 0; i < 8; i++ {
-			sector := got[i*SectorSize : (i+1)*SectorSize]
+			sector := got[i*blockdev.SectorSize : (i+1)*blockdev.SectorSize]
 			if bytes.Equal(sector, sectors(1, 1)) {
 				n++
 			} else if !bytes.Equal(sector, sectors(0, 1)) {
@@ -264,13 +266,13 @@ func TestPowerFailSize(t *testing.T) {
 		q := NewSched(seed).NewQueue("q")
 		m := NewMemoryFile("file", 1<<20)
 		m.LoseUnsynced()
-		do(t, q, &Op{Kind: Allocate, File: m, Len: 4 * SectorSize})
-		do(t, q, &Op{Kind: Flush, File: m})
-		do(t, q, &Op{Kind: Allocate, File: m, Len: 8 * SectorSize})
+		do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: 4 * blockdev.SectorSize})
+		do(t, q, &blockdev.Op{Kind: blockdev.Flush, File: m})
+		do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: 8 * blockdev.SectorSize})
 		q.Sched().PowerFail(m)
 		sizes[m.Size()] = true
 	}
-	if len(sizes) != 2 || !sizes[4*SectorSize] || !sizes[8*SectorSize] {
+	if len(sizes) != 2 || !sizes[4*blockdev.SectorSize] || !sizes[8*blockdev.SectorSize] {
 		t.Errorf("sizes %v", sizes)
 	}
 }

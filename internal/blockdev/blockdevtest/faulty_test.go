@@ -1,10 +1,12 @@
-package blockdev
+package blockdevtest
 
 import (
 	"bytes"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 func TestFaulty(t *testing.T) {
@@ -14,7 +16,7 @@ func TestFaulty(t *testing.T) {
 		errs  [4]unix.Errno // of four writes of two sectors, one after the other
 		left  [4]int        // how many of their sectors are on the disk
 	}{
-		{"second write", Fault{Kinds: []Kind{Write}, After: 1, Count: 1, Err: unix.EIO},
+		{"second write", Fault{Kinds: []blockdev.Kind{blockdev.Write}, After: 1, Count: 1, Err: unix.EIO},
 			[4]unix.Errno{0, unix.EIO, 0, 0}, [4]int{2, 0, 2, 2}},
 		{"all from the third", Fault{After: 2, Err: unix.ENOSPC},
 			[4]unix.Errno{0, 0, unix.ENOSPC, unix.ENOSPC}, [4]int{2, 2, 0, 0}},
@@ -22,21 +24,21 @@ func TestFaulty(t *testing.T) {
 			[4]unix.Errno{unix.EIO, 0, 0, 0}, [4]int{1, 2, 2, 2}},
 		{"whole", Fault{Count: 1, Err: unix.ENOMEM, Effect: FullEffect},
 			[4]unix.Errno{unix.ENOMEM, 0, 0, 0}, [4]int{2, 2, 2, 2}},
-		{"range", Fault{Off: 5 * SectorSize, Len: SectorSize, Err: unix.EIO},
+		{"range", Fault{Off: 5 * blockdev.SectorSize, Len: blockdev.SectorSize, Err: unix.EIO},
 			[4]unix.Errno{0, 0, unix.EIO, 0}, [4]int{2, 2, 0, 2}},
-		{"other kind", Fault{Kinds: []Kind{Read, Flush}, Err: unix.EIO}, [4]unix.Errno{}, [4]int{2, 2, 2, 2}},
+		{"other kind", Fault{Kinds: []blockdev.Kind{blockdev.Read, blockdev.Flush}, Err: unix.EIO}, [4]unix.Errno{}, [4]int{2, 2, 2, 2}},
 		{"other file", Fault{File: NewMemoryDevice("b", 0), Err: unix.EIO}, [4]unix.Errno{}, [4]int{2, 2, 2, 2}},
 	} {
 		sq := NewMemoryQueue()
-		m := NewMemoryDevice("a", 8*SectorSize)
+		m := NewMemoryDevice("a", 8*blockdev.SectorSize)
 		var faults Faults
 		faults.Add(c.fault)
 		q := NewFaulty(sq, &faults)
 		fired := 0
 		for i := range c.errs {
-			w := write(m, int64(2*i)*SectorSize, sectors(1, 2))
+			w := write(m, int64(2*i)*blockdev.SectorSize, sectors(1, 2))
 			done := 0
-			w.Done = func(op *Op) {
+			w.Done = func(op *blockdev.Op) {
 				done++
 				if op != w {
 					t.Errorf("%s: completed with another operation", c.name)
@@ -53,7 +55,7 @@ func TestFaulty(t *testing.T) {
 			if w.Err != 0 {
 				fired++
 			}
-			if got := bytes.Count(content(t, m, int64(2*i)*SectorSize, 2*SectorSize), []byte{1}) / SectorSize; got != c.left[i] {
+			if got := bytes.Count(content(t, m, int64(2*i)*blockdev.SectorSize, 2*blockdev.SectorSize), []byte{1}) / blockdev.SectorSize; got != c.left[i] {
 				t.Errorf("%s: write %d left %d sectors, want %d", c.name, i, got, c.left[i])
 			}
 		}
@@ -68,8 +70,8 @@ func TestFaultsClear(t *testing.T) {
 	faults.Add(Fault{Err: unix.EIO})
 	faults.Clear()
 	sq := NewMemoryQueue()
-	w := write(NewMemoryDevice("a", SectorSize), 0, sectors(1, 1))
-	w.Done = func(*Op) {}
+	w := write(NewMemoryDevice("a", blockdev.SectorSize), 0, sectors(1, 1))
+	w.Done = func(*blockdev.Op) {}
 	NewFaulty(sq, &faults).Submit(w)
 	sq.Run()
 	if w.Err != 0 {

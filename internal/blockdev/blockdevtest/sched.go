@@ -1,4 +1,4 @@
-package blockdev
+package blockdevtest
 
 import (
 	"container/heap"
@@ -6,6 +6,8 @@ import (
 	"math/bits"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // Sched plays the threads and the disks of a process in one goroutine: it has
@@ -22,9 +24,9 @@ import (
 type Sched struct {
 	// OnSubmit, OnEffect and OnComplete look at every operation: as it is
 	// submitted, before n of its bytes from off take effect, before Done runs.
-	OnSubmit   func(q *SchedQueue, op *Op)
-	OnEffect   func(q *SchedQueue, op *Op, off, n int64)
-	OnComplete func(q *SchedQueue, op *Op)
+	OnSubmit   func(q *SchedQueue, op *blockdev.Op)
+	OnEffect   func(q *SchedQueue, op *blockdev.Op, off, n int64)
+	OnComplete func(q *SchedQueue, op *blockdev.Op)
 
 	random Random
 	orders bool // seed is not 0
@@ -34,7 +36,7 @@ type Sched struct {
 	steps  uint64
 	slow   map[*Memory]uint
 	stuck  map[*Memory][]*event
-	flight map[*Op]*event
+	flight map[*blockdev.Op]*event
 	thread *SchedQueue // whose code is running
 }
 
@@ -71,8 +73,8 @@ type event struct {
 	posted bool   // the first of queue.tasks is due; or:
 	call   func() // this is; or:
 
-	op     *Op
-	was    Op // op as submitted
+	op     *blockdev.Op
+	was    blockdev.Op // op as submitted
 	file   *Memory
 	pieces []int64 // where the pieces that have not taken effect end
 	from   int64   // what has
@@ -107,7 +109,7 @@ func NewSched(seed uint64) *Sched {
 		orders: seed != 0,
 		slow:   make(map[*Memory]uint),
 		stuck:  make(map[*Memory][]*event),
-		flight: make(map[*Op]*event),
+		flight: make(map[*blockdev.Op]*event),
 	}
 }
 
@@ -115,8 +117,8 @@ func NewSched(seed uint64) *Sched {
 type SchedQueue struct {
 	s      *Sched
 	name   string
-	tasks  []*Task // posted, in order
-	paused uint64  // the thread does nothing before
+	tasks  []*blockdev.Task // posted, in order
+	paused uint64           // the thread does nothing before
 	dead   bool
 }
 
@@ -155,28 +157,28 @@ func (s *Sched) push(e *event, at uint64) {
 }
 
 // Submit starts op. It panics when op breaks the contract of Op.
-func (q *SchedQueue) Submit(op *Op) {
+func (q *SchedQueue) Submit(op *blockdev.Op) {
 	s := q.s
 	if q.dead {
-		panic("blockdev: submit on a killed queue")
+		panic("blockdevtest: submit on a killed queue")
 	}
 	if s.thread != nil && s.thread != q {
-		panic(fmt.Sprintf("blockdev: submit to queue %s on the thread of %s", q.name, s.thread.name))
+		panic(fmt.Sprintf("blockdevtest: submit to queue %s on the thread of %s", q.name, s.thread.name))
 	}
 	if s.flight[op] != nil {
-		panic("blockdev: operation submitted while in flight")
+		panic("blockdevtest: operation submitted while in flight")
 	}
 	m, ok := op.File.(*Memory)
 	if !ok {
-		panic(fmt.Sprintf("blockdev: operation on a %T", op.File))
+		panic(fmt.Sprintf("blockdevtest: operation on a %T", op.File))
 	}
 	if op.Done == nil {
-		panic("blockdev: operation without Done")
+		panic("blockdevtest: operation without Done")
 	}
 	op.Err = 0
 	e := &event{queue: q, op: op, was: *op, file: m}
 	e.errno = m.check(op)
-	if op.Kind == Flush {
+	if op.Kind == blockdev.Flush {
 		e.mark = m.begun()
 	}
 	s.flight[op] = e
@@ -190,22 +192,22 @@ func (q *SchedQueue) Submit(op *Op) {
 }
 
 // cut chooses the pieces in which op takes effect.
-func (s *Sched) cut(op *Op) []int64 {
-	if op.Kind == Flush {
+func (s *Sched) cut(op *blockdev.Op) []int64 {
+	if op.Kind == blockdev.Flush {
 		return nil
 	}
-	sectors := op.Len / SectorSize
-	if s.orders && sectors > 1 && op.Kind != Allocate && s.random.OneIn(4) {
-		at := (1 + int64(s.random.Intn(int(sectors-1)))) * SectorSize
+	sectors := op.Len / blockdev.SectorSize
+	if s.orders && sectors > 1 && op.Kind != blockdev.Allocate && s.random.OneIn(4) {
+		at := (1 + int64(s.random.Intn(int(sectors-1)))) * blockdev.SectorSize
 		return []int64{at, op.Len}
 	}
 	return []int64{op.Len}
 }
 
 // Post runs t on q.
-func (q *SchedQueue) Post(t *Task) {
+func (q *SchedQueue) Post(t *blockdev.Task) {
 	if q.dead {
-		panic("blockdev: post to a killed queue")
+		panic("blockdevtest: post to a killed queue")
 	}
 	q.tasks = append(q.tasks, t)
 	q.s.push(&event{queue: q, posted: true}, q.s.now+q.s.delay(0))
@@ -313,7 +315,7 @@ func (s *Sched) effect(e *event) {
 func (s *Sched) complete(e *event) {
 	op := e.op
 	if op.Kind != e.was.Kind || op.Off != e.was.Off || op.Len != e.was.Len || op.Buf != e.was.Buf || op.File != e.was.File {
-		panic(fmt.Sprintf("blockdev: %v of %s changed while in flight", e.was.Kind, e.file.Name()))
+		panic(fmt.Sprintf("blockdevtest: %v of %s changed while in flight", e.was.Kind, e.file.Name()))
 	}
 	if e.errno == 0 {
 		e.file.completed(op, &e.by, e.mark)
@@ -369,9 +371,9 @@ func (s *Sched) orphan(e *event) {
 	case 0: // it never got so far
 		e.pieces = nil
 	case 1: // it gets half way
-		sectors := (e.was.Len - e.from) / SectorSize
-		if e.was.Kind != Allocate && sectors > 0 {
-			e.pieces = []int64{e.from + SectorSize*int64(s.random.Intn(int(sectors)))}
+		sectors := (e.was.Len - e.from) / blockdev.SectorSize
+		if e.was.Kind != blockdev.Allocate && sectors > 0 {
+			e.pieces = []int64{e.from + blockdev.SectorSize*int64(s.random.Intn(int(sectors)))}
 		}
 	}
 	e.at = s.now + s.delay(uint(s.random.Intn(4)))
@@ -456,12 +458,12 @@ func (s *Sched) PowerFail(files ...*Memory) {
 	clear(s.flight)
 	for _, e := range pending {
 		e.queue.dead = true
-		if e.op == nil || e.was.Kind == Read || e.was.Kind == Flush || e.errno != 0 {
+		if e.op == nil || e.was.Kind == blockdev.Read || e.was.Kind == blockdev.Flush || e.errno != 0 {
 			continue
 		}
-		for n := e.from; n < e.was.Len && e.file.check(&e.was) == 0; n += SectorSize {
+		for n := e.from; n < e.was.Len && e.file.check(&e.was) == 0; n += blockdev.SectorSize {
 			if e.file.unsynced != nil || s.random.OneIn(2) {
-				e.file.apply(&e.was, &e.by, n, min(SectorSize, e.was.Len-n))
+				e.file.apply(&e.was, &e.by, n, min(blockdev.SectorSize, e.was.Len-n))
 			}
 		}
 	}

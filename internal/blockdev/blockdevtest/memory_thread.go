@@ -1,20 +1,22 @@
-package blockdev
+package blockdevtest
 
 import (
 	"runtime"
 	"sync"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // MemoryThread is a Queue over Memory files on a goroutine of its own: real
 // threads, for tests of what happens side by side. Operations take effect and
 // complete in any order.
 type MemoryThread struct {
-	random Random // of the goroutine
-	ops    []*Op  // of the goroutine: in flight
+	random Random         // of the goroutine
+	ops    []*blockdev.Op // of the goroutine: in flight
 
 	mu     sync.Mutex
 	wake   sync.Cond
-	tasks  []*Task
+	tasks  []*blockdev.Task
 	closed bool
 	ended  sync.WaitGroup
 }
@@ -30,13 +32,13 @@ func NewMemoryThread(seed uint64) *MemoryThread {
 }
 
 // Submit starts op; on the queue's goroutine only.
-func (q *MemoryThread) Submit(op *Op) {
+func (q *MemoryThread) Submit(op *blockdev.Op) {
 	op.Err = 0
 	q.ops = append(q.ops, op)
 }
 
 // Post runs t on the queue's goroutine.
-func (q *MemoryThread) Post(t *Task) {
+func (q *MemoryThread) Post(t *blockdev.Task) {
 	q.mu.Lock()
 	q.tasks = append(q.tasks, t)
 	q.mu.Unlock()
@@ -59,7 +61,7 @@ func (q *MemoryThread) loop() {
 		for len(q.tasks) == 0 && len(q.ops) == 0 && !q.closed {
 			q.wake.Wait()
 		}
-		var t *Task
+		var t *blockdev.Task
 		if n := len(q.tasks); n > 0 && (len(q.ops) == 0 || q.random.OneIn(2)) {
 			t, q.tasks = q.tasks[0], q.tasks[1:]
 		}
@@ -89,7 +91,7 @@ func (q *MemoryThread) one() {
 	mark := m.begun()
 	var by landing
 	if op.Err = m.check(op); op.Err == 0 {
-		if op.Kind != Flush {
+		if op.Kind != blockdev.Flush {
 			m.apply(op, &by, 0, op.Len)
 		}
 		if q.random.OneIn(4) {

@@ -1,4 +1,4 @@
-package blockdev
+package blockdevtest
 
 import (
 	"fmt"
@@ -6,6 +6,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // DiscardEffect says what a discarded range of a Memory device reads as
@@ -31,7 +33,7 @@ const pageSize = 4096
 // that grows up to a limit, or a piece of process memory seen as a file. It is
 // sparse, so a file of a terabyte costs only what was written.
 //
-// With LoseUnsynced it keeps the durability rules of the package and can lose,
+// With LoseUnsynced it keeps the durability rules of blockdev and can lose,
 // at PowerFail, whatever they do not promise.
 //
 // A Memory may be used from several threads.
@@ -60,7 +62,7 @@ type page struct {
 // version is what a sector held at one moment since it was last made durable.
 // The first of a sector's versions is the durable one, the last is its content.
 type version struct {
-	data [SectorSize]byte
+	data [blockdev.SectorSize]byte
 	by   *landing // nil for the first
 }
 
@@ -72,10 +74,10 @@ type landing struct {
 // NewMemoryDevice makes a block device of size bytes, a multiple of
 // SectorSize. It reads as zeroes.
 func NewMemoryDevice(name string, size int64) *Memory {
-	if size < 0 || size%SectorSize != 0 {
-		panic(fmt.Sprintf("blockdev: device of %d bytes", size))
+	if size < 0 || size%blockdev.SectorSize != 0 {
+		panic(fmt.Sprintf("blockdevtest: device of %d bytes", size))
 	}
-	return &Memory{name: name, size: size, blockSize: SectorSize, pages: make(map[int64]*page)}
+	return &Memory{name: name, size: size, blockSize: blockdev.SectorSize, pages: make(map[int64]*page)}
 }
 
 // NewMemoryFile makes an empty regular file that can grow to limit bytes;
@@ -151,7 +153,7 @@ func (m *Memory) LoseUnsynced() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.mapped != nil {
-		panic("blockdev: mapped memory has no durable layer")
+		panic("blockdevtest: mapped memory has no durable layer")
 	}
 	m.unsynced = make(map[int64][]version)
 	m.syncedSize = m.size
@@ -170,7 +172,7 @@ func (m *Memory) PowerFail(choose func(n int) int) {
 	slices.Sort(sectors)
 	for _, s := range sectors {
 		history := m.unsynced[s]
-		m.storeLocked(s*SectorSize, history[choose(len(history))].data[:])
+		m.storeLocked(s*blockdev.SectorSize, history[choose(len(history))].data[:])
 	}
 	clear(m.unsynced)
 	if m.size != m.syncedSize && choose(2) == 0 {
@@ -206,7 +208,7 @@ func (m *Memory) WriteAt(p []byte, off int64) (int, error) {
 	m.size = max(m.size, end)
 	m.syncedSize = m.size
 	m.storeLocked(off, p)
-	for s := off / SectorSize; s < (end+SectorSize-1)/SectorSize; s++ {
+	for s := off / blockdev.SectorSize; s < (end+blockdev.SectorSize-1)/blockdev.SectorSize; s++ {
 		delete(m.unsynced, s)
 	}
 	return len(p), nil
@@ -227,10 +229,10 @@ func (m *Memory) Clone() *Memory {
 }
 
 // check is the errno that op must fail with whatever happens, or 0.
-func (m *Memory) check(op *Op) unix.Errno {
+func (m *Memory) check(op *blockdev.Op) unix.Errno {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if op.Kind == Flush {
+	if op.Kind == blockdev.Flush {
 		return 0
 	}
 	end := op.Off + op.Len
@@ -239,16 +241,16 @@ func (m *Memory) check(op *Op) unix.Errno {
 		return unix.EINVAL
 	case op.Off%m.blockSize != 0 || op.Len%m.blockSize != 0:
 		return unix.EINVAL
-	case op.Kind == Allocate && m.limit == 0 && m.mapped == nil:
+	case op.Kind == blockdev.Allocate && m.limit == 0 && m.mapped == nil:
 		return unix.EOPNOTSUPP
 	case end <= m.size:
 		return 0
 	case m.limit == 0:
-		if op.Kind == Write {
+		if op.Kind == blockdev.Write {
 			return unix.ENOSPC
 		}
 		return unix.EIO
-	case op.Kind == Read:
+	case op.Kind == blockdev.Read:
 		return unix.EIO
 	case end > m.limit:
 		return unix.ENOSPC
@@ -257,23 +259,23 @@ func (m *Memory) check(op *Op) unix.Errno {
 }
 
 // apply lets n bytes of op, off bytes into it, take effect.
-func (m *Memory) apply(op *Op, by *landing, off, n int64) {
+func (m *Memory) apply(op *blockdev.Op, by *landing, off, n int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	at := op.Off + off
 	switch op.Kind {
-	case Read:
+	case blockdev.Read:
 		m.loadLocked(at, op.Buf.At(off).Bytes(n))
-	case Write:
+	case blockdev.Write:
 		m.growLocked(at + n)
 		m.writeLocked(at, op.Buf.At(off).Bytes(n), by)
-	case WriteZeroes:
+	case blockdev.WriteZeroes:
 		m.growLocked(at + n)
 		m.fillLocked(at, n, 0, by)
-	case Allocate:
+	case blockdev.Allocate:
 		m.growLocked(at + n)
-	case Flush: // has its effect when it completes
-	case Discard:
+	case blockdev.Flush: // has its effect when it completes
+	case blockdev.Discard:
 		switch {
 		case m.limit != 0 || m.mapped != nil || m.discards == DiscardZero:
 			m.fillLocked(at, min(n, m.size-at), 0, by)
@@ -293,7 +295,7 @@ func (m *Memory) begun() uint64 {
 }
 
 // completed settles op, begun at mark, which has taken effect and succeeds.
-func (m *Memory) completed(op *Op, by *landing, mark uint64) {
+func (m *Memory) completed(op *blockdev.Op, by *landing, mark uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.clock++
@@ -302,13 +304,13 @@ func (m *Memory) completed(op *Op, by *landing, mark uint64) {
 		return
 	}
 	switch {
-	case op.Kind == Flush:
+	case op.Kind == blockdev.Flush:
 		for s := range m.unsynced {
 			m.settleLocked(s, func(w *landing) bool { return w.done != 0 && w.done <= mark })
 		}
 		m.syncedSize = m.size
-	case op.Kind == Write && op.FUA:
-		for s := op.Off / SectorSize; s < (op.Off+op.Len)/SectorSize; s++ {
+	case op.Kind == blockdev.Write && op.FUA:
+		for s := op.Off / blockdev.SectorSize; s < (op.Off+op.Len)/blockdev.SectorSize; s++ {
 			m.settleLocked(s, func(w *landing) bool { return w == by })
 		}
 	}
@@ -357,12 +359,12 @@ func (m *Memory) writeLocked(off int64, p []byte, by *landing) {
 		m.storeLocked(off, p)
 		return
 	}
-	for n := int64(0); n < int64(len(p)); n += SectorSize {
-		s := (off + n) / SectorSize
+	for n := int64(0); n < int64(len(p)); n += blockdev.SectorSize {
+		s := (off + n) / blockdev.SectorSize
 		history := m.unsynced[s]
 		if history == nil {
 			history = make([]version, 1, 2)
-			m.loadLocked(s*SectorSize, history[0].data[:])
+			m.loadLocked(s*blockdev.SectorSize, history[0].data[:])
 		}
 		history = append(history, version{by: by})
 		copy(history[len(history)-1].data[:], p[n:])

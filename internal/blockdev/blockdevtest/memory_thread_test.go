@@ -1,20 +1,22 @@
-package blockdev
+package blockdevtest
 
 import (
 	"sync"
 	"testing"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 func TestMemoryThread(t *testing.T) {
-	m := NewMemoryDevice("disk", 64*SectorSize)
+	m := NewMemoryDevice("disk", 64*blockdev.SectorSize)
 	a, b := NewMemoryThread(1), NewMemoryThread(2)
 	var all sync.WaitGroup
 	for i := 0; i < 32; i++ {
 		all.Add(1)
 		q := []*MemoryThread{a, b}[i%2]
-		q.Post(&Task{Run: func() {
-			w := write(m, int64(i)*SectorSize, sectors(byte(i+1), 1))
-			w.Done = func(op *Op) {
+		q.Post(&blockdev.Task{Run: func() {
+			w := write(m, int64(i)*blockdev.SectorSize, sectors(byte(i+1), 1))
+			w.Done = func(op *blockdev.Op) {
 				if op.Err != 0 {
 					t.Error(op.Err)
 				}
@@ -27,7 +29,7 @@ func TestMemoryThread(t *testing.T) {
 	a.Close()
 	b.Close()
 	for i := 0; i < 32; i++ {
-		if got := content(t, m, int64(i)*SectorSize, 1)[0]; got != byte(i+1) {
+		if got := content(t, m, int64(i)*blockdev.SectorSize, 1)[0]; got != byte(i+1) {
 			t.Errorf("sector %d: %d", i, got)
 		}
 	}

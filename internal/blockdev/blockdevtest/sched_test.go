@@ -1,10 +1,12 @@
-package blockdev
+package blockdevtest
 
 import (
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // trace runs overlapping writes and tasks on two queues and tells the order of
@@ -12,20 +14,20 @@ import (
 func trace(seed uint64) string {
 	var b strings.Builder
 	s := NewSched(seed)
-	m := NewMemoryDevice("disk", 64*SectorSize)
+	m := NewMemoryDevice("disk", 64*blockdev.SectorSize)
 	qs := []*SchedQueue{s.NewQueue("a"), s.NewQueue("b")}
 	for i := 0; i < 8; i++ {
 		q := qs[i%2]
 		w := write(m, 0, sectors(byte(i+1), 8))
-		w.Done = func(*Op) { fmt.Fprintf(&b, "w%d ", i) }
+		w.Done = func(*blockdev.Op) { fmt.Fprintf(&b, "w%d ", i) }
 		q.Submit(w)
-		q.Post(&Task{Run: func() { fmt.Fprintf(&b, "%s%d ", q.Name(), i) }})
+		q.Post(&blockdev.Task{Run: func() { fmt.Fprintf(&b, "%s%d ", q.Name(), i) }})
 	}
 	s.Run()
-	p := make([]byte, 8*SectorSize)
+	p := make([]byte, 8*blockdev.SectorSize)
 	m.ReadAt(p, 0)
 	for i := 0; i < 8; i++ {
-		fmt.Fprintf(&b, "%d", p[i*SectorSize])
+		fmt.Fprintf(&b, "%d", p[i*blockdev.SectorSize])
 	}
 	return b.String()
 }
@@ -67,20 +69,20 @@ func TestSchedKill(t *testing.T) {
 	whole, part, never, late := 0, 0, 0, 0
 	for seed := uint64(1); seed <= 100; seed++ {
 		s := NewSched(seed)
-		m := NewMemoryDevice("disk", 8*SectorSize)
+		m := NewMemoryDevice("disk", 8*blockdev.SectorSize)
 		old, other := s.NewQueue("old"), s.NewQueue("other")
 		w := write(m, 0, sectors(1, 8))
-		w.Done = func(*Op) { t.Error("a completion on a killed queue") }
+		w.Done = func(*blockdev.Op) { t.Error("a completion on a killed queue") }
 		old.Submit(w)
-		old.Post(&Task{Run: func() { t.Error("a task on a killed queue") }})
+		old.Post(&blockdev.Task{Run: func() { t.Error("a task on a killed queue") }})
 		s.Kill(old)
 		if s.InFlight() != 0 {
 			t.Fatal("an orphan counts as in flight")
 		}
 		landedLate := false
-		s.OnEffect = func(q *SchedQueue, op *Op, off, n int64) { landedLate = landedLate || q == old && off+n > 0 }
+		s.OnEffect = func(q *SchedQueue, op *blockdev.Op, off, n int64) { landedLate = landedLate || q == old && off+n > 0 }
 		survivor := false
-		other.Post(&Task{Run: func() {
+		other.Post(&blockdev.Task{Run: func() {
 			survivor = true
 			if !landedLate {
 				late++
@@ -90,7 +92,7 @@ func TestSchedKill(t *testing.T) {
 		if !survivor {
 			t.Fatal("the other queue was killed too")
 		}
-		p := content(t, m, 0, 8*SectorSize)
+		p := content(t, m, 0, 8*blockdev.SectorSize)
 		switch n := strings.Count(string(p), "\x01"); n {
 		case 0:
 			never++
@@ -108,16 +110,16 @@ func TestSchedKill(t *testing.T) {
 func TestSchedSettle(t *testing.T) {
 	for seed := uint64(1); seed <= 50; seed++ {
 		s := NewSched(seed)
-		m, other := NewMemoryDevice("disk", 8*SectorSize), NewMemoryDevice("other", 8*SectorSize)
+		m, other := NewMemoryDevice("disk", 8*blockdev.SectorSize), NewMemoryDevice("other", 8*blockdev.SectorSize)
 		old := s.NewQueue("old")
 		for _, f := range []*Memory{m, other} {
 			w := write(f, 0, sectors(1, 8))
-			w.Done = func(*Op) {}
+			w.Done = func(*blockdev.Op) {}
 			old.Submit(w)
 		}
 		s.Kill(old)
 		s.Settle(func(f *Memory) bool { return f == m })
-		s.OnEffect = func(_ *SchedQueue, op *Op, _, _ int64) {
+		s.OnEffect = func(_ *SchedQueue, op *blockdev.Op, _, _ int64) {
 			if op.File == m {
 				t.Fatalf("seed %d: an effect on a settled file", seed)
 			}
@@ -129,10 +131,10 @@ func TestSchedSettle(t *testing.T) {
 func TestSchedStick(t *testing.T) {
 	s := NewSched(1)
 	q := s.NewQueue("q")
-	m := NewMemoryDevice("disk", 8*SectorSize)
+	m := NewMemoryDevice("disk", 8*blockdev.SectorSize)
 	done := false
 	w := write(m, 0, sectors(1, 1))
-	w.Done = func(*Op) { done = true }
+	w.Done = func(*blockdev.Op) { done = true }
 	s.Stick(m)
 	q.Submit(w)
 	s.Run()
@@ -152,9 +154,9 @@ func TestSchedPause(t *testing.T) {
 	q.Pause(12)
 	var order []string
 	for i := 0; i < 3; i++ {
-		q.Post(&Task{Run: func() { order = append(order, fmt.Sprint("q", i)) }})
+		q.Post(&blockdev.Task{Run: func() { order = append(order, fmt.Sprint("q", i)) }})
 	}
-	other.Post(&Task{Run: func() { order = append(order, "other") }})
+	other.Post(&blockdev.Task{Run: func() { order = append(order, "other") }})
 	s.Run()
 	if got := strings.Join(order, " "); got != "other q0 q1 q2" {
 		t.Error(got)
@@ -171,24 +173,24 @@ func TestSchedKeepsTheContract(t *testing.T) {
 		f()
 	}
 	q := NewMemoryQueue()
-	m := NewMemoryDevice("disk", 8*SectorSize)
+	m := NewMemoryDevice("disk", 8*blockdev.SectorSize)
 	panics("submitted twice", func() {
 		w := write(m, 0, sectors(1, 1))
-		w.Done = func(*Op) {}
+		w.Done = func(*blockdev.Op) {}
 		q.Submit(w)
 		q.Submit(w)
 	})
 	panics("submitted from another thread", func() {
 		other := q.Sched().NewQueue("other")
-		other.Post(&Task{Run: func() { q.Submit(write(m, 0, sectors(1, 1))) }})
+		other.Post(&blockdev.Task{Run: func() { q.Submit(write(m, 0, sectors(1, 1))) }})
 		q.Run()
 	})
 	q = NewMemoryQueue()
 	panics("changed in flight", func() {
 		w := write(m, 0, sectors(1, 1))
-		w.Done = func(*Op) {}
+		w.Done = func(*blockdev.Op) {}
 		q.Submit(w)
-		w.Off = SectorSize
+		w.Off = blockdev.SectorSize
 		q.Run()
 	})
 }
