@@ -15,6 +15,9 @@ import (
 type API interface {
 	// Info says who the daemon is and what it is doing.
 	Info(ctx context.Context) (Info, error)
+	// Stop removes every device and ends the daemon; or, if one is in use, does
+	// neither: [Busy].
+	Stop(ctx context.Context) error
 
 	// AddDevice puts a filter over a disk. [Exists] if there is one.
 	AddDevice(ctx context.Context, r AddRequest) (Device, error)
@@ -73,6 +76,8 @@ type Info struct {
 	Config  string    `json:"config"` // the file it was configured from; empty: defaults
 	// Doing is what is going on at this moment, empty when nothing is.
 	Doing string `json:"doing,omitempty"`
+	// LogLinesLost are the lines of the log that were dropped, as nobody took them.
+	LogLinesLost uint64 `json:"log_lines_lost,omitempty"`
 }
 
 // Mode is how payloads travel between the kernel and the disk.

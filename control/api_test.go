@@ -106,7 +106,7 @@ func (f *fakeAPI) Stop(context.Context) error {
 }
 func (f *fakeAPI) Close() { f.closings++ }
 
-func quiet() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
+func quiet() *Log { return NewLog(io.Discard, slog.LevelInfo, false) }
 
 // serveFake serves api on a socket of its own and gives a client of it.
 func serveFake(t *testing.T, api API) *Client {
@@ -116,7 +116,7 @@ func serveFake(t *testing.T, api API) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := newServer(api, quiet(), usualPatience)
+	s := newServer(api, quiet().Logger, usualPatience)
 	go s.Serve(l)
 	t.Cleanup(func() { s.Close() })
 	c := NewClient(socket)

@@ -91,6 +91,29 @@ func call[Resp any](ctx context.Context, c *Client, path string, req any) (Resp,
 // Info implements API.
 func (c *Client) Info(ctx context.Context) (Info, error) { return call[Info](ctx, c, "info", none{}) }
 
+// Stop implements API. It returns when the process has ended, so that another
+// daemon can be started at once.
+func (c *Client) Stop(ctx context.Context) error {
+	i, err := c.Info(ctx)
+	if err != nil {
+		return err
+	}
+	pidfd, pidErr := unix.PidfdOpen(i.PID, 0)
+	if pidErr == nil {
+		defer unix.Close(pidfd)
+	}
+	if _, err := call[none](ctx, c, "stop", none{}); err != nil || pidErr != nil {
+		return err
+	}
+	for ctx.Err() == nil {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 100)
+		if n > 0 || err != nil && err != unix.EINTR {
+			return nil //nolint:nilerr // it was stopped, and how it ends cannot be seen
+		}
+	}
+	return fail(ctx.Err(), "wait for the end of the daemon")
+}
+
 // AddDevice implements API.
 func (c *Client) AddDevice(ctx context.Context, r AddRequest) (Device, error) {
 	return call[Device](ctx, c, "device/add", r)

@@ -187,6 +187,7 @@ func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end fun
 	}
 	end = func() {
 		d.doing.Store(new(string))
+		notify("STATUS=" + d.summary())
 		<-d.change
 	}
 	if ctx.Err() != nil {
@@ -195,6 +196,16 @@ func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end fun
 	}
 	d.step(format, args...)
 	return end, nil
+}
+
+// summary is what a daemon that does nothing in particular says of itself.
+func (d *Daemon) summary() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.devices) == 0 {
+		return "no filters"
+	}
+	return fmt.Sprintf("%d filters, %d snapshots; to be stopped with: ublk-blksnap daemon stop", len(d.devices), len(d.snapshots))
 }
 
 // step says what is going on now.
@@ -207,11 +218,11 @@ func (d *Daemon) step(format string, args ...any) {
 func (d *Daemon) Info(context.Context) (Info, error) {
 	return Info{
 		Version: Version, PID: os.Getpid(), Started: d.started,
-		RunDir: string(d.o.Dir), Config: d.o.ConfigPath, Doing: *d.doing.Load(),
+		RunDir: string(d.o.Dir), Config: d.o.ConfigPath, Doing: *d.doing.Load(), LogLinesLost: d.o.Log.Lost(),
 	}, nil
 }
 
-// Stop implements stopper.
+// Stop implements API.
 func (d *Daemon) Stop(ctx context.Context) (err error) {
 	end, err := d.begin(ctx, "stop")
 	if err != nil {
@@ -221,6 +232,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		// Once all is removed nothing can be added any more.
 		if err != nil {
 			end()
+			err = fail(err, "stop")
 		}
 	}()
 	all := d.sorted()

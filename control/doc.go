@@ -41,9 +41,9 @@
 //
 // # The end of a daemon
 //
-// SIGTERM and SIGINT ask it to stop. If no device is mounted, open or held by a
-// snapshot, the daemon syncs and removes them all and ends with status 0.
-// Otherwise nothing at all is removed: the daemon logs which device is used by
+// SIGTERM, SIGINT and [API].Stop ask it to stop. If no device is mounted, open or
+// held by a snapshot, the daemon syncs and removes them all and ends with status
+// 0. Otherwise nothing at all is removed: the daemon says which device is used by
 // whom and keeps running, because ending would cut a mounted filesystem from its
 // disk. Unmount, then stop again. What comes after a SIGKILL depends on the
 // devices: those added with recovery wait with their I/O (state "quiesced") for

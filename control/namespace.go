@@ -11,29 +11,44 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// insideEnv says to a daemon that it has been started anew in a mount namespace
-// of its own.
-const insideEnv = "UBLK_BLKSNAP_OWN_NAMESPACE"
+// secondLifeEnv says to a daemon that it has been started anew, and in which
+// mount namespace.
+const secondLifeEnv = "UBLK_BLKSNAP_NAMESPACE"
 
-// EnterNamespace gives the process a mount namespace of its own, by starting the
-// program anew in the same process, so that it returns only in the second life,
-// or with an error. Before, it mounts the state directory where everybody sees
-// it.
+const (
+	ownNamespace    = "own"
+	sharedNamespace = "shared"
+)
+
+// StartAnew starts the program anew in the same process, so that it returns only
+// in the second life, or with an error. Of the first one it leaves behind what
+// the daemon shall not have of the one who started it, and the mounts. What of
+// that could not be done is told to warn. Before, it mounts the state directory
+// where everybody sees it.
 //
-// Why: a process whose namespace is the last to hold a mount on a device that
-// the process itself serves can not exit: the kernel unmounts, writes to the
-// device and waits for an answer for ever. For the same reason the inherited
-// mounts are let go; only what the daemon needs stays: the root, /dev, /proc,
-// /sys and the run directory. Everything else it reaches through the root
-// directory of process 1.
+// The second life has a mount namespace of its own. Why: a process whose
+// namespace is the last to hold a mount on a device that the process itself
+// serves can not exit: the kernel unmounts, writes to the device and waits for an
+// answer for ever. For the same reason the inherited mounts are let go; only what
+// the daemon needs stays: the root, /dev, /proc, /sys and the run directory.
+// Everything else it reaches through the root directory of process 1.
 //
-// Where process 1 does not see what this process sees, nothing is done.
-func EnterNamespace(dir RunDir, c Config) error {
+// Where process 1 does not see what this process sees, the namespace stays.
+func StartAnew(dir RunDir, c Config, reportFD int, warn func(error)) error {
 	if os.Geteuid() != 0 {
 		return &Error{Code: Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
 	}
-	if os.Getenv(insideEnv) != "" {
+	switch os.Getenv(secondLifeEnv) {
+	case ownNamespace:
 		return letGoOfMounts(string(dir))
+	case sharedNamespace:
+		return leaveDirectory()
+	}
+	// The thread that execs becomes the process, with all that is its own.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for _, err := range forget(reportFD) {
+		warn(err)
 	}
 	if err := dir.make(); err != nil {
 		return err
@@ -54,20 +69,27 @@ func EnterNamespace(dir RunDir, c Config) error {
 	if err := dir.mountState(c.StateSize); err != nil {
 		return err
 	}
-	if !withInit() {
-		return nil
+	namespace := sharedNamespace
+	if withInit() {
+		namespace = ownNamespace
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return fail(err, "make a mount namespace")
+		}
+		if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return fail(err, "make the mount namespace private")
+		}
 	}
-	// The thread that execs becomes the process, with its namespace.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-		return fail(err, "make a mount namespace")
+	env := append(os.Environ(), secondLifeEnv+"="+namespace)
+	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew")
+}
+
+// leaveDirectory lets go of the directory that the daemon was started in, and so
+// of the filesystem.
+func leaveDirectory() error {
+	if err := os.Chdir("/"); err != nil {
+		return fail(err, "go to the root directory")
 	}
-	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fail(err, "make the mount namespace private")
-	}
-	env := append(os.Environ(), insideEnv+"=1")
-	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew in the mount namespace")
+	return nil
 }
 
 // initRoot is the root directory of process 1.
@@ -76,7 +98,7 @@ const initRoot = "/proc/1/root"
 // host is the machine as everybody sees it.
 func host() *disk.Host {
 	h := disk.Machine()
-	if os.Getenv(insideEnv) != "" {
+	if os.Getenv(secondLifeEnv) == ownNamespace {
 		h.Root = initRoot
 	}
 	return h
@@ -90,6 +112,9 @@ func withInit() bool {
 }
 
 func letGoOfMounts(dir string) error {
+	if err := leaveDirectory(); err != nil {
+		return err
+	}
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return fail(err, "read the mounts")

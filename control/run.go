@@ -6,11 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -28,22 +28,37 @@ type Options struct {
 	Dir        RunDir
 	Config     Config
 	ConfigPath string // where Config comes from, for Info
-	Log        *slog.Logger
+	Log        *Log
 	// Ready is called once, when the daemon answers.
 	Ready func()
 }
 
-// stopper is an API that can be ended.
+// stopper is an API that is freed in two steps.
 type stopper interface {
 	API
-	// Stop removes every device, or nothing and an error if one is in use.
-	Stop(context.Context) error
 	// Close frees what Stop left, at the end of the process.
 	Close()
 }
 
-// Run is the daemon: it serves until it is told to stop by SIGTERM or SIGINT and
-// no device is in use any more.
+// ending is the API of a daemon that ends when it has been stopped.
+type ending struct {
+	stopper
+	stopped chan struct{}
+}
+
+// Stop implements API.
+func (e ending) Stop(ctx context.Context) error {
+	err := e.stopper.Stop(ctx)
+	if err == nil {
+		close(e.stopped) // a second one finds nothing that it may stop
+		return nil
+	}
+	notify("STATUS=asked to stop, but " + err.Error())
+	return err
+}
+
+// Run is the daemon: it serves until it is told to stop, by a client or by
+// SIGTERM or SIGINT, and no device is in use any more.
 func Run(o Options) error {
 	for _, err := range ublk.PrepareProcess() {
 		o.Log.Warn("the process is not as it should be", "error", err)
@@ -52,11 +67,12 @@ func Run(o Options) error {
 }
 
 func run(o Options, open func() (stopper, error)) error {
-	// Signals first: from the first device on, none may end the process unasked.
+	// Signals first: from the first device on, none may end or stop the process
+	// unasked.
 	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGQUIT)
 	defer signal.Stop(signals)
-	signal.Ignore(unix.SIGHUP, unix.SIGPIPE)
+	signal.Ignore(ignored()...)
 
 	if err := o.Dir.make(); err != nil {
 		return err
@@ -66,11 +82,12 @@ func run(o Options, open func() (stopper, error)) error {
 		return err
 	}
 	defer lock.Close()
-	api, err := open()
+	opened, err := open()
 	if err != nil {
 		return err
 	}
-	defer api.Close()
+	defer opened.Close()
+	api := ending{opened, make(chan struct{})}
 
 	l, err := o.Dir.listen()
 	if err != nil {
@@ -78,7 +95,7 @@ func run(o Options, open func() (stopper, error)) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	srv := newServer(api, o.Log, usualPatience)
+	srv := newServer(api, o.Log.Logger, usualPatience)
 	srv.BaseContext = func(net.Listener) context.Context { return ctx }
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(&crowd{Listener: l, places: make(chan struct{}, maxConnections)}) }()
@@ -93,22 +110,55 @@ func run(o Options, open func() (stopper, error)) error {
 		case err := <-served:
 			return fail(err, "serve %s", o.Dir.Socket())
 		case s := <-signals:
-			o.Log.Info("asked to stop", "signal", s.String())
-			notify("STOPPING=1")
-			err := api.Stop(ctx)
-			if err == nil {
-				// Watchers would keep Shutdown waiting.
-				cancel()
-				_ = srv.Close()
-				_ = os.Remove(o.Dir.Socket())
-				o.Log.Info("daemon stopped")
-				return nil
+			if s == unix.SIGQUIT {
+				logGoroutines(o.Log)
+				continue
 			}
-			o.Log.Error("not stopped, still serving", "error", err)
-			notify("READY=1\nSTATUS=asked to stop, but " + err.Error())
+			o.Log.Info("asked to stop", "signal", s.String())
+			go func() { // a client may be at it already, and come first
+				if err := api.Stop(ctx); err != nil && ctx.Err() == nil {
+					o.Log.Error("not stopped, still serving", "error", err)
+				}
+			}()
+		case <-api.stopped:
+			notify("STOPPING=1")
+			// Watchers would never end; whoever asked for the stop gets its answer.
+			cancel()
+			limited, done := context.WithTimeout(context.Background(), answerTimeout)
+			_ = srv.Shutdown(limited)
+			done()
+			_ = srv.Close()
+			_ = os.Remove(o.Dir.Socket())
+			o.Log.Info("daemon stopped")
+			return nil
 		}
 	}
 }
+
+// ignored are the signals that mean nothing to a daemon and would end it, or stop
+// it as Ctrl-Z does. Those of a fault stay what they are; so does SIGABRT, for who
+// wants its end and to know where it was.
+func ignored() []os.Signal {
+	all := []os.Signal{unix.SIGHUP, unix.SIGPIPE, unix.SIGALRM, unix.SIGVTALRM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGXCPU, unix.SIGXFSZ,
+		unix.SIGSTKFLT, unix.SIGIO, unix.SIGPWR, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU}
+	for n := unix.Signal(34); n <= 64; n++ { // those before are the C library's
+		all = append(all, n)
+	}
+	return all
+}
+
+// logGoroutines logs what everybody is doing, for who wants to know what hangs.
+func logGoroutines(log *Log) {
+	b := make([]byte, 1<<20)
+	b = b[:runtime.Stack(b, true)]
+	for _, g := range strings.Split(string(b), "\n\n") {
+		log.Info("goroutine", "stack", g)
+	}
+}
+
+// answerTimeout is how long the end of a daemon waits for clients to take their
+// last answers.
+const answerTimeout = 5 * time.Second
 
 // listen replaces what a dead daemon left: the lock says that it is dead.
 func (d RunDir) listen() (net.Listener, error) {
@@ -126,7 +176,8 @@ func (d RunDir) listen() (net.Listener, error) {
 	return l, nil
 }
 
-// notify tells systemd, if it waits to be told (sd_notify(3)).
+// notify tells systemd, if it waits to be told (sd_notify(3)), and does not wait
+// for it.
 func notify(state string) {
 	name := os.Getenv("NOTIFY_SOCKET")
 	if name == "" {
@@ -137,6 +188,7 @@ func notify(state string) {
 		return
 	}
 	defer c.Close()
+	_ = c.SetWriteDeadline(time.Now().Add(time.Second))
 	_, _ = io.WriteString(c, state)
 }
 

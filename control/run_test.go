@@ -29,6 +29,10 @@ func testDaemon(how string, args []string) int {
 	case "fails":
 		ReportStart(3, &Error{Code: Unsupported, Message: "no ublk driver", Fix: "boot another kernel"})
 		return 1
+	case "crashes":
+		Stderr()
+		go panic("on purpose")
+		select {}
 	case "hangs":
 		time.Sleep(5 * time.Second)
 		return 1
@@ -233,6 +237,35 @@ func TestSIGTERM(t *testing.T) {
 	}
 	if fake.closings != 1 {
 		t.Errorf("closed %d times", fake.closings)
+	}
+}
+
+// TestStop: the same by a client, which gets the reason or the daemon's end.
+func TestStop(t *testing.T) {
+	dir := RunDir(t.TempDir())
+	fake := &fakeAPI{stops: make(chan error, 2)}
+	ended := runFake(t, dir, fake)
+	ctx := context.Background()
+	c := NewClient(dir.Socket())
+	fake.stops <- &Error{Code: Busy, Message: "vdb: mounted on /mnt"}
+	if _, err := call[none](ctx, c, "stop", none{}); CodeOf(err) != Busy || err.Error() != "vdb: mounted on /mnt" {
+		t.Errorf("%v", err)
+	}
+	if _, err := c.Info(ctx); err != nil {
+		t.Fatalf("no longer served: %v", err)
+	}
+	fake.stops <- nil
+	if _, err := call[none](ctx, c, "stop", none{}); err != nil {
+		t.Error(err)
+	}
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	if fake.closings != 1 {
+		t.Errorf("closed %d times", fake.closings)
+	}
+	if _, err := c.Info(ctx); CodeOf(err) != Unavailable {
+		t.Errorf("after the end: %v", err)
 	}
 }
 

@@ -131,6 +131,8 @@ func newHandler(api API, log *slog.Logger, p patience) http.Handler {
 
 	handle(s, quick, "info", func(ctx context.Context, _ none) (Info, error) { return api.Info(ctx) })
 
+	handle(s, places(1), "stop", func(ctx context.Context, _ none) (none, error) { return none{}, api.Stop(ctx) })
+
 	handle(s, turns, "device/add", api.AddDevice)
 	handle(s, turns, "device/remove", answerless(api.RemoveDevice))
 	handle(s, quick, "device/list", func(ctx context.Context, _ none) ([]Device, error) { return api.Devices(ctx) })

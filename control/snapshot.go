@@ -706,7 +706,11 @@ func (d *Daemon) tell(s *snapshot) {
 		if e.Device != 0 {
 			ev.Device = disk.Num{Major: unix.Major(e.Device), Minor: unix.Minor(e.Device)}.String()
 		}
-		d.o.Log.Warn("snapshot", "snapshot", s.id, "event", ev.Kind, "device", ev.Device, "sectors", ev.Sectors, "error", e.Errno)
+		said := []any{"snapshot", s.id, "event", ev.Kind, "device", ev.Device, "sectors", ev.Sectors}
+		if e.Errno != 0 {
+			said = append(said, "error", e.Errno)
+		}
+		d.o.Log.Warn("snapshot", said...)
 		d.events.emit(ev)
 	}
 }

@@ -20,7 +20,10 @@ import (
 //     back from a disk. Locking all of it in advance would fill every address
 //     range that the Go runtime reserves.
 //   - The kernel never picks it when it is out of memory.
-//   - Its limits on locked memory and open files are raised.
+//   - No limit that it was started with ends it or makes its I/O fail.
+//   - It leaves no core: while one is written the process serves nobody, and the
+//     core may go to a disk of its own. Nor are its users' data for others.
+//   - It has the name of its program, whatever it was started by.
 //
 // Nothing is done to the collection of garbage: payloads, rings and tables lie
 // off the Go heap, which stays at the runtime's minimum of 4 MiB; a lower goal
@@ -30,12 +33,81 @@ import (
 // one to hold a mount on a disk of its own, or it can never exit.
 func PrepareProcess() []error {
 	var failed []error
-	for _, step := range []func() error{becomeFlusher, raiseFiles, lockMemory, avoidKill} {
+	for _, step := range []func() error{RaiseLimits, becomeFlusher, lockMemory, avoidKill, leaveNoCore, nameThreads} {
 		if err := step(); err != nil {
 			failed = append(failed, err)
 		}
 	}
 	return failed
+}
+
+// limits are what this process needs at least, where whoever starts it may have
+// set less.
+var limits = []struct {
+	resource int
+	name     string // as in /proc/PID/limits
+	want     uint64
+}{
+	{unix.RLIMIT_CPU, "cpu time", unix.RLIM_INFINITY},
+	{unix.RLIMIT_FSIZE, "file size", unix.RLIM_INFINITY},
+	{unix.RLIMIT_DATA, "data size", unix.RLIM_INFINITY},
+	{unix.RLIMIT_STACK, "stack size", 8 << 20},
+	{unix.RLIMIT_NPROC, "processes", unix.RLIM_INFINITY},
+	{unix.RLIMIT_NOFILE, "open files", 65536}, // bounds the number of devices
+	{unix.RLIMIT_AS, "address space", unix.RLIM_INFINITY},
+	{unix.RLIMIT_LOCKS, "file locks", unix.RLIM_INFINITY},
+	{unix.RLIMIT_SIGPENDING, "pending signals", 4096},
+	{unix.RLIMIT_RTTIME, "realtime timeout", unix.RLIM_INFINITY},
+}
+
+// RaiseLimits lifts the limits of this process that could end it, or break what
+// it serves. It is a part of PrepareProcess that may be needed before.
+func RaiseLimits() error {
+	var errs []error
+	for _, l := range limits {
+		var old unix.Rlimit
+		if err := unix.Getrlimit(l.resource, &old); err != nil {
+			errs = append(errs, fmt.Errorf("read the limit of %s: %w", l.name, err))
+			continue
+		}
+		if old.Cur >= l.want {
+			continue
+		}
+		// More than the hard limit is for root alone; up to it is for everybody.
+		err := unix.Setrlimit(l.resource, &unix.Rlimit{Cur: l.want, Max: max(l.want, old.Max)})
+		if err != nil && old.Max < l.want {
+			_ = unix.Setrlimit(l.resource, &unix.Rlimit{Cur: old.Max, Max: old.Max})
+			errs = append(errs, fmt.Errorf("raise the limit of %s, which is %d: %w", l.name, old.Max, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func leaveNoCore() error {
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("leave no core (one that goes to a disk served here would never end): %w", err)
+	}
+	return nil
+}
+
+// processName is what ps and top call the process: not "exe", as it would be
+// after an exec of /proc/self/exe.
+const processName = "ublk-blksnap"
+
+// nameThreads names the threads there are; those to come have the name of the
+// one that makes them, or their own.
+func nameThreads() error {
+	threads, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return fmt.Errorf("name the process: %w", err)
+	}
+	for _, t := range threads {
+		err := os.WriteFile("/proc/self/task/"+t.Name()+"/comm", []byte(processName), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("name the process: %w", err)
+		}
+	}
+	return nil
 }
 
 func becomeFlusher() error {
@@ -49,26 +121,6 @@ func becomeFlusher() error {
 	}
 	if errno != 0 {
 		return fail(errno)
-	}
-	return nil
-}
-
-func raiseFiles() error {
-	const want = 65536
-	var l unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
-		return fmt.Errorf("read the limit on open files: %w", err)
-	}
-	if l.Cur >= want {
-		return nil
-	}
-	raised := unix.Rlimit{Cur: want, Max: max(want, l.Max)}
-	if unix.Setrlimit(unix.RLIMIT_NOFILE, &raised) == nil {
-		return nil
-	}
-	raised = unix.Rlimit{Cur: l.Max, Max: l.Max}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &raised); err != nil || l.Max < want {
-		return fmt.Errorf("raise the limit on open files (it bounds the number of devices) from %d to %d: %w", l.Cur, want, unix.EPERM)
 	}
 	return nil
 }

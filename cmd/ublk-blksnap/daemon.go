@@ -1,8 +1,11 @@
 package main
 
 import (
+	"io"
 	"log/slog"
+	"os"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -21,9 +24,10 @@ func (p *program) daemon() *cobra.Command {
 		Long: `Run the daemon in the foreground, logging to standard error. Usually systemd or
 the first command that needs it does this.
 
-SIGTERM and SIGINT stop it if no filter is mounted, open or held by a snapshot:
-the filters are synced and removed. Otherwise it logs which one is used by whom,
-removes nothing and keeps running.
+"daemon stop", SIGTERM and SIGINT stop it if no filter is mounted, open or held
+by a snapshot: the filters are synced and removed. Otherwise it tells which one is
+used by whom, removes nothing and keeps running. SIGQUIT has it log what each of
+its goroutines is doing.
 
 Parameters come from the configuration file, and from flags, which win:`,
 		Args: args(0, 0),
@@ -40,15 +44,22 @@ Parameters come from the configuration file, and from flags, which win:`,
 		panic(err)
 	}
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		err := p.runDaemon(c.Flags(), params, func(err error) { control.ReportStart(reportFD, err) })
-		return err
+		if control.ToJournal(os.Stderr) {
+			p.err = prefixed{p.err, control.Priority(slog.LevelError)}
+		}
+		return p.runDaemon(c.Flags(), params, reportFD, func(err error) { control.ReportStart(reportFD, err) })
 	}
+	c.AddCommand(p.daemonStop())
 	return c
 }
 
+// flushTimeout is how long a daemon that ends waits for its log's last lines to be
+// taken.
+const flushTimeout = 5 * time.Second
+
 // runDaemon runs until the daemon ends; started is called once it runs, or with
 // the error that kept it from it.
-func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, started func(error)) (err error) {
+func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, reportFD int, started func(error)) (err error) {
 	reported := false
 	report := func(err error) {
 		if !reported {
@@ -73,10 +84,12 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, starte
 	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
 		return usage("log_level: %v", err)
 	}
-	log := slog.New(slog.NewTextHandler(p.err, &slog.HandlerOptions{Level: level}))
-	if err := control.EnterNamespace(p.dir(), cfg); err != nil {
+	warn := func(err error) { p.say("start the daemon: " + err.Error()) }
+	if err := control.StartAnew(p.dir(), cfg, reportFD, warn); err != nil {
 		return err
 	}
+	log := control.NewLog(control.Stderr(), level, control.ToJournal(os.Stderr))
+	defer log.Flush(flushTimeout)
 	return control.Run(control.Options{
 		Dir: p.dir(), Config: cfg, ConfigPath: path, Log: log,
 		Ready: func() { report(nil) },
@@ -101,4 +114,35 @@ func override(cfg *control.Config, given *pflag.FlagSet, params []control.Param)
 		return err
 	}
 	return nil
+}
+
+// prefixed writes with something before all that is written.
+type prefixed struct {
+	io.Writer
+	prefix string
+}
+
+func (w prefixed) Write(b []byte) (int, error) {
+	if _, err := w.Writer.Write(append([]byte(w.prefix), b...)); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+func (p *program) daemonStop() *cobra.Command {
+	return &cobra.Command{
+		Use:   "stop",
+		Short: "Remove all filters and end the daemon, unless one is in use",
+		Long: `Remove all filters and end the daemon, unless one is mounted, open or held by a
+snapshot: then nothing changes, and the status is 5. It returns when the daemon
+has ended. Under systemd too this is the way: "systemctl stop" is refused, as it
+would take the unit's word for it that the daemon has ended.`,
+		Args: args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			client := control.NewClient(p.dir().Socket())
+			defer client.Close()
+			defer p.tellWhatGoesOn(c.Context(), "stop", client)()
+			return client.Stop(c.Context())
+		},
+	}
 }

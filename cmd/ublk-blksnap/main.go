@@ -10,11 +10,16 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
+
+// The main goroutine keeps the first thread, whose name is that of the process,
+// from others that name theirs.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)

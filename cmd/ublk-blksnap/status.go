@@ -28,7 +28,16 @@ func (p *program) status() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return p.print(s, func(w io.Writer) { writeStatus(w, s) })
+				info, err := api.Info(ctx)
+				if err != nil {
+					return err
+				}
+				return p.print(s, func(w io.Writer) {
+					writeStatus(w, s)
+					if info.LogLinesLost > 0 {
+						fmt.Fprintf(w, "%-16s %d lines that nobody took\n", "log lost:", info.LogLinesLost)
+					}
+				})
 			})
 		},
 	}

@@ -155,6 +155,9 @@ func TestStopRefused(t *testing.T) {
 			b, _ := os.ReadFile(d.log)
 			return bytes.Contains(b, []byte("not stopped")) && bytes.Contains(b, []byte(why))
 		})
+		if a := d.call("ublk-blksnap", "daemon", "stop"); a.status != 5 || !strings.Contains(a.errout, why) {
+			t.Errorf("daemon stop: %+v", a)
+		}
 		if all, err := d.Devices(ctx(t)); err != nil || len(all) != 2 {
 			t.Errorf("%d devices, %v", len(all), err)
 		}
@@ -178,11 +181,18 @@ func TestStopRefused(t *testing.T) {
 	refused(t, "held by snapshot "+s.ID)
 	d.destroy(s.ID)
 
-	if err := unix.Kill(d.pid, unix.SIGTERM); err != nil {
-		t.Fatal(err)
+	if a := d.call("ublk-blksnap", "daemon", "stop"); a.status != 0 || a.errout != "" {
+		t.Fatalf("daemon stop: %+v", a)
+	}
+	// It returns when the daemon has ended.
+	if alive(d.pid) {
+		t.Error("the daemon still runs")
 	}
 	if !d.ended(patience) || d.err != nil {
 		t.Fatalf("the daemon does not end: %v", d.err)
+	}
+	if a := d.call("ublk-blksnap", "daemon", "stop"); a.status != 4 {
+		t.Errorf("daemon stop without a daemon: %+v", a)
 	}
 	waitFor(t, "the end of the devices", func() bool { return len(ublkDevices()) == 0 })
 	for _, path := range []string{idle.Link, used.Link} {

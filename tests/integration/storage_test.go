@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -140,14 +141,20 @@ func TestOverflow(t *testing.T) {
 
 // TestStuckStorage is I5 with storage that neither works nor fails: writers wait
 // for it no longer than configured, and everything about the snapshot but its
-// memory goes.
+// memory goes. That the daemon's log is a pipe that nobody reads changes nothing.
 func TestStuckStorage(t *testing.T) {
 	needVM(t)
 	const size = 24 << 20
 	ram := ramDisks(t, 2, size)
 	run(t, "modprobe", "dm-mod")
 	store := dmDisk(t, "store", linear(t, ram[1]))
-	d := startDaemon(t, "storage_timeout=6s", "diff_buffer_pool_size=1M")
+	log, into, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := startDaemonLogging(t, into, "storage_timeout=6s", "diff_buffer_pool_size=1M", "log_level=debug")
+	fillPipe(t, into)
+	into.Close()
 	queues := queueCounts()
 	dev := d.add(ram[0], with(queues[len(queues)-1], 32))
 	w := newWorld(size)
@@ -198,9 +205,48 @@ func TestStuckStorage(t *testing.T) {
 	if left, err := os.ReadDir(filepath.Join(d.dir.State(), "snapshots")); err != nil || len(left) != 0 {
 		t.Errorf("state left: %v, %v", left, err)
 	}
+	var info control.Info
+	waitFor(t, "the loss of lines of the log", func() bool {
+		info, err = d.Info(ctx(t))
+		return err != nil || info.LogLinesLost > 0
+	})
+	if a := d.call("ublk-blksnap", "status", dev.Name); err != nil || a.status != 0 || !strings.Contains(a.out, "log lost:") {
+		t.Errorf("%v, %+v", err, a)
+	}
+	said := make(chan string)
+	go func() {
+		b, _ := io.ReadAll(log)
+		said <- string(b)
+	}()
 	d.remove(dev)
 	if err := w.same(ram[0]); err != nil {
 		t.Errorf("I2: %v", err)
+	}
+	d.stop()
+	all := await(t, "the end of the log", said)
+	for _, line := range []string{"the snapshot is given up", "lines of this log were dropped: nobody took them", "daemon stopped"} {
+		if !strings.Contains(all, line) {
+			t.Errorf("the log does not say %q", line)
+		}
+	}
+}
+
+// fillPipe fills a pipe to its end.
+func fillPipe(t testing.TB, w *os.File) {
+	t.Helper()
+	fd := int(w.Fd()) // blocking from here on
+	if err := unix.SetNonblock(fd, true); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if _, err := unix.Write(fd, []byte("x\n")); err == unix.EAGAIN {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.SetNonblock(fd, false); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -255,6 +255,12 @@ var testParams = []string{
 // When the test ends it is told to stop, and must not leave anything.
 func startDaemon(t testing.TB, params ...string) *daemon {
 	t.Helper()
+	return startDaemonLogging(t, nil, params...)
+}
+
+// startDaemonLogging is startDaemon with another place for the log than a file.
+func startDaemonLogging(t testing.TB, stderr *os.File, params ...string) *daemon {
+	t.Helper()
 	needVM(t)
 	dir := t.TempDir()
 	d := &daemon{t: t, dir: control.RunDir(filepath.Join(dir, "run")), log: filepath.Join(dir, "log")}
@@ -283,6 +289,9 @@ func startDaemon(t testing.TB, params ...string) *daemon {
 
 	d.cmd = exec.Command(program(t), "daemon", "--run-dir", string(d.dir), "--config", config)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
+	if stderr != nil {
+		d.cmd.Stderr = stderr
+	}
 	if err := d.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
