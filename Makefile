@@ -4,6 +4,7 @@
 #   make test                          everything below that tests, on both kernels; what CI runs
 #   make check                         format, vet, lint, unit tests with and without the race detector: no machine
 #   make integration [KERNEL=] [RUN=] [BUILD=giouring]  the tests that need ublk, or those that match RUN
+#   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
 #   make sim [SEEDS=] [MINUTES=]       the simulator
 #   make bench [JSON=out.json] [BENCH=pattern] [KERNEL=]    figures, of both kernels unless one is named
 #   make vm CMD='…' [KERNEL=]          one command in the machine: its output and nothing else
@@ -29,7 +30,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration sim bench vm build install clean setup-go setup bin/vm
+.PHONY: demo test check lint integration systemd sim bench vm build install clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -40,6 +41,7 @@ test: check bin/vm
 	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...
 	$(MAKE) integration KERNEL=6.12
 	$(MAKE) integration KERNEL=newest
+	$(MAKE) systemd KERNEL=newest
 	$(MAKE) integration KERNEL=newest BUILD=giouring RUN=Ublk
 	$(MAKE) integration KERNEL=6.1 RUN=OldKernel
 	$(MAKE) demo KERNEL=newest
@@ -63,6 +65,10 @@ $(LINT): | setup
 integration: build bin/vm
 	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o .cache/test/integration.test ./tests/integration
 	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 30m 'cd tests/integration && exec ../../.cache/test/integration.test -test.v -test.timeout 29m -test.run "$(RUN)"'
+
+systemd: build bin/vm
+	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd
+	bin/vm -no-skips -again -systemd -disk data=128M -timeout 15m 'cd tests/systemd && exec ../../.cache/test/systemd.test -test.v'
 
 sim: setup-go
 	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test -tags mutation ./tests/sim -v -count=1 -timeout 0

@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -158,24 +156,6 @@ func (d *Daemon) clearAway() {
 func (d *Daemon) cbtDir() string       { return filepath.Join(d.o.Dir.State(), "cbt") }
 func (d *Daemon) snapshotsDir() string { return filepath.Join(d.o.Dir.State(), "snapshots") }
 
-// clearLinks removes the links below dir that lead to nothing, or to what is
-// gone for us.
-func clearLinks(dir string, gone func(to string) bool) {
-	_ = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || e.Type() != fs.ModeSymlink {
-			return nil //nolint:nilerr // what is not there need not be removed
-		}
-		to, err := os.Readlink(path)
-		if err != nil {
-			return nil //nolint:nilerr // the same
-		}
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) || gone(to) {
-			_ = os.Remove(path)
-		}
-		return nil
-	})
-}
-
 // begin starts a change: it waits for its turn and says what is going on. The
 // returned function ends it. A caller that has gone away while waiting gets
 // nothing done.
@@ -288,46 +268,4 @@ func (d *Daemon) below(n disk.Num) []disk.Num {
 		}
 	}
 	return nil
-}
-
-// linkDir is where the stable names of devices are.
-const linkDir = "/dev/ublk-blksnap"
-
-// imageDir is the folder of images in it, and therefore no device's name.
-const imageDir = "images"
-
-// link makes the stable name of a ublk device.
-func link(name, target string) (string, error) {
-	path := filepath.Join(linkDir, name)
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return "", err
-	}
-	up := strings.Repeat("../", strings.Count(path, "/")-2)
-	// One that is there is of a daemon that died.
-	_ = os.Remove(path)
-	if err := os.Symlink(up+filepath.Base(target), path); err != nil {
-		return "", err
-	}
-	return path, nil
-}
-
-// note tells the udev rules what a kernel device is, until forgetNote. It has to
-// be there before the device is.
-func (d *Daemon) note(kernelName, kind, name string) error {
-	text := fmt.Sprintf("UBLK_BLKSNAP_KIND=%s\nUBLK_BLKSNAP_NAME=%s\n", kind, name)
-	path := filepath.Join(d.o.Dir.udev(), kernelName)
-	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-		_ = os.Remove(path) // the part of it that there was room for
-		return fmt.Errorf("write the note for udev: %w", err)
-	}
-	return nil
-}
-
-func (d *Daemon) forgetNote(kernelName string) {
-	_ = os.Remove(filepath.Join(d.o.Dir.udev(), kernelName))
-}
-
-// rescan has udev look at a device again. Without udev nothing happens.
-func rescan(kernelName string) {
-	_ = os.WriteFile(filepath.Join("/sys/class/block", kernelName, "uevent"), []byte("change"), 0)
 }

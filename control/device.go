@@ -264,15 +264,14 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 		Added: time.Now(), Snapshots: []string{},
 	}
 	if err == nil {
-		v.Link, err = link(r.Name, v.dev.Path)
+		v.Link, err = d.link(ctx, r.Name, v.dev)
 	}
 	if err == nil {
 		err = d.note(v.disk.Name, "original", r.Name)
 	}
 	if err != nil {
 		v.leaving = true
-		if e := d.removeUblk(v.dev); e == nil {
-			_ = os.Remove(v.Link)
+		if e := d.removeUblk(v.dev, v.Link); e == nil {
 			v.dev = nil
 		}
 		return err
@@ -385,13 +384,17 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 	}
 }
 
-// removeUblk stops and deletes a ublk device under its users.
-func (d *Daemon) removeUblk(dev *ublk.Device) error {
+// removeUblk stops and deletes a ublk device under its users, with its link.
+func (d *Daemon) removeUblk(dev *ublk.Device, link string) error {
 	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
+	// The name goes first: it must not lead to another device.
+	unlink(link)
 	err := dev.Delete(ctx)
 	if err == nil {
 		d.forgetNote(filepath.Base(dev.Path))
+		// udev may have looked at it once more, and is not done with its end.
+		unlink(link)
 	}
 	return err
 }
@@ -601,9 +604,7 @@ func (d *Daemon) removeForced(v *device) error {
 func (d *Daemon) takeDown(v *device) error {
 	d.step("remove %s", v.Name)
 	v.leaving = true
-	// The name goes first: it must not lead to another device.
-	_ = os.Remove(v.Link)
-	if err := d.removeUblk(v.dev); err != nil {
+	if err := d.removeUblk(v.dev, v.Link); err != nil {
 		return d.late(v, err)
 	}
 	ctx, cancel := d.bounded(context.Background())

@@ -62,9 +62,12 @@ func Examine() []Check {
 	out = append(out, examineRing())
 	out = append(out, examineUblk()...)
 	out = append(out, examineMemory()...)
-	if _, err := os.Stat("/run/udev/control"); err == nil {
-		add("udev", OK, "runs", "")
-	} else {
+	switch runs, rules := udev(host()); {
+	case runs && rules:
+		add("udev", OK, "runs, with our rules", "")
+	case runs:
+		add("udev", Note, "runs without our rules: fstab cannot name a filter, and nothing keeps other programs away from images", "make install")
+	default:
 		add("udev", Note, "does not run: no by-uuid links, and nothing keeps other programs away from images", "")
 	}
 	if host().ReadsMounts() {

@@ -510,7 +510,7 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 		if err != nil {
 			return err
 		}
-		l, err := link(name, dev.Path)
+		l, err := d.link(ctx, name, dev)
 		if err != nil {
 			return err
 		}
@@ -598,10 +598,7 @@ func (d *Daemon) end(s *snapshot) error {
 			continue
 		}
 		d.step("destroy snapshot %s: remove the image of %s", s.id, im.of.Name)
-		if im.link != "" {
-			_ = os.Remove(im.link)
-		}
-		if err := d.removeUblk(im.dev); err != nil {
+		if err := d.removeUblk(im.dev, im.link); err != nil {
 			return err
 		}
 		d.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -44,7 +45,9 @@ func startUdev(t *testing.T) {
 }
 
 // TestUdev: the links by-uuid lead to the filter while there is one, never to an
-// image, and other programs are kept away from images and originals.
+// image, and other programs are kept away from images and originals. udev makes
+// our own links as well, but for a daemon whose run directory its rules do not
+// know.
 func TestUdev(t *testing.T) {
 	startUdev(t)
 	const uuid = "7b268516-3b6a-4bfd-8a17-3e7eb26ed9bb"
@@ -64,7 +67,7 @@ func TestUdev(t *testing.T) {
 		return strings.TrimSpace(string(out))
 	}
 	t.Cleanup(func() {
-		exec.Command(program(t), "--run-dir", dir, "remove", "--force", "udevtest").Run()
+		exec.Command(program(t), "--run-dir", dir, "remove", "--force", disk).Run()
 		if pid := pidOf(t, dir); alive(pid) {
 			unix.Kill(pid, unix.SIGTERM)
 			waitFor(t, "the end of the daemon", func() bool { return !alive(pid) })
@@ -91,9 +94,28 @@ func TestUdev(t *testing.T) {
 	}
 	away := []string{"UDISKS_IGNORE=1", "SYSTEMD_READY=0", "DM_UDEV_DISABLE_OTHER_RULES_FLAG=1", "DM_MULTIPATH_DEVICE_PATH=0"}
 
+	linked := func(dev, link string) {
+		t.Helper()
+		if links := strings.Fields(run(t, "udevadm", "info", "--query=symlink", dev)); !slices.Contains(links, strings.TrimPrefix(link, "/dev/")) {
+			t.Errorf("udev has given %s %q, not %s", dev, links, link)
+		}
+	}
+
+	_, other := fresh(t)
+	if a := other("add", disk); a.status != 0 {
+		t.Errorf("%+v", a)
+	} else if to, err := filepath.EvalSymlinks(strings.TrimSpace(a.out)); err != nil || !strings.HasPrefix(to, "/dev/ublkb") {
+		t.Errorf("the link leads to %s, %v", to, err)
+	}
+	if a := other("daemon", "stop"); a.status != 0 {
+		t.Fatalf("%+v", a)
+	}
+	run(t, "udevadm", "settle")
+
 	leads(disk)
 	has(disk, false, away...)
 	link := ours("add", disk, "--name", "udevtest")
+	linked(link, link)
 	filter, err := filepath.EvalSymlinks(link)
 	if err != nil {
 		t.Fatal(err)
@@ -109,6 +131,7 @@ func TestUdev(t *testing.T) {
 		t.Fatal(err)
 	}
 	leads(filter)
+	linked(image, "/dev/ublk-blksnap/images/udevtest-"+id)
 	has(image, true, append(away, "UBLK_BLKSNAP_KIND=image")...)
 	has(image, false, "ID_FS_UUID="+uuid)
 	ours("snapshot", "destroy", id)
@@ -123,10 +146,12 @@ func TestUdev(t *testing.T) {
 	if _, err := os.Lstat(link); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the link is left: %v", err)
 	}
-	// udev looks at every device that comes; adding and removing bears that.
+	// udev looks at every device that comes; adding and removing bears that, with
+	// any name that a device can have.
+	const name = "u.d_e-v+Test"
 	for range 5 {
-		ours("add", disk, "--name", "udevtest")
-		if out, err := exec.Command(program(t), "--run-dir", dir, "remove", "udevtest").CombinedOutput(); err != nil {
+		linked(ours("add", disk, "--name", name), "/dev/ublk-blksnap/"+name)
+		if out, err := exec.Command(program(t), "--run-dir", dir, "remove", name).CombinedOutput(); err != nil {
 			t.Fatalf("remove: %v: %s", err, out)
 		}
 	}

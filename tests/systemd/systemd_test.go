@@ -1,0 +1,234 @@
+// Package systemd tests the unit and the udev rules, as "make install" puts them,
+// under a real systemd: make systemd.
+package systemd
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// patience is how long a test waits for what has to come. It says that something
+// hangs, and never how long something may take.
+const patience = 3 * time.Minute
+
+const (
+	unit   = "ublk-blksnap.service"
+	disk   = "/dev/disk/by-vm/data"
+	link   = "/dev/ublk-blksnap/data"
+	device = `dev-ublk\x2dblksnap-data.device`
+)
+
+// try runs a command and returns what it printed, on both outputs, and its status.
+func try(t *testing.T, name string, args ...string) (said string, status int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.Exited() {
+		return string(out), exit.ExitCode()
+	}
+	if err != nil {
+		t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out), 0
+}
+
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, status := try(t, name, args...)
+	if status != 0 {
+		t.Fatalf("%s %s: status %d: %s", name, strings.Join(args, " "), status, out)
+	}
+	return strings.TrimSpace(out)
+}
+
+func write(t *testing.T, file, text string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func property(t *testing.T, name string) string {
+	t.Helper()
+	return run(t, "systemctl", "show", "--property", name, "--value", unit)
+}
+
+// entry is a line of the journal.
+type entry struct {
+	Message  string `json:"MESSAGE"`
+	Priority string `json:"PRIORITY"`
+	Comm     string `json:"_COMM"`
+}
+
+// journal is what a unit has said.
+func journal(t *testing.T, unit string) []entry {
+	t.Helper()
+	run(t, "journalctl", "--sync")
+	var all []entry
+	for d := json.NewDecoder(strings.NewReader(run(t, "journalctl", "-u", unit, "-o", "json", "_TRANSPORT=stdout"))); d.More(); {
+		var e entry
+		if err := d.Decode(&e); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, e)
+	}
+	return all
+}
+
+func said(t *testing.T, all []entry, priority, text string) {
+	t.Helper()
+	for _, e := range all {
+		if strings.Contains(e.Message, text) {
+			if e.Priority != priority {
+				t.Errorf("priority %s, want %s: %s", e.Priority, priority, e.Message)
+			}
+			return
+		}
+	}
+	t.Errorf("the journal does not say %q: %v", text, all)
+}
+
+// TestUnit is the life of a filter that fstab names, from the start of the unit to
+// the end of the machine. What that makes of the disk is looked at by the script
+// that it leaves.
+func TestUnit(t *testing.T) {
+	if comm, _ := os.ReadFile("/proc/1/comm"); os.Getenv("UBLK_BLKSNAP_VM") != "1" || string(comm) != "systemd\n" {
+		t.Skip("needs a machine of its own with systemd: make systemd")
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, _ := exec.Command("journalctl", "-b", "-n", "100", "-o", "short-monotonic").CombinedOutput()
+			t.Logf("the journal:\n%s", out)
+		}
+	})
+	run(t, "make", "-C", "../..", "-o", "build", "install")
+	run(t, "udevadm", "control", "--reload")
+	run(t, "mkfs.ext4", "-q", disk)
+	// As the README has it.
+	write(t, "/etc/systemd/system/"+unit+".d/override.conf", "[Service]\nExecStartPost=/usr/local/sbin/ublk-blksnap add "+disk+" --name data\n")
+	write(t, "/etc/fstab", link+" /srv ext4 x-systemd.requires="+unit+" 0 2\n")
+	run(t, "systemctl", "daemon-reload")
+
+	// As at a boot: the mount brings the daemon, which brings the device.
+	run(t, "systemctl", "start", "srv.mount")
+	for _, u := range []string{unit, "srv.mount", device} {
+		run(t, "systemctl", "is-active", u)
+	}
+	if from := run(t, "findmnt", "-n", "-o", "SOURCE", "/srv"); !strings.HasPrefix(from, "/dev/ublkb") {
+		t.Errorf("mounted from %s", from)
+	}
+	pid := property(t, "MainPID")
+	if comm := run(t, "cat", "/proc/"+pid+"/comm"); comm != "ublk-blksnap" {
+		t.Errorf("the process is called %s", comm)
+	}
+
+	// A stop is refused at once, and again, and leaves the unit as it is.
+	stays := func() {
+		t.Helper()
+		for name, want := range map[string]string{"ActiveState": "active", "SubState": "running", "MainPID": pid} {
+			if got := property(t, name); got != want {
+				t.Errorf("%s is %s, want %s", name, got, want)
+			}
+		}
+		run(t, "touch", "/srv/file")
+		run(t, "sync", "/srv/file")
+	}
+	for _, verb := range []string{"stop", "restart", "try-restart", "stop"} {
+		if out, status := try(t, "systemctl", verb, unit); status == 0 || !strings.Contains(out, "Operation refused") {
+			t.Errorf("%s: status %d, %s", verb, status, out)
+		}
+		stays()
+	}
+	write(t, "/run/systemd/system/vm.target.d/isolate.conf", "[Unit]\nAllowIsolate=yes\n")
+	run(t, "systemctl", "daemon-reload")
+	run(t, "systemctl", "isolate", "vm.target")
+	stays()
+	const why = "mounted on /srv"
+	if out, status := try(t, "ublk-blksnap", "daemon", "stop"); status != 5 || !strings.Contains(out, why) {
+		t.Errorf("daemon stop: status %d, %s", status, out)
+	}
+	stays()
+	if text := property(t, "StatusText"); !strings.Contains(text, "asked to stop, but") || !strings.Contains(text, why) {
+		t.Errorf("the unit's status says %q", text)
+	}
+	run(t, "kill", pid)
+	for end := time.Now().Add(patience); !strings.Contains(run(t, "journalctl", "-u", unit), "not stopped") && time.Now().Before(end); {
+		time.Sleep(50 * time.Millisecond)
+	}
+	stays()
+
+	// A snapshot, whose image udev knows, and which breaks.
+	run(t, "dd", "if=/dev/zero", "of=/srv/file", "bs=1M", "count=24", "conv=fsync")
+	id := run(t, "ublk-blksnap", "snapshot", "create", "data", "--storage", "/dev/shm", "--limit", "8M", "--take")
+	image := "/dev/ublk-blksnap/images/data-" + id
+	if links := run(t, "udevadm", "info", "--query=symlink", image); !strings.Contains(" "+links+" ", " ublk-blksnap/images/data-"+id+" ") {
+		t.Errorf("udev knows the image as %q", links)
+	}
+	run(t, "dd", "if=/dev/urandom", "of=/srv/file", "bs=1M", "count=24", "conv=notrunc,fsync")
+	run(t, "ublk-blksnap", "snapshot", "destroy", id)
+	run(t, "udevadm", "settle")
+	if _, err := os.Lstat(image); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the link of the image is left: %v", err)
+	}
+
+	// Once nothing is in use it stops, stays stopped, and can be started at once.
+	run(t, "systemctl", "stop", "srv.mount")
+	run(t, "ublk-blksnap", "daemon", "stop")
+	if out, _ := try(t, "systemctl", "is-active", unit); strings.TrimSpace(out) != "inactive" {
+		t.Errorf("after its stop the unit is %s", out)
+	}
+	run(t, "udevadm", "settle")
+	if _, err := os.Lstat(link); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the link is left: %v", err)
+	}
+	run(t, "systemctl", "start", "srv.mount")
+	run(t, "systemctl", "is-active", unit)
+
+	// The journal knows how grave each line is, and notes the time by itself.
+	all := journal(t, unit)
+	said(t, all, "6", "daemon started")
+	said(t, all, "3", "not stopped, still serving")
+	said(t, all, "4", "event=low_free_space")
+	for _, e := range all {
+		for _, no := range []string{"time=", "level=", "errno 0"} {
+			if e.Comm == "ublk-blksnap" && strings.Contains(e.Message, no) {
+				t.Errorf("%s: %s", no, e.Message)
+			}
+		}
+	}
+	// What keeps a daemon from starting is grave as well.
+	write(t, "/run/systemd/system/second.service", "[Service]\nType=oneshot\nExecStart=/usr/local/sbin/ublk-blksnap daemon\n")
+	run(t, "systemctl", "daemon-reload")
+	if out, status := try(t, "systemctl", "start", "second"); status == 0 {
+		t.Errorf("a second daemon: %s", out)
+	}
+	said(t, journal(t, "second"), "3", "another daemon")
+
+	// At the end of the machine, the filesystem's first.
+	contents := bytes.Repeat([]byte("to the end\n"), 100000)
+	if err := os.WriteFile("/srv/last", contents, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	write(t, "/run/vm/contents", string(contents))
+	write(t, "/run/vm/last", `set -e -o pipefail
+		! ls /dev/ublkb* 2>/dev/null
+		! dumpe2fs -h `+disk+` 2>&1 | grep needs_recovery
+		dumpe2fs -h `+disk+` 2>&1 | grep -E "Filesystem state: *clean$"
+		e2fsck -f -n `+disk+`
+		debugfs -R "cat /last" `+disk+` 2>/dev/null | cmp - /run/vm/contents
+		echo "the disk is whole"
+`)
+}
