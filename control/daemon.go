@@ -24,7 +24,7 @@ type Daemon struct {
 	started time.Time
 	host    *disk.Host
 	ctl     *ublk.Control
-	loop    *blockdev.Loop // control work of snapshots
+	queue   *blockdev.RingQueue // control work of snapshots
 	events  *eventLog
 	doing   atomic.Pointer[string]
 
@@ -67,7 +67,7 @@ func NewDaemon(o Options) (*Daemon, error) {
 	if d.ctl, err = ublk.OpenControl(); err != nil {
 		return nil, driverError(err, "start the daemon")
 	}
-	if d.loop, err = blockdev.NewLoop(blockdev.LoopConfig{Name: "snapshots", Depth: 64}); err != nil {
+	if d.queue, err = blockdev.NewRingQueue(blockdev.RingConfig{Name: "snapshots", Depth: 64}); err != nil {
 		d.ctl.Close()
 		return nil, driverError(err, "start the daemon")
 	}
@@ -236,7 +236,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 
 // Close implements stopper.
 func (d *Daemon) Close() {
-	d.loop.Stop()
+	d.queue.Stop()
 	d.ctl.Close()
 }
 

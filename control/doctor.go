@@ -85,9 +85,9 @@ func kernelVersion(release string) (major, minor int) {
 
 // examineRing makes a ring, as every queue does.
 func examineRing() Check {
-	l, err := blockdev.NewLoop(blockdev.LoopConfig{Name: "doctor", Depth: 4})
+	q, err := blockdev.NewRingQueue(blockdev.RingConfig{Name: "doctor", Depth: 4})
 	if err == nil {
-		l.Stop()
+		q.Stop()
 		return Check{"io_uring", OK, "allowed", ""}
 	}
 	// The message says what to do.

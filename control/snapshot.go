@@ -187,7 +187,7 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (s *snapshot, err 
 		Portion:  d.o.Config.DiffStorageMinimum << 9,
 		StateDir: d.snapshotsDir(),
 		Patience: d.o.Config.StorageTimeout,
-		Control:  d.loop,
+		Control:  d.queue,
 		OnEvent: func(e diffarea.Event) {
 			select {
 			case s.told <- e:

@@ -184,7 +184,7 @@ type Device struct {
 
 	mu      sync.Mutex // serializes Stop, TryStop, Quiesce and Delete
 	ending  bool       // the driver was told to take the disk away
-	stopped bool       // the loops have ended
+	stopped bool       // the rings have ended
 	deleted bool
 	claims  chan struct{} // closed when no claim of ours is under way; see claim
 }
@@ -361,7 +361,7 @@ func (d *Device) serve(ctx context.Context, start uint32) error {
 		return err
 	}
 	d.cdev = blockdev.NewOSFile(fd, d.CPath)
-	// Before the loops: they look at it.
+	// Before the rings: they look at it.
 	addProcs(d.Queues)
 	d.procs = d.Queues
 	starting, cancel := context.WithCancelCause(ctx)
@@ -372,7 +372,7 @@ func (d *Device) serve(ctx context.Context, start uint32) error {
 		}
 	}
 	for _, q := range d.queues {
-		q.loop.Post(&q.fetchTask)
+		q.ring.Post(&q.fetchTask)
 	}
 	// From the control thread: it waits until every tag is fetched, and may
 	// read the disk.
@@ -406,7 +406,7 @@ func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) erro
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
 	}
 	q.failed = failed
-	cfg := blockdev.LoopConfig{
+	cfg := blockdev.RingConfig{
 		Name:      threadName(d.name, i),
 		Depth:     d.slots,
 		Commands:  d.Depth,
@@ -421,12 +421,12 @@ func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) erro
 		// memory that leaves the ring's table meanwhile.
 		cfg.Pins = maxPins
 	}
-	if q.loop, err = blockdev.NewLoop(cfg); err != nil {
+	if q.ring, err = blockdev.NewRingQueue(cfg); err != nil {
 		q.unmap()
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
 	}
 	d.queues = append(d.queues, q)
-	q.handler = d.make(i, q.loop)
+	q.handler = d.make(i, q.ring)
 	return nil
 }
 
@@ -505,7 +505,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 // abandon gives the device up as it is: the kernel cancels what was fetched.
 func (d *Device) abandon() {
 	for _, q := range d.queues {
-		q.loop.Abandon()
+		q.ring.Abandon()
 	}
 	d.release()
 	d.stopped, d.deleted = true, true
@@ -570,12 +570,12 @@ func (d *Device) stop(ctx context.Context) error {
 	return d.endQueues(ctx)
 }
 
-// endQueues waits for the end of the loops: the kernel has aborted all tags.
+// endQueues waits for the end of the rings: the kernel has aborted all tags.
 func (d *Device) endQueues(ctx context.Context) error {
 	ended := make(chan struct{})
 	go func() {
 		for _, q := range d.queues {
-			q.loop.Stop()
+			q.ring.Stop()
 		}
 		close(ended)
 	}()
@@ -719,7 +719,7 @@ func (d *Device) Quiesce(ctx context.Context) error {
 	ended := make(chan struct{})
 	go func() {
 		for _, q := range d.queues {
-			q.loop.Stop()
+			q.ring.Stop()
 		}
 		close(ended)
 	}()
@@ -764,7 +764,7 @@ func (d *Device) Delete(ctx context.Context) error {
 	return nil
 }
 
-// release gives back what serving took. The loops have ended.
+// release gives back what serving took. The rings have ended.
 func (d *Device) release() {
 	for _, q := range d.queues {
 		q.unmap()

@@ -19,7 +19,7 @@
 // A handler is called inline, on the queue's thread, and completes the request
 // there: at once, or from the completion of an operation. Nothing is allocated,
 // locked or handed to another goroutine on the way. Several requests are
-// fetched, and several results given back, in one system call of the loop.
+// fetched, and several results given back, in one system call of the ring.
 // Every request is completed exactly once; a second time is a panic, as is a
 // result that the kernel refuses: when the process dies the kernel fails its
 // requests, or keeps them for the next server.

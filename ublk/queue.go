@@ -13,7 +13,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
-// queue serves one hardware queue of a device, on the thread of its loop.
+// queue serves one hardware queue of a device, on the thread of its ring.
 //
 //	kernel                 queue                      handler
 //	  │ FETCH(tag) done ──> decode descriptor ──────> Handle(r)
@@ -21,11 +21,11 @@ import (
 //	  │ <── COMMIT_AND_FETCH(tag, result) <───────── r.Complete(errno)
 //
 // One entry commits a request and fetches the tag's next one; it leaves with
-// the loop's next system call, together with all others of the same turn.
+// the ring's next system call, together with all others of the same turn.
 // Nothing here allocates or locks.
 type queue struct {
 	id       uint16
-	loop     *blockdev.Loop
+	ring     *blockdev.RingQueue
 	handler  Handler
 	desc     []uapi.UblksrvIODesc // by tag; shared with the kernel
 	reqs     []Request            // by tag
@@ -37,7 +37,7 @@ type queue struct {
 	descMem    []byte
 	payloadMem []byte
 	fetchTask  blockdev.Task
-	failed     func(error) // a FETCH was refused; called on the loop's thread
+	failed     func(error) // a FETCH was refused; called on the ring's thread
 
 	tries        []uint32      // by tag: registrations of the payload under way or done by command
 	unregistered atomic.Uint64 // payloads that could not be registered
@@ -63,7 +63,7 @@ const (
 	tagEnded                       // the kernel wants it no more
 )
 
-// cdevFile is the place of /dev/ublkcN among the files of a queue's loop.
+// cdevFile is the place of /dev/ublkcN among the files of a queue's ring.
 const cdevFile = 0
 
 func descBytes(depth int) int {
@@ -81,7 +81,7 @@ func mapDescriptors(fd, q, depth int) ([]byte, error) {
 	return mem, nil
 }
 
-// newQueue maps what queue q needs; its loop is started by the device. desc is
+// newQueue maps what queue q needs; its ring is started by the device. desc is
 // the queue's from then on.
 func newQueue(q int, desc []byte, depth, maxIO int, zeroCopy bool) (*queue, error) {
 	u := &queue{
@@ -126,7 +126,7 @@ func (u *queue) buffers() [][]byte {
 	return bufs
 }
 
-// unmap gives the memory back, once the loop has ended.
+// unmap gives the memory back, once the ring has ended.
 func (u *queue) unmap() {
 	for _, mem := range [][]byte{u.descMem, u.payloadMem} {
 		if mem != nil {
@@ -145,7 +145,7 @@ func (u *queue) fetchAll() {
 
 // issue makes the entry of a command for tag.
 func (u *queue) issue(op, tag uint32, result int32) {
-	u.fill(u.loop.Command(tag), op, tag, result)
+	u.fill(u.ring.Command(tag), op, tag, result)
 }
 
 func (u *queue) fill(sqe *uring.SQE, op, tag uint32, result int32) {
@@ -239,7 +239,7 @@ var registerPause = uring.Timespec{Nsec: 1e6}
 
 func (u *queue) register(tag uint32) {
 	u.tries[tag]++
-	u.command(u.loop.Command(tag|forRegister), uapi.UBLK_U_IO_REGISTER_IO_BUF, tag).Addr = uint64(tag)
+	u.command(u.ring.Command(tag|forRegister), uapi.UBLK_U_IO_REGISTER_IO_BUF, tag).Addr = uint64(tag)
 }
 
 // registered takes the kernel's answer to register.
@@ -249,7 +249,7 @@ func (u *queue) registered(tag uint32, res int32) {
 		u.tags[tag] = tagHandling
 		u.handle(tag)
 	case (res == -int32(unix.ENOMEM) || res == -int32(unix.EBUSY)) && u.tries[tag] < maxTries:
-		u.loop.Command(tag|forPause).PrepTimeout(&registerPause, 0, 0)
+		u.ring.Command(tag|forPause).PrepTimeout(&registerPause, 0, 0)
 	default:
 		u.unregistered.Add(1)
 		u.tries[tag] = 0
@@ -303,7 +303,7 @@ func (u *queue) Completed(r *Request, errno unix.Errno) {
 	u.tags[tag] = tagCommitted
 	if u.tries[tag] > 0 {
 		u.tries[tag] = 0
-		u.command(u.loop.Command(uint32(tag)|forUnregister), uapi.UBLK_U_IO_UNREGISTER_IO_BUF, uint32(tag)).Addr = uint64(tag)
+		u.command(u.ring.Command(uint32(tag)|forUnregister), uapi.UBLK_U_IO_UNREGISTER_IO_BUF, uint32(tag)).Addr = uint64(tag)
 	}
 	u.issue(uapi.UBLK_U_IO_COMMIT_AND_FETCH_REQ, uint32(tag), r.result(errno))
 }

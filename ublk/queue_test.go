@@ -190,7 +190,7 @@ func TestFill(t *testing.T) {
 	}
 }
 
-// TestCommands sends commands through a loop to a file that takes none.
+// TestCommands sends commands through a ring to a file that takes none.
 func TestCommands(t *testing.T) {
 	fd, err := unix.MemfdCreate("no-device", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -200,15 +200,15 @@ func TestCommands(t *testing.T) {
 	defer file.Close()
 	u, k := testQueue(t, 3, false)
 	answers := make(chan int32, 8)
-	u.loop, err = blockdev.NewLoop(blockdev.LoopConfig{
+	u.ring, err = blockdev.NewRingQueue(blockdev.RingConfig{
 		Name: "test", Depth: 1, Commands: 3, Files: []*blockdev.OSFile{file}, Buffers: u.buffers(),
 		OnCommand: func(_ uint32, res int32) { answers <- res },
 	})
 	if err != nil {
 		t.Skipf("no io_uring here: %v", err)
 	}
-	defer u.loop.Stop()
-	u.loop.Post(&u.fetchTask)
+	defer u.ring.Stop()
+	u.ring.Post(&u.fetchTask)
 	for range 3 {
 		// A regular file takes no commands.
 		if res := <-answers; res != -int32(unix.EOPNOTSUPP) {
@@ -216,7 +216,7 @@ func TestCommands(t *testing.T) {
 		}
 	}
 	done := make(chan bool)
-	u.loop.Post(&blockdev.Task{Run: func() {
+	u.ring.Post(&blockdev.Task{Run: func() {
 		u.desc[1] = uapi.UblksrvIODesc{OpFlags: uapi.UBLK_IO_OP_READ, NrSectors: 1}
 		u.onCommand(1, uapi.UBLK_IO_RES_OK)
 		k.got[0].Complete(0)
@@ -240,7 +240,7 @@ func TestRegister(t *testing.T) {
 	u, k := testQueue(t, 2, true)
 	answers := make(chan uint32, 8)
 	play := map[uint32]int32{} // answers in place of the file's
-	u.loop, err = blockdev.NewLoop(blockdev.LoopConfig{
+	u.ring, err = blockdev.NewRingQueue(blockdev.RingConfig{
 		Name: "test", Depth: 1, Commands: 2, Files: []*blockdev.OSFile{file}, Buffers: u.buffers(),
 		OnCommand: func(tag uint32, res int32) {
 			if tag&(forRegister|forPause) != 0 {
@@ -256,9 +256,9 @@ func TestRegister(t *testing.T) {
 	if err != nil {
 		t.Skipf("no io_uring here: %v", err)
 	}
-	defer u.loop.Stop()
+	defer u.ring.Stop()
 	serve := func(answer int32) {
-		u.loop.Post(&blockdev.Task{Run: func() {
+		u.ring.Post(&blockdev.Task{Run: func() {
 			if answer != 1 {
 				play[1|forRegister] = answer
 			}
@@ -289,7 +289,7 @@ func TestRegister(t *testing.T) {
 	serve(0)
 	expect(register)
 	done := make(chan struct{})
-	u.loop.Post(&blockdev.Task{Run: func() {
+	u.ring.Post(&blockdev.Task{Run: func() {
 		k.got[0].Complete(0)
 		close(done)
 	}})

@@ -8,8 +8,8 @@
 // Done runs on it, so a handler needs no lock for what only its own queue
 // touches. Post is the one way in from other threads.
 //
-// Loop is the implementation: an io_uring on a pinned thread. Tests have others
-// in package blockdevtest.
+// RingQueue is the implementation: an io_uring on a pinned thread. Tests have
+// others, in package blockdevtest.
 //
 // # Durability
 //

@@ -17,8 +17,8 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
-// LoopConfig describes a Loop.
-type LoopConfig struct {
+// RingConfig describes a RingQueue.
+type RingConfig struct {
 	// Name is the thread's name, as ps shows it (15 bytes of it).
 	Name string
 	// Depth is how many operations the kernel works on at a time; more than
@@ -38,23 +38,23 @@ type LoopConfig struct {
 	Buffers [][]byte
 	// Pins is how many buffers Pin takes at a time.
 	Pins int
-	// OnCommand gets the result of a Command entry, on the loop's thread.
+	// OnCommand gets the result of a Command entry, on the queue's thread.
 	OnCommand func(tag uint32, res int32)
 }
 
-// Loop is the Queue on real files: one thread, one io_uring.
+// RingQueue is the Queue on real files: one thread, one io_uring.
 //
-// A turn of the loop: run posted tasks, start waiting operations, give all new
-// entries to the kernel and wait in one system call, hand out completions.
+// A turn of its thread: run posted tasks, start waiting operations, give all
+// new entries to the kernel and wait in one system call, hand out completions.
 // What those start (Submit, Command) leaves with the next turn's call.
 //
 // The kernel is given an operation's slot number, never a pointer. At most
 // Depth slots are in use; further operations wait in a list, oldest first.
-type Loop struct {
-	cfg  LoopConfig
+type RingQueue struct {
+	cfg  RingConfig
 	ring *uring.Ring
 
-	// The loop's thread alone.
+	// The queue's thread alone.
 	slots    []slot
 	free     []uint32         // unused slots
 	waiting  opList           // for a slot
@@ -70,12 +70,12 @@ type Loop struct {
 
 	// Fixed, but for tests.
 	maxTransfer uint64 // bytes, see maxTransfer
-	maxRaw      int32  // loops that may wait raw at a time
+	maxRaw      int32  // queues that may wait raw at a time
 	cqes        [64]uring.CQE
 
 	// Shared with posters.
 	posted   atomic.Pointer[Task] // newest first
-	armed    atomic.Bool          // the loop may sleep: a poster has to wake it
+	armed    atomic.Bool          // the queue may sleep: a poster has to wake it
 	stopping atomic.Bool
 	leaving  atomic.Bool // the end does not wait for commands
 	ended    chan struct{}
@@ -126,36 +126,36 @@ const (
 // opList is a first-in first-out list through Op.next.
 type opList struct{ head, tail *Op }
 
-func (q *opList) push(op *Op) {
+func (l *opList) push(op *Op) {
 	op.next = nil
-	if q.tail == nil {
-		q.head = op
+	if l.tail == nil {
+		l.head = op
 	} else {
-		q.tail.next = op
+		l.tail.next = op
 	}
-	q.tail = op
+	l.tail = op
 }
 
-func (q *opList) pop() *Op {
-	op := q.head
+func (l *opList) pop() *Op {
+	op := l.head
 	if op == nil {
 		return nil
 	}
-	q.head = op.next
-	if q.head == nil {
-		q.tail = nil
+	l.head = op.next
+	if l.head == nil {
+		l.tail = nil
 	}
 	op.next = nil
 	return op
 }
 
-// NewLoop starts a thread with its ring and returns when it runs. The error is
-// one of uring.New, or says what of cfg could not be had.
-func NewLoop(cfg LoopConfig) (*Loop, error) {
+// NewRingQueue starts a thread with its ring and returns when it runs. The
+// error is one of uring.New, or says what of cfg could not be had.
+func NewRingQueue(cfg RingConfig) (*RingQueue, error) {
 	if cfg.Depth < 1 || cfg.Depth > uring.MaxEntries {
-		return nil, fmt.Errorf("start loop %s: depth %d, want 1 to %d", cfg.Name, cfg.Depth, uring.MaxEntries)
+		return nil, fmt.Errorf("start queue %s: depth %d, want 1 to %d", cfg.Name, cfg.Depth, uring.MaxEntries)
 	}
-	l := &Loop{
+	q := &RingQueue{
 		cfg:    cfg,
 		slots:  make([]slot, cfg.Depth),
 		free:   make([]uint32, cfg.Depth),
@@ -166,20 +166,20 @@ func NewLoop(cfg LoopConfig) (*Loop, error) {
 		maxTransfer: maxTransfer,
 		maxRaw:      rawLimit(os.Getenv("GODEBUG")),
 	}
-	for i := range l.free {
-		l.free[i] = uint32(cfg.Depth - 1 - i)
+	for i := range q.free {
+		q.free[i] = uint32(cfg.Depth - 1 - i)
 	}
 	started := make(chan error)
-	go l.thread(started)
+	go q.thread(started)
 	if err := <-started; err != nil {
-		return nil, fmt.Errorf("start loop %s: %w", cfg.Name, err)
+		return nil, fmt.Errorf("start queue %s: %w", cfg.Name, err)
 	}
-	return l, nil
+	return q, nil
 }
 
-// thread is the loop's thread, from start to end. It is never unlocked: the
+// thread is the queue's thread, from start to end. It is never unlocked: the
 // ring's owner, affinity and name end with it.
-func (l *Loop) thread(started chan<- error) {
+func (q *RingQueue) thread(started chan<- error) {
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
 		// The main thread gives the process its name and cannot end. As long
@@ -188,48 +188,48 @@ func (l *Loop) thread(started chan<- error) {
 		go func() {
 			runtime.LockOSThread()
 			close(locked)
-			l.thread(started)
+			q.thread(started)
 		}()
 		<-locked
 		runtime.UnlockOSThread()
 		return
 	}
-	err := l.open()
+	err := q.open()
 	if err != nil {
-		l.close()
-		close(l.ended)
+		q.close()
+		close(q.ended)
 		started <- err
 		return
 	}
 	started <- nil
-	l.run()
-	l.close()
-	close(l.ended)
+	q.run()
+	q.close()
+	close(q.ended)
 }
 
-func (l *Loop) open() error {
-	if l.cfg.Name != "" {
+func (q *RingQueue) open() error {
+	if q.cfg.Name != "" {
 		var name [16]byte
-		copy(name[:15], l.cfg.Name)
+		copy(name[:15], q.cfg.Name)
 		if err := unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&name[0])), 0, 0, 0); err != nil {
 			return fmt.Errorf("name thread: %w", err)
 		}
 	}
-	if l.cfg.CPUs != nil {
-		if err := unix.SchedSetaffinity(0, l.cfg.CPUs); err != nil {
+	if q.cfg.CPUs != nil {
+		if err := unix.SchedSetaffinity(0, q.cfg.CPUs); err != nil {
 			return fmt.Errorf("set affinity: %w", err)
 		}
 	}
 	var err error
-	l.wakeBuf, err = unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	q.wakeBuf, err = unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
 		return fmt.Errorf("map wake-up buffer: %w", err)
 	}
-	if l.wakeFd, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
+	if q.wakeFd, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
 		return fmt.Errorf("make eventfd: %w", err)
 	}
-	entries := min(uint32(l.cfg.Depth+l.cfg.Commands+1), uring.MaxEntries)
-	l.ring, err = uring.New(uring.Config{
+	entries := min(uint32(q.cfg.Depth+q.cfg.Commands+1), uring.MaxEntries)
+	q.ring, err = uring.New(uring.Config{
 		Entries:      entries,
 		SingleIssuer: true,
 		DeferTaskrun: true,
@@ -238,189 +238,189 @@ func (l *Loop) open() error {
 	if err != nil {
 		return err
 	}
-	if len(l.cfg.Files) > 0 {
-		fds := make([]int32, len(l.cfg.Files))
-		for i, f := range l.cfg.Files {
+	if len(q.cfg.Files) > 0 {
+		fds := make([]int32, len(q.cfg.Files))
+		for i, f := range q.cfg.Files {
 			fds[i] = int32(f.fd)
 		}
-		if err := l.ring.RegisterFiles(uint32(len(fds))); err != nil {
+		if err := q.ring.RegisterFiles(uint32(len(fds))); err != nil {
 			return err
 		}
-		if err := l.ring.UpdateFiles(0, fds); err != nil {
-			return err
-		}
-	}
-	if n := len(l.cfg.Buffers) + len(l.pinned); n > 0 {
-		if err := l.ring.RegisterBuffers(uint32(n)); err != nil {
-			return err
-		}
-		if err := l.ring.UpdateBuffers(0, l.cfg.Buffers); err != nil {
+		if err := q.ring.UpdateFiles(0, fds); err != nil {
 			return err
 		}
 	}
-	return l.ring.RegisterRing()
+	if n := len(q.cfg.Buffers) + len(q.pinned); n > 0 {
+		if err := q.ring.RegisterBuffers(uint32(n)); err != nil {
+			return err
+		}
+		if err := q.ring.UpdateBuffers(0, q.cfg.Buffers); err != nil {
+			return err
+		}
+	}
+	return q.ring.RegisterRing()
 }
 
 // close ends what open made, as far as it came. No entry is in the ring, unless
 // commands were abandoned.
-func (l *Loop) close() {
+func (q *RingQueue) close() {
 	// First, so that no poster writes into a file that got the number since.
-	l.mu.Lock()
-	if l.wakeFd >= 0 {
-		unix.Close(l.wakeFd)
-		l.wakeFd = -1
+	q.mu.Lock()
+	if q.wakeFd >= 0 {
+		unix.Close(q.wakeFd)
+		q.wakeFd = -1
 	}
-	l.mu.Unlock()
-	if l.ring != nil {
-		l.ring.Close()
+	q.mu.Unlock()
+	if q.ring != nil {
+		q.ring.Close()
 	}
-	if l.wakeBuf != nil {
-		unix.Munmap(l.wakeBuf)
+	if q.wakeBuf != nil {
+		unix.Munmap(q.wakeBuf)
 	}
 }
 
-// Stop asks the loop to end and waits until it has: once no operation and no
+// Stop asks the queue to end and waits until it has: once no operation and no
 // command is in flight and all tasks posted before have run. The caller sees
-// to it that they end. Not on the loop's own thread; a second Stop waits as
+// to it that they end. Not on the queue's own thread; a second Stop waits as
 // well.
-func (l *Loop) Stop() {
-	l.stopping.Store(true)
-	l.wake()
-	<-l.ended
+func (q *RingQueue) Stop() {
+	q.stopping.Store(true)
+	q.wake()
+	<-q.ended
 }
 
 // Abandon is Stop that does not wait for commands: closing the ring makes the
 // kernel cancel them, without a word to OnCommand. It gives up a driver that
 // would keep them for ever.
-func (l *Loop) Abandon() {
-	l.leaving.Store(true)
-	l.Stop()
+func (q *RingQueue) Abandon() {
+	q.leaving.Store(true)
+	q.Stop()
 }
 
-// Post runs t.Run on the loop's thread. After the end of the loop it does
+// Post runs t.Run on the queue's thread. After the end of the queue it does
 // nothing.
-func (l *Loop) Post(t *Task) {
+func (q *RingQueue) Post(t *Task) {
 	for {
-		head := l.posted.Load()
+		head := q.posted.Load()
 		t.next = head
-		if l.posted.CompareAndSwap(head, t) {
+		if q.posted.CompareAndSwap(head, t) {
 			break
 		}
 	}
-	l.wake()
+	q.wake()
 }
 
-// wake makes a sleeping loop look at what was posted. The order decides that
-// no wake-up is lost: a poster publishes, then looks at armed; the loop sets
+// wake makes a sleeping queue look at what was posted. The order decides that
+// no wake-up is lost: a poster publishes, then looks at armed; the queue sets
 // armed, then looks for what was published.
-func (l *Loop) wake() {
-	if l.armed.Load() && l.armed.CompareAndSwap(true, false) {
-		l.signal()
+func (q *RingQueue) wake() {
+	if q.armed.Load() && q.armed.CompareAndSwap(true, false) {
+		q.signal()
 	}
 }
 
 // signal completes the read of the eventfd.
-func (l *Loop) signal() {
+func (q *RingQueue) signal() {
 	one := [8]byte{1}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.wakeFd < 0 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.wakeFd < 0 {
 		return
 	}
 	for {
-		_, err := unix.Write(l.wakeFd, one[:])
+		_, err := unix.Write(q.wakeFd, one[:])
 		if !errors.Is(err, unix.EINTR) {
 			return
 		}
 	}
 }
 
-func (l *Loop) run() {
+func (q *RingQueue) run() {
 	for {
-		l.runTasks()
-		l.runFinished()
-		l.startWaiting()
+		q.runTasks()
+		q.runFinished()
+		q.startWaiting()
 		switch {
-		case !l.stopping.Load() || !l.idle():
-			if !l.wakeRead {
-				l.readWake()
+		case !q.stopping.Load() || !q.idle():
+			if !q.wakeRead {
+				q.readWake()
 			}
-		case !l.wakeRead:
-			l.cool()
+		case !q.wakeRead:
+			q.cool()
 			return
-		case !l.ending:
+		case !q.ending:
 			// The last entry in the ring is the read of the eventfd.
-			l.ending = true
-			l.signal()
+			q.ending = true
+			q.signal()
 		}
-		l.wait()
-		if l.reap() {
-			l.heat()
+		q.wait()
+		if q.reap() {
+			q.heat()
 		}
 	}
 }
 
 // idle says whether nothing is left to do.
-func (l *Loop) idle() bool {
-	return l.inFlight == 0 && (l.commands == 0 || l.leaving.Load()) && l.waiting.head == nil &&
-		l.finished.head == nil && l.posted.Load() == nil
+func (q *RingQueue) idle() bool {
+	return q.inFlight == 0 && (q.commands == 0 || q.leaving.Load()) && q.waiting.head == nil &&
+		q.finished.head == nil && q.posted.Load() == nil
 }
 
 // wait gives new entries to the kernel and sleeps until something completes,
 // unless there is work already.
-func (l *Loop) wait() {
-	if l.spins() && l.spin() {
+func (q *RingQueue) wait() {
+	if q.spins() && q.spin() {
 		return
 	}
-	l.armed.Store(true)
+	q.armed.Store(true)
 	switch {
-	case l.posted.Load() != nil, l.finished.head != nil,
-		l.stopping.Load() && !l.ending && l.idle():
-		l.armed.Store(false)
-		l.enter(0, l.raw)
-	case l.raw:
-		l.enter(1, true)
-		l.armed.Store(false)
-		if l.ring.Ready() == 0 {
-			l.cool() // interrupted: see rawLimit
+	case q.posted.Load() != nil, q.finished.head != nil,
+		q.stopping.Load() && !q.ending && q.idle():
+		q.armed.Store(false)
+		q.enter(0, q.raw)
+	case q.raw:
+		q.enter(1, true)
+		q.armed.Store(false)
+		if q.ring.Ready() == 0 {
+			q.cool() // interrupted: see rawLimit
 		}
 	default:
-		l.enter(1, false)
-		l.armed.Store(false)
+		q.enter(1, false)
+		q.armed.Store(false)
 	}
 }
 
 // spins says whether the next wait begins with spinning.
-func (l *Loop) spins() bool {
-	if !l.raw || int(rawLoops.Load()) > spinners {
+func (q *RingQueue) spins() bool {
+	if !q.raw || int(rawQueues.Load()) > spinners {
 		return false
 	}
-	if l.sleeps > 0 {
-		l.sleeps--
+	if q.sleeps > 0 {
+		q.sleeps--
 		return false
 	}
-	return l.finished.head == nil && !l.stopping.Load()
+	return q.finished.head == nil && !q.stopping.Load()
 }
 
 // spin gives new entries to the kernel, looks for work for a while, and says
 // whether there is any.
-func (l *Loop) spin() bool {
-	l.enter(0, true)
-	for start := time.Now(); l.ring.Ready() == 0; {
+func (q *RingQueue) spin() bool {
+	q.enter(0, true)
+	for start := time.Now(); q.ring.Ready() == 0; {
 		for range 32 {
-			if l.posted.Load() != nil {
-				l.misses = 0
+			if q.posted.Load() != nil {
+				q.misses = 0
 				return true
 			}
-			if l.ring.Due() {
-				l.misses = 0
-				l.enter(0, true)
+			if q.ring.Due() {
+				q.misses = 0
+				q.enter(0, true)
 				return true
 			}
 		}
 		if time.Since(start) > spinTime {
-			l.misses = min(l.misses+1, maxMisses)
-			l.sleeps = 1 << l.misses
+			q.misses = min(q.misses+1, maxMisses)
+			q.sleeps = 1 << q.misses
 			return false
 		}
 	}
@@ -428,27 +428,27 @@ func (l *Loop) spin() bool {
 }
 
 // enter is the system call.
-func (l *Loop) enter(min uint32, raw bool) {
-	if err := l.ring.SubmitAndWait(min, raw); err != nil {
+func (q *RingQueue) enter(min uint32, raw bool) {
+	if err := q.ring.SubmitAndWait(min, raw); err != nil {
 		// The ring is ours and its arguments are right: nothing that a disk
 		// or a user does leads here.
-		panic(fmt.Sprintf("loop %s: %v", l.cfg.Name, err))
+		panic(fmt.Sprintf("queue %s: %v", q.cfg.Name, err))
 	}
 }
 
-// How a loop waits
+// How a queue waits
 //
 // An ordinary wait lets the Go scheduler take the P away, and getting one back
-// costs more than all the rest of a turn. A raw wait keeps it. So a loop waits
+// costs more than all the rest of a turn. A raw wait keeps it. So a queue waits
 // raw from its first completion on, until a raw wait brings nothing. What ends
 // such a wait is the runtime's own preemption signal: to every thread that had
 // the same goroutine on for 10 ms, and at once when the world has to stop. No
 // time limit of ours: setting a timer costs microseconds in a virtual machine,
 // for each wait. Commands that lie in the ring for ever, as those of ublk do,
-// do not keep a loop raw; only completions do.
+// do not keep a queue raw; only completions do.
 //
 // Falling asleep and being woken costs as much again, the issuer of a request
-// too, and most of the time of requests that come one by one. So a raw loop
+// too, and most of the time of requests that come one by one. So a raw queue
 // first spins for a moment. When that was in vain it sleeps at once the next
 // 2, 4, 8… times: what comes less often than spinTime is hardly spun for.
 
@@ -459,12 +459,12 @@ const (
 	maxMisses = 7
 )
 
-// spinners is how many raw loops there are at most while any of them spins:
+// spinners is how many raw queues there are at most while any of them spins:
 // one processor stays for those who are waited for.
 var spinners = runtime.NumCPU() - 1
 
-// rawLoops is how many loops wait raw, each of which holds a P.
-var rawLoops atomic.Int32
+// rawQueues is how many queues wait raw, each of which holds a P.
+var rawQueues atomic.Int32
 
 // rawLimit is how many may: one P stays for everybody else. None without the
 // preemption signal, which godebug can switch off.
@@ -476,31 +476,31 @@ func rawLimit(godebug string) int32 {
 }
 
 // heat makes the next waits raw, if that leaves a P for everybody else.
-func (l *Loop) heat() {
-	if l.raw {
+func (q *RingQueue) heat() {
+	if q.raw {
 		return
 	}
-	if rawLoops.Add(1) > l.maxRaw {
-		rawLoops.Add(-1)
+	if rawQueues.Add(1) > q.maxRaw {
+		rawQueues.Add(-1)
 		return
 	}
-	l.raw = true
+	q.raw = true
 }
 
 // cool makes the next waits ordinary.
-func (l *Loop) cool() {
-	if l.raw {
-		l.raw = false
-		rawLoops.Add(-1)
+func (q *RingQueue) cool() {
+	if q.raw {
+		q.raw = false
+		rawQueues.Add(-1)
 	}
 }
 
 // runTasks runs what was posted, in the order of posting.
-func (l *Loop) runTasks() {
-	if l.posted.Load() == nil {
+func (q *RingQueue) runTasks() {
+	if q.posted.Load() == nil {
 		return
 	}
-	newest := l.posted.Swap(nil)
+	newest := q.posted.Swap(nil)
 	var oldest *Task
 	for newest != nil {
 		next := newest.next
@@ -517,80 +517,80 @@ func (l *Loop) runTasks() {
 
 // runFinished hands out the operations that needed no I/O. Those that their
 // Done adds wait for the next turn.
-func (l *Loop) runFinished() {
-	list := l.finished
-	l.finished = opList{}
+func (q *RingQueue) runFinished() {
+	list := q.finished
+	q.finished = opList{}
 	for op := list.pop(); op != nil; op = list.pop() {
 		op.Done(op)
 	}
 }
 
 // Submit starts op. Its File is an *OSFile.
-func (l *Loop) Submit(op *Op) {
+func (q *RingQueue) Submit(op *Op) {
 	op.Err = 0
 	op.moved = 0
 	switch {
 	case op.Kind != Flush && (op.Off < 0 || op.Len <= 0):
 		op.Err = unix.EINVAL
-		l.finished.push(op)
-	case len(l.free) == 0 || l.waiting.head != nil:
-		l.waiting.push(op)
+		q.finished.push(op)
+	case len(q.free) == 0 || q.waiting.head != nil:
+		q.waiting.push(op)
 	default:
-		l.start(op)
+		q.start(op)
 	}
 }
 
 // Pin implements Pinner: mem takes a place behind the configured buffers.
-func (l *Loop) Pin(mem []byte) (index int32, err error) {
-	n := slices.Index(l.pinned, nil)
+func (q *RingQueue) Pin(mem []byte) (index int32, err error) {
+	n := slices.Index(q.pinned, nil)
 	if n < 0 {
-		return NoIndex, fmt.Errorf("pin %d bytes: %d buffers are pinned, the most there can be", len(mem), l.cfg.Pins)
+		return NoIndex, fmt.Errorf("pin %d bytes: %d buffers are pinned, the most there can be", len(mem), q.cfg.Pins)
 	}
-	place := len(l.cfg.Buffers) + n
-	if err := l.ring.UpdateBuffers(uint32(place), [][]byte{mem}); err != nil {
+	place := len(q.cfg.Buffers) + n
+	if err := q.ring.UpdateBuffers(uint32(place), [][]byte{mem}); err != nil {
 		return NoIndex, err
 	}
-	l.pinned[n] = unsafe.Pointer(unsafe.SliceData(mem))
+	q.pinned[n] = unsafe.Pointer(unsafe.SliceData(mem))
 	return int32(place), nil
 }
 
 // Unpin implements Pinner.
-func (l *Loop) Unpin(index int32) {
+func (q *RingQueue) Unpin(index int32) {
 	// An entry that names the place has to reach the kernel before; what is made
 	// an entry later looks first (place).
-	if err := l.ring.Submit(); err != nil {
-		panic(fmt.Sprintf("loop %s: %v", l.cfg.Name, err))
+	if err := q.ring.Submit(); err != nil {
+		panic(fmt.Sprintf("queue %s: %v", q.cfg.Name, err))
 	}
-	if err := l.ring.UpdateBuffers(uint32(index), [][]byte{nil}); err != nil {
-		panic(fmt.Sprintf("loop %s: empty place %d: %v", l.cfg.Name, index, err)) // it is ours, and full
+	if err := q.ring.UpdateBuffers(uint32(index), [][]byte{nil}); err != nil {
+		panic(fmt.Sprintf("queue %s: empty place %d: %v", q.cfg.Name, index, err)) // it is ours, and full
 	}
-	l.pinned[int(index)-len(l.cfg.Buffers)] = nil
+	q.pinned[int(index)-len(q.cfg.Buffers)] = nil
 }
 
 // place is the place of b in the table, NoIndex if it is pinned no more.
-func (l *Loop) place(b Buf) int {
-	n := int(b.Index) - len(l.cfg.Buffers)
-	if n >= 0 && n < len(l.pinned) && l.pinned[n] != b.Mem {
+func (q *RingQueue) place(b Buf) int {
+	n := int(b.Index) - len(q.cfg.Buffers)
+	if n >= 0 && n < len(q.pinned) && q.pinned[n] != b.Mem {
 		return NoIndex
 	}
 	return int(b.Index)
 }
 
 // startWaiting gives free slots to the operations that wait longest.
-func (l *Loop) startWaiting() {
-	for l.waiting.head != nil && len(l.free) > 0 {
-		l.start(l.waiting.pop())
+func (q *RingQueue) startWaiting() {
+	for q.waiting.head != nil && len(q.free) > 0 {
+		q.start(q.waiting.pop())
 	}
 }
 
 // start gives op a slot and an entry.
-func (l *Loop) start(op *Op) {
-	n := len(l.free) - 1
-	i := l.free[n]
-	l.free = l.free[:n]
-	l.slots[i] = slot{op: op, method: firstMethod(op), aside: op.Aside}
-	l.inFlight++
-	l.issue(i)
+func (q *RingQueue) start(op *Op) {
+	n := len(q.free) - 1
+	i := q.free[n]
+	q.free = q.free[:n]
+	q.slots[i] = slot{op: op, method: firstMethod(op), aside: op.Aside}
+	q.inFlight++
+	q.issue(i)
 }
 
 func firstMethod(op *Op) method {
@@ -632,41 +632,41 @@ func nextMethod(op *Op, m method) (method, bool) {
 }
 
 // sqe is a free entry of the submission queue; a full one is submitted.
-func (l *Loop) sqe() *uring.SQE {
+func (q *RingQueue) sqe() *uring.SQE {
 	for {
-		if s := l.ring.SQE(); s != nil {
+		if s := q.ring.SQE(); s != nil {
 			return s
 		}
-		if err := l.ring.Submit(); err != nil {
-			panic(fmt.Sprintf("loop %s: %v", l.cfg.Name, err))
+		if err := q.ring.Submit(); err != nil {
+			panic(fmt.Sprintf("queue %s: %v", q.cfg.Name, err))
 		}
 	}
 }
 
 // Command is an entry for a command of the layer above: its result goes to
 // OnCommand with tag. The caller fills it with a Prep method at once and
-// leaves UserData alone. On the loop's thread only.
-func (l *Loop) Command(tag uint32) *uring.SQE {
-	s := l.sqe()
+// leaves UserData alone. On the queue's thread only.
+func (q *RingQueue) Command(tag uint32) *uring.SQE {
+	s := q.sqe()
 	s.UserData = kindCommand | uint64(tag)
-	l.commands++
+	q.commands++
 	return s
 }
 
-func (l *Loop) readWake() {
-	s := l.sqe()
-	s.PrepRead(l.wakeFd, uint64(uintptr(unsafe.Pointer(&l.wakeBuf[0]))), 8, 0, 0)
+func (q *RingQueue) readWake() {
+	s := q.sqe()
+	s.PrepRead(q.wakeFd, uint64(uintptr(unsafe.Pointer(&q.wakeBuf[0]))), 8, 0, 0)
 	s.UserData = kindWake
-	l.wakeRead = true
+	q.wakeRead = true
 }
 
 // issue makes the entry for the rest of a slot's operation.
-func (l *Loop) issue(i uint32) {
-	sl := &l.slots[i]
+func (q *RingQueue) issue(i uint32) {
+	sl := &q.slots[i]
 	op := sl.op
 	file := op.File.(*OSFile)
-	s := l.sqe()
-	fd, fixed := l.fileRef(file)
+	s := q.sqe()
+	fd, fixed := q.fileRef(file)
 	off, n := uint64(op.Off+op.moved), uint64(op.Len-op.moved)
 	switch sl.method {
 	case methodDiscard:
@@ -681,7 +681,7 @@ func (l *Loop) issue(i uint32) {
 		addr := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(zeroes()))))
 		s.PrepWrite(fd, addr, uint32(min(n, zeroChunk)), off, 0)
 	case methodPlain:
-		l.preparePlain(s, op, fd, off, n)
+		q.preparePlain(s, op, fd, off, n)
 	}
 	if fixed {
 		s.SetFixedFile()
@@ -692,11 +692,11 @@ func (l *Loop) issue(i uint32) {
 	s.UserData = kindOp | uint64(i)
 }
 
-func (l *Loop) preparePlain(s *uring.SQE, op *Op, fd int, off, n uint64) {
-	length := uint32(min(n, l.maxTransfer))
+func (q *RingQueue) preparePlain(s *uring.SQE, op *Op, fd int, off, n uint64) {
+	length := uint32(min(n, q.maxTransfer))
 	// For kernel pages Mem is nil, and the offset itself is the address.
 	addr := uint64(uintptr(op.Buf.Mem)) + uint64(op.Buf.Off+op.moved)
-	index := l.place(op.Buf)
+	index := q.place(op.Buf)
 	switch op.Kind {
 	case Read:
 		if index == NoIndex {
@@ -725,8 +725,8 @@ func (l *Loop) preparePlain(s *uring.SQE, op *Op, fd int, off, n uint64) {
 
 // fileRef is how an entry names file: by its place among the registered ones,
 // else by file descriptor. There are a few of them at most.
-func (l *Loop) fileRef(file *OSFile) (fd int, fixed bool) {
-	for i, f := range l.cfg.Files {
+func (q *RingQueue) fileRef(file *OSFile) (fd int, fixed bool) {
+	for i, f := range q.cfg.Files {
 		if f == file {
 			return i, true
 		}
@@ -735,34 +735,34 @@ func (l *Loop) fileRef(file *OSFile) (fd int, fixed bool) {
 }
 
 // reap hands out completions and says whether there were any.
-func (l *Loop) reap() bool {
+func (q *RingQueue) reap() bool {
 	any := false
 	for {
-		n := l.ring.Reap(l.cqes[:])
+		n := q.ring.Reap(q.cqes[:])
 		for i := range n {
-			c := &l.cqes[i]
+			c := &q.cqes[i]
 			which := uint32(c.UserData)
 			switch c.UserData & kindMask {
 			case kindOp:
-				l.completed(which, c.Res)
+				q.completed(which, c.Res)
 			case kindCommand:
-				l.commands--
-				l.cfg.OnCommand(which, c.Res)
+				q.commands--
+				q.cfg.OnCommand(which, c.Res)
 			case kindWake:
-				l.wakeRead = false
-				l.ending = false
+				q.wakeRead = false
+				q.ending = false
 			}
 		}
 		any = any || n > 0
-		if n < len(l.cqes) {
+		if n < len(q.cqes) {
 			return any
 		}
 	}
 }
 
 // completed goes on with slot i after the kernel's answer res.
-func (l *Loop) completed(i uint32, res int32) {
-	sl := &l.slots[i]
+func (q *RingQueue) completed(i uint32, res int32) {
+	sl := &q.slots[i]
 	op := sl.op
 	transfer := op.Kind == Read || op.Kind == Write || sl.method == methodWriteZeroes
 	var errno unix.Errno
@@ -771,26 +771,26 @@ func (l *Loop) completed(i uint32, res int32) {
 		errno = unix.Errno(-res)
 		switch errno {
 		case unix.EINTR:
-			l.issue(i)
+			q.issue(i)
 			return
 		case unix.EAGAIN:
 			if sl.tries < maxTries {
 				sl.tries++
 				sl.aside = true // it cannot be had without blocking
-				l.issue(i)
+				q.issue(i)
 				return
 			}
 		case unix.ECANCELED:
 			if sl.aside {
 				// The kernel had no worker and no memory for one.
 				sl.aside = false
-				l.issue(i)
+				q.issue(i)
 				return
 			}
 		case unix.EOPNOTSUPP:
 			if m, ok := nextMethod(op, sl.method); ok {
 				sl.method = m
-				l.issue(i)
+				q.issue(i)
 				return
 			}
 		}
@@ -801,13 +801,13 @@ func (l *Loop) completed(i uint32, res int32) {
 		op.moved += int64(res)
 		if op.moved < op.Len {
 			sl.tries, sl.aside = 0, op.Aside
-			l.issue(i)
+			q.issue(i)
 			return
 		}
 	}
 	*sl = slot{}
-	l.free = append(l.free, i)
-	l.inFlight--
+	q.free = append(q.free, i)
+	q.inFlight--
 	op.Err = errno
 	op.Done(op)
 }
@@ -816,7 +816,7 @@ func (l *Loop) completed(i uint32, res int32) {
 // a block device, sqe.addr is the start and sqe.addr3 the length in bytes.
 const blockDiscard = 0x12 << 8
 
-// zeroes is zeroChunk of memory that reads as zeroes, for all loops. Nobody
+// zeroes is zeroChunk of memory that reads as zeroes, for all queues. Nobody
 // writes to it, so it takes no memory, locked or not.
 var zeroes = sync.OnceValue(func() []byte {
 	mem, err := unix.Mmap(-1, 0, zeroChunk, unix.PROT_READ, unix.MAP_ANON|unix.MAP_PRIVATE)

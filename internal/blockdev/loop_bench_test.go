@@ -11,12 +11,12 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
-// BenchmarkLoop is Submit to Done of 4 KiB random reads, each submitted from
+// BenchmarkRing is Submit to Done of 4 KiB random reads, each submitted from
 // inside the Done before it. A file in the page cache never blocks, that is
-// the cost of the loop alone (where the file system can tell: a tmpfs cannot,
+// the cost of the queue alone (where the file system can tell: a tmpfs cannot,
 // and its reads take the detour over a kernel worker). What the raw wait is
 // worth shows on a device that does block: BLOCKDEV_BENCH_DISK names one.
-func BenchmarkLoop(b *testing.B) {
+func BenchmarkRing(b *testing.B) {
 	type target struct {
 		name string
 		file *OSFile
@@ -45,7 +45,7 @@ func BenchmarkLoop(b *testing.B) {
 		for _, depth := range []int{1, 32} {
 			for _, raw := range []bool{false, true} {
 				b.Run(fmt.Sprintf("%s/%s/depth=%d/raw=%v", uring.Build, tg.name, depth, raw), func(b *testing.B) {
-					l := startLoop(b, LoopConfig{Name: "bench", Depth: depth, Files: []*OSFile{tg.file}})
+					q := startQueue(b, RingConfig{Name: "bench", Depth: depth, Files: []*OSFile{tg.file}})
 					mem := mapped(b, depth*4096)
 					ops := make([]Op, depth)
 					rng := rand.New(rand.NewPCG(1, 1))
@@ -55,7 +55,7 @@ func BenchmarkLoop(b *testing.B) {
 						left--
 						flying++
 						op.Off = rng.Int64N(size>>12) << 12
-						l.Submit(op)
+						q.Submit(op)
 					}
 					for i := range ops {
 						ops[i] = Op{Kind: Read, File: tg.file, Len: 4096, Buf: MemBuf(mem[i*4096:])}
@@ -72,9 +72,9 @@ func BenchmarkLoop(b *testing.B) {
 					}
 					before := cpuTime(b)
 					b.ResetTimer()
-					l.Post(&Task{Run: func() {
+					q.Post(&Task{Run: func() {
 						if !raw {
-							l.maxRaw = 0
+							q.maxRaw = 0
 						}
 						for i := range min(depth, left) {
 							next(&ops[i])
@@ -90,11 +90,11 @@ func BenchmarkLoop(b *testing.B) {
 
 // BenchmarkPost is a task from another goroutine and its answer by channel.
 func BenchmarkPost(b *testing.B) {
-	l := startLoop(b, LoopConfig{Name: "bench", Depth: 1})
+	q := startQueue(b, RingConfig{Name: "bench", Depth: 1})
 	ran := make(chan struct{})
 	task := &Task{Run: func() { ran <- struct{}{} }}
 	for range b.N {
-		l.Post(task)
+		q.Post(task)
 		<-ran
 	}
 }

@@ -70,14 +70,14 @@ func shmFile(t testing.TB, n int) *OSFile {
 	return f
 }
 
-func startLoop(t testing.TB, cfg LoopConfig) *Loop {
+func startQueue(t testing.TB, cfg RingConfig) *RingQueue {
 	t.Helper()
-	l, err := NewLoop(cfg)
+	q, err := NewRingQueue(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(l.Stop)
-	return l
+	t.Cleanup(q.Stop)
+	return q
 }
 
 // within fails the test, with all stacks, if done takes more than a minute.
@@ -91,38 +91,38 @@ func within(t testing.TB, what string, done <-chan struct{}) {
 	}
 }
 
-// onThread runs fn on the loop's thread and waits for its end.
-func onThread(t testing.TB, l *Loop, fn func()) {
+// onThread runs fn on the queue's thread and waits for its end.
+func onThread(t testing.TB, q *RingQueue, fn func()) {
 	t.Helper()
 	done := make(chan struct{})
-	l.Post(&Task{Run: func() { fn(); close(done) }})
+	q.Post(&Task{Run: func() { fn(); close(done) }})
 	within(t, "task", done)
 }
 
-// onLoop runs op on the loop from outside and waits for its end.
-func onLoop(t testing.TB, l *Loop, op *Op) unix.Errno {
+// onQueue runs op on the queue from outside and waits for its end.
+func onQueue(t testing.TB, q *RingQueue, op *Op) unix.Errno {
 	t.Helper()
 	done := make(chan struct{})
 	op.Done = func(*Op) { close(done) }
-	l.Post(&Task{Run: func() { l.Submit(op) }})
+	q.Post(&Task{Run: func() { q.Submit(op) }})
 	within(t, op.Kind.String(), done)
 	return op.Err
 }
 
-// call runs f on the loop's thread.
-func call(t testing.TB, l *Loop, f func()) {
+// call runs f on the queue's thread.
+func call(t testing.TB, q *RingQueue, f func()) {
 	t.Helper()
 	done := make(chan struct{})
-	l.Post(&Task{Run: func() {
+	q.Post(&Task{Run: func() {
 		f()
 		close(done)
 	}})
 	within(t, "task", done)
 }
 
-func mustDo(t testing.TB, l *Loop, op *Op) {
+func mustDo(t testing.TB, q *RingQueue, op *Op) {
 	t.Helper()
-	if e := onLoop(t, l, op); e != 0 {
+	if e := onQueue(t, q, op); e != 0 {
 		t.Fatalf("%s of %d bytes at %d: %v", op.Kind, op.Len, op.Off, e)
 	}
 }
@@ -134,25 +134,25 @@ func fill(b []byte, seed uint64) {
 	}
 }
 
-func TestLoopWritesAndReads(t *testing.T) {
+func TestRingWritesAndReads(t *testing.T) {
 	const n = 64 << 10
 	for _, direct := range []bool{false, true} {
 		for _, registered := range []bool{false, true} {
 			t.Run(fmt.Sprintf("direct=%v registered=%v", direct, registered), func(t *testing.T) {
 				f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{Direct: direct})
 				mem := mapped(t, 2*n)
-				cfg := LoopConfig{Name: "test", Depth: 4}
+				cfg := RingConfig{Name: "test", Depth: 4}
 				out, in := MemBuf(mem), MemBuf(mem[n:])
 				if registered {
 					cfg.Files = []*OSFile{diskFile(t, t.TempDir(), 1, OpenOptions{}), f}
 					cfg.Buffers = [][]byte{mem[n:], mem[:n]}
 					out.Index, in.Index = 1, 0
 				}
-				l := startLoop(t, cfg)
+				q := startQueue(t, cfg)
 				fill(mem[:n], 1)
-				mustDo(t, l, &Op{Kind: Write, FUA: true, File: f, Off: 4096, Len: n, Buf: out})
-				mustDo(t, l, &Op{Kind: Flush, File: f})
-				mustDo(t, l, &Op{Kind: Read, File: f, Off: 4096, Len: n - 4096, Buf: in.At(4096)})
+				mustDo(t, q, &Op{Kind: Write, FUA: true, File: f, Off: 4096, Len: n, Buf: out})
+				mustDo(t, q, &Op{Kind: Flush, File: f})
+				mustDo(t, q, &Op{Kind: Read, File: f, Off: 4096, Len: n - 4096, Buf: in.At(4096)})
 				if !bytes.Equal(mem[:n-4096], mem[n+4096:]) {
 					t.Fatal("read differs from what was written")
 				}
@@ -168,9 +168,9 @@ func TestLoopWritesAndReads(t *testing.T) {
 	}
 }
 
-// TestLoopZeroesAndHoles: ranges of all kinds on file systems of all kinds;
+// TestRingZeroesAndHoles: ranges of all kinds on file systems of all kinds;
 // some cannot zero a range and are given zeroes to write.
-func TestLoopZeroesAndHoles(t *testing.T) {
+func TestRingZeroesAndHoles(t *testing.T) {
 	const size = 4 << 20
 	files := map[string]*OSFile{
 		"temp":   diskFile(t, t.TempDir(), 0, OpenOptions{}),
@@ -181,11 +181,11 @@ func TestLoopZeroesAndHoles(t *testing.T) {
 	}
 	for name, f := range files {
 		t.Run(name, func(t *testing.T) {
-			l := startLoop(t, LoopConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
+			q := startQueue(t, RingConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
 			mem := mapped(t, size)
 			fill(mem, 3)
 			want := append([]byte(nil), mem...)
-			mustDo(t, l, &Op{Kind: Write, File: f, Len: size, Buf: MemBuf(mem)})
+			mustDo(t, q, &Op{Kind: Write, File: f, Len: size, Buf: MemBuf(mem)})
 			blocks := func() int64 {
 				var st unix.Stat_t
 				if err := unix.Fstat(f.Fd(), &st); err != nil {
@@ -195,7 +195,7 @@ func TestLoopZeroesAndHoles(t *testing.T) {
 			}
 			check := func(what string) {
 				t.Helper()
-				mustDo(t, l, &Op{Kind: Flush, File: f})
+				mustDo(t, q, &Op{Kind: Flush, File: f})
 				got, err := os.ReadFile(f.Name())
 				if err != nil {
 					t.Fatal(err)
@@ -207,33 +207,33 @@ func TestLoopZeroesAndHoles(t *testing.T) {
 			check("write")
 			full := blocks()
 
-			mustDo(t, l, &Op{Kind: WriteZeroes, NoUnmap: true, File: f, Off: 64 << 10, Len: 2 << 20})
+			mustDo(t, q, &Op{Kind: WriteZeroes, NoUnmap: true, File: f, Off: 64 << 10, Len: 2 << 20})
 			clear(want[64<<10 : 64<<10+2<<20])
 			check("zeroes that stay allocated")
 			if b := blocks(); b < full {
 				t.Errorf("zeroes without unmap left %d of %d blocks", b, full)
 			}
 
-			mustDo(t, l, &Op{Kind: WriteZeroes, File: f, Off: 3 << 20, Len: 512 << 10})
+			mustDo(t, q, &Op{Kind: WriteZeroes, File: f, Off: 3 << 20, Len: 512 << 10})
 			clear(want[3<<20 : 3<<20+512<<10])
 			check("zeroes")
 			if b := blocks(); b > full-1000 {
 				t.Errorf("zeroes with unmap left %d of %d blocks", b, full)
 			}
 
-			mustDo(t, l, &Op{Kind: Discard, File: f, Off: 128 << 10, Len: 1 << 20})
+			mustDo(t, q, &Op{Kind: Discard, File: f, Off: 128 << 10, Len: 1 << 20})
 			clear(want[128<<10 : 128<<10+1<<20])
 			check("discard")
 			if b := blocks(); b > full-3000 {
 				t.Errorf("discard left %d of %d blocks", b, full)
 			}
 
-			mustDo(t, l, &Op{Kind: WriteZeroes, File: f, Off: size - 4096, Len: 1 << 20})
+			mustDo(t, q, &Op{Kind: WriteZeroes, File: f, Off: size - 4096, Len: 1 << 20})
 			clear(want[size-4096:])
 			want = append(want, make([]byte, 1<<20-4096)...)
 			check("zeroes over the end")
 
-			mustDo(t, l, &Op{Kind: Allocate, File: f, Off: size, Len: 2 << 20})
+			mustDo(t, q, &Op{Kind: Allocate, File: f, Off: size, Len: 2 << 20})
 			want = append(want, make([]byte, size+2<<20-len(want))...)
 			check("allocate")
 			if b := blocks(); b < full-4000+4096 {
@@ -243,29 +243,29 @@ func TestLoopZeroesAndHoles(t *testing.T) {
 	}
 }
 
-// TestLoopLongRanges: lengths beyond 32 bits.
-func TestLoopLongRanges(t *testing.T) {
+// TestRingLongRanges: lengths beyond 32 bits.
+func TestRingLongRanges(t *testing.T) {
 	const size = 9 << 30
 	f := diskFile(t, t.TempDir(), size, OpenOptions{})
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
+	q := startQueue(t, RingConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
 	mem := mapped(t, 8192)
 	for _, kind := range []Kind{Discard, WriteZeroes} {
 		fill(mem[:4096], 1)
-		mustDo(t, l, &Op{Kind: Write, File: f, Off: size - 8192, Len: 4096, Buf: MemBuf(mem)})
-		mustDo(t, l, &Op{Kind: Write, File: f, Off: size - 4096, Len: 4096, Buf: MemBuf(mem)})
-		mustDo(t, l, &Op{Kind: kind, File: f, Off: 4096, Len: size - 8192})
-		mustDo(t, l, &Op{Kind: Read, File: f, Off: size - 8192, Len: 4096, Buf: MemBuf(mem[4096:])})
+		mustDo(t, q, &Op{Kind: Write, File: f, Off: size - 8192, Len: 4096, Buf: MemBuf(mem)})
+		mustDo(t, q, &Op{Kind: Write, File: f, Off: size - 4096, Len: 4096, Buf: MemBuf(mem)})
+		mustDo(t, q, &Op{Kind: kind, File: f, Off: 4096, Len: size - 8192})
+		mustDo(t, q, &Op{Kind: Read, File: f, Off: size - 8192, Len: 4096, Buf: MemBuf(mem[4096:])})
 		if !bytes.Equal(mem[4096:], make([]byte, 4096)) {
 			t.Errorf("%s left the last block of its range", kind)
 		}
-		mustDo(t, l, &Op{Kind: Read, File: f, Off: size - 4096, Len: 4096, Buf: MemBuf(mem[4096:])})
+		mustDo(t, q, &Op{Kind: Read, File: f, Off: size - 4096, Len: 4096, Buf: MemBuf(mem[4096:])})
 		if !bytes.Equal(mem[4096:], mem[:4096]) {
 			t.Errorf("%s went beyond its range", kind)
 		}
 	}
 }
 
-func TestLoopErrors(t *testing.T) {
+func TestRingErrors(t *testing.T) {
 	f := diskFile(t, t.TempDir(), 8192, OpenOptions{})
 	readOnly, err := OpenDisk(f.Name(), OpenOptions{ReadOnly: true})
 	if err != nil {
@@ -292,37 +292,37 @@ func TestLoopErrors(t *testing.T) {
 		{"flush", Op{Kind: Flush, File: f, Off: -1, Len: -1}, 0},
 	} {
 		for _, registered := range []bool{false, true} {
-			cfg := LoopConfig{Name: "test", Depth: 1}
+			cfg := RingConfig{Name: "test", Depth: 1}
 			if registered {
 				cfg.Files = []*OSFile{f, readOnly}
 			}
-			l := startLoop(t, cfg)
+			q := startQueue(t, cfg)
 			op := c.op
-			if e := onLoop(t, l, &op); e != c.want {
+			if e := onQueue(t, q, &op); e != c.want {
 				t.Errorf("%s, registered %v: %v (%d), want %v", c.what, registered, e, e, c.want)
 			}
-			l.Stop()
+			q.Stop()
 		}
 	}
 }
 
-// TestLoopAgainstModel runs random operations on several loops at a time, each
+// TestRingAgainstModel runs random operations on several queues at a time, each
 // with its own part of one file, and compares with plain memory.
-func TestLoopAgainstModel(t *testing.T) {
-	const loops, part, depth, total = 3, 1 << 20, 8, 800
-	f := diskFile(t, t.TempDir(), loops*part, OpenOptions{})
+func TestRingAgainstModel(t *testing.T) {
+	const queues, part, depth, total = 3, 1 << 20, 8, 800
+	f := diskFile(t, t.TempDir(), queues*part, OpenOptions{})
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
-	model := make([]byte, loops*part)
+	model := make([]byte, queues*part)
 	var all sync.WaitGroup
-	for n := range loops {
+	for n := range queues {
 		mem := mapped(t, depth*64<<10)
-		cfg := LoopConfig{Name: "model", Depth: depth - n, Buffers: [][]byte{mem}}
+		cfg := RingConfig{Name: "model", Depth: depth - n, Buffers: [][]byte{mem}}
 		if n != 1 {
 			cfg.Files = []*OSFile{f}
 		}
-		l := startLoop(t, cfg)
-		l.maxTransfer = 24 << 10 // so that longer ones go in several
+		q := startQueue(t, cfg)
+		q.maxTransfer = 24 << 10 // so that longer ones go in several
 		rng := rand.New(rand.NewPCG(seed, uint64(n)))
 		base := int64(n) * part
 		busy := make([]bool, part/4096) // blocks with an operation in flight
@@ -371,7 +371,7 @@ func TestLoopAgainstModel(t *testing.T) {
 				clear(part)
 			}
 			flying++
-			l.Submit(op)
+			q.Submit(op)
 		}
 		done := func(op *Op) {
 			flying--
@@ -386,7 +386,7 @@ func TestLoopAgainstModel(t *testing.T) {
 			}
 			next(op)
 		}
-		l.Post(&Task{Run: func() {
+		q.Post(&Task{Run: func() {
 			for i := range depth {
 				next(&Op{Buf: MemBuf(mem).At(int64(i) * 64 << 10), Done: done})
 			}
@@ -401,28 +401,28 @@ func TestLoopAgainstModel(t *testing.T) {
 	}
 }
 
-// TestLoopPartialTransfers reads from a pipe that is filled bit by bit.
-func TestLoopPartialTransfers(t *testing.T) {
+// TestRingPartialTransfers reads from a pipe that is filled bit by bit.
+func TestRingPartialTransfers(t *testing.T) {
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 		t.Fatal(err)
 	}
 	f := NewOSFile(pipe[0], "pipe")
 	defer f.Close()
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 1, Files: []*OSFile{f}})
+	q := startQueue(t, RingConfig{Name: "test", Depth: 1, Files: []*OSFile{f}})
 	mem := mapped(t, 8192)
 	want := make([]byte, 5000)
 	fill(want, 1)
 	done := make(chan unix.Errno, 2)
 	for range 2 {
 		op := &Op{Kind: Read, File: f, Len: 5000, Buf: MemBuf(mem).At(100), Done: func(op *Op) { done <- op.Err }}
-		l.Post(&Task{Run: func() { l.Submit(op) }})
+		q.Post(&Task{Run: func() { q.Submit(op) }})
 	}
 	for i := 0; i < len(want); i += 1000 {
 		if _, err := unix.Write(pipe[1], want[i:i+1000]); err != nil {
 			t.Fatal(err)
 		}
-		onThread(t, l, func() {})
+		onThread(t, q, func() {})
 	}
 	if e := <-done; e != 0 || !bytes.Equal(mem[100:5100], want) {
 		t.Fatalf("read in parts: %v, content equal: %v", e, bytes.Equal(mem[100:5100], want))
@@ -436,35 +436,35 @@ func TestLoopPartialTransfers(t *testing.T) {
 	}
 }
 
-// manualLoop is a loop whose turns the test makes, on its own thread.
-func manualLoop(t *testing.T, cfg LoopConfig) *Loop {
+// manualQueue is a queue whose turns the test makes, on its own thread.
+func manualQueue(t *testing.T, cfg RingConfig) *RingQueue {
 	t.Helper()
 	runtime.LockOSThread()
 	t.Cleanup(runtime.UnlockOSThread)
-	l := &Loop{cfg: cfg, slots: make([]slot, cfg.Depth), ended: make(chan struct{}), wakeFd: -1, maxTransfer: maxTransfer}
-	for i := range l.slots {
-		l.free = append(l.free, uint32(i))
+	q := &RingQueue{cfg: cfg, slots: make([]slot, cfg.Depth), ended: make(chan struct{}), wakeFd: -1, maxTransfer: maxTransfer}
+	for i := range q.slots {
+		q.free = append(q.free, uint32(i))
 	}
-	if err := l.open(); err != nil {
+	if err := q.open(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(l.close)
-	return l
+	t.Cleanup(q.close)
+	return q
 }
 
-// TestLoopRetries answers for the kernel with errors that are no results.
-func TestLoopRetries(t *testing.T) {
+// TestRingRetries answers for the kernel with errors that are no results.
+func TestRingRetries(t *testing.T) {
 	f := diskFile(t, t.TempDir(), 8192, OpenOptions{})
-	l := manualLoop(t, LoopConfig{Depth: 1})
+	q := manualQueue(t, RingConfig{Depth: 1})
 	calls := 0
 	op := &Op{Kind: Read, File: f, Len: 8192, Buf: MemBuf(mapped(t, 8192)), Done: func(*Op) { calls++ }}
 	answer := func() uring.CQE {
 		t.Helper()
-		if err := l.ring.SubmitAndWaitTimeout(1, time.Minute, false); err != nil {
+		if err := q.ring.SubmitAndWaitTimeout(1, time.Minute, false); err != nil {
 			t.Fatal(err)
 		}
 		var c [2]uring.CQE
-		if n := l.ring.Reap(c[:]); n != 1 {
+		if n := q.ring.Reap(c[:]); n != 1 {
 			t.Fatalf("%d completions, want 1", n)
 		}
 		return c[0]
@@ -487,7 +487,7 @@ func TestLoopRetries(t *testing.T) {
 		{[]int32{-int32(unix.ECANCELED)}, false, unix.ECANCELED},
 	} {
 		calls, op.Aside = 0, c.aside
-		l.Submit(op)
+		q.Submit(op)
 		for i, res := range c.answers {
 			if calls != 0 {
 				t.Fatalf("%v: done after %d answers", c.answers, i)
@@ -496,34 +496,34 @@ func TestLoopRetries(t *testing.T) {
 			if res == 0 {
 				res = got.Res
 			}
-			l.completed(uint32(got.UserData), res)
+			q.completed(uint32(got.UserData), res)
 		}
 		if calls != 1 || op.Err != c.want {
 			t.Fatalf("%v: done %d times with %v, want once with %v", c.answers, calls, op.Err, c.want)
 		}
-		if l.inFlight != 0 || len(l.free) != 1 {
-			t.Fatalf("%v: %d in flight and %d slots free afterwards", c.answers, l.inFlight, len(l.free))
+		if q.inFlight != 0 || len(q.free) != 1 {
+			t.Fatalf("%v: %d in flight and %d slots free afterwards", c.answers, q.inFlight, len(q.free))
 		}
 	}
 	op.Aside = false
 	// Progress counts: EAGAIN may come more often than maxTries in all.
 	calls = 0
-	l.Submit(op)
+	q.Submit(op)
 	for range 2 * maxTries {
-		l.completed(uint32(answer().UserData), -int32(unix.EAGAIN))
-		l.completed(uint32(answer().UserData), 8192/(2*maxTries))
+		q.completed(uint32(answer().UserData), -int32(unix.EAGAIN))
+		q.completed(uint32(answer().UserData), 8192/(2*maxTries))
 	}
 	if calls != 1 || op.Err != 0 {
 		t.Fatalf("EAGAIN between parts: done %d times with %v", calls, op.Err)
 	}
 	// A device that never has the means is believed in the end.
 	calls = 0
-	l.Submit(op)
+	q.Submit(op)
 	for n := 0; calls == 0; n++ {
 		if n > maxTries {
 			t.Fatalf("still trying after %d times EAGAIN", n)
 		}
-		l.completed(uint32(answer().UserData), -int32(unix.EAGAIN))
+		q.completed(uint32(answer().UserData), -int32(unix.EAGAIN))
 	}
 	if op.Err != unix.EAGAIN {
 		t.Fatalf("always EAGAIN: %v, want EAGAIN", op.Err)
@@ -542,10 +542,10 @@ func TestLoopRetries(t *testing.T) {
 		calls = 0
 		o := c.op
 		o.File, o.Len, o.Done = &OSFile{fd: f.fd, block: c.block}, 4096, op.Done
-		l.Submit(&o)
+		q.Submit(&o)
 		n := 0
 		for ; calls == 0; n++ {
-			l.completed(uint32(answer().UserData), -int32(unix.EOPNOTSUPP))
+			q.completed(uint32(answer().UserData), -int32(unix.EOPNOTSUPP))
 		}
 		if n != c.ways || o.Err != unix.EOPNOTSUPP {
 			t.Errorf("%s, block %v: %d ways tried, then %v; want %d, then EOPNOTSUPP", c.op.Kind, c.block, n, o.Err, c.ways)
@@ -553,56 +553,56 @@ func TestLoopRetries(t *testing.T) {
 	}
 }
 
-// TestLoopWaitSeesWork: what came up after the loop looked for work and before
+// TestRingWaitSeesWork: what came up after the queue looked for work and before
 // it went to sleep.
-func TestLoopWaitSeesWork(t *testing.T) {
-	for what, happens := range map[string]func(*Loop){
-		"task":     func(l *Loop) { l.Post(&Task{}) },
-		"stop":     func(l *Loop) { l.stopping.Store(true) },
-		"finished": func(l *Loop) { l.Submit(&Op{Len: -1}) },
+func TestRingWaitSeesWork(t *testing.T) {
+	for what, happens := range map[string]func(*RingQueue){
+		"task":     func(q *RingQueue) { q.Post(&Task{}) },
+		"stop":     func(q *RingQueue) { q.stopping.Store(true) },
+		"finished": func(q *RingQueue) { q.Submit(&Op{Len: -1}) },
 	} {
-		l := manualLoop(t, LoopConfig{Depth: 1})
-		l.readWake()
-		happens(l)
-		overslept := time.AfterFunc(time.Minute, l.signal)
-		l.wait()
+		q := manualQueue(t, RingConfig{Depth: 1})
+		q.readWake()
+		happens(q)
+		overslept := time.AfterFunc(time.Minute, q.signal)
+		q.wait()
 		if !overslept.Stop() {
-			t.Errorf("%s: the loop went to sleep over it", what)
+			t.Errorf("%s: the queue went to sleep over it", what)
 		}
-		l.signal()
-		for l.wakeRead {
-			l.wait()
-			l.reap()
+		q.signal()
+		for q.wakeRead {
+			q.wait()
+			q.reap()
 		}
 	}
 }
 
-// TestLoopSpins: spinning ends with the first work, or in vain, and then the
-// loop sleeps more and more often without it.
-func TestLoopSpins(t *testing.T) {
+// TestRingSpins: spinning ends with the first work, or in vain, and then the
+// queue sleeps more and more often without it.
+func TestRingSpins(t *testing.T) {
 	defer func(n int) { spinners = n }(spinners)
 	spinners = math.MaxInt
-	l := manualLoop(t, LoopConfig{Depth: 1})
-	l.maxRaw = math.MaxInt32
-	l.readWake()
-	if l.spins() {
+	q := manualQueue(t, RingConfig{Depth: 1})
+	q.maxRaw = math.MaxInt32
+	q.readWake()
+	if q.spins() {
 		t.Error("spins though it does not wait raw")
 	}
-	l.heat()
-	if !l.raw {
+	q.heat()
+	if !q.raw {
 		t.Fatal("does not wait raw")
 	}
-	defer l.cool()
+	defer q.cool()
 	sleeps := []int{}
 	for range maxMisses + 1 {
-		if !l.spins() {
+		if !q.spins() {
 			t.Fatalf("does not spin after %v", sleeps)
 		}
-		if start := time.Now(); l.spin() || time.Since(start) < spinTime {
+		if start := time.Now(); q.spin() || time.Since(start) < spinTime {
 			t.Fatalf("found work after %v, where there is none", time.Since(start))
 		}
 		n := 0
-		for l.sleeps > 0 && !l.spins() {
+		for q.sleeps > 0 && !q.spins() {
 			n++
 		}
 		sleeps = append(sleeps, n)
@@ -610,43 +610,43 @@ func TestLoopSpins(t *testing.T) {
 	if want := "[2 4 8 16 32 64 128 128]"; fmt.Sprint(sleeps) != want {
 		t.Errorf("slept %v times after each spin in vain, want %s", sleeps, want)
 	}
-	l.Post(&Task{Run: func() {}})
-	if !l.spin() || l.misses != 0 {
-		t.Errorf("a task is no work, or %d misses are left", l.misses)
+	q.Post(&Task{Run: func() {}})
+	if !q.spin() || q.misses != 0 {
+		t.Errorf("a task is no work, or %d misses are left", q.misses)
 	}
-	l.runTasks()
-	l.signal()
-	for end := time.Now().Add(time.Minute); !l.spin(); {
+	q.runTasks()
+	q.signal()
+	for end := time.Now().Add(time.Minute); !q.spin(); {
 		if time.Now().After(end) {
 			t.Fatal("a completion is no work")
 		}
 	}
-	if !l.reap() || l.wakeRead {
+	if !q.reap() || q.wakeRead {
 		t.Error("nothing to reap after spinning")
 	}
-	l.stopping.Store(true)
-	if l.spins() {
+	q.stopping.Store(true)
+	if q.spins() {
 		t.Error("spins while it stops")
 	}
-	l.stopping.Store(false)
-	l.Submit(&Op{Len: -1, Done: func(*Op) {}})
-	if l.spins() {
+	q.stopping.Store(false)
+	q.Submit(&Op{Len: -1, Done: func(*Op) {}})
+	if q.spins() {
 		t.Error("spins with an operation that is done")
 	}
-	l.runFinished()
+	q.runFinished()
 	spinners = 0
-	if l.spins() {
+	if q.spins() {
 		t.Error("spins with no processor left")
 	}
 }
 
-// TestLoopLateWakeUp: a poster that comes late must not write into whatever
+// TestRingLateWakeUp: a poster that comes late must not write into whatever
 // has the eventfd's number by then.
-func TestLoopLateWakeUp(t *testing.T) {
-	l := manualLoop(t, LoopConfig{Depth: 1})
-	number := l.wakeFd
-	l.armed.Store(true)
-	l.close()
+func TestRingLateWakeUp(t *testing.T) {
+	q := manualQueue(t, RingConfig{Depth: 1})
+	number := q.wakeFd
+	q.armed.Store(true)
+	q.close()
 	var mine []int
 	for {
 		efd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
@@ -659,18 +659,18 @@ func TestLoopLateWakeUp(t *testing.T) {
 			break
 		}
 	}
-	l.wake()
+	q.wake()
 	for _, efd := range mine {
 		if _, err := unix.Read(efd, make([]byte, 8)); !errors.Is(err, unix.EAGAIN) {
-			t.Errorf("eventfd %d was written to (%v); the loop's was %d", efd, err, number)
+			t.Errorf("eventfd %d was written to (%v); the queue's was %d", efd, err, number)
 		}
 	}
 }
 
-// TestLoopFailuresFromDone: operations that fail without I/O, each submitted
-// from inside the Done before it, with nothing else to wake the loop.
-func TestLoopFailuresFromDone(t *testing.T) {
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 1})
+// TestRingFailuresFromDone: operations that fail without I/O, each submitted
+// from inside the Done before it, with nothing else to wake the queue.
+func TestRingFailuresFromDone(t *testing.T) {
+	q := startQueue(t, RingConfig{Name: "test", Depth: 1})
 	done := make(chan struct{})
 	left := 100
 	op := &Op{Kind: Read, Len: -1}
@@ -679,36 +679,36 @@ func TestLoopFailuresFromDone(t *testing.T) {
 			close(done)
 			return
 		}
-		l.Submit(op)
+		q.Submit(op)
 	}
-	l.Post(&Task{Run: func() { l.Submit(op) }})
+	q.Post(&Task{Run: func() { q.Submit(op) }})
 	within(t, "failures", done)
 }
 
-// TestLoopWaitingInOrder: with one slot, operations run one at a time, oldest
+// TestRingWaitingInOrder: with one slot, operations run one at a time, oldest
 // first, those submitted from inside Done included.
-func TestLoopWaitingInOrder(t *testing.T) {
+func TestRingWaitingInOrder(t *testing.T) {
 	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 1})
+	q := startQueue(t, RingConfig{Name: "test", Depth: 1})
 	const n = 100
 	mem := mapped(t, 4096)
 	var order []int
 	finished := make(chan struct{})
 	inSubmit := false
-	onThread(t, l, func() {
+	onThread(t, q, func() {
 		ops := make([]Op, n)
 		for i := range ops {
 			ops[i] = Op{Kind: Read, File: f, Len: 512, Buf: MemBuf(mem), Done: func(*Op) {
 				if inSubmit {
 					t.Error("Done ran inside Submit")
 				}
-				if l.inFlight != 0 && i != 7 {
-					t.Errorf("%d operations in flight with one slot", l.inFlight+1)
+				if q.inFlight != 0 && i != 7 {
+					t.Errorf("%d operations in flight with one slot", q.inFlight+1)
 				}
 				order = append(order, i)
 				if i < n/2 {
 					inSubmit = true
-					l.Submit(&ops[n/2+i])
+					q.Submit(&ops[n/2+i])
 					inSubmit = false
 				}
 				if len(order) == n {
@@ -719,7 +719,7 @@ func TestLoopWaitingInOrder(t *testing.T) {
 		ops[7].Len = -1 // fails without I/O: not from inside Submit either
 		inSubmit = true
 		for i := range n / 2 {
-			l.Submit(&ops[i])
+			q.Submit(&ops[i])
 		}
 		inSubmit = false
 	})
@@ -739,12 +739,12 @@ func TestLoopWaitingInOrder(t *testing.T) {
 	}
 }
 
-func TestLoopCommands(t *testing.T) {
+func TestRingCommands(t *testing.T) {
 	const n = 500
 	for _, commands := range []int{0, n} {
 		results := make(map[uint32]int)
 		done := make(chan struct{})
-		l := startLoop(t, LoopConfig{Name: "test", Depth: 2, Commands: commands, OnCommand: func(tag uint32, res int32) {
+		q := startQueue(t, RingConfig{Name: "test", Depth: 2, Commands: commands, OnCommand: func(tag uint32, res int32) {
 			results[tag]++
 			if res != 0 {
 				t.Errorf("command %d: result %d", tag, res)
@@ -754,13 +754,13 @@ func TestLoopCommands(t *testing.T) {
 			}
 		}})
 		// More than the queue holds: Command submits to make room.
-		l.Post(&Task{Run: func() {
+		q.Post(&Task{Run: func() {
 			for tag := range uint32(n) {
-				l.Command(tag ^ 0xffff0000).PrepNop()
+				q.Command(tag ^ 0xffff0000).PrepNop()
 			}
 		}})
 		within(t, "commands", done)
-		onThread(t, l, func() {})
+		onThread(t, q, func() {})
 		for tag, times := range results {
 			if times != 1 || tag^0xffff0000 >= n {
 				t.Errorf("command %#x completed %d times", tag, times)
@@ -769,37 +769,37 @@ func TestLoopCommands(t *testing.T) {
 	}
 }
 
-// TestLoopOperationsPastFullQueueOfCommands: commands that wait for ever must
+// TestRingOperationsPastFullQueueOfCommands: commands that wait for ever must
 // not keep operations from the kernel.
-func TestLoopOperationsPastFullQueueOfCommands(t *testing.T) {
+func TestRingOperationsPastFullQueueOfCommands(t *testing.T) {
 	efd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Close(efd)
 	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 1, OnCommand: func(uint32, int32) {}})
+	q := startQueue(t, RingConfig{Name: "test", Depth: 1, OnCommand: func(uint32, int32) {}})
 	defer unix.Write(efd, []byte{1, 0, 0, 0, 0, 0, 0, 0})
-	onThread(t, l, func() {
+	onThread(t, q, func() {
 		for tag := range uint32(64) {
-			l.Command(tag).PrepPollAdd(efd, unix.POLLIN)
+			q.Command(tag).PrepPollAdd(efd, unix.POLLIN)
 		}
 	})
 	done := make(chan struct{})
 	op := &Op{Kind: Read, File: f, Len: 4096, Buf: MemBuf(mapped(t, 4096)), Done: func(*Op) { close(done) }}
-	l.Post(&Task{Run: func() {
+	q.Post(&Task{Run: func() {
 		for tag := range uint32(3) {
-			l.Command(tag).PrepPollAdd(efd, unix.POLLIN)
+			q.Command(tag).PrepPollAdd(efd, unix.POLLIN)
 		}
-		l.Submit(op)
+		q.Submit(op)
 	}})
 	within(t, "read", done)
 }
 
-func TestLoopPostsFromManyGoroutines(t *testing.T) {
+func TestRingPostsFromManyGoroutines(t *testing.T) {
 	const posters, each = 6, 3000
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 1})
-	last := make([]int, posters) // the loop's thread alone
+	q := startQueue(t, RingConfig{Name: "test", Depth: 1})
+	last := make([]int, posters) // the queue's thread alone
 	var ran atomic.Int64
 	var all sync.WaitGroup
 	for p := range posters {
@@ -808,14 +808,14 @@ func TestLoopPostsFromManyGoroutines(t *testing.T) {
 			defer all.Done()
 			rng := rand.New(rand.NewPCG(1, uint64(p)))
 			for i := 1; i <= each; i++ {
-				l.Post(&Task{Run: func() {
+				q.Post(&Task{Run: func() {
 					if last[p] != i-1 {
 						t.Errorf("poster %d: task %d ran after task %d", p, i, last[p])
 					}
 					last[p] = i
 					ran.Add(1)
 				}})
-				// Now and then the loop gets time to fall asleep.
+				// Now and then the queue gets time to fall asleep.
 				if rng.IntN(64) == 0 {
 					time.Sleep(time.Duration(rng.IntN(300)) * time.Microsecond)
 				}
@@ -830,11 +830,11 @@ func TestLoopPostsFromManyGoroutines(t *testing.T) {
 	}
 }
 
-// TestLoopNoLostWakeUp sends one task back and forth between two loops and the
+// TestRingNoLostWakeUp sends one task back and forth between two queues and the
 // test: a wake-up lost is a hang.
-func TestLoopNoLostWakeUp(t *testing.T) {
-	a := startLoop(t, LoopConfig{Name: "a", Depth: 1})
-	b := startLoop(t, LoopConfig{Name: "b", Depth: 1})
+func TestRingNoLostWakeUp(t *testing.T) {
+	a := startQueue(t, RingConfig{Name: "a", Depth: 1})
+	b := startQueue(t, RingConfig{Name: "b", Depth: 1})
 	const rounds = 5000
 	n := 0
 	done := make(chan struct{})
@@ -857,10 +857,10 @@ func TestLoopNoLostWakeUp(t *testing.T) {
 	}
 }
 
-func TestLoopStopWhileBusy(t *testing.T) {
+func TestRingStopWhileBusy(t *testing.T) {
 	f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{})
 	for round := range 20 {
-		l := startLoop(t, LoopConfig{Name: "busy", Depth: 8, Files: []*OSFile{f}})
+		q := startQueue(t, RingConfig{Name: "busy", Depth: 8, Files: []*OSFile{f}})
 		mem := mapped(t, 16*4096)
 		var begun, ended atomic.Int64
 		var quit atomic.Bool
@@ -868,13 +868,13 @@ func TestLoopStopWhileBusy(t *testing.T) {
 			ended.Add(1)
 			if !quit.Load() {
 				begun.Add(1)
-				l.Submit(op)
+				q.Submit(op)
 			}
 		}
-		l.Post(&Task{Run: func() {
+		q.Post(&Task{Run: func() {
 			for i := range 16 {
 				begun.Add(1)
-				l.Submit(&Op{Kind: Kind(i % 2), File: f, Off: int64(i) * 4096, Len: 4096, Buf: MemBuf(mem[i*4096:]), Done: done})
+				q.Submit(&Op{Kind: Kind(i % 2), File: f, Off: int64(i) * 4096, Len: 4096, Buf: MemBuf(mem[i*4096:]), Done: done})
 			}
 		}})
 		for begun.Load() < 100 {
@@ -883,7 +883,7 @@ func TestLoopStopWhileBusy(t *testing.T) {
 		stopped := make(chan struct{})
 		for range 2 {
 			go func() {
-				l.Stop()
+				q.Stop()
 				stopped <- struct{}{}
 			}()
 		}
@@ -898,27 +898,27 @@ func TestLoopStopWhileBusy(t *testing.T) {
 		within(t, "stop", stopped)
 		within(t, "second stop", stopped)
 		if begun.Load() != ended.Load() {
-			t.Fatalf("%d operations begun, %d ended when the loop stopped", begun.Load(), ended.Load())
+			t.Fatalf("%d operations begun, %d ended when the queue stopped", begun.Load(), ended.Load())
 		}
-		l.Stop()
-		l.Post(&Task{Run: func() { t.Error("a task ran after the end") }})
+		q.Stop()
+		q.Post(&Task{Run: func() { t.Error("a task ran after the end") }})
 	}
 }
 
-func TestLoopStopWaitsForCommands(t *testing.T) {
+func TestRingStopWaitsForCommands(t *testing.T) {
 	efd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Close(efd)
 	var answers atomic.Int32
-	cfg := LoopConfig{Name: "test", Depth: 1, OnCommand: func(uint32, int32) { answers.Add(1) }}
-	start := func() (*Loop, chan struct{}) {
-		l := startLoop(t, cfg)
-		onThread(t, l, func() { l.Command(0).PrepPollAdd(efd, unix.POLLIN) })
+	cfg := RingConfig{Name: "test", Depth: 1, OnCommand: func(uint32, int32) { answers.Add(1) }}
+	start := func() (*RingQueue, chan struct{}) {
+		q := startQueue(t, cfg)
+		onThread(t, q, func() { q.Command(0).PrepPollAdd(efd, unix.POLLIN) })
 		stopped := make(chan struct{})
 		go func() {
-			l.Stop()
+			q.Stop()
 			close(stopped)
 		}()
 		select {
@@ -926,12 +926,12 @@ func TestLoopStopWaitsForCommands(t *testing.T) {
 			t.Error("Stop did not wait for the command")
 		case <-time.After(20 * time.Millisecond):
 		}
-		return l, stopped
+		return q, stopped
 	}
 
-	l, stopped := start()
-	l.Abandon()
-	within(t, "stop of an abandoned loop", stopped)
+	q, stopped := start()
+	q.Abandon()
+	within(t, "stop of an abandoned queue", stopped)
 	if answers.Load() != 0 {
 		t.Errorf("%d abandoned commands were answered", answers.Load())
 	}
@@ -946,14 +946,14 @@ func TestLoopStopWaitsForCommands(t *testing.T) {
 	}
 }
 
-// TestLoopStopWhilePosted: what was posted before Stop runs, whoever posts
+// TestRingStopWhilePosted: what was posted before Stop runs, whoever posts
 // meanwhile.
-func TestLoopStopWhilePosted(t *testing.T) {
+func TestRingStopWhilePosted(t *testing.T) {
 	for range 20 {
-		l := startLoop(t, LoopConfig{Name: "test", Depth: 1})
+		q := startQueue(t, RingConfig{Name: "test", Depth: 1})
 		var before atomic.Int32
 		for range 10 {
-			l.Post(&Task{Run: func() { before.Add(1) }})
+			q.Post(&Task{Run: func() { before.Add(1) }})
 		}
 		quit := make(chan struct{})
 		var posters sync.WaitGroup
@@ -966,7 +966,7 @@ func TestLoopStopWhilePosted(t *testing.T) {
 					case <-quit:
 						return
 					default:
-						l.Post(&Task{Run: func() {}})
+						q.Post(&Task{Run: func() {}})
 					}
 				}
 			}()
@@ -974,10 +974,10 @@ func TestLoopStopWhilePosted(t *testing.T) {
 		runtime.Gosched()
 		stopped := make(chan struct{})
 		go func() {
-			l.Stop()
+			q.Stop()
 			close(stopped)
 		}()
-		// Posters that never pause may keep a loop going.
+		// Posters that never pause may keep a queue going.
 		time.AfterFunc(time.Millisecond, func() { close(quit) })
 		within(t, "stop", stopped)
 		posters.Wait()
@@ -1033,7 +1033,7 @@ func settledGoroutines() int {
 	return n
 }
 
-func TestLoopThreadAndDescriptors(t *testing.T) {
+func TestRingThreadAndDescriptors(t *testing.T) {
 	goroutines := settledGoroutines()
 	before := openFiles(t)
 	var cpus unix.CPUSet
@@ -1046,24 +1046,24 @@ func TestLoopThreadAndDescriptors(t *testing.T) {
 	}
 	var one unix.CPUSet
 	one.Set(first)
-	l := startLoop(t, LoopConfig{Name: "a-very-long-name-indeed", Depth: 4, CPUs: &one})
+	q := startQueue(t, RingConfig{Name: "a-very-long-name-indeed", Depth: 4, CPUs: &one})
 	var got unix.CPUSet
-	onThread(t, l, func() {
+	onThread(t, q, func() {
 		if err := unix.SchedGetaffinity(0, &got); err != nil {
 			t.Error(err)
 		}
 		if unix.Gettid() == unix.Getpid() {
-			t.Error("the loop runs on the main thread")
+			t.Error("the queue runs on the main thread")
 		}
 	})
 	if got != one {
 		t.Errorf("the thread runs on %d processors, want 1", got.Count())
 	}
 	if names := threads(t); names["a-very-long-nam"] != 1 {
-		t.Errorf("threads %v, want one with the loop's name", names)
+		t.Errorf("threads %v, want one with the queue's name", names)
 	}
 	if n := runtime.NumGoroutine(); n != goroutines+1 {
-		t.Errorf("%d goroutines with the loop, %d without", n, goroutines)
+		t.Errorf("%d goroutines with the queue, %d without", n, goroutines)
 	}
 	added := 0
 	for fd, to := range openFiles(t) {
@@ -1086,7 +1086,7 @@ func TestLoopThreadAndDescriptors(t *testing.T) {
 	if added != 2 {
 		t.Errorf("%d descriptors added, want the ring and the eventfd", added)
 	}
-	l.Stop()
+	q.Stop()
 	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		names, fds := threads(t), openFiles(t)
 		if names["a-very-long-nam"] == 0 && len(fds) == len(before) && runtime.NumGoroutine() == goroutines {
@@ -1098,7 +1098,7 @@ func TestLoopThreadAndDescriptors(t *testing.T) {
 	}
 }
 
-func TestLoopBadConfig(t *testing.T) {
+func TestRingBadConfig(t *testing.T) {
 	goroutines := settledGoroutines()
 	before := len(openFiles(t))
 	gone := NewOSFile(1<<20, "gone")
@@ -1107,16 +1107,16 @@ func TestLoopBadConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Munmap(forbidden)
-	for what, cfg := range map[string]LoopConfig{
+	for what, cfg := range map[string]RingConfig{
 		"no depth":     {},
 		"too deep":     {Depth: uring.MaxEntries + 1},
 		"closed file":  {Depth: 1, Files: []*OSFile{gone}},
 		"no processor": {Depth: 1, CPUs: &unix.CPUSet{}},
 		"no memory":    {Depth: 1, Buffers: [][]byte{forbidden}},
 	} {
-		if l, err := NewLoop(cfg); err == nil {
-			l.Stop()
-			t.Errorf("%s: a loop was made", what)
+		if q, err := NewRingQueue(cfg); err == nil {
+			q.Stop()
+			t.Errorf("%s: a queue was made", what)
 		} else if what == "closed file" && !errors.Is(err, unix.EBADF) {
 			t.Errorf("%s: %v, want EBADF", what, err)
 		}
@@ -1128,24 +1128,24 @@ func TestLoopBadConfig(t *testing.T) {
 	}
 }
 
-func TestLoopEmptyBuffers(t *testing.T) {
+func TestRingEmptyBuffers(t *testing.T) {
 	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 1, Files: []*OSFile{f}, Buffers: make([][]byte, 4)})
+	q := startQueue(t, RingConfig{Name: "test", Depth: 1, Files: []*OSFile{f}, Buffers: make([][]byte, 4)})
 	// The place is there, and empty until a driver fills it.
-	if e := onLoop(t, l, &Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Index: 3}}); e != unix.EFAULT {
+	if e := onQueue(t, q, &Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Index: 3}}); e != unix.EFAULT {
 		t.Fatalf("read into an empty place: %v, want EFAULT", e)
 	}
 }
 
 // Memory that comes and goes: what was written from one pinned buffer is read
 // into another, places are used again, and there is an end of them.
-func TestLoopPin(t *testing.T) {
+func TestRingPin(t *testing.T) {
 	f := diskFile(t, t.TempDir(), 64<<10, OpenOptions{})
 	mem := mapped(t, 16<<10)
 	own := mapped(t, 4096)
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 4, Files: []*OSFile{f}, Buffers: [][]byte{own}, Pins: 5})
+	q := startQueue(t, RingConfig{Name: "test", Depth: 4, Files: []*OSFile{f}, Buffers: [][]byte{own}, Pins: 5})
 	pin := func(mem []byte) (index int32, err error) {
-		call(t, l, func() { index, err = l.Pin(mem) })
+		call(t, q, func() { index, err = q.Pin(mem) })
 		return index, err
 	}
 	for round := range 3 {
@@ -1166,27 +1166,27 @@ func TestLoopPin(t *testing.T) {
 		buf := func(index int32, mem []byte) Buf {
 			return Buf{Mem: unsafe.Pointer(unsafe.SliceData(mem)), Index: index}
 		}
-		if e := onLoop(t, l, &Op{Kind: Write, File: f, Off: 512, Len: 4096, Buf: buf(a, mem).At(512)}); e != 0 {
+		if e := onQueue(t, q, &Op{Kind: Write, File: f, Off: 512, Len: 4096, Buf: buf(a, mem).At(512)}); e != 0 {
 			t.Fatal(e)
 		}
-		if e := onLoop(t, l, &Op{Kind: Read, File: f, Off: 512, Len: 4096, Buf: buf(b, mem[8<<10:]).At(1024)}); e != 0 {
+		if e := onQueue(t, q, &Op{Kind: Read, File: f, Off: 512, Len: 4096, Buf: buf(b, mem[8<<10:]).At(1024)}); e != 0 {
 			t.Fatal(e)
 		}
 		if !bytes.Equal(mem[512:512+4096], mem[9<<10:13<<10]) {
 			t.Fatal("read differs from what was written")
 		}
-		call(t, l, func() { l.Unpin(a) })
-		if e := onLoop(t, l, &Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Index: a}}); e != unix.EFAULT {
+		call(t, q, func() { q.Unpin(a) })
+		if e := onQueue(t, q, &Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Index: a}}); e != unix.EFAULT {
 			t.Fatalf("read into a place given back: %v, want EFAULT", e)
 		}
-		call(t, l, func() { l.Unpin(b) })
+		call(t, q, func() { q.Unpin(b) })
 	}
 	// Operations that wait for a slot, or for the next turn, when their memory is
 	// pinned no more, and another in its place, go on as without it.
 	ops := make([]Op, 12)
 	ended := make(chan unix.Errno, len(ops))
-	call(t, l, func() {
-		a, err := l.Pin(mem[:8<<10])
+	call(t, q, func() {
+		a, err := q.Pin(mem[:8<<10])
 		if err != nil {
 			t.Error(err)
 			return
@@ -1194,14 +1194,14 @@ func TestLoopPin(t *testing.T) {
 		for i := range ops {
 			b := Buf{Mem: unsafe.Pointer(unsafe.SliceData(mem)), Index: a}
 			ops[i] = Op{Kind: Read, File: f, Off: 512, Len: 512, Buf: b.At(int64(i) * 512), Done: func(op *Op) { ended <- op.Err }}
-			l.Submit(&ops[i])
+			q.Submit(&ops[i])
 		}
-		l.Unpin(a)
-		b, err := l.Pin(own)
+		q.Unpin(a)
+		b, err := q.Pin(own)
 		if err != nil || a != b {
 			t.Errorf("pinned at %d after %d, %v", b, a, err)
 		}
-		l.Unpin(b)
+		q.Unpin(b)
 	})
 	for range ops {
 		if e := <-ended; e != 0 {
@@ -1218,12 +1218,12 @@ func TestLoopPin(t *testing.T) {
 	}
 }
 
-// TestLoopAllocatesNothing counts what the whole process allocates while a
-// loop works in its steady state.
-func TestLoopAllocatesNothing(t *testing.T) {
+// TestRingAllocatesNothing counts what the whole process allocates while a
+// queue works in its steady state.
+func TestRingAllocatesNothing(t *testing.T) {
 	f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{})
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 8, Commands: 4, Files: []*OSFile{f}, OnCommand: func(uint32, int32) {}})
-	other := startLoop(t, LoopConfig{Name: "other", Depth: 1})
+	q := startQueue(t, RingConfig{Name: "test", Depth: 8, Commands: 4, Files: []*OSFile{f}, OnCommand: func(uint32, int32) {}})
+	other := startQueue(t, RingConfig{Name: "other", Depth: 1})
 	mem := mapped(t, 16*4096)
 	ops := make([]Op, 16) // twice the depth: half of them wait
 	left := 0
@@ -1235,12 +1235,12 @@ func TestLoopAllocatesNothing(t *testing.T) {
 		op.Kind = []Kind{Read, Write, Read, Flush}[left%4]
 		op.FUA = left%64 == 1
 		if left%8 == 0 {
-			l.Command(uint32(left)).PrepNop()
+			q.Command(uint32(left)).PrepNop()
 		}
-		l.Submit(op)
+		q.Submit(op)
 	}
 	back := &Task{Run: func() {}}
-	there := &Task{Run: func() { l.Post(back) }}
+	there := &Task{Run: func() { q.Post(back) }}
 	for i := range ops {
 		ops[i] = Op{File: f, Off: int64(i) * 4096, Len: 4096, Buf: MemBuf(mem[i*4096:])}
 		ops[i].Done = func(op *Op) {
@@ -1261,7 +1261,7 @@ func TestLoopAllocatesNothing(t *testing.T) {
 		var a, b runtime.MemStats
 		runtime.ReadMemStats(&a)
 		left = n
-		l.Post(begin)
+		q.Post(begin)
 		<-finished
 		runtime.ReadMemStats(&b)
 		return b.Mallocs - a.Mallocs
@@ -1272,26 +1272,26 @@ func TestLoopAllocatesNothing(t *testing.T) {
 	if allocs := min(run(n), run(n), run(n)); allocs > n/100 {
 		t.Fatalf("%d allocations in %d operations", allocs, n)
 	}
-	// One more goroutine per loop, however much it does.
+	// One more goroutine per queue, however much it does.
 	if g := runtime.NumGoroutine(); g > 20 {
 		t.Fatalf("%d goroutines", g)
 	}
 }
 
-// TestLoopGivesItsProcessorBack: an idle loop does not wait raw for long, and
+// TestRingGivesItsProcessorBack: an idle queue does not wait raw for long, and
 // collections end while it does.
-func TestLoopGivesItsProcessorBack(t *testing.T) {
+func TestRingGivesItsProcessorBack(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(3))
-	var loops []*Loop
+	var queues []*RingQueue
 	for i := range 4 {
-		loops = append(loops, startLoop(t, LoopConfig{Name: fmt.Sprint("idle", i), Depth: 1}))
+		queues = append(queues, startQueue(t, RingConfig{Name: fmt.Sprint("idle", i), Depth: 1}))
 	}
 	for range 30 {
-		for _, l := range loops {
-			onThread(t, l, func() {})
+		for _, q := range queues {
+			onThread(t, q, func() {})
 		}
-		if n := rawLoops.Load(); n > 2 {
-			t.Fatalf("%d loops wait raw with 3 processors, want at most 2", n)
+		if n := rawQueues.Load(); n > 2 {
+			t.Fatalf("%d queues wait raw with 3 processors, want at most 2", n)
 		}
 		done := make(chan struct{})
 		go func() {
@@ -1300,23 +1300,23 @@ func TestLoopGivesItsProcessorBack(t *testing.T) {
 		}()
 		within(t, "collection", done)
 	}
-	for end := time.Now().Add(time.Minute); rawLoops.Load() != 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); rawQueues.Load() != 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%d idle loops still wait raw", rawLoops.Load())
+			t.Fatalf("%d idle queues still wait raw", rawQueues.Load())
 		}
 	}
 	// Idle ones wake up again.
-	for _, l := range loops {
-		onThread(t, l, func() {})
+	for _, q := range queues {
+		onThread(t, q, func() {})
 	}
 }
 
 func TestRawLimit(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(5))
 	if n := rawLimit("madvdontneed=1,asyncpreemptoff=0"); n != 4 {
-		t.Errorf("%d loops may wait raw with 5 processors, want 4", n)
+		t.Errorf("%d queues may wait raw with 5 processors, want 4", n)
 	}
 	if n := rawLimit("x=1,asyncpreemptoff=1"); n != 0 {
-		t.Errorf("%d loops may wait raw without preemption, want 0", n)
+		t.Errorf("%d queues may wait raw without preemption, want 0", n)
 	}
 }

@@ -24,8 +24,8 @@ type OpenOptions struct {
 	ReadOnly bool
 }
 
-// OSFile is a file of the operating system for a Loop: a block device or a
-// regular file. It may be used on any number of loops at a time.
+// OSFile is a file of the operating system for a RingQueue: a block device or
+// a regular file. It may be used on any number of queues at a time.
 type OSFile struct {
 	name  string
 	fd    int
@@ -121,8 +121,8 @@ func (f *OSFile) holds(end int64) bool {
 }
 
 // Close closes the file, once; later calls return the first one's result. No
-// operation on it may be in flight or follow. A Loop that has it registered
-// keeps it open until the loop has stopped.
+// operation on it may be in flight or follow. A RingQueue that has it
+// registered keeps it open until the queue has stopped.
 func (f *OSFile) Close() error {
 	f.closing.Do(func() {
 		if err := unix.Close(f.fd); err != nil {

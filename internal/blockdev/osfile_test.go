@@ -68,7 +68,7 @@ func loopDisk(t *testing.T, size int64) string {
 	return ""
 }
 
-func TestLoopOnBlockDevice(t *testing.T) {
+func TestRingOnBlockDevice(t *testing.T) {
 	const size = 6 << 30
 	disk := loopDisk(t, size)
 	f, err := OpenDisk(disk, OpenOptions{Exclusive: true, Direct: true})
@@ -79,7 +79,7 @@ func TestLoopOnBlockDevice(t *testing.T) {
 	if n, err := f.Size(); err != nil || n != size || !f.IsBlock() {
 		t.Fatalf("size %d (%v), block device %v", n, err, f.IsBlock())
 	}
-	l := startLoop(t, LoopConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
+	q := startQueue(t, RingConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
 	mem := mapped(t, 8192)
 	fill(mem[:4096], 1)
 	at := func(off int64, kind Kind, second bool) *Op {
@@ -102,17 +102,17 @@ func TestLoopOnBlockDevice(t *testing.T) {
 		for _, off := range []int64{0, begin, begin + 3<<30, end - 4096, end} {
 			op := at(off, Write, false)
 			op.FUA = true
-			mustDo(t, l, op)
+			mustDo(t, q, op)
 		}
 		c.op.File, c.op.Off, c.op.Len = f, begin, end-begin
 		if c.op.NoUnmap {
 			// The loop driver would fill the backing file with 6 GiB.
 			c.op.Len = 1 << 20
 		}
-		mustDo(t, l, &c.op)
-		mustDo(t, l, &Op{Kind: Flush, File: f})
+		mustDo(t, q, &c.op)
+		mustDo(t, q, &Op{Kind: Flush, File: f})
 		for _, off := range []int64{0, begin, begin + 3<<30, end - 4096, end} {
-			mustDo(t, l, at(off, Read, true))
+			mustDo(t, q, at(off, Read, true))
 			want := mem[:4096]
 			if off >= c.op.Off && off < c.op.Off+c.op.Len {
 				want = make([]byte, 4096)
@@ -137,17 +137,17 @@ func TestLoopOnBlockDevice(t *testing.T) {
 		return n
 	}
 	before := flushes()
-	mustDo(t, l, at(0, Write, false))
+	mustDo(t, q, at(0, Write, false))
 	if n := flushes(); n != before {
 		t.Errorf("a plain write flushed the disk %d times", n-before)
 	}
 	op := at(0, Write, false)
 	op.FUA = true
-	mustDo(t, l, op)
+	mustDo(t, q, op)
 	if n := flushes(); n != before+1 {
 		t.Errorf("a write with FUA flushed the disk %d times, want 1", n-before)
 	}
-	mustDo(t, l, &Op{Kind: Flush, File: f})
+	mustDo(t, q, &Op{Kind: Flush, File: f})
 	if n := flushes(); n != before+2 {
 		t.Errorf("write with FUA and flush flushed the disk %d times, want 2", n-before)
 	}
@@ -163,36 +163,36 @@ func TestLoopOnBlockDevice(t *testing.T) {
 		{"unaligned zeroes", at(1, WriteZeroes, false), unix.EINVAL},
 		{"allocate", at(0, Allocate, false), unix.EOPNOTSUPP},
 	} {
-		if e := onLoop(t, l, c.op); e != c.want {
+		if e := onQueue(t, q, c.op); e != c.want {
 			t.Errorf("%s: %v, want %v", c.what, e, c.want)
 		}
 	}
 }
 
-// TestLoopAsksForDiscard: on a block device the block layer's own discard is
+// TestRingAsksForDiscard: on a block device the block layer's own discard is
 // asked first, and the next way only if there is none.
-func TestLoopAsksForDiscard(t *testing.T) {
+func TestRingAsksForDiscard(t *testing.T) {
 	disk := loopDisk(t, 1<<20)
 	f, err := OpenDisk(disk, OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	l := manualLoop(t, LoopConfig{Depth: 1})
+	q := manualQueue(t, RingConfig{Depth: 1})
 	done := false
 	op := &Op{Kind: Discard, File: f, Len: 1 << 20, Done: func(*Op) { done = true }}
-	l.Submit(op)
-	if m := l.slots[0].method; m != methodDiscard {
+	q.Submit(op)
+	if m := q.slots[0].method; m != methodDiscard {
 		t.Fatalf("method %d first, want the discard", m)
 	}
 	for !done {
-		if err := l.ring.SubmitAndWait(1, false); err != nil {
+		if err := q.ring.SubmitAndWait(1, false); err != nil {
 			t.Fatal(err)
 		}
-		if l.slots[0].method != methodDiscard {
+		if q.slots[0].method != methodDiscard {
 			t.Log("kernel older than 6.12: no discard on a ring")
 		}
-		l.reap()
+		q.reap()
 	}
 	if op.Err != 0 {
 		t.Fatal(op.Err)

@@ -47,7 +47,7 @@ func TestClaimChild(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := blockdev.NewOSFile(int(f.Fd()), args[0])
-	l, err := blockdev.NewLoop(blockdev.LoopConfig{Name: "claim", Depth: claimWrites})
+	q, err := blockdev.NewRingQueue(blockdev.RingConfig{Name: "claim", Depth: claimWrites})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,9 +55,9 @@ func TestClaimChild(t *testing.T) {
 	for i := range mem {
 		mem[i] = args[1][0]
 	}
-	l.Post(&blockdev.Task{Run: func() {
+	q.Post(&blockdev.Task{Run: func() {
 		for i := range int64(claimWrites) {
-			l.Submit(&blockdev.Op{
+			q.Submit(&blockdev.Op{
 				Kind: blockdev.Write, File: file, Off: i << 20, Len: 1 << 20, Buf: blockdev.MemBuf(mem[i<<20 : (i+1)<<20]),
 				Done: func(*blockdev.Op) {},
 			})

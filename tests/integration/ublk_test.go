@@ -272,7 +272,7 @@ func TestUblkRegistration(t *testing.T) {
 		return newHandler(i, bq)
 	}
 	d := ublkAdd(t, ctl, cfg)
-	// No other package has business with the loop's table of buffers.
+	// No other package has business with the ring's table of buffers.
 	ring := (*uring.Ring)(reflect.ValueOf(queue).Elem().FieldByName("ring").UnsafePointer())
 	own := ublkPages(t, 4096)
 	place := func(mem []byte) {
