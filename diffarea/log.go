@@ -25,7 +25,7 @@ const (
 const (
 	storeBatch = 1 << 20   // bytes in one write to the storage, or one chunk if that is more
 	maxStores  = 4         // writes to the storage at a time
-	storeAside = 256 << 10 // bytes from which a store is left to a kernel worker
+	storeAsync = 256 << 10 // bytes from which a store is left to a kernel worker
 )
 
 // Pool is the memory of a log: a ring buffer of slots, one chunk each. Mem and
@@ -456,7 +456,7 @@ func (s *store) submit(w *Worker) {
 	s.w = w
 	s.op.Len = int64(s.n) << l.shift
 	s.op.Buf = w.slots(l, s.first)
-	if s.op.Aside = s.op.Len >= storeAside; s.op.Aside {
+	if s.op.ForceAsync = s.op.Len >= storeAsync; s.op.ForceAsync {
 		// The worker comes to it later: the place may be empty by then.
 		s.op.Buf.Index = blockdev.NoIndex
 	}

@@ -121,11 +121,13 @@ type Op struct {
 	Kind    Kind
 	FUA     bool // Write: durable when it completes
 	NoUnmap bool // WriteZeroes: keep the space allocated
-	Aside   bool // Read, Write: started by a kernel worker, for the start of a long one holds up the thread
-	File    File
-	Off     int64 // bytes
-	Len     int64 // bytes
-	Buf     Buf   // Read, Write
+	// ForceAsync has a kernel worker start a Read or Write (IOSQE_ASYNC), because
+	// to start a long one would hold up the thread.
+	ForceAsync bool
+	File       File
+	Off        int64 // bytes
+	Len        int64 // bytes
+	Buf        Buf   // Read, Write
 
 	// Err is the result, 0 on success. There are no short transfers: the whole
 	// range was done, or Err is set and any part of it may have been.

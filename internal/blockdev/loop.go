@@ -90,7 +90,7 @@ type slot struct {
 	op     *Op
 	method method
 	tries  uint8 // EAGAIN seen
-	aside  bool  // leave it to a kernel worker
+	async  bool  // leave it to a kernel worker
 }
 
 // method is how an operation is done. A file that cannot do it one way is
@@ -588,7 +588,7 @@ func (q *RingQueue) start(op *Op) {
 	n := len(q.free) - 1
 	i := q.free[n]
 	q.free = q.free[:n]
-	q.slots[i] = slot{op: op, method: firstMethod(op), aside: op.Aside}
+	q.slots[i] = slot{op: op, method: firstMethod(op), async: op.ForceAsync}
 	q.inFlight++
 	q.issue(i)
 }
@@ -686,7 +686,7 @@ func (q *RingQueue) issue(i uint32) {
 	if fixed {
 		s.SetFixedFile()
 	}
-	if sl.aside {
+	if sl.async {
 		s.Flags |= uring.IOSQE_ASYNC
 	}
 	s.UserData = kindOp | uint64(i)
@@ -776,14 +776,14 @@ func (q *RingQueue) completed(i uint32, res int32) {
 		case unix.EAGAIN:
 			if sl.tries < maxTries {
 				sl.tries++
-				sl.aside = true // it cannot be had without blocking
+				sl.async = true // it cannot be had without blocking
 				q.issue(i)
 				return
 			}
 		case unix.ECANCELED:
-			if sl.aside {
+			if sl.async {
 				// The kernel had no worker and no memory for one.
-				sl.aside = false
+				sl.async = false
 				q.issue(i)
 				return
 			}
@@ -800,7 +800,7 @@ func (q *RingQueue) completed(i uint32, res int32) {
 	case transfer:
 		op.moved += int64(res)
 		if op.moved < op.Len {
-			sl.tries, sl.aside = 0, op.Aside
+			sl.tries, sl.async = 0, op.ForceAsync
 			q.issue(i)
 			return
 		}

@@ -471,7 +471,7 @@ func TestRingRetries(t *testing.T) {
 	}
 	for _, c := range []struct {
 		answers []int32 // in place of the kernel's; 0 passes that one on
-		aside   bool
+		async   bool
 		want    unix.Errno
 	}{
 		{[]int32{0}, false, 0},
@@ -486,7 +486,7 @@ func TestRingRetries(t *testing.T) {
 		{[]int32{-int32(unix.ECANCELED), -int32(unix.ECANCELED)}, true, unix.ECANCELED},
 		{[]int32{-int32(unix.ECANCELED)}, false, unix.ECANCELED},
 	} {
-		calls, op.Aside = 0, c.aside
+		calls, op.ForceAsync = 0, c.async
 		q.Submit(op)
 		for i, res := range c.answers {
 			if calls != 0 {
@@ -505,7 +505,7 @@ func TestRingRetries(t *testing.T) {
 			t.Fatalf("%v: %d in flight and %d slots free afterwards", c.answers, q.inFlight, len(q.free))
 		}
 	}
-	op.Aside = false
+	op.ForceAsync = false
 	// Progress counts: EAGAIN may come more often than maxTries in all.
 	calls = 0
 	q.Submit(op)
