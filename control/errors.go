@@ -188,6 +188,8 @@ func diskError(d *disk.Error) *Error {
 		e.Code, e.Errno = Invalid, unix.ENOMEDIUM
 	case errors.Is(d, disk.ErrReadOnly):
 		e.Code, e.Errno = ReadOnly, unix.EROFS
+	case errors.Is(d, disk.ErrForeign):
+		e.Code, e.Errno = Denied, unix.EPERM
 	case errors.Is(d, disk.ErrInUse):
 		e.Code, e.Errno = Busy, unix.EBUSY
 	case errors.As(d, &errno):

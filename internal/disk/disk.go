@@ -29,6 +29,7 @@ var (
 	ErrReadOnly = errors.New("read-only")
 	ErrInUse    = errors.New("in use")
 	ErrUnknown  = errors.New("cannot tell")
+	ErrForeign  = errors.New("somebody else's")
 )
 
 // Error says what is wrong with which path and what a person can do about it.
@@ -180,8 +181,13 @@ func (h *Host) statPath(path string) (status, error) {
 		return status{}, pe.Err
 	}
 	defer f.Close()
+	return statFile(int(f.Fd()), "")
+}
+
+// statFile is the status of an open file, or of the path.
+func statFile(fd int, path string) (status, error) {
 	var st unix.Statx_t
-	err = unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, &st)
+	err := unix.Statx(fd, path, unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, &st)
 	if err != nil {
 		return status{}, err
 	}

@@ -88,6 +88,11 @@ func (w *walk) path(path string) (bool, error) {
 	if err != nil {
 		return false, &Error{ErrUnknown, path, err.Error(), ""}
 	}
+	return w.status(path, st)
+}
+
+// status is path for what has been looked at.
+func (w *walk) status(path string, st status) (bool, error) {
 	if st.mode == unix.S_IFBLK {
 		return w.device(st.rdev)
 	}

@@ -1,0 +1,167 @@
+package disk
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Place is what a path led to at one moment. Whatever is done there is done
+// through its descriptors, so that it does not matter what the names come to
+// lead to later.
+type Place struct {
+	Path string   // as it was given
+	File *os.File // what is there, opened as a place only (O_PATH); nil if nothing is
+	Mode uint32   // of File
+	Dir  *os.File // the directory that Base is a name in, opened in the same way
+	Base string
+}
+
+// Close closes the descriptors. It may be called again.
+func (p *Place) Close() {
+	for _, f := range []*os.File{p.File, p.Dir} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// Kind is the type of what is there (unix.S_IFREG and so on), 0 if nothing is.
+func (p *Place) Kind() uint32 { return p.Mode & unix.S_IFMT }
+
+// maxLinks is how many symbolic links the kernel follows in one path.
+const maxLinks = 40
+
+// OpenPlace follows an absolute path, whose last name need not exist. Symbolic
+// links are followed below Root if they are the superuser's or this process's:
+// through anybody else's link a path leads wherever its owner likes. The error
+// is an *Error with ErrForeign or the errno.
+func (h *Host) OpenPlace(path string) (*Place, error) {
+	fail := func(what string, err error) (*Place, error) {
+		return nil, &Error{err, path, what + ": " + err.Error(), ""}
+	}
+	fd, err := unix.Open(h.Root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fail(h.Root, err)
+	}
+	stack := []*os.File{os.NewFile(uintptr(fd), h.Root)} // from the root to where the path has led so far
+	p := &Place{Path: path}
+	defer func() {
+		for _, f := range stack {
+			if f != p.File && f != p.Dir {
+				f.Close()
+			}
+		}
+	}()
+	links := 0
+	todo := strings.Split(path, "/")
+	for len(todo) > 0 {
+		name := todo[0]
+		todo = todo[1:]
+		dir := stack[len(stack)-1]
+		switch name {
+		case "", ".":
+			continue
+		case "..":
+			if len(stack) > 1 {
+				stack = stack[:len(stack)-1]
+				dir.Close()
+			}
+			continue
+		}
+		next, err := openAt(int(dir.Fd()), name)
+		if errors.Is(err, unix.ENOENT) && !slices.ContainsFunc(todo, func(s string) bool { return s != "" }) {
+			p.Dir, p.Base, p.Mode = dir, name, 0
+			return p, nil
+		}
+		if err != nil {
+			return fail(name, err)
+		}
+		var st unix.Stat_t
+		if err := unix.Fstat(int(next.Fd()), &st); err != nil {
+			next.Close()
+			return fail(name, err)
+		}
+		if st.Mode&unix.S_IFMT != unix.S_IFLNK {
+			stack = append(stack, next)
+			p.Mode, p.Base = st.Mode, name
+			continue
+		}
+		to := make([]byte, unix.PathMax)
+		n, err := unix.Readlinkat(int(next.Fd()), "", to)
+		next.Close()
+		if links++; err == nil && links > maxLinks {
+			err = unix.ELOOP
+		}
+		if err != nil {
+			return fail(name, err)
+		}
+		if st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+			return nil, &Error{ErrForeign, path, fmt.Sprintf("the link %s belongs to user %d, who may lead it anywhere", name, st.Uid), "name the place that is meant"}
+		}
+		target := string(to[:n])
+		if filepath.IsAbs(target) {
+			for _, f := range stack[1:] {
+				f.Close()
+			}
+			stack = stack[:1]
+		}
+		todo = append(strings.Split(target, "/"), todo...)
+	}
+	p.File = stack[len(stack)-1]
+	if len(stack) == 1 {
+		p.Mode = unix.S_IFDIR
+		return p, nil
+	}
+	p.Dir = stack[len(stack)-2]
+	return p, nil
+}
+
+// openAt opens one name as a place, without following it. A directory is asked
+// for first, which mounts it where the kernel does that on demand.
+func openAt(dir int, name string) (*os.File, error) {
+	const flags = unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	fd, err := unix.Openat(dir, name, flags|unix.O_DIRECTORY, 0)
+	if errors.Is(err, unix.ENOTDIR) {
+		fd, err = unix.Openat(dir, name, flags, 0)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// Where is a path of the place for this process, free of symbolic links, as
+// things are now.
+func (h *Host) Where(p *Place) string {
+	f, base := p.Dir, p.Base
+	if f == nil {
+		f, base = p.File, ""
+	}
+	// The kernel names a file by the mounts it was reached through, from the
+	// root of their namespace.
+	real, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	if err != nil {
+		return filepath.Join(h.Root, p.Path)
+	}
+	return filepath.Join(h.Root, strings.TrimPrefix(real, h.Root), base)
+}
+
+// PlaceLiesOn is LiesOn for what has been opened: a block device, or else the
+// filesystem on which a file is, or would come to be.
+func (h *Host) PlaceLiesOn(p *Place, target Num, below func(Num) []Num) (bool, error) {
+	f := p.Dir
+	if f == nil || p.Kind() == unix.S_IFBLK || p.Kind() == unix.S_IFDIR {
+		f = p.File
+	}
+	st, err := statFile(int(f.Fd()), "")
+	if err != nil {
+		return false, &Error{ErrUnknown, p.Path, err.Error(), ""}
+	}
+	return h.walkTo(target, below).status(p.Path, st)
+}

@@ -1,0 +1,96 @@
+package disk
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestOpenPlace(t *testing.T) {
+	dir := t.TempDir()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	path := func(elem ...string) string { return filepath.Join(append([]string{dir}, elem...)...) }
+	must(os.MkdirAll(path("a", "b"), 0o700))
+	must(os.WriteFile(path("a", "b", "file"), nil, 0o600))
+	must(os.Symlink("/a/b", path("absolute")))
+	must(os.Symlink("b/../b/file", path("a", "relative")))
+	must(os.Symlink("/../../a/./b/", path("a", "out")))
+	must(os.Symlink("loop", path("loop")))
+	must(os.Symlink("/nowhere/new", path("dangling")))
+	root := filepath.Join(t.TempDir(), "root") // as /proc/1/root is one
+	must(os.Symlink(dir, root))
+	h := &Host{Root: root}
+	for _, c := range []struct {
+		path, where string
+		kind        uint32
+	}{
+		{"/", "/", unix.S_IFDIR},
+		{"/a//b/", "/a/b", unix.S_IFDIR},
+		{"/a/b/file", "/a/b/file", unix.S_IFREG},
+		{"/a/b/new", "/a/b/new", 0},
+		{"/a/b/new/", "/a/b/new", 0},
+		{"/../a/b/../../new", "/new", 0},
+		{"/absolute", "/a/b", unix.S_IFDIR},
+		{"/absolute/file", "/a/b/file", unix.S_IFREG},
+		{"/absolute/new", "/a/b/new", 0},
+		{"/a/relative", "/a/b/file", unix.S_IFREG},
+		{"/a/out/file", "/a/b/file", unix.S_IFREG},
+	} {
+		p, err := h.OpenPlace(c.path)
+		if err != nil {
+			t.Errorf("%s: %v", c.path, err)
+			continue
+		}
+		if where := h.Where(p); where != filepath.Join(root, dir, c.where) || p.Kind() != c.kind {
+			t.Errorf("%s is %s, kind %o; want %s, %o", c.path, where, p.Kind(), c.where, c.kind)
+		}
+		p.Close()
+	}
+	for path, want := range map[string]error{
+		"/a/nowhere/new": unix.ENOENT, "/a/b/file/new": unix.ENOTDIR, "/loop": unix.ELOOP, "/dangling": unix.ENOENT,
+	} {
+		var e *Error
+		if _, err := h.OpenPlace(path); !errors.Is(err, want) || !errors.As(err, &e) {
+			t.Errorf("%s: %v, want %v", path, err, want)
+		}
+	}
+
+	// What was opened stays, whatever becomes of the names.
+	p, err := h.OpenPlace("/a/b/new")
+	must(err)
+	defer p.Close()
+	must(os.Rename(path("a"), path("moved")))
+	must(os.Symlink("/", path("a")))
+	if where := h.Where(p); where != filepath.Join(root, path("moved", "b", "new")) {
+		t.Errorf("after a rename it is %s", where)
+	}
+
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: links of somebody else")
+	}
+	must(os.Lchown(path("absolute"), 12345, 12345))
+	if _, err := h.OpenPlace("/absolute/file"); !errors.Is(err, ErrForeign) {
+		t.Errorf("through a link of somebody else: %v", err)
+	}
+}
+
+// TestOpenPlaceClosed counts descriptors.
+func TestOpenPlaceClosed(t *testing.T) {
+	before := len(names("/proc/self/fd"))
+	for _, path := range []string{"/proc/self/fd/../../self/status", "/etc/passwd/new", "/no/such/place", "/proc/self/new", "/"} {
+		if p, err := Machine().OpenPlace(path); err == nil {
+			p.Close()
+		}
+	}
+	if after := len(names("/proc/self/fd")); after != before {
+		t.Errorf("%d descriptors, %d before", after, before)
+	}
+}
