@@ -70,6 +70,11 @@ func Examine() []Check {
 	default:
 		add("udev", Note, "does not run: no by-uuid links, and nothing keeps other programs away from images", "")
 	}
+	if host().CanProbe() {
+		add("blkid", OK, "installed", "")
+	} else {
+		add("blkid", Note, "not installed: a block device is storage only with --overwrite", "install util-linux")
+	}
 	if host().ReadsMounts() {
 		add("mounts", OK, "the mounts of all processes can be read", "")
 	} else {

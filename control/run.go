@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -31,7 +32,13 @@ type Options struct {
 	Log        *Log
 	// Ready is called once, when the daemon answers.
 	Ready func()
+	// Prober tells what devices hold; Run starts one.
+	Prober *disk.Prober
 }
+
+// ProbeCommand is the command of the program that serves a Prober, with the
+// directory below which it finds its tools as its argument.
+const ProbeCommand = "probe"
 
 // stopper is an API that is freed in two steps.
 type stopper interface {
@@ -60,6 +67,13 @@ func (e ending) Stop(ctx context.Context) error {
 // Run is the daemon: it serves until it is told to stop, by a client or by
 // SIGTERM or SIGINT, and no device is in use any more.
 func Run(o Options) error {
+	// Before anything that it must not inherit, and before there is a disk.
+	var err error
+	if o.Prober, err = disk.StartProber("ublk-blksnap", ProbeCommand, host().Root); err != nil {
+		o.Log.Warn("cannot look into block devices", "error", err)
+	} else {
+		defer o.Prober.Close()
+	}
 	for _, err := range ublk.PrepareProcess() {
 		o.Log.Warn("the process is not as it should be", "error", err)
 	}

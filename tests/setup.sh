@@ -19,6 +19,7 @@ test_needs="
 	/usr/bin/udevadm              udev
 	/lib/systemd/systemd          systemd
 	dmsetup                       dmsetup
+	blkid                         util-linux
 	blockdev                      util-linux
 	losetup                       mount
 	sfdisk                        fdisk

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 func (p *program) daemon() *cobra.Command {
@@ -94,6 +95,16 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, report
 		Dir: p.dir(), Config: cfg, ConfigPath: path, Log: log,
 		Ready: func() { report(nil) },
 	})
+}
+
+// probe is the process that a daemon starts to look into block devices.
+func (p *program) probe() *cobra.Command {
+	return &cobra.Command{
+		Use:    control.ProbeCommand + " ROOT",
+		Hidden: true,
+		Args:   args(1, 1),
+		RunE:   func(_ *cobra.Command, args []string) error { return disk.ServeProbes(3, args[0]) },
+	}
 }
 
 // override puts the parameters given as flags over those of the file.

@@ -211,6 +211,7 @@ A daemon does the work; the first command that needs it starts it.
 	group("snapshot", p.snapshot(), p.cbt())
 	group("program", p.daemon(), p.doctor(), p.config(), p.version())
 	group("blksnap", p.blksnapCommands()...)
+	root.AddCommand(p.probe())
 	return root
 }
 

@@ -1,0 +1,241 @@
+package disk
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// What a device holds is asked of blkid, which knows every format that there is.
+// A daemon that serves disks must not start it by itself: between fork and exec
+// the Go runtime waits for the new process without giving its processor away, so
+// that a program file on a disk that does not answer would stop the collection of
+// garbage, and with that every queue. A Prober is a process of its own, started
+// before there is any disk to serve, that does it.
+
+// ErrNoTool: there is no blkid on this machine.
+var ErrNoTool = errors.New("blkid is not installed")
+
+// Prober is a running process that asks blkid.
+type Prober struct {
+	socket *os.File
+	ended  chan struct{} // closed when the process has ended
+}
+
+// answer is what a Prober writes to the pipe that came with a question.
+type answer struct {
+	Holds  string `json:"holds,omitempty"`
+	Error  string `json:"error,omitempty"`
+	NoTool bool   `json:"no_tool,omitempty"`
+}
+
+// StartProber starts this program with args, to call ServeProbes with the file
+// descriptor 3. It ends with the Prober's process, or by Close.
+func StartProber(args ...string) (*Prober, error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("start the prober: %w", err)
+	}
+	p := &Prober{os.NewFile(uintptr(pair[0]), "prober"), make(chan struct{})}
+	theirs := os.NewFile(uintptr(pair[1]), "questions")
+	defer theirs.Close()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		p.socket.Close()
+		return nil, fmt.Errorf("start the prober: %w", err)
+	}
+	defer null.Close()
+	child, err := os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
+		Dir:   "/",
+		Env:   []string{},
+		Files: []*os.File{null, null, null, theirs},
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		p.socket.Close()
+		return nil, fmt.Errorf("start the prober: %w", err)
+	}
+	go func() {
+		_, _ = child.Wait()
+		close(p.ended)
+	}()
+	return p, nil
+}
+
+// Close ends the process. It waits for that only for a moment: a process that
+// hangs in a device ends when the device answers.
+func (p *Prober) Close() {
+	p.socket.Close()
+	select {
+	case <-p.ended:
+	case <-time.After(time.Second):
+	}
+}
+
+// Probe says what the device, which may be opened as a place only (O_PATH),
+// holds; empty if nothing is found. See Blkid.
+func (p *Prober) Probe(ctx context.Context, dev *os.File) (string, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return "", err
+	}
+	defer r.Close()
+	err = unix.Sendmsg(int(p.socket.Fd()), []byte{0}, unix.UnixRights(int(dev.Fd()), int(w.Fd())), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	w.Close()
+	if err != nil {
+		return "", fmt.Errorf("the process that asks blkid is gone: restart the daemon: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var a answer
+	switch err := json.NewDecoder(r).Decode(&a); {
+	case ctx.Err() != nil:
+		return "", fmt.Errorf("blkid: %w", ctx.Err())
+	case err != nil:
+		return "", fmt.Errorf("ask the prober: %w", err)
+	case a.NoTool:
+		return "", ErrNoTool
+	case a.Error != "":
+		return "", errors.New(a.Error)
+	}
+	return a.Holds, nil
+}
+
+// ServeProbes is the life of a Prober's process, which resolves blkid below root.
+// It ends when whoever asks has gone.
+func ServeProbes(fd int, root string) error {
+	// The terminal's signals are for the daemon, which may refuse to end.
+	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
+	_ = os.WriteFile("/proc/self/comm", []byte("ublk-probe"), 0)
+	// Nothing depends on this process.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("0"), 0)
+	for {
+		oob := make([]byte, unix.CmsgSpace(2*4))
+		n, oobn, _, _, err := unix.Recvmsg(fd, make([]byte, 1), oob, unix.MSG_CMSG_CLOEXEC)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || n == 0 {
+			return err
+		}
+		var fds []int
+		if msgs, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil && len(msgs) == 1 {
+			fds, _ = unix.ParseUnixRights(&msgs[0])
+		}
+		if len(fds) != 2 {
+			return errors.New("a question without its files")
+		}
+		go func() {
+			dev, reply := os.NewFile(uintptr(fds[0]), "device"), os.NewFile(uintptr(fds[1]), "answer")
+			defer dev.Close()
+			defer reply.Close()
+			holds, err := Blkid(root, dev)
+			a := answer{Holds: holds, NoTool: errors.Is(err, ErrNoTool)}
+			if err != nil {
+				a.Error = err.Error()
+			}
+			_ = json.NewEncoder(reply).Encode(a)
+		}()
+	}
+}
+
+// CanProbe says whether there is a blkid to ask.
+func (h *Host) CanProbe() bool {
+	_, err := findBlkid(h.Root)
+	return err == nil
+}
+
+// findBlkid is the path of blkid below root.
+func findBlkid(root string) (string, error) {
+	for _, dir := range []string{"/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin"} {
+		if st, err := os.Stat(filepath.Join(root, dir, "blkid")); err == nil && st.Mode().IsRegular() {
+			return filepath.Join(dir, "blkid"), nil
+		}
+	}
+	return "", ErrNoTool
+}
+
+// blkidLimit is how long blkid may run.
+const blkidLimit = time.Minute
+
+// Blkid says what the device or file f holds, as blkid found below root tells it:
+// a filesystem, a part of a larger device, a partition table; empty if it finds
+// nothing. Contents that several formats claim are an error, as is everything
+// else that leaves it in the dark.
+func Blkid(root string, f *os.File) (string, error) {
+	program, err := findBlkid(root)
+	if err != nil {
+		return "", err
+	}
+	// What it does not get open it takes for empty.
+	dev, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	if err != nil {
+		return "", fmt.Errorf("open for blkid: %w", err)
+	}
+	defer dev.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), blkidLimit)
+	defer cancel()
+	c := exec.CommandContext(ctx, program, "-p", "-o", "export", "/proc/self/fd/3")
+	c.Dir = "/"
+	c.Env = []string{"LC_ALL=C"}
+	c.ExtraFiles = []*os.File{dev}
+	if root != "/" {
+		c.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
+	}
+	var out, said bytes.Buffer
+	c.Stdout, c.Stderr = &out, &said
+	err = c.Run()
+	status := 0
+	var exit *exec.ExitError
+	switch {
+	case errors.As(err, &exit) && exit.Exited():
+		status = exit.ExitCode()
+	case err != nil:
+		return "", fmt.Errorf("run blkid: %w", err)
+	}
+	return understand(status, &out, strings.TrimSpace(said.String()))
+}
+
+// understand is what blkid -p -o export has said.
+func understand(status int, out io.Reader, said string) (string, error) {
+	text, _ := io.ReadAll(out)
+	switch {
+	case status == 2 && len(text) == 0 && said == "":
+		return "", nil
+	case status == 8:
+		return "", errors.New("blkid finds several formats at once (wipefs lists them)")
+	case status != 0 || said != "":
+		return "", fmt.Errorf("blkid ended with status %d: %s", status, said)
+	}
+	found := map[string]string{}
+	other := ""
+	for _, line := range strings.Split(strings.TrimSpace(string(text)), "\n") {
+		key, value, _ := strings.Cut(line, "=")
+		found[key] = value
+		// A partition is told from where the table of its disk has it.
+		if key != "DEVNAME" && !strings.HasPrefix(key, "PART_ENTRY_") {
+			other = line
+		}
+	}
+	switch {
+	case found["DEVNAME"] == "":
+		return "", fmt.Errorf("blkid said nothing of the device: %q", text)
+	case found["TYPE"] != "":
+		return found["TYPE"], nil
+	case found["PTTYPE"] != "":
+		return "a partition table (" + found["PTTYPE"] + ")", nil
+	}
+	return other, nil
+}

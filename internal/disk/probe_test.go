@@ -1,0 +1,121 @@
+package disk
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestMain is a prober's process too.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "probe" {
+		if ServeProbes(3, os.Args[2]) != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// image is a file of 16 MiB of zeroes but for what is put into it.
+func image(t *testing.T, put map[int64]string) *os.File {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "image"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	if err := f.Truncate(16 << 20); err != nil {
+		t.Fatal(err)
+	}
+	for at, s := range put {
+		if _, err := f.WriteAt([]byte(s), at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return f
+}
+
+// TestProbe has what a look at the beginning alone does not find.
+func TestProbe(t *testing.T) {
+	p, err := StartProber("ublk-blksnap", "probe", "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	for _, c := range []struct {
+		want string
+		put  map[int64]string
+	}{
+		{"", nil},
+		{"", map[int64]string{1 << 20: "anything"}},
+		{"squashfs", map[int64]string{0: "hsqs\x00\x00\x00\x00", 28: "\x04\x00\x00\x00"}},
+		{"iso9660", map[int64]string{0x8000: "\x01CD001\x01", 0x8800: "\xffCD001\x01"}},
+		{"swsuspend", map[int64]string{4096 - 10: "S1SUSPEND\x00"}},
+		{"erofs", map[int64]string{1024: "\xe2\xe1\xf5\xe0", 1024 + 12: "\x0c"}},
+		{"crypto_LUKS", map[int64]string{0x4000: "SKUL\xba\xbe\x00\x02", 0x4000 + 0x100: string(binary.BigEndian.AppendUint64(nil, 0x4000))}},
+		{"linux_raid_member", map[int64]string{
+			16<<20 - 8<<10:       "\xfc\x4e\x2b\xa9\x01\x00\x00\x00",
+			16<<20 - 8<<10 + 144: string(binary.LittleEndian.AppendUint64(nil, (16<<20-8<<10)/512)),
+		}},
+		{"a partition table (dos)", map[int64]string{446: "\x00\x00\x02\x00\x83\x00\x00\x00\x00\x08\x00\x00\x00\x10\x00\x00", 510: "\x55\xaa"}},
+	} {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		got, err := p.Probe(ctx, image(t, c.put))
+		cancel()
+		if err != nil || got != c.want {
+			t.Errorf("%q: found %q, %v", c.want, got, err)
+		}
+	}
+	// Two at once are none to choose from.
+	two := image(t, map[int64]string{0: "hsqs\x00\x00\x00\x00", 28: "\x04\x00\x00\x00", 4096 - 10: "SWAPSPACE2", 1024: "\x01\x00\x00\x00\xff\x00\x00\x00"})
+	if got, err := p.Probe(context.Background(), two); err == nil || !strings.Contains(err.Error(), "several formats") {
+		t.Errorf("squashfs and swap: %q, %v", got, err)
+	}
+}
+
+// TestProbeWithout has no blkid, another program of that name, one that hangs,
+// and no process to ask.
+func TestProbeWithout(t *testing.T) {
+	root := t.TempDir()
+	if _, err := Blkid(root, image(t, nil)); !errors.Is(err, ErrNoTool) {
+		t.Errorf("without blkid: %v", err)
+	}
+	p, err := StartProber("ublk-blksnap", "probe", root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Probe(context.Background(), image(t, nil)); !errors.Is(err, ErrNoTool) {
+		t.Errorf("without blkid, asked: %v", err)
+	}
+	p.Close()
+	select {
+	case <-p.ended:
+	case <-time.After(time.Minute):
+		t.Error("the process does not end with who asks it")
+	}
+	if _, err := p.Probe(context.Background(), image(t, nil)); err == nil {
+		t.Error("a prober that has ended answers")
+	}
+	for _, c := range []struct {
+		status    int
+		out, said string
+	}{
+		{0, "", ""}, {0, "TYPE=ext4\n", ""}, {2, "", "error: cannot open"}, {2, "DEVNAME=x\n", ""}, {1, "", ""}, {4, "", ""}, {8, "", ""}, {127, "", ""},
+	} {
+		if got, err := understand(c.status, strings.NewReader(c.out), c.said); err == nil {
+			t.Errorf("status %d, %q, %q was taken for %q", c.status, c.out, c.said, got)
+		}
+	}
+	if got, err := understand(0, strings.NewReader("DEVNAME=x\nPART_ENTRY_SCHEME=gpt\nPART_ENTRY_NUMBER=1\n"), ""); got != "" || err != nil {
+		t.Errorf("an empty partition is %q, %v", got, err)
+	}
+	if got, err := understand(0, strings.NewReader("DEVNAME=x\nNEWS=1\n"), ""); got != "NEWS=1" || err != nil {
+		t.Errorf("what is not known is %q, %v", got, err)
+	}
+}
