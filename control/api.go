@@ -188,6 +188,9 @@ type Storage struct {
 	Path string `json:"path"` // a file, a directory or a block device
 	// Limit is the most it may take, in bytes; 0: all there is.
 	Limit int64 `json:"limit,omitempty"`
+	// Overwrite uses a file or a block device whatever it holds, which is lost. A
+	// file that was there stays, empty.
+	Overwrite bool `json:"overwrite,omitempty"`
 }
 
 // CreateRequest asks for a snapshot.

@@ -342,24 +342,27 @@ func (d *Daemon) appendTo(s *snapshot, st Storage) error {
 	if st.Limit < 0 || st.Limit > 0 && st.Limit < s.chunk {
 		return invalid("storage %s: a limit of %s holds no chunk of %s", st.Path, FormatSize(st.Limit), FormatSize(s.chunk))
 	}
-	// A write to the storage that needed a copy to the storage would wait for
-	// itself.
-	for _, v := range d.sorted() {
-		on, err := d.host.LiesOn(st.Path, v.disk.Num, d.below)
-		if err != nil {
-			return fail(err, "storage %s", st.Path)
-		}
-		if on {
-			return &Error{Code: Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
-				Message: fmt.Sprintf("storage %s: lies on %s, which has the filter %s", st.Path, v.Original, v.Name)}
-		}
-	}
-	path, err := d.host.Resolve(st.Path)
+	place, err := d.host.OpenPlace(st.Path)
 	if err != nil {
 		return fail(err, "storage %s", st.Path)
 	}
+	// A write to the storage that needed a copy to the storage would wait for
+	// itself.
+	for _, v := range d.sorted() {
+		on, err := d.host.PlaceLiesOn(place, v.disk.Num, d.below)
+		if err == nil && on {
+			err = &Error{Code: Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
+				Message: fmt.Sprintf("lies on %s, which has the filter %s", v.Original, v.Name)}
+		}
+		if err != nil {
+			place.Close()
+			return fail(err, "storage %s", st.Path)
+		}
+	}
 	d.step("allocate storage in %s", st.Path)
-	if err := s.live.AppendStorage(path, st.Limit); err != nil {
+	if err := s.live.AppendStorage(snapimage.Storage{
+		Place: place, Where: d.host.Where(place), Limit: st.Limit, Overwrite: st.Overwrite, Probe: d.probe,
+	}); err != nil {
 		if hanging := s.live.Returning(); len(hanging) > 0 {
 			d.o.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", asKnown(strings.Join(hanging, ", ")))
 		}
@@ -369,6 +372,16 @@ func (d *Daemon) appendTo(s *snapshot, st Storage) error {
 	s.storage = append(s.storage, st)
 	d.mu.Unlock()
 	return nil
+}
+
+// probe says what a block device holds, which may not answer.
+func (d *Daemon) probe(dev *os.File) (string, error) {
+	if d.o.Prober == nil {
+		return "", errors.New("the daemon could not start its prober")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), d.o.Config.StorageTimeout)
+	defer cancel()
+	return d.o.Prober.Probe(ctx, dev)
 }
 
 // TakeSnapshot implements API.

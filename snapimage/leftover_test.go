@@ -1,67 +1,116 @@
 package snapimage
 
 import (
-	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
-// TestLeftoverStorage is a daemon that was killed: the file with copied data
-// goes, one that has taken its name since stays.
-func TestLeftoverStorage(t *testing.T) {
-	base := t.TempDir()
-	s, err := newState(filepath.Join(base, "state", "id"))
+// TestLeftoverSpace is a daemon that was killed with the space of a file that was
+// there: the file gets it back, and what was stored is gone by itself.
+func TestLeftoverSpace(t *testing.T) {
+	const size = 256 << 10
+	dir := t.TempDir()
+	st, err := newState(filepath.Join(dir, "state", "id"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	stored := filepath.Join(base, "stored")
-	replaced := filepath.Join(base, "replaced")
-	var files []*storage
-	for _, path := range []string{stored, replaced} {
-		st, err := openStorage(path, 0, 512)
+	path := filepath.Join(dir, "file")
+	writeFile(t, path, strings.Repeat("x", size), 0o640)
+	before := stat(t, path)
+	s := mustOpenStorage(t, path, true)
+	if err := st.remember(s, path); err != nil {
+		t.Fatal(err)
+	}
+	store(t, s)
+	if now := stat(t, path); now.Blocks != 0 {
+		t.Errorf("the file has %d blocks of its own", now.Blocks)
+	}
+	s.file.Close()
+	unix.Close(s.lender.fd)
+	if err := os.Rename(path, path+".moved"); err != nil {
+		t.Fatal(err)
+	}
+
+	if err := ClearLeftover(st.dir); err != nil {
+		t.Fatal(err)
+	}
+	now := stat(t, path+".moved")
+	if now.Blocks < before.Blocks || now.Size != size || now.Mode != before.Mode {
+		t.Errorf("it was %+v and is %+v", before, now)
+	}
+	if _, err := os.Stat(st.dir); !os.IsNotExist(err) {
+		t.Errorf("the state is still there: %v", err)
+	}
+}
+
+// TestLeftoverReplaced: a file that has name and number of one on record is not
+// that one. Where files have no handles, the time of their birth tells.
+func TestLeftoverReplaced(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store")
+	writeFile(t, path, "mine", 0o600)
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	was, err := identify(int(f.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	in, err := identify(int(dir.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if was.Handle == nil || was.Born == 0 {
+		t.Skip("needs a filesystem with handles and times of birth, for TMPDIR")
+	}
+	for name, change := range map[string]func(*identity){
+		"born later":             func(id *identity) { id.Born-- },
+		"born later, no handle":  func(id *identity) { id.Handle, id.Born = nil, id.Born-1 },
+		"another, no handle":     func(id *identity) { id.Handle, id.Ino = nil, id.Ino+1 },
+		"on another filesystem":  func(id *identity) { id.Dev++ },
+		"nothing but its number": func(id *identity) { *id = identity{Dev: id.Dev, Ino: id.Ino} },
+	} {
+		id := was
+		change(&id)
+		_ = record{Path: path, File: id, Dir: &in}.clear()
+		if b, err := os.ReadFile(path); string(b) != "mine" {
+			t.Errorf("%s: it holds %q, %v", name, b, err)
+		}
+	}
+	for name, change := range map[string]func(*identity){
+		"by its handle": func(*identity) {},
+		"by its name":   func(id *identity) { id.Handle = nil },
+	} {
+		writeFile(t, path, "copied", 0o600)
+		g, err := os.Open(path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := s.remember(st); err != nil {
+		id, err := identify(int(g.Fd()))
+		g.Close()
+		if err != nil {
 			t.Fatal(err)
 		}
-		files = append(files, st)
-	}
-	other, err := os.Open(stored) // keeps the file's content in sight
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer other.Close()
-	secret := bytes.Repeat([]byte("secret!!"), 512)
-	if err := os.WriteFile(stored, secret, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(replaced+".new", []byte("mine"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(replaced+".new", replaced); err != nil {
-		t.Fatal(err)
-	}
-	for _, st := range files {
-		st.file.Close()
-	}
-
-	if err := ClearLeftover(s.dir); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(stored); !os.IsNotExist(err) {
-		t.Errorf("the storage file is still there: %v", err)
-	}
-	if st, err := other.Stat(); err != nil || st.Size() != 0 {
-		t.Errorf("who has the file open finds %d bytes, %v", st.Size(), err)
-	}
-	if b, err := os.ReadFile(replaced); string(b) != "mine" {
-		t.Errorf("another file of that name now holds %q, %v", b, err)
-	}
-	if _, err := os.Stat(s.dir); !os.IsNotExist(err) {
-		t.Errorf("the state is still there: %v", err)
+		change(&id)
+		at := in
+		change(&at)
+		if err := (record{Path: path, File: id, Dir: &at}).clear(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := os.Stat(path); !os.IsNotExist(err) {
+			t.Errorf("%s: not removed: %v", name, err)
+		}
 	}
 }
 
@@ -92,14 +141,20 @@ func FuzzClearLeftover(f *testing.F) {
 
 func TestSignature(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "device")
+	look := func(content []byte) (string, error) {
+		writeFile(t, path, string(content), 0o600)
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		return signature(f)
+	}
 	seen := map[string]bool{}
 	for _, s := range signatures {
 		b := make([]byte, 256<<10)
 		copy(b[s.at:], s.magic)
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		what, err := signature(path)
+		what, err := look(b)
 		if err != nil || what != s.what {
 			t.Errorf("%q at %d: %q, %v; want %q", s.magic, s.at, what, err, s.what)
 		}
@@ -109,10 +164,7 @@ func TestSignature(t *testing.T) {
 		t.Errorf("only %d kinds", len(seen))
 	}
 	for _, n := range []int{0, 512, 256 << 10} {
-		if err := os.WriteFile(path, make([]byte, n), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if what, err := signature(path); n > 0 && (what != "" || err != nil) {
+		if what, err := look(make([]byte, n)); what != "" || err != nil {
 			t.Errorf("%d zero bytes: %q, %v", n, what, err)
 		}
 	}

@@ -104,14 +104,14 @@ func (v *Live) AddDevice(f *filter.Filter, device uint64, block int) error {
 	return err
 }
 
-// AppendStorage gives the snapshot a file, directory or block device, of which
-// it takes at most limit bytes; 0 is no limit. It returns when the first
-// portion is allocated, or with ErrStuck when that takes longer than
-// LiveConfig.Patience, all in all: the storage is used then if it answers after
-// all, and given back with the others.
-func (v *Live) AppendStorage(path string, limit int64) error {
+// AppendStorage gives the snapshot storage. It returns when the first portion is
+// allocated, or with ErrStuck when that takes longer than LiveConfig.Patience,
+// all in all: the storage is used then if it answers after all, and given back
+// with the others.
+func (v *Live) AppendStorage(c Storage) error {
+	path := c.Place.Path
 	late := time.After(v.cfg.Patience)
-	s, err := v.openStorage(path, limit, late)
+	s, err := v.openStorage(c, late)
 	if err != nil {
 		return err
 	}
@@ -136,7 +136,7 @@ func (v *Live) AppendStorage(path string, limit int64) error {
 }
 
 // openStorage is for what may hang itself: a file of a dead file server.
-func (v *Live) openStorage(path string, limit int64, late <-chan time.Time) (*storage, error) {
+func (v *Live) openStorage(c Storage, late <-chan time.Time) (*storage, error) {
 	type result struct {
 		s   *storage
 		err error
@@ -144,9 +144,9 @@ func (v *Live) openStorage(path string, limit int64, late <-chan time.Time) (*st
 	align := v.align
 	opened := make(chan result, 1)
 	go func() {
-		s, err := openStorage(path, limit, align)
+		s, err := c.open(align)
 		if err == nil {
-			if err = v.state.remember(s); err != nil {
+			if err = v.state.remember(s, c.Where); err != nil {
 				err = errors.Join(err, s.discard(0))
 			}
 		}
@@ -156,13 +156,13 @@ func (v *Live) openStorage(path string, limit int64, late <-chan time.Time) (*st
 	case r := <-opened:
 		return r.s, r.err
 	case <-late:
-		v.giveBack(path, func() error {
+		v.giveBack(c.Place.Path, func() error {
 			if r := <-opened; r.err == nil {
 				return r.s.discard(0)
 			}
 			return nil
 		})
-		return nil, fmt.Errorf("%s: %w", path, ErrStuck)
+		return nil, fmt.Errorf("%s: %w", c.Place.Path, ErrStuck)
 	}
 }
 

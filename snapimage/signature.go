@@ -3,8 +3,13 @@ package snapimage
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // signatures are what tells that a block device holds something, as the kernel
@@ -29,20 +34,47 @@ var signatures = []struct {
 	{"a partition table or a boot sector", 510, "\x55\xaa"},
 }
 
-// signature says what the device at path seems to hold, empty if nothing.
-func signature(path string) (string, error) {
-	f, err := os.Open(path)
+// unused refuses a block device that holds something, as far as that can be
+// known. The list above is what blkid passes over when it finds it damaged.
+func (c Storage) unused() error {
+	const way = "if it is not needed, wipe it (wipefs -a) or overwrite it (--overwrite)"
+	fd, err := reopen(c.Place.File, unix.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	f := os.NewFile(uintptr(fd), c.Place.Path)
+	defer f.Close()
+	what, err := signature(f)
+	if err == nil && what == "" {
+		what, err = c.Probe(c.Place.File)
+	}
+	switch {
+	case errors.Is(err, disk.ErrNoTool):
+		return fmt.Errorf("%w: cannot tell what the device holds: %w: install util-linux; %s", ErrStorageInUse, err, way)
+	case err != nil:
+		return fmt.Errorf("%w: cannot tell what the device holds: %w: %s", ErrStorageInUse, err, way)
+	case what != "":
+		return fmt.Errorf("%w: the device seems to hold %s: %s", ErrStorageInUse, what, way)
+	}
+	return nil
+}
+
+// signature says what a device seems to hold, empty if nothing. Both of its ends
+// have to be readable: what is not, blkid takes for empty.
+func signature(f *os.File) (string, error) {
+	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
 		return "", err
 	}
-	defer f.Close()
-	head := make([]byte, 128<<10)
-	n, err := io.ReadFull(f, head)
-	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
+	head := make([]byte, min(size, 128<<10))
+	if _, err := f.ReadAt(make([]byte, len(head)), size-int64(len(head))); err != nil {
+		return "", err
+	}
+	if _, err := f.ReadAt(head, 0); err != nil {
 		return "", err
 	}
 	for _, s := range signatures {
-		if end := s.at + int64(len(s.magic)); end <= int64(n) && bytes.Equal(head[s.at:end], []byte(s.magic)) {
+		if end := s.at + int64(len(s.magic)); end <= int64(len(head)) && bytes.Equal(head[s.at:end], []byte(s.magic)) {
 			return s.what, nil
 		}
 	}

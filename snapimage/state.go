@@ -143,7 +143,7 @@ func Room(dir string, size int64) error {
 	if total == 0 {
 		return nil // a tmpfs without a limit
 	}
-	top := mountOf(dir, fs)
+	top := topOf(dir, fs)
 	pages := func(n int64) int64 { return (n + fs.Bsize - 1) / fs.Bsize * fs.Bsize }
 	promised := int64(0)
 	err := filepath.WalkDir(top, func(_ string, e os.DirEntry, err error) error {
@@ -165,8 +165,8 @@ func Room(dir string, size int64) error {
 	return nil
 }
 
-// mountOf is the uppermost directory above dir on the same filesystem.
-func mountOf(dir string, fs unix.Statfs_t) string {
+// topOf is the uppermost directory above dir on the same filesystem.
+func topOf(dir string, fs unix.Statfs_t) string {
 	for {
 		up := filepath.Dir(dir)
 		var st unix.Statfs_t

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"time"
 
@@ -28,7 +29,7 @@ func (p *program) blksnapSnapshotCreate() *cobra.Command {
 				return err
 			}
 			if file != "" {
-				if r.Storage, err = storages([]string{file}, int64(limit)); err != nil {
+				if r.Storage, err = blksnapStorage(file, int64(limit)); err != nil {
 					return err
 				}
 			}
@@ -46,6 +47,13 @@ func (p *program) blksnapSnapshotCreate() *cobra.Command {
 	f.StringVarP(&file, "file", "f", "", "file, directory or block device for differences")
 	f.VarP(&limit, "limit", "l", "the most that differences may take, with K, M or G")
 	return c
+}
+
+// blksnapStorage is storage as blksnap takes it: a file is used whatever it
+// holds, as scripts make it beforehand.
+func blksnapStorage(path string, limit int64) ([]control.Storage, error) {
+	st, err := os.Stat(path)
+	return storages([]string{path}, limit, err == nil && st.Mode().IsRegular())
 }
 
 func (p *program) blksnapSnapshotAdd() *cobra.Command {
@@ -83,7 +91,7 @@ func (p *program) blksnapSnapshotAppendStorage() *cobra.Command {
 			if err := checkID(c, id); err != nil {
 				return err
 			}
-			st, err := storages([]string{file}, 0)
+			st, err := blksnapStorage(file, 0)
 			if err != nil {
 				return err
 			}

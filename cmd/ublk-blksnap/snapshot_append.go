@@ -10,12 +10,13 @@ import (
 
 func (p *program) snapshotAppend() *cobra.Command {
 	var limit sizeFlag
+	var overwrite bool
 	c := &cobra.Command{
 		Use:   "append UUID STORAGE",
 		Short: "Give a snapshot more difference storage, taken or not",
 		Args:  args(2, 2),
 		RunE: func(c *cobra.Command, args []string) error {
-			st, err := storages(args[1:], int64(limit))
+			st, err := storages(args[1:], int64(limit), overwrite)
 			if err != nil {
 				return err
 			}
@@ -26,5 +27,6 @@ func (p *program) snapshotAppend() *cobra.Command {
 		},
 	}
 	c.Flags().Var(&limit, "limit", "the most that the storage may take (default: all there is)")
+	c.Flags().BoolVar(&overwrite, "overwrite", false, "use a file or block device whatever it holds, which is lost")
 	return c
 }

@@ -17,6 +17,7 @@ func (p *program) snapshotCreate() *cobra.Command {
 		limit, chunk sizeFlag
 		take         bool
 		noFreeze     bool
+		overwrite    bool
 	)
 	c := &cobra.Command{
 		Use:   "create [DEV...]",
@@ -27,7 +28,12 @@ is left).
 
 What the filters' disks held at the take and is overwritten later goes to the
 difference storage: a file, a directory (a nameless file in it) or a whole block
-device. It must not lie on any of the disks, through no stack of devices.`,
+device. It must not lie on any of the disks, through no stack of devices.
+
+A file that is there has to be the superuser's and empty, sparse or only
+allocated, and a block device unused, unless --overwrite is given. What is stored
+goes to a nameless file beside it that takes over its space, and may grow beyond
+its size, up to --limit; at the end the file has its space back.`,
 		Example: "  ublk-blksnap snapshot create vdb vdc --storage /var/tmp --limit 20G --take",
 		Args:    args(0, -1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
@@ -41,7 +47,7 @@ device. It must not lie on any of the disks, through no stack of devices.`,
 			if r.Devices, err = devicePaths(args); err != nil {
 				return err
 			}
-			if r.Storage, err = storages(storage, int64(limit)); err != nil {
+			if r.Storage, err = storages(storage, int64(limit), overwrite); err != nil {
 				return err
 			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
@@ -56,6 +62,7 @@ device. It must not lie on any of the disks, through no stack of devices.`,
 	f := c.Flags()
 	f.StringArrayVar(&storage, "storage", nil, "file, directory or block device for differences; may be given again")
 	f.Var(&limit, "limit", "the most that each storage may take (default: all there is)")
+	f.BoolVar(&overwrite, "overwrite", false, "use a storage file or block device whatever it holds, which is lost")
 	f.Var(&chunk, "chunk-size", "4K to 64M, a power of two (default: from the disks' sizes, as configured)")
 	f.BoolVar(&take, "take", false, "take it at once")
 	f.BoolVar(&noFreeze, "no-freeze", false, "with --take: leave mounted filesystems unfrozen")
@@ -74,14 +81,14 @@ func devicePaths(args []string) ([]string, error) {
 	return out, nil
 }
 
-func storages(paths []string, limit int64) ([]control.Storage, error) {
+func storages(paths []string, limit int64, overwrite bool) ([]control.Storage, error) {
 	var out []control.Storage
 	for _, path := range paths {
 		abs, err := filepath.Abs(path)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, control.Storage{Path: abs, Limit: limit})
+		out = append(out, control.Storage{Path: abs, Limit: limit, Overwrite: overwrite})
 	}
 	return out, nil
 }

@@ -148,28 +148,6 @@ func (h *Host) Open(path string, flags int, mode os.FileMode) (*os.File, error) 
 	}
 }
 
-// Resolve is a path of the same file as path, free of symbolic links, that this
-// process can open as it is. A last component that does not exist stays as it is.
-func (h *Host) Resolve(path string) (string, error) {
-	base := ""
-	f, err := h.Open(path, unix.O_PATH, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		base = filepath.Base(path)
-		f, err = h.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY, 0)
-	}
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	// The kernel names a file by the mounts it was reached through, from the
-	// root of their namespace.
-	real, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
-	if err != nil {
-		return "", fmt.Errorf("resolve %s: %w", path, err)
-	}
-	return filepath.Join(h.Root, strings.TrimPrefix(real, h.Root), base), nil
-}
-
 func (h *Host) statPath(path string) (status, error) {
 	if h.stat != nil {
 		return h.stat(path)

@@ -48,6 +48,8 @@ func TestErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	run(t, "mkswap", disks[2])
+
 	for _, c := range []struct {
 		what  string
 		do    func() error
@@ -119,7 +121,11 @@ func TestErrors(t *testing.T) {
 		{"storage with content", func() error {
 			_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: bare.ID, Storage: control.Storage{Path: file}})
 			return err
-		}, control.Busy, unix.EBUSY, []string{"snapshot_appendstorage", "-i", bare.ID, "-f", file}, "holds 7 bytes"},
+		}, control.Busy, unix.EBUSY, nil, ""},
+		{"a storage device with content", func() error {
+			_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: bare.ID, Storage: control.Storage{Path: disks[2]}})
+			return err
+		}, control.Busy, unix.EBUSY, []string{"snapshot_appendstorage", "-i", bare.ID, "-f", disks[2]}, "seems to hold"},
 		{"storage in no directory", func() error {
 			_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: bare.ID, Storage: control.Storage{Path: file + "/x/y"}})
 			return err

@@ -363,7 +363,7 @@ func TestStuckFile(t *testing.T) {
 		want control.Code
 	}{
 		{filepath.Join(dir, "new"), control.Timeout}, // cannot be made
-		{there, control.Timeout},                     // cannot be allocated
+		{there, control.Timeout},                     // nor one beside this
 		{there, control.Busy},
 	} {
 		_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: c.path}})
@@ -375,10 +375,13 @@ func TestStuckFile(t *testing.T) {
 		t.Errorf("create on storage of another: %v", err)
 	}
 	thaw()
-	waitFor(t, "the use of one file and the end of the other", func() bool {
-		st, err := os.Stat(there)
+	waitFor(t, "the end of one file and the use of the other", func() bool {
 		_, gone := os.Stat(filepath.Join(dir, "new"))
-		return err == nil && st.Size() > 0 && errors.Is(gone, os.ErrNotExist)
+		_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: there}})
+		if err != nil && control.CodeOf(err) != control.Busy {
+			t.Fatal(err)
+		}
+		return err == nil && errors.Is(gone, os.ErrNotExist)
 	})
 	win := w.open()
 	s = d.taken(s.ID)
@@ -392,8 +395,8 @@ func TestStuckFile(t *testing.T) {
 		t.Errorf("I1: %v", err)
 	}
 	d.destroy(s.ID)
-	if left, _ := os.ReadDir(dir); slices.ContainsFunc(left, func(e os.DirEntry) bool { return e.Name() == "there" }) {
-		t.Errorf("storage is left: %v", left)
+	if st, err := os.Stat(there); err != nil || st.Size() != 0 {
+		t.Errorf("the file that was there: %+v, %v", st, err)
 	}
 	d.remove(dev)
 }
