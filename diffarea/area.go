@@ -120,6 +120,26 @@ func (a *Area) Place(w Word, off int64) (blockdev.File, int64) {
 	return f, base + off&(a.log.chunkSize-1)
 }
 
+// Reach is blockdev.Op.Reach for a write to a chunk with word w, which is STORED.
+func (a *Area) Reach(w Word) int64 {
+	l := a.log
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.reachLocked(l.state.find(w.Region()).source)
+}
+
+// Failed is told of an operation of an image that has failed, on w's thread. If it
+// was on the storage, what is there cannot be relied on: the snapshot is broken.
+func (a *Area) Failed(w *Worker, op *blockdev.Op) {
+	l := a.log
+	if op.File == a.orig || op.File == l.pool.File || mutation.Is(mutation.KeepUnreadable) {
+		return
+	}
+	l.mu.Lock()
+	l.breakLocked(unix.EIO, a)
+	l.settle(w, waitList{})
+}
+
 // Copy is the copying of one chunk, from the claim until its word says so. It
 // belongs to its worker's thread; waiters, inTable and region are guarded by
 // log.mu until the copy is granted.

@@ -445,6 +445,7 @@ func (l *Log) nextStoreLocked() *store {
 	s.first, s.n = first, n
 	s.op.File = l.file(x.source)
 	s.op.Off = x.off + int64(first-x.first)<<l.shift
+	s.op.Reach = l.reachLocked(x.source)
 	l.storeNext += n
 	l.stores++
 	l.busy++

@@ -227,6 +227,15 @@ func (l *Log) extendLocked(source uint64, n int64) bool {
 	return ok
 }
 
+// reachLocked is up to where a storage reaches, being allocated so far, unless
+// somebody has cut it off: see blockdev.Op.Reach.
+func (l *Log) reachLocked(source uint64) int64 {
+	if mutation.Is(mutation.CutUnseen) {
+		return 0
+	}
+	return l.sources[source].used
+}
+
 // Used is how many bytes of a storage have been handed out: nothing was ever
 // written beyond them.
 func (l *Log) Used(f blockdev.File) int64 {
@@ -325,7 +334,7 @@ func (l *Log) nextGrowthLocked() bool {
 	}
 	g.active, g.source = true, uint64(pick)
 	g.op.File = s.file
-	g.op.Off = s.used
+	g.op.Off, g.op.Reach = s.used, l.reachLocked(uint64(pick))
 	g.op.Len = max(min(s.portion, s.left(l.chunkSize))>>l.shift<<l.shift, l.chunkSize)
 	l.busy++
 	return true

@@ -195,6 +195,7 @@ func (p *piece) done(op *blockdev.Op) {
 	p.next, t.q.stock = t.q.stock, p
 	if op.Err != 0 {
 		t.err = op.Err
+		t.q.im.area.Failed(t.q.w, op)
 	}
 	t.arrived()
 }
@@ -297,6 +298,7 @@ func (t *write) doStep() {
 			}
 		case diffarea.Stored:
 			f, at := a.Place(w, t.pos)
+			t.op.Reach = a.Reach(w)
 			t.submit(f, at, t.stored)
 			return
 		case diffarea.Failed:
@@ -321,6 +323,7 @@ func (t *write) submit(f blockdev.File, at int64, done func(*blockdev.Op)) {
 
 func (t *write) doStored(op *blockdev.Op) {
 	if op.Err != 0 {
+		t.q.im.area.Failed(t.q.w, op)
 		t.finish(op.Err)
 		return
 	}
@@ -331,6 +334,7 @@ func (t *write) doStored(op *blockdev.Op) {
 // doFill runs when the new chunk has a slot.
 func (t *write) doFill(c *diffarea.Copy) {
 	t.fill = c
+	t.op.Reach = 0
 	mem, _, _ := c.Slot()
 	if t.n == int64(len(mem)) || mutation.Is(mutation.ForgetOld) {
 		t.apply()

@@ -129,6 +129,13 @@ type Op struct {
 	Len        int64 // bytes
 	Buf        Buf   // Read, Write
 
+	// Reach, if it is not 0, is up to where a regular file is known to reach, in
+	// bytes. A Write or Allocate of one that does not any more, because somebody has
+	// cut it off, fails with EIO: making it grow again would turn what was lost into
+	// zeroes. The kernel has no such write, so a RingQueue looks before and after: one
+	// that comes between fails too, but it has grown the file by then.
+	Reach int64
+
 	// Err is the result, 0 on success. There are no short transfers: the whole
 	// range was done, or Err is set and any part of it may have been.
 	Err unix.Errno

@@ -533,6 +533,9 @@ func (q *RingQueue) Submit(op *Op) {
 	case op.Kind != Flush && (op.Off < 0 || op.Len <= 0):
 		op.Err = unix.EINVAL
 		q.finished.push(op)
+	case op.File.(*OSFile).cutOff(op.Reach):
+		op.Err = unix.EIO
+		q.finished.push(op)
 	case len(q.free) == 0 || q.waiting.head != nil:
 		q.waiting.push(op)
 	default:
@@ -804,6 +807,9 @@ func (q *RingQueue) completed(i uint32, res int32) {
 			q.issue(i)
 			return
 		}
+	}
+	if errno == 0 && op.File.(*OSFile).cutOff(op.Reach) {
+		errno = unix.EIO
 	}
 	*sl = slot{}
 	q.free = append(q.free, i)

@@ -306,6 +306,50 @@ func TestRingErrors(t *testing.T) {
 	}
 }
 
+// TestRingReach: a file that was cut off is not made to grow by those who know
+// how far it reached, and one that is cut off under a write is noticed after it.
+func TestRingReach(t *testing.T) {
+	const size = 16384
+	f := diskFile(t, t.TempDir(), size, OpenOptions{})
+	q := startQueue(t, RingConfig{Name: "test", Depth: 1})
+	buf := MemBuf(mapped(t, size))
+	cut := func(to int64) {
+		t.Helper()
+		if err := unix.Ftruncate(f.Fd(), to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	do := func(what string, kind Kind, off, reach int64, want unix.Errno, end int64) {
+		t.Helper()
+		if e := onQueue(t, q, &Op{Kind: kind, File: f, Off: off, Len: 4096, Reach: reach, Buf: buf}); e != want {
+			t.Errorf("%s: %v, want %v", what, e, want)
+		}
+		if now, err := f.Size(); err != nil || now != end {
+			t.Errorf("%s: the file ends at %d, want %d (%v)", what, now, end, err)
+		}
+	}
+	do("write of a whole file", Write, 4096, size, 0, size)
+	do("growing a whole file", Allocate, size, size, 0, size+4096)
+	cut(4096)
+	do("write", Write, 8192, size, unix.EIO, 4096)
+	do("write of what is left", Write, 0, size, unix.EIO, 4096)
+	do("growing", Allocate, size, size, unix.EIO, 4096)
+	do("write of one who does not know", Write, 8192, 0, 0, 12288)
+	cut(size)
+	results := make(chan unix.Errno, 2)
+	onThread(t, q, func() {
+		for range 2 { // the second has been looked at and waits for the first
+			q.Submit(&Op{Kind: Write, File: f, Len: 4096, Reach: size, Buf: buf, Done: func(op *Op) { results <- op.Err }})
+		}
+		cut(0)
+	})
+	for range 2 {
+		if e := <-results; e != unix.EIO {
+			t.Errorf("write of a file cut off meanwhile: %v", e)
+		}
+	}
+}
+
 // TestRingAgainstModel runs random operations on several queues at a time, each
 // with its own part of one file, and compares with plain memory.
 func TestRingAgainstModel(t *testing.T) {
@@ -1242,7 +1286,7 @@ func TestRingAllocatesNothing(t *testing.T) {
 	back := &Task{Run: func() {}}
 	there := &Task{Run: func() { q.Post(back) }}
 	for i := range ops {
-		ops[i] = Op{File: f, Off: int64(i) * 4096, Len: 4096, Buf: MemBuf(mem[i*4096:])}
+		ops[i] = Op{File: f, Off: int64(i) * 4096, Len: 4096, Reach: 1 << 20, Buf: MemBuf(mem[i*4096:])}
 		ops[i].Done = func(op *Op) {
 			if flying--; left > 0 {
 				submit(op)

@@ -93,6 +93,10 @@ const (
 	StoredLate
 	// AwaitLost has a store wait for the copy of a region whose copy is lost.
 	AwaitLost
+	// CutUnseen stores into a file that was cut off as if it were whole.
+	CutUnseen
+	// KeepUnreadable does not break a snapshot whose storage cannot be read.
+	KeepUnreadable
 
 	// Images and snapshots.
 
@@ -134,7 +138,7 @@ var names = [bugs]string{
 	"StoredBeforeWrite", "ReuseSlotEarly", "ForgetWaiter", "PassWaiter", "LongLastChunk", "ShortLastChunk",
 	"StoreAnyway", "CopyAnyway", "FollowWrong", "ExtentOff", "GrowNever", "NextUnrecorded", "DeadUnrecorded",
 	"ForgetAppend", "ForgetMemory", "LeakRegion", "BreakUntold", "AbortUnrecorded", "ExtentEarly", "CopyTwice",
-	"StoredLate", "AwaitLost", "SkipRecheck", "ReadOldPlace", "WriteInFlight", "ForgetOld", "MarkNoImage",
+	"StoredLate", "AwaitLost", "CutUnseen", "KeepUnreadable", "SkipRecheck", "ReadOldPlace", "WriteInFlight", "ForgetOld", "MarkNoImage",
 	"SwitchOneMap", "AnswerBroken", "UsedShort", "CloseEarly", "ReinstallNot", "MarkOneMap", "VoidNothing",
 }
 

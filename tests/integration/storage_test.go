@@ -1110,6 +1110,91 @@ func TestCopyError(t *testing.T) {
 	}
 }
 
+// TestStorageCutOff has somebody cut the storage file off: whoever comes upon
+// that first, a read, a store, or a write to the image, breaks the snapshot, and no
+// image ever shows zeroes for what was lost. The original goes on.
+func TestStorageCutOff(t *testing.T) {
+	needVM(t)
+	const size, chunk = 8 << 20, 64 << 10
+	d := startDaemon(t)
+	ram := ramDisks(t, 1, size)[0]
+	dev := d.add(ram)
+	w := newWorld(size)
+	disk := loopDisk(t, ext4FS.minimum, 512)
+	ext4FS.make(t, disk)
+	dir := mount(t, disk)
+	buf := ublkPages(t, chunk)
+	for _, c := range []struct {
+		name string
+		to   int64 // is left of the file, bytes
+		meet func(t *testing.T, image *directFile, write func())
+	}{
+		{"read", 0, func(t *testing.T, image *directFile, _ func()) {
+			if err := image.read(buf, 0); !errors.Is(err, unix.EIO) {
+				t.Errorf("read of the image: %v", err)
+			}
+		}},
+		{"store", 0, func(_ *testing.T, _ *directFile, write func()) { write() }},
+		{"store behind what is left", 2<<20 + 100, func(_ *testing.T, _ *directFile, write func()) { write() }},
+		{"image write", 0, func(t *testing.T, image *directFile, _ func()) {
+			if err := image.write(buf[:4096], 2<<20); !errors.Is(err, unix.EIO) {
+				t.Errorf("write to the image: %v", err)
+			}
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := d.in(t)
+			if err := w.fill(dev.Path); err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join(dir, "differences")
+			s := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: chunk, Storage: []control.Storage{{Path: file}}})
+			s = d.taken(s.ID)
+			f := openDirect(t, dev.Path, unix.O_RDWR)
+			defer f.close()
+			write := func(from, to int64) {
+				t.Helper()
+				for pos := from; pos < to; pos += chunk {
+					x := w.disks[0].begin(pos/sectorSize, (pos+chunk)/sectorSize, false)
+					stamp(buf, x.v, 0, pos/sectorSize)
+					if err := f.write(buf, pos); err != nil {
+						t.Errorf("I5: write to the original: %v", err)
+					}
+					x.done()
+				}
+			}
+			write(0, 3<<20)
+			waitFor(t, "3 MiB in the storage", func() bool { return d.snapshot(s.ID).Usage.Stored == 3<<20 })
+			if err := os.Truncate(file, c.to); err != nil {
+				t.Fatal(err)
+			}
+			image := openDirect(t, s.Images[0].Path, unix.O_RDWR)
+			defer image.close()
+			c.meet(t, image, func() { write(3<<20, 4<<20) })
+			kinds, last := d.corrupted(s.ID)
+			if len(kinds) != 1 || last.Errno != -int(unix.EIO) || last.Device != dev.OriginalNumber {
+				t.Errorf("events %q, the last %+v", kinds, last)
+			}
+			write(4<<20, 5<<20)
+			for _, at := range []int64{0, 2 << 20, 3 << 20, 5 << 20} {
+				if err := image.read(buf, at); !errors.Is(err, unix.EIO) {
+					t.Errorf("read of the broken snapshot's image at %d: %v", at, err)
+				}
+			}
+			if now := d.snapshot(s.ID); now.State != control.SnapshotCorrupted || now.Errno != -int(unix.EIO) {
+				t.Errorf("snapshot %+v", now)
+			}
+			image.close()
+			d.destroy(s.ID)
+			if err := w.same(dev.Path); err != nil {
+				t.Errorf("I2: %v", err)
+			}
+		})
+	}
+	d.remove(dev)
+	umount(t, dir)
+}
+
 // TestLargeDevice is I9 for tables: a snapshot of a device of 1 TiB needs little
 // memory before anything is written.
 func TestLargeDevice(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -161,11 +162,25 @@ func (w *world) do(st Step) {
 				m.SetLimit(int64(w.c.Limit) * sectorSize)
 			}
 		}
+	case Cut:
+		w.cut(st)
 	case Kill:
 		if w.proc != nil && w.deaths < w.c.Kills {
 			w.client.After(0, w.kill)
 		}
 	}
+}
+
+// cut makes a storage file shorter, as somebody does who takes it for a log.
+func (w *world) cut(st Step) {
+	files := slices.DeleteFunc(slices.Clone(w.storages), func(m *blockdevtest.Memory) bool { return m.Limit() == 0 || m.Size() == 0 })
+	if len(files) == 0 {
+		return
+	}
+	w.fired++
+	m := files[int(st.Arg)%len(files)]
+	m.Resize(int64(st.Off) * sectorSize % m.Size())
+	w.tracef("%s is cut off at sector %d", m.Name(), m.Size()/sectorSize)
 }
 
 // issue makes a request of a step.

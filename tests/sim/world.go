@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"runtime/debug"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -247,7 +248,7 @@ func (w *world) onFire(op *blockdev.Op) {
 			if r := d.tagOf(op.Buf); r != nil {
 				r.spoilt = true
 				r.doomed = d.image == nil
-				if op.Kind == blockdev.Read || d.image == nil {
+				if d.image == nil || op.Kind == blockdev.Read && !slices.ContainsFunc(w.storages, func(m *blockdevtest.Memory) bool { return op.File == m }) {
 					return
 				}
 			}

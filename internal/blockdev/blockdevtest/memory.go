@@ -243,6 +243,8 @@ func (m *Memory) check(op *blockdev.Op) unix.Errno {
 		return unix.EINVAL
 	case op.Kind == blockdev.Allocate && m.limit == 0 && m.mapped == nil:
 		return unix.EOPNOTSUPP
+	case op.Reach > m.size && m.limit != 0:
+		return unix.EIO
 	case end <= m.size:
 		return 0
 	case m.limit == 0:

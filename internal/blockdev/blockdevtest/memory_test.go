@@ -100,6 +100,13 @@ func TestMemoryFile(t *testing.T) {
 	if !bytes.Equal(content(t, m, 0, 8*blockdev.SectorSize), sectors(0, 8)) {
 		t.Error("a hole does not read as zeroes")
 	}
+	cut := write(m, 7*blockdev.SectorSize, sectors(7, 1))
+	cut.Reach = 8 * blockdev.SectorSize
+	m.Resize(4 * blockdev.SectorSize)
+	if e := do(t, q, cut); e != unix.EIO || m.Size() != 4*blockdev.SectorSize {
+		t.Errorf("write that would make a file grow again: %v, size %d", e, m.Size())
+	}
+	m.Resize(8 * blockdev.SectorSize)
 	m.SetLimit(16 * blockdev.SectorSize)
 	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Off: 8 * blockdev.SectorSize, Len: 8 * blockdev.SectorSize}); e != 0 {
 		t.Errorf("allocate below the raised limit: %v", e)
