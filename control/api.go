@@ -284,7 +284,8 @@ type Event struct {
 	Time     time.Time `json:"time"`
 	Snapshot string    `json:"snapshot"`
 	Kind     string    `json:"event"`
-	// Sectors asked for, with low_free_space.
+	// Sectors asked for, with low_free_space: it comes when four fifths are used
+	// of all the storage that the snapshot will have, and it could need more.
 	Sectors int64 `json:"requested_sectors,omitempty"`
 	// Device (major:minor of the original) and Errno (negative) with corrupted.
 	Device string `json:"device,omitempty"`

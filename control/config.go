@@ -98,7 +98,7 @@ func (c *Config) Params() []Param {
 		{"chunk_maximum_count", "chunks per device above which chunks get larger; each takes 8 bytes of memory per snapshot", number{&c.ChunkMaximumCount}},
 		{"chunk_maximum_in_queue", "chunks of a snapshot that wait in memory to be stored, at most; 0: as many as the pool holds", number{&c.ChunkMaximumInQueue}},
 		{"diff_buffer_pool_size", "memory of a snapshot for chunks not yet stored (blksnap's free_diff_buffer_pool_size counts buffers instead)", size{&c.DiffBufferPoolSize}},
-		{"diff_storage_minimum", "portion in which difference storage grows, in sectors of 512 bytes; low_free_space comes when half of it is left", number{&c.DiffStorageMinimum}},
+		{"diff_storage_minimum", "largest portion in which difference storage grows, in sectors of 512 bytes; low_free_space asks for no more", number{&c.DiffStorageMinimum}},
 		{"queues", "queues of a filter device, each with a thread of its own", number{&c.Queues}},
 		{"queue_depth", "requests in flight per queue (1 to 4096)", number{&c.QueueDepth}},
 		{"mode", "auto, copy or zerocopy", mode{&c.Mode}},

@@ -44,6 +44,7 @@ func NewArea(c AreaConfig) *Area {
 	}
 	c.Log.mu.Lock()
 	c.Log.areas = append(c.Log.areas, a)
+	c.Log.chunks += Region(a.table.Len())
 	c.Log.mu.Unlock()
 	return a
 }

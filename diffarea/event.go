@@ -8,8 +8,8 @@ import (
 type EventKind uint8
 
 const (
-	// LowFreeSpace: less than half a portion of storage is left and it cannot
-	// grow by itself; Sectors more are asked for.
+	// LowFreeSpace: four fifths are used of all the storage there will be, which
+	// may not suffice; Sectors more are asked for, a portion at most.
 	LowFreeSpace EventKind = iota + 1
 	// NoSpace: a copy found no storage. Corrupted follows.
 	NoSpace

@@ -42,8 +42,8 @@ type LogConfig struct {
 	Pool      Pool
 	// State is LogStateSize bytes of zeroed memory that outlives the process.
 	State []byte
-	// Portion is by how much storage grows at a time, in bytes. Growing starts
-	// when less than half of it is left.
+	// Portion is by how much storage grows at a time at most, in bytes. Growing
+	// starts when less than half of it is left.
 	Portion int64
 	// OnEvent is called for each event, on any queue's thread and with no lock
 	// held; it must not block.
@@ -90,6 +90,9 @@ type Log struct {
 	storeIdle *store
 	sources   []*source
 	growth    growth
+	expected  Region // chunks of areas to come, and of those that have
+	chunks    Region // of the areas
+	lost      Region // handed out, and no chunk's: their copies died with a process
 	lowSent   bool
 	events    []Event // to be delivered
 	busy      int     // copies, stores and growths under way
@@ -210,6 +213,7 @@ func (l *Log) settle(w *Worker, woken waitList) {
 		}
 	}
 	grow := l.nextGrowthLocked()
+	l.warnLocked()
 	events := l.events
 	l.events = nil
 	var closed func()

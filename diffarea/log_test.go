@@ -279,6 +279,7 @@ func (b *bench) other(size int64) *diffarea.Area {
 	if err != nil {
 		b.t.Fatal(err)
 	}
+	l.Expect(b.w, b.area.Size())
 	l.Append(b.w, diffarea.Storage{File: blockdevtest.NewMemoryFile("f2", 1<<30)}, func(err error) {
 		if err != nil {
 			b.t.Error(err)
@@ -313,6 +314,69 @@ func TestStorageGrowsInPortionsUpToItsLimit(t *testing.T) {
 	}
 	if b.woken != 41 || !b.area.Protected(41) {
 		t.Error("a write waits for a copy that never comes")
+	}
+	b.check()
+}
+
+// What is allocated, and asked for, follows what the disk can need and what the
+// storage can hold, however large a portion may be.
+func TestPortionsAndWarningsFollowDiskAndStorage(t *testing.T) {
+	b := newBench(t, 24, 8, 1<<30)
+	low := func(when string, used diffarea.Chunk, want ...int64) {
+		t.Helper()
+		b.protect(0, used)
+		b.sched.Run()
+		var got []int64
+		for _, e := range b.events {
+			if e.Kind != diffarea.LowFreeSpace {
+				t.Fatalf("%s: event %v", when, e)
+			}
+			got = append(got, e.Sectors*blockdev.SectorSize/chunk)
+		}
+		b.events = nil
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: chunks asked for %v, want %v", when, got, want)
+		}
+	}
+	capacity := func(when string, want int64) {
+		t.Helper()
+		if got := b.log.Usage().Capacity; got != want {
+			t.Errorf("%s: storage for %d chunks, want %d", when, got, want)
+		}
+	}
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30), Size: 10 * chunk}); err != nil {
+		t.Fatal(err)
+	}
+	capacity("with a limit", 10)
+	low("with storage for 10", 7)
+	low("with four fifths used", 8, 14)
+	low("after that", 9)
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryDevice("d", 8*chunk), Size: 8 * chunk, Fixed: true}); err != nil {
+		t.Fatal(err)
+	}
+	low("with storage for 18", 14)
+	low("with four fifths of that used", 15, 6)
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("g", 1<<30)}); err != nil {
+		t.Fatal(err)
+	}
+	capacity("without a limit", 24)
+	low("with storage for the whole disk", 24)
+	capacity("at the end", 24)
+	b.check()
+}
+
+// Storage that comes before the disk is known grows when it is.
+func TestStorageBeforeTheDisk(t *testing.T) {
+	b := newBench(t, 0, 8, 128*chunk)
+	if err := b.append(diffarea.Storage{File: blockdevtest.NewMemoryFile("f", 1<<30)}); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []int64{1, 33, 161} { // all of the first disk, a portion for the second
+		if got := b.log.Usage().Capacity; got != want {
+			t.Errorf("storage for %d chunks, want %d", got, want)
+		}
+		b.log.Expect(b.w, map[int64]int64{1: 33, 33: 1000}[want]*chunk-100)
+		b.sched.Run()
 	}
 	b.check()
 }

@@ -44,6 +44,7 @@ func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 		src.used = max(src.used, x.off+int64(x.count)<<l.shift)
 	}
 	l.next = Region(s.get(stateNext))
+	l.lost = l.next // until a word says otherwise
 	l.dead.Store(uint32(s.get(stateDead)))
 	l.storeNext = max(0, l.next-l.poolSlots)
 	for r := l.storeNext; r < l.next; r++ {
@@ -88,6 +89,8 @@ func OpenArea(c AreaConfig, data func(yield func(from, to int64))) (*Area, error
 			err = fmt.Errorf("%s: %w: chunk %d is FAILED in a whole snapshot", c.Orig.Name(), ErrState, chunk)
 		case w.State() == New || r >= l.next:
 			err = fmt.Errorf("%s: %w: chunk %d is %v in region %d of %d", c.Orig.Name(), ErrState, chunk, w.State(), r, l.next)
+		case w.State() == Stored:
+			l.lost--
 		case w.State() == InMemory:
 			s := l.slot(r)
 			if r < l.next-l.poolSlots || s.state != slotDead {
@@ -98,6 +101,7 @@ func OpenArea(c AreaConfig, data func(yield func(from, to int64))) (*Area, error
 				return
 			}
 			s.state, s.area, s.chunk = slotLanded, a, chunk
+			l.lost--
 		}
 	}
 	if data == nil {

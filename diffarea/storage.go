@@ -34,13 +34,16 @@ type source struct {
 	appended func(error)
 }
 
+// unlimited is left of a source that takes all its filesystem has.
+const unlimited = 1 << 62
+
 // left is how many bytes the source can still grow by, as far as is known.
 func (s *source) left(chunk int64) int64 {
 	switch {
 	case s.done:
 		return 0
 	case s.size == 0:
-		return 1 << 62
+		return unlimited
 	}
 	return (s.size - s.used) / chunk * chunk
 }
@@ -303,14 +306,45 @@ func (l *Log) refuseLocked() (done []func(error)) {
 	return done
 }
 
-// nextGrowthLocked prepares the next growth, if there is need for one, and
-// says when storage gets low.
+// Expect says that an area of a disk of size bytes will come, so that storage is
+// had for it beforehand.
+func (l *Log) Expect(w *Worker, size int64) {
+	l.mu.Lock()
+	l.expected += Region(Chunks(size, l.chunkSize))
+	l.settle(w, waitList{})
+}
+
+// needLocked is how many regions the areas can come to need: one for each chunk.
+func (l *Log) needLocked() Region { return max(l.expected, l.chunks) + l.lost }
+
+// warnLocked says, once for each Append, when four fifths are used of all the
+// storage there will be, and the areas can come to need more than that.
+func (l *Log) warnLocked() {
+	if l.lowSent || l.dead.Load() != 0 {
+		return
+	}
+	all := l.state.capacity()
+	for _, s := range l.sources {
+		left := s.left(l.chunkSize)
+		if left == unlimited {
+			return
+		}
+		all += Region(left >> l.shift)
+	}
+	if need := l.needLocked(); need > all && all > 0 && 5*l.next >= 4*all {
+		l.lowSent = true
+		l.events = append(l.events, Event{Kind: LowFreeSpace, Sectors: min(int64(need-all)<<l.shift, l.portion) / blockdev.SectorSize})
+	}
+}
+
+// nextGrowthLocked prepares the next growth, if there is need for one. Nothing is
+// allocated that the areas cannot come to need, but for those who append: they
+// learn whether there is anything at all.
 func (l *Log) nextGrowthLocked() bool {
 	g := &l.growth
 	if g.active || l.dead.Load() != 0 {
 		return false
 	}
-	free := int64(l.state.capacity()-l.next) << l.shift
 	pick := -1
 	for i, s := range l.sources {
 		if s.appended != nil {
@@ -322,20 +356,19 @@ func (l *Log) nextGrowthLocked() bool {
 		}
 	}
 	if pick < 0 {
-		if free < l.portion/2 && !l.lowSent && len(l.sources) > 0 {
-			l.lowSent = true
-			l.events = append(l.events, Event{Kind: LowFreeSpace, Sectors: l.portion / blockdev.SectorSize})
-		}
 		return false
 	}
 	s := l.sources[pick]
-	if s.appended == nil && (free >= l.portion/2 || mutation.Is(mutation.GrowNever)) {
+	have := l.state.capacity()
+	short := l.needLocked() - have
+	low := short > 0 && int64(have-l.next)<<l.shift < l.portion/2 || l.next >= have && l.waiting.head != nil
+	if s.appended == nil && (!low || mutation.Is(mutation.GrowNever)) {
 		return false
 	}
 	g.active, g.source = true, uint64(pick)
 	g.op.File = s.file
 	g.op.Off, g.op.Reach = s.used, l.reachLocked(uint64(pick))
-	g.op.Len = max(min(s.portion, s.left(l.chunkSize))>>l.shift<<l.shift, l.chunkSize)
+	g.op.Len = max(min(s.portion, s.left(l.chunkSize), int64(short)<<l.shift)>>l.shift<<l.shift, l.chunkSize)
 	l.busy++
 	return true
 }

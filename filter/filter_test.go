@@ -80,6 +80,7 @@ func (g *rig) area(size int64) *diffarea.Area {
 	if err != nil {
 		g.t.Fatal(err)
 	}
+	l.Expect(g.w, diskSize)
 	l.Append(g.w, diffarea.Storage{File: blockdevtest.NewMemoryFile("store", 1<<30)}, func(err error) {
 		if err != nil {
 			g.t.Error(err)

@@ -152,6 +152,7 @@ func (s *Snapshot) Add(f *filter.Filter, device uint64) error {
 		}
 	}
 	s.members = append(s.members, &member{filter: f, device: device})
+	s.log.Expect(s.worker, f.Size())
 	return nil
 }
 

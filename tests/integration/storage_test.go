@@ -570,7 +570,7 @@ func TestAppendStorage(t *testing.T) {
 	needVM(t)
 	const size = 16 << 20
 	disk := ramDisks(t, 1, size)[0]
-	d := startDaemon(t, "diff_storage_minimum=4096") // 2 MiB
+	d := startDaemon(t, "diff_storage_minimum=2097152") // 1 GiB, much more than there is
 	dev := d.add(disk)
 	w := newWorld(size)
 	if err := w.fill(dev.Path); err != nil {
@@ -580,6 +580,12 @@ func TestAppendStorage(t *testing.T) {
 	win := w.open()
 	s = d.taken(s.ID)
 	win.close()
+	if s.Usage.Capacity != 4<<20 {
+		t.Errorf("of a limit of 4 MiB %d bytes are allocated", s.Usage.Capacity)
+	}
+	if e, err := d.WaitEvent(ctx(t), control.WaitRequest{ID: s.ID}); err == nil {
+		t.Errorf("event %+v before anything is written", e)
+	}
 
 	f := openDirect(t, dev.Path, unix.O_RDWR)
 	buf := ublkPages(t, 64<<10)
@@ -602,8 +608,8 @@ func TestAppendStorage(t *testing.T) {
 		writeUntil(pos + int64(len(buf)))
 		e, err := d.WaitEvent(ctx(t), control.WaitRequest{ID: s.ID, Timeout: 100 * time.Millisecond})
 		if err == nil {
-			if e.Kind != control.EventLowFreeSpace || e.Sectors <= 0 {
-				t.Fatalf("event %+v", e)
+			if e.Kind != control.EventLowFreeSpace || e.Sectors != (size-4<<20)/sectorSize {
+				t.Fatalf("event %+v, want %d sectors", e, (size-4<<20)/sectorSize)
 			}
 			break
 		}
@@ -611,13 +617,15 @@ func TestAppendStorage(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	t.Logf("low after %d KiB of 4096", pos>>10)
+	if t.Logf("low after %d KiB of 4096", pos>>10); pos < 4<<20*8/10 {
+		t.Errorf("low after %d bytes", pos)
+	}
 	file := filepath.Join(t.TempDir(), "more")
 	got, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: file}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(got.Storage) != 2 || got.Usage.Capacity <= 4<<20 {
+	if len(got.Storage) != 2 || got.Usage.Capacity != size { // no more than all of the disk
 		t.Errorf("after appending: %+v", got)
 	}
 	writeUntil(size)

@@ -275,8 +275,15 @@ func (s *snapshot) event(e diffarea.Event) {
 			w.fail("%v is corrupted by device %d, which it does not have", s, e.Device)
 		}
 	case diffarea.LowFreeSpace:
-		if e.Sectors <= 0 {
-			w.fail("%v wants %d sectors", s, e.Sectors)
+		need := int64(0)
+		for _, dev := range s.devs {
+			need += int64(diffarea.Chunks(w.devices[dev].size, s.chunkSize)) * s.chunkSize
+		}
+		if most := min(max(int64(w.c.Portion)*sectorSize, s.chunkSize), need); e.Sectors <= 0 || w.deaths == 0 && e.Sectors*sectorSize > most {
+			w.fail("%v wants %d sectors, it can need %d", s, e.Sectors, most/sectorSize)
+		}
+		if !s.cut {
+			w.fail("%v wants storage before it is taken", s)
 		}
 	}
 }
