@@ -264,14 +264,14 @@ func (v *Live) End() {
 }
 
 // DestroyFiles gives memory and storage of a snapshot back that has ended, with
-// nothing left to read in them. It takes as long as the storage takes to answer;
-// none waits for another, and the record of what is left to do is the last to
-// go.
+// nothing left to read in them. The memory goes at once, each storage when it
+// answers, and last of all the record of what was still to be done.
 func (v *Live) DestroyFiles() error {
 	for _, s := range v.storage {
 		used := v.Log().Used(s.file)
 		v.giveBack(s.path, func() error { return s.discard(used) })
 	}
+	v.state.free()
 	var errs []error
 	for _, r := range v.returning {
 		<-r.done

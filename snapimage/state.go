@@ -117,8 +117,9 @@ const largePage = 2 << 20
 // minPoolSlots keeps copies and stores overlapping at the largest chunk sizes.
 const minPoolSlots = 4
 
-// close gives everything back; nothing of the snapshot is in use any more.
-func (s *state) close() error {
+// free gives the memory back, all but the record of storage; nothing of the
+// snapshot is in use any more.
+func (s *state) free() {
 	for _, m := range s.maps {
 		unix.Munmap(m)
 	}
@@ -127,7 +128,19 @@ func (s *state) close() error {
 		// Whoever still has the file open finds nothing in it.
 		_ = s.pool.Truncate(0)
 		s.pool.Close()
+		s.pool = nil
 	}
+	files, _ := os.ReadDir(s.dir)
+	for _, f := range files {
+		if f.Name() != recordName {
+			os.Remove(filepath.Join(s.dir, f.Name()))
+		}
+	}
+}
+
+// close gives the rest back too.
+func (s *state) close() error {
+	s.free()
 	return os.RemoveAll(s.dir)
 }
 

@@ -311,6 +311,9 @@ func TestDestroyStuckStorage(t *testing.T) {
 		}
 		_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: "/dev/shm"}})
 		want(t, err, control.Busy, "being destroyed")
+		if _, err := os.Stat(filepath.Join(d.dir.State(), "snapshots", s.ID, "pool")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("its memory is not given back: %v", err)
+		}
 	}
 	d.remove(dev) // which needs none of it
 	resume()
