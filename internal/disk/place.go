@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -40,8 +41,52 @@ const maxLinks = 40
 // OpenPlace follows an absolute path, whose last name need not exist. Symbolic
 // links are followed below Root if they are the superuser's or this process's:
 // through anybody else's link a path leads wherever its owner likes. The error
-// is an *Error with ErrForeign or the errno.
+// is an *Error with ErrForeign or the errno. A filesystem that an ordinary user
+// serves is refused too: its server reads whatever is stored there.
 func (h *Host) OpenPlace(path string) (*Place, error) {
+	p, err := h.openPlace(path)
+	if err != nil {
+		return nil, err
+	}
+	st, err := p.status()
+	if err != nil {
+		p.Close()
+		return nil, &Error{err, path, err.Error(), ""}
+	}
+	for _, m := range h.Mounts() {
+		if uid := m.server(); uid != 0 && m.ID == st.mount {
+			p.Close()
+			return nil, &Error{ErrForeign, path, fmt.Sprintf("the filesystem there is served by user %d, who could read what is stored", uid), "choose another place"}
+		}
+	}
+	return p, nil
+}
+
+// status is the status of what is there, if it is a directory or a block device,
+// or else of the directory.
+func (p *Place) status() (status, error) {
+	f := p.Dir
+	if f == nil || p.Kind() == unix.S_IFBLK || p.Kind() == unix.S_IFDIR {
+		f = p.File
+	}
+	return statFile(int(f.Fd()), "")
+}
+
+// server is the user whose process serves the filesystem, 0 for the superuser and
+// the kernel.
+func (m *Mount) server() (uid int) {
+	if !strings.HasPrefix(m.FSType, "fuse") {
+		return 0
+	}
+	for _, o := range strings.Split(m.Super, ",") {
+		if id, ok := strings.CutPrefix(o, "user_id="); ok {
+			uid, _ = strconv.Atoi(id)
+		}
+	}
+	return uid
+}
+
+func (h *Host) openPlace(path string) (*Place, error) {
 	fail := func(what string, err error) (*Place, error) {
 		return nil, &Error{err, path, what + ": " + err.Error(), ""}
 	}
@@ -155,11 +200,7 @@ func (h *Host) Where(p *Place) string {
 // PlaceLiesOn is LiesOn for what has been opened: a block device, or else the
 // filesystem on which a file is, or would come to be.
 func (h *Host) PlaceLiesOn(p *Place, target Num, below func(Num) []Num) (bool, error) {
-	f := p.Dir
-	if f == nil || p.Kind() == unix.S_IFBLK || p.Kind() == unix.S_IFDIR {
-		f = p.File
-	}
-	st, err := statFile(int(f.Fd()), "")
+	st, err := p.status()
 	if err != nil {
 		return false, &Error{ErrUnknown, p.Path, err.Error(), ""}
 	}

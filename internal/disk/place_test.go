@@ -27,7 +27,7 @@ func TestOpenPlace(t *testing.T) {
 	must(os.Symlink("/nowhere/new", path("dangling")))
 	root := filepath.Join(t.TempDir(), "root") // as /proc/1/root is one
 	must(os.Symlink(dir, root))
-	h := &Host{Root: root}
+	h := &Host{Root: root, Proc: "/proc"}
 	for _, c := range []struct {
 		path, where string
 		kind        uint32
@@ -92,5 +92,38 @@ func TestOpenPlaceClosed(t *testing.T) {
 	}
 	if after := len(names("/proc/self/fd")); after != before {
 		t.Errorf("%d descriptors, %d before", after, before)
+	}
+}
+
+// TestServedPlace has a filesystem that a user serves, by the list of mounts.
+func TestServedPlace(t *testing.T) {
+	dir := t.TempDir()
+	p, err := Machine().OpenPlace(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := p.status()
+	p.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		fstype, super string
+		refused       bool
+	}{
+		{"fuse.sshfs", "rw,user_id=1000,group_id=1000,allow_other", true},
+		{"fuseblk", "rw,user_id=0,group_id=0,allow_other,blksize=4096", false},
+		{"ext4", "rw,user_id=1000", false},
+	} {
+		m := newMachine(t)
+		m.Root = "/"
+		m.mount(1, st.mount, "0:50", "/", c.fstype, "server", c.super)
+		p, err := m.OpenPlace(dir)
+		if errors.Is(err, ErrForeign) != c.refused || err != nil && !c.refused {
+			t.Errorf("%+v: %v", c, err)
+		}
+		if err == nil {
+			p.Close()
+		}
 	}
 }
