@@ -136,5 +136,5 @@ var blksnapsWords = []struct {
 	{regexp.MustCompile(`\bublk-blksnap remove ([^-\s]\S*)`), "blksnap detach -d $1"},
 	{regexp.MustCompile(`\bublk-blksnap snapshot destroy (\S+)`), "blksnap snapshot_destroy -i $1"},
 	// blksnap has no names and no force.
-	{regexp.MustCompile(`choose another with --name`), "choose another: ublk-blksnap add --name"},
+	{regexp.MustCompile(`choose another with --name`), "choose another, with ublk-blksnap add --name"},
 }

@@ -178,6 +178,8 @@ func TestBlksnapsWords(t *testing.T) {
 			"attach /dev/vdb: being removed: end that first: blksnap detach -d vdb"},
 		{[]string{"attach", "-d", "/dev/vdb"}, control.Error{Message: "add /dev/vdb: left over", Fix: "remove that one first: ublk-blksnap remove --force /dev/ublkb3"},
 			"attach /dev/vdb: left over: remove that one first: ublk-blksnap remove --force /dev/ublkb3"},
+		{[]string{"attach", "-d", "/dev/vdb"}, control.Error{Message: "add /dev/vdb: the name vdb is taken", Fix: "choose another with --name"},
+			"attach /dev/vdb: the name vdb is taken: choose another, with ublk-blksnap add --name"},
 	} {
 		f := newFake()
 		f.err = &c.err
