@@ -312,6 +312,7 @@ func (t *write) doStep() {
 func (t *write) submit(f blockdev.File, at int64, done func(*blockdev.Op)) {
 	t.op.Kind, t.op.File, t.op.Off, t.op.Len, t.op.Done = blockdev.Write, f, at, t.n, done
 	if t.r.Op == ublk.OpWriteZeroes {
+		zeroes := blockdev.Zeroes()
 		t.n = min(t.n, int64(len(zeroes)))
 		t.op.Len = t.n
 		t.op.Buf = blockdev.MemBuf(zeroes)
@@ -378,12 +379,3 @@ func (t *write) filled() {
 	t.pos += t.n
 	t.fill.Filled(0)
 }
-
-// zeroes is what WRITE_ZEROES writes, off the Go heap as every buffer.
-var zeroes = func() []byte {
-	mem, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		panic("snapimage: map a page of zeroes: " + err.Error())
-	}
-	return mem
-}()

@@ -15,8 +15,6 @@ const (
 	// maxTransfer is the most that one ring entry reads or writes. The kernel
 	// itself stops a page short of 2 GiB.
 	maxTransfer = 1 << 30
-	// zeroChunk is how much methodWriteZeroes writes at a time.
-	zeroChunk = 1 << 20
 	// maxTries bounds the repetitions after EAGAIN.
 	maxTries = 16
 )
@@ -108,8 +106,8 @@ func (q *RingQueue) issue(i uint32) {
 	case methodZero:
 		s.PrepFallocate(fd, unix.FALLOC_FL_ZERO_RANGE, off, n)
 	case methodWriteZeroes:
-		addr := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(zeroes()))))
-		s.PrepWrite(fd, addr, uint32(min(n, zeroChunk)), off, 0)
+		addr := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(Zeroes()))))
+		s.PrepWrite(fd, addr, uint32(min(n, zeroesLen)), off, 0)
 	case methodPlain:
 		q.preparePlain(s, op, fd, off, n)
 	}

@@ -7,10 +7,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// zeroes is zeroChunk of memory that reads as zeroes, for all queues. Nobody
-// writes to it, so it takes no memory, locked or not.
+// zeroesLen is how many zeroes there are, in bytes.
+const zeroesLen = 1 << 20
+
+// Zeroes is memory to write zeroes from, off the Go heap as every buffer. All
+// queues share it, and it cannot be written to, so it takes no memory, locked
+// or not.
+func Zeroes() []byte { return zeroes() }
+
 var zeroes = sync.OnceValue(func() []byte {
-	mem, err := unix.Mmap(-1, 0, zeroChunk, unix.PROT_READ, unix.MAP_ANON|unix.MAP_PRIVATE)
+	mem, err := unix.Mmap(-1, 0, zeroesLen, unix.PROT_READ, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
 		panic(fmt.Sprintf("map zeroes: %v", err))
 	}
