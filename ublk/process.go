@@ -33,7 +33,7 @@ import (
 // one to hold a mount on a disk of its own, or it can never exit.
 func PrepareProcess() []error {
 	var failed []error
-	for _, step := range []func() error{RaiseLimits, becomeFlusher, lockMemory, avoidKill, leaveNoCore, nameThreads} {
+	for _, step := range []func() error{RaiseLimits, becomeFlusher, lockMemory, avoidKill, nameThreads, leaveNoCore} {
 		if err := step(); err != nil {
 			failed = append(failed, err)
 		}
