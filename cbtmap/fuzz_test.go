@@ -5,6 +5,8 @@ import (
 	"math"
 	"slices"
 	"testing"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // Whatever is found in a file is either refused or a map that works.
@@ -94,13 +96,13 @@ func FuzzMark(f *testing.F) {
 			return
 		}
 		p := Params{shift, shift, 1}
-		a, err := NewMemory(sectors*SectorSize, p)
+		a, err := NewMemory(sectors*sector.Size, p)
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, _ := NewMemory(sectors*SectorSize, p)
+		b, _ := NewMemory(sectors*sector.Size, p)
 		b.Switch()
-		size, block := sectors*SectorSize, int64(1)<<shift
+		size, block := sectors*sector.Size, int64(1)<<shift
 		a.Mark(off, length)
 		b.MarkBoth(off, length)
 

@@ -3,14 +3,13 @@ package cbtmap
 import (
 	"errors"
 	"fmt"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 const (
-	// SectorSize is the unit of Sectors, in bytes.
-	SectorSize = 512
-
-	minShift = 9  // a block is at least a sector
-	maxShift = 31 // and its size fits the 32 bits readers have for it
+	minShift = sector.Shift // a block is at least a sector
+	maxShift = 31           // and its size fits the 32 bits readers have for it
 
 	maxBlocks = 1<<32 - 1 // as does their number
 )
@@ -61,7 +60,7 @@ func (p Params) geometry(size int64) (geometry, error) {
 	if err := p.Validate(); err != nil {
 		return geometry{}, err
 	}
-	if size <= 0 || size%SectorSize != 0 {
+	if size <= 0 || size%sector.Size != 0 {
 		return geometry{}, fmt.Errorf("%w: %d bytes is not a positive number of sectors", ErrSize, size)
 	}
 	g := geometry{size: size, shift: p.MinimumShift}

@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // ErrRange means: a range does not lie on the device.
@@ -114,14 +115,14 @@ func (m *Map) MarkDirty(ranges []Sectors) error {
 	if err != nil {
 		return fmt.Errorf("mark ranges dirty: %w", err)
 	}
-	capacity := uint64(i.DeviceCapacity / SectorSize)
+	capacity := uint64(i.DeviceCapacity / sector.Size)
 	for _, r := range ranges {
 		if r.Count == 0 || r.Count > capacity || r.First > capacity-r.Count {
 			return fmt.Errorf("mark sectors %d:%d of %d dirty: %w", r.First, r.Count, capacity, ErrRange)
 		}
 	}
 	for _, r := range Merge(slices.Clone(ranges)) {
-		off, end := int64(r.First)*SectorSize, int64(r.First+r.Count)*SectorSize
+		off, end := int64(r.First)*sector.Size, int64(r.First+r.Count)*sector.Size
 		for off < end {
 			if off, err = m.markPart(off, end); err != nil {
 				return fmt.Errorf("mark ranges dirty: %w", err)

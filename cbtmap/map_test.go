@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"github.com/google/uuid"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // sectorBlocks makes every sector a block.
@@ -20,7 +22,7 @@ var sectorBlocks = Params{MinimumShift: 9, MaximumShift: 9, MaximumCount: 1}
 
 func newMap(t testing.TB, sectors int64) *Map {
 	t.Helper()
-	m, err := NewMemory(sectors*SectorSize, sectorBlocks)
+	m, err := NewMemory(sectors*sector.Size, sectorBlocks)
 	if err != nil {
 		t.Fatal(err)
 	}

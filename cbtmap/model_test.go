@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/uuid"
 	"pgregory.net/rapid"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // A map against the plainest model of it: every byte of both maps must be equal
@@ -15,7 +17,7 @@ func TestMapEqualsModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		sectors := rapid.Int64Range(1, 600).Draw(t, "sectors")
 		p := Params{MinimumShift: 9, MaximumShift: rapid.Uint8Range(9, 13).Draw(t, "maximum shift"), MaximumCount: 70}
-		m, err := NewMemory(sectors*SectorSize, p)
+		m, err := NewMemory(sectors*sector.Size, p)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -33,8 +35,8 @@ func TestMapEqualsModel(t *testing.T) {
 			}
 		}
 		draw := func(t *rapid.T) (off, length int64) {
-			off = rapid.Int64Range(0, sectors*SectorSize).Draw(t, "offset")
-			return off, rapid.Int64Range(0, sectors*SectorSize-off).Draw(t, "length")
+			off = rapid.Int64Range(0, sectors*sector.Size).Draw(t, "offset")
+			return off, rapid.Int64Range(0, sectors*sector.Size-off).Draw(t, "length")
 		}
 		t.Repeat(map[string]func(*rapid.T){
 			"write": func(t *rapid.T) {
@@ -55,8 +57,8 @@ func TestMapEqualsModel(t *testing.T) {
 					t.Fatal(err)
 				}
 				for _, r := range [][2]int64{{0, 1}, {first, count}} {
-					mark(active, r[0]*SectorSize, r[1]*SectorSize, number+1)
-					mark(readable, r[0]*SectorSize, r[1]*SectorSize, number)
+					mark(active, r[0]*sector.Size, r[1]*sector.Size, number+1)
+					mark(readable, r[0]*sector.Size, r[1]*sector.Size, number)
 				}
 			},
 			"takes": func(t *rapid.T) {

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 func cbtInfo(i cbtmap.Info) CBTInfo {
@@ -116,7 +117,7 @@ func (d *Daemon) changes(r ChangesRequest, each func(Range) error) (i cbtmap.Inf
 		// Whom this is for may be slow: nobody else is to wait for that.
 		release()
 		release = func() {}
-		if err := each(Range{uint64(x.Offset / cbtmap.SectorSize), uint64(x.Length / cbtmap.SectorSize)}); err != nil {
+		if err := each(Range{uint64(x.Offset / sector.Size), uint64(x.Length / sector.Size)}); err != nil {
 			return i, err
 		}
 		again, err := v.hold()

@@ -12,6 +12,7 @@ import (
 	"github.com/BurntSushi/toml"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // DefaultConfigPath is where a daemon looks for its configuration. There need
@@ -254,7 +255,7 @@ func (c *Config) Validate() error {
 		return &paramError{"diff_buffer_pool_size", fmt.Sprintf("%s holds no chunk of chunk_minimum_shift %d", FormatSize(c.DiffBufferPoolSize), c.ChunkMinimumShift)}
 	case c.StateSize < 2*c.DiffBufferPoolSize:
 		return &paramError{"state_size", fmt.Sprintf("%s is less than twice diff_buffer_pool_size %s: no snapshot would fit beside the change maps", FormatSize(c.StateSize), FormatSize(c.DiffBufferPoolSize))}
-	case c.DiffStorageMinimum<<9 < 1<<c.ChunkMinimumShift:
+	case c.DiffStorageMinimum*sector.Size < 1<<c.ChunkMinimumShift:
 		return &paramError{"diff_storage_minimum", fmt.Sprintf("%d sectors hold no chunk of chunk_minimum_shift %d", c.DiffStorageMinimum, c.ChunkMinimumShift)}
 	}
 	return nil

@@ -19,6 +19,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -184,7 +185,7 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (s *snapshot, err 
 	}
 	s.live, err = snapimage.NewLive(snapimage.LiveConfig{
 		ID: id, ChunkSize: chunk, PoolSize: pool,
-		Portion:  d.o.Config.DiffStorageMinimum << 9,
+		Portion:  d.o.Config.DiffStorageMinimum * sector.Size,
 		StateDir: d.snapshotsDir(),
 		Patience: d.o.Config.StorageTimeout,
 		Control:  d.queue,
@@ -509,7 +510,7 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 		geo.ReadOnly, geo.VolatileCache, geo.FUA = false, false, false
 		geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
 		// Payloads go to the storage as well, whatever it is.
-		geo.DMAMask |= blockdev.SectorSize - 1
+		geo.DMAMask |= sector.Size - 1
 		dev, err := d.addUblk(ctx, imageKind, im.of.Name+"-"+s.id, ublk.Config{
 			Name: im.of.Name + "@", Queues: im.of.Queues, Depth: min(im.of.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
 			Mode: im.of.dev.Mode, Geometry: geo, NoPartScan: true,

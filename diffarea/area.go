@@ -72,7 +72,7 @@ func (a *Area) length(c Chunk) int64 {
 		return a.log.chunkSize
 	}
 	if mutation.Is(mutation.ShortLastChunk) {
-		return max(n-blockdev.SectorSize, blockdev.SectorSize)
+		return max(n-512, 512)
 	}
 	return n
 }

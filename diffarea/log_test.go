@@ -11,6 +11,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 const chunk = 4 << 10
@@ -331,7 +332,7 @@ func TestPortionsAndWarningsFollowDiskAndStorage(t *testing.T) {
 			if e.Kind != diffarea.LowFreeSpace {
 				t.Fatalf("%s: event %v", when, e)
 			}
-			got = append(got, e.Sectors*blockdev.SectorSize/chunk)
+			got = append(got, e.Sectors*sector.Size/chunk)
 		}
 		b.events = nil
 		if !slices.Equal(got, want) {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // Storage is a file or block device to which a log stores.
@@ -333,7 +334,7 @@ func (l *Log) warnLocked() {
 	}
 	if need := l.needLocked(); need > all && all > 0 && 5*l.next >= 4*all {
 		l.lowSent = true
-		l.events = append(l.events, Event{Kind: LowFreeSpace, Sectors: min(int64(need-all)<<l.shift, l.portion) / blockdev.SectorSize})
+		l.events = append(l.events, Event{Kind: LowFreeSpace, Sectors: min(int64(need-all)<<l.shift, l.portion) / sector.Size})
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // LiveConfig is what a snapshot on this machine is made of.
@@ -66,7 +67,7 @@ func NewLive(cfg LiveConfig) (*Live, error) {
 	if err != nil {
 		return nil, errors.Join(err, st.close())
 	}
-	return &Live{Snapshot: s, cfg: cfg, state: st, align: blockdev.SectorSize}, nil
+	return &Live{Snapshot: s, cfg: cfg, state: st, align: sector.Size}, nil
 }
 
 // ErrStuck: a disk of the snapshot, of its storage or an original, does not

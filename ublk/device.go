@@ -17,6 +17,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
@@ -540,10 +541,10 @@ func (d *Device) UpdateSize(ctx context.Context, size int64) error {
 	if !d.ctl.Has(uapi.UBLK_F_UPDATE_SIZE) {
 		return fmt.Errorf("update size of device %d: %w", d.ID, missing(uapi.UBLK_F_UPDATE_SIZE))
 	}
-	if size < blockdev.SectorSize || size%blockdev.SectorSize != 0 {
-		return fmt.Errorf("update size of device %d: %d bytes: want a multiple of %d", d.ID, size, blockdev.SectorSize)
+	if size < sector.Size || size%sector.Size != 0 {
+		return fmt.Errorf("update size of device %d: %d bytes: want a multiple of %d", d.ID, size, sector.Size)
 	}
-	return d.ctl.command(ctx, uapi.UBLK_U_CMD_UPDATE_SIZE, d.ID, uint64(size/blockdev.SectorSize))
+	return d.ctl.command(ctx, uapi.UBLK_U_CMD_UPDATE_SIZE, d.ID, uint64(size/sector.Size))
 }
 
 // Stop takes the disk away and ends the queues. The kernel first writes back

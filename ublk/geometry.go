@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
@@ -77,7 +77,7 @@ func ReadGeometrySys(sys string, major, minor uint32) (Geometry, error) {
 		r.queue = filepath.Join(filepath.Dir(dir), "queue")
 	}
 	g := Geometry{
-		Size:               r.number(r.dir, "size", must) * blockdev.SectorSize,
+		Size:               r.number(r.dir, "size", must) * sector.Size,
 		LogicalBlock:       int(r.number(r.queue, "logical_block_size", must)),
 		PhysicalBlock:      int(r.number(r.queue, "physical_block_size", 0)),
 		IOMin:              int(r.number(r.queue, "minimum_io_size", 0)),
@@ -89,7 +89,7 @@ func ReadGeometrySys(sys string, major, minor uint32) (Geometry, error) {
 		Rotational:         r.number(r.queue, "rotational", 0) != 0,
 		FUA:                r.number(r.queue, "fua", 0) != 0,
 		ReadOnly:           r.number(r.dir, "ro", must) != 0,
-		DMAMask:            r.number(r.queue, "dma_alignment", blockdev.SectorSize-1),
+		DMAMask:            r.number(r.queue, "dma_alignment", sector.Size-1),
 		VirtBoundaryMask:   r.number(r.queue, "virt_boundary_mask", 0),
 		StableWrites:       r.number(r.queue, "stable_writes", 0) != 0,
 	}
@@ -137,7 +137,7 @@ func (r *sysReader) number(dir, name string, def int64) int64 {
 const (
 	// maxRangeSectors is the longest discard or write-zeroes: its length in
 	// bytes must fit into 32 bits.
-	maxRangeSectors = math.MaxUint32 >> 9
+	maxRangeSectors = math.MaxUint32 >> sector.Shift
 	// maxIOLimit is the largest payload of the driver.
 	maxIOLimit = 1 << uapi.UBLK_IO_BUF_BITS
 )
@@ -153,12 +153,12 @@ func (g *Geometry) params(maxIO int, zeroCopy bool) (uapi.UblkParams, error) {
 	if maxIO < page || maxIO > maxIOLimit || maxIO%page != 0 {
 		return fail("largest request of %d bytes: want a multiple of %d up to %d", maxIO, page, maxIOLimit)
 	}
-	if g.Size < blockdev.SectorSize || g.Size%blockdev.SectorSize != 0 {
-		return fail("size of %d bytes: want a multiple of %d", g.Size, blockdev.SectorSize)
+	if g.Size < sector.Size || g.Size%sector.Size != 0 {
+		return fail("size of %d bytes: want a multiple of %d", g.Size, sector.Size)
 	}
 	logical, ok := exactShift(int64(g.LogicalBlock))
 	if !ok || logical < 9 || g.LogicalBlock > page {
-		return fail("logical blocks of %d bytes: want a power of two from %d to %d", g.LogicalBlock, blockdev.SectorSize, page)
+		return fail("logical blocks of %d bytes: want a power of two from %d to %d", g.LogicalBlock, sector.Size, page)
 	}
 	physical, ok := exactShift(int64(g.PhysicalBlock))
 	if !ok || physical < logical {
@@ -173,8 +173,8 @@ func (g *Geometry) params(maxIO int, zeroCopy bool) (uapi.UblkParams, error) {
 			IOMinShift:      max(hintShift(g.IOMin), physical),
 			// 2^0 bytes: the kernel rounds it down to "unknown".
 			IOOptShift: hintShift(g.IOOpt),
-			MaxSectors: uint32(maxIO / blockdev.SectorSize),
-			DevSectors: uint64(g.Size / blockdev.SectorSize),
+			MaxSectors: uint32(maxIO / sector.Size),
+			DevSectors: uint64(g.Size / sector.Size),
 		},
 	}
 	b := &p.Basic
@@ -214,8 +214,8 @@ func (g *Geometry) params(maxIO int, zeroCopy bool) (uapi.UblkParams, error) {
 // rangeSectors is the limit of n bytes in sectors: at most what the driver
 // can take, and whole logical blocks.
 func rangeSectors(n int64, logical int) uint32 {
-	n = min(n, maxRangeSectors*blockdev.SectorSize)
-	return uint32(n / int64(logical) * int64(logical) / blockdev.SectorSize)
+	n = min(n, maxRangeSectors*sector.Size)
+	return uint32(n / int64(logical) * int64(logical) / sector.Size)
 }
 
 // exactShift is log2 of n, which must be a power of two.

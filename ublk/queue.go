@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
@@ -263,8 +264,8 @@ func (u *queue) registered(tag uint32, res int32) {
 func (r *Request) decode(opFlags, sectors uint32, start uint64, maxIO int64) unix.Errno {
 	r.FUA = false
 	r.NoUnmap = false
-	r.Off = int64(start) * blockdev.SectorSize
-	r.Len = int64(sectors) * blockdev.SectorSize
+	r.Off = int64(start) * sector.Size
+	r.Len = int64(sectors) * sector.Size
 	switch opFlags & 0xff {
 	case uapi.UBLK_IO_OP_READ:
 		r.Op = OpRead

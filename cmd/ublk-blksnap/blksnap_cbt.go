@@ -10,6 +10,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 func (p *program) blksnapCBTInfo() *cobra.Command {
@@ -84,7 +85,7 @@ func (p *program) markFile(c *cobra.Command, device, path string) error {
 	}
 	var ranges []string
 	for _, x := range extents {
-		ranges = append(ranges, control.Range{Sector: uint64(x.Offset) / 512, Count: uint64(x.Length) / 512}.String())
+		ranges = append(ranges, control.Range{Sector: uint64(x.Offset) / sector.Size, Count: uint64(x.Length) / sector.Size}.String())
 	}
 	// The daemon takes no more of one request.
 	for some := range slices.Chunk(ranges, 32<<10) {

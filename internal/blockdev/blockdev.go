@@ -28,10 +28,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SectorSize is the kernel's unit of block device sizes, whatever the logical
-// block size.
-const SectorSize = 512
-
 // Kind says what an operation does.
 type Kind uint8
 

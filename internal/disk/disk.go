@@ -19,6 +19,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // What is wrong with a disk. They arrive wrapped in an *Error.
@@ -266,7 +268,7 @@ func (h *Host) byNumber(n Num) (*Disk, error) {
 		Name:     name,
 		Node:     "/dev/" + strings.ReplaceAll(name, "!", "/"),
 		Num:      n,
-		Size:     sectors * 512,
+		Size:     sectors * sector.Size,
 		ReadOnly: text(filepath.Join(sys, "ro")) == "1",
 		DMName:   text(filepath.Join(sys, "dm/name")),
 		sys:      sys,

@@ -7,6 +7,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // Extent is a stretch of a disk, in bytes.
@@ -56,7 +58,7 @@ func (h *Host) Extents(f *os.File) (*Disk, []Extent, error) {
 		if err != nil || err2 != nil {
 			return nil, nil, unknown("the place of partition " + d.Node + " is not known")
 		}
-		base, d = start*512, whole
+		base, d = start*sector.Size, whole
 	}
 	var out []Extent
 	var m fiemap

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // system is one way to the disk.
@@ -62,12 +63,12 @@ func startDM(ctx context.Context, e *env, chunk int64) (*instance, error) {
 		return nil, err
 	}
 	const orig, snap = "bench-origin", "bench-snapshot"
-	sectors := int64(ramSize) / 512
+	sectors := int64(ramSize) / sector.Size
 	remove := func(ctx context.Context, name string) error {
 		return command(ctx, "dmsetup", "remove", "--retry", name)
 	}
 	err := command(ctx, "dmsetup", "create", snap, "--table",
-		fmt.Sprintf("0 %d snapshot %s %s N %d", sectors, e.orig, e.cow, chunk/512))
+		fmt.Sprintf("0 %d snapshot %s %s N %d", sectors, e.orig, e.cow, chunk/sector.Size))
 	if err != nil {
 		return nil, err
 	}

@@ -4,11 +4,11 @@ import (
 	"encoding/binary"
 	"fmt"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
-const sectorSize = blockdev.SectorSize
+const sectorSize = sector.Size
 
 // Version names the content of a sector. Every write has one of its own, so a
 // sector tells who wrote it last, and whether it is where it belongs.

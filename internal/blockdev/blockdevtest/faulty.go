@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // Effect says how much of an operation is done before it fails.
@@ -143,7 +144,7 @@ func (q *Faulty) Submit(op *blockdev.Op) {
 	}
 	part := *op
 	if f.Effect == PartEffect {
-		part.Len = op.Len / blockdev.SectorSize / 2 * blockdev.SectorSize
+		part.Len = op.Len / sector.Size / 2 * sector.Size
 	}
 	if f.Effect == NoEffect || f.Effect == PartEffect && (part.Len == 0 || op.Kind == blockdev.Flush) {
 		q.inner.Post(&blockdev.Task{Run: fail})

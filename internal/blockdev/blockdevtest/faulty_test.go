@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 func TestFaulty(t *testing.T) {
@@ -24,19 +25,19 @@ func TestFaulty(t *testing.T) {
 			[4]unix.Errno{unix.EIO, 0, 0, 0}, [4]int{1, 2, 2, 2}},
 		{"whole", Fault{Count: 1, Err: unix.ENOMEM, Effect: FullEffect},
 			[4]unix.Errno{unix.ENOMEM, 0, 0, 0}, [4]int{2, 2, 2, 2}},
-		{"range", Fault{Off: 5 * blockdev.SectorSize, Len: blockdev.SectorSize, Err: unix.EIO},
+		{"range", Fault{Off: 5 * sector.Size, Len: sector.Size, Err: unix.EIO},
 			[4]unix.Errno{0, 0, unix.EIO, 0}, [4]int{2, 2, 0, 2}},
 		{"other kind", Fault{Kinds: []blockdev.Kind{blockdev.Read, blockdev.Flush}, Err: unix.EIO}, [4]unix.Errno{}, [4]int{2, 2, 2, 2}},
 		{"other file", Fault{File: NewMemoryDevice("b", 0), Err: unix.EIO}, [4]unix.Errno{}, [4]int{2, 2, 2, 2}},
 	} {
 		sq := NewMemoryQueue()
-		m := NewMemoryDevice("a", 8*blockdev.SectorSize)
+		m := NewMemoryDevice("a", 8*sector.Size)
 		var faults Faults
 		faults.Add(c.fault)
 		q := NewFaulty(sq, &faults)
 		fired := 0
 		for i := range c.errs {
-			w := write(m, int64(2*i)*blockdev.SectorSize, sectors(1, 2))
+			w := write(m, int64(2*i)*sector.Size, sectors(1, 2))
 			done := 0
 			w.Done = func(op *blockdev.Op) {
 				done++
@@ -55,7 +56,7 @@ func TestFaulty(t *testing.T) {
 			if w.Err != 0 {
 				fired++
 			}
-			if got := bytes.Count(content(t, m, int64(2*i)*blockdev.SectorSize, 2*blockdev.SectorSize), []byte{1}) / blockdev.SectorSize; got != c.left[i] {
+			if got := bytes.Count(content(t, m, int64(2*i)*sector.Size, 2*sector.Size), []byte{1}) / sector.Size; got != c.left[i] {
 				t.Errorf("%s: write %d left %d sectors, want %d", c.name, i, got, c.left[i])
 			}
 		}
@@ -70,7 +71,7 @@ func TestFaultsClear(t *testing.T) {
 	faults.Add(Fault{Err: unix.EIO})
 	faults.Clear()
 	sq := NewMemoryQueue()
-	w := write(NewMemoryDevice("a", blockdev.SectorSize), 0, sectors(1, 1))
+	w := write(NewMemoryDevice("a", sector.Size), 0, sectors(1, 1))
 	w.Done = func(*blockdev.Op) {}
 	NewFaulty(sq, &faults).Submit(w)
 	sq.Run()

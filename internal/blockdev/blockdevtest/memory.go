@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // DiscardEffect says what a discarded range of a Memory device reads as
@@ -49,7 +50,7 @@ type Memory struct {
 	mapped    []byte          // instead of pages
 
 	// What a power failure could undo; nil unless LoseUnsynced.
-	unsynced   map[int64][]version // by offset / SectorSize
+	unsynced   map[int64][]version // by offset / sector.Size
 	syncedSize int64
 	clock      uint64 // counts completions
 }
@@ -62,7 +63,7 @@ type page struct {
 // version is what a sector held at one moment since it was last made durable.
 // The first of a sector's versions is the durable one, the last is its content.
 type version struct {
-	data [blockdev.SectorSize]byte
+	data [sector.Size]byte
 	by   *landing // nil for the first
 }
 
@@ -72,12 +73,12 @@ type landing struct {
 }
 
 // NewMemoryDevice makes a block device of size bytes, a multiple of
-// SectorSize. It reads as zeroes.
+// sector.Size. It reads as zeroes.
 func NewMemoryDevice(name string, size int64) *Memory {
-	if size < 0 || size%blockdev.SectorSize != 0 {
+	if size < 0 || size%sector.Size != 0 {
 		panic(fmt.Sprintf("blockdevtest: device of %d bytes", size))
 	}
-	return &Memory{name: name, size: size, blockSize: blockdev.SectorSize, pages: make(map[int64]*page)}
+	return &Memory{name: name, size: size, blockSize: sector.Size, pages: make(map[int64]*page)}
 }
 
 // NewMemoryFile makes an empty regular file that can grow to limit bytes;
@@ -172,7 +173,7 @@ func (m *Memory) PowerFail(choose func(n int) int) {
 	slices.Sort(sectors)
 	for _, s := range sectors {
 		history := m.unsynced[s]
-		m.storeLocked(s*blockdev.SectorSize, history[choose(len(history))].data[:])
+		m.storeLocked(s*sector.Size, history[choose(len(history))].data[:])
 	}
 	clear(m.unsynced)
 	if m.size != m.syncedSize && choose(2) == 0 {
@@ -208,7 +209,7 @@ func (m *Memory) WriteAt(p []byte, off int64) (int, error) {
 	m.size = max(m.size, end)
 	m.syncedSize = m.size
 	m.storeLocked(off, p)
-	for s := off / blockdev.SectorSize; s < (end+blockdev.SectorSize-1)/blockdev.SectorSize; s++ {
+	for s := off / sector.Size; s < (end+sector.Size-1)/sector.Size; s++ {
 		delete(m.unsynced, s)
 	}
 	return len(p), nil
@@ -312,7 +313,7 @@ func (m *Memory) completed(op *blockdev.Op, by *landing, mark uint64) {
 		}
 		m.syncedSize = m.size
 	case op.Kind == blockdev.Write && op.FUA:
-		for s := op.Off / blockdev.SectorSize; s < (op.Off+op.Len)/blockdev.SectorSize; s++ {
+		for s := op.Off / sector.Size; s < (op.Off+op.Len)/sector.Size; s++ {
 			m.settleLocked(s, func(w *landing) bool { return w == by })
 		}
 	}
@@ -361,12 +362,12 @@ func (m *Memory) writeLocked(off int64, p []byte, by *landing) {
 		m.storeLocked(off, p)
 		return
 	}
-	for n := int64(0); n < int64(len(p)); n += blockdev.SectorSize {
-		s := (off + n) / blockdev.SectorSize
+	for n := int64(0); n < int64(len(p)); n += sector.Size {
+		s := (off + n) / sector.Size
 		history := m.unsynced[s]
 		if history == nil {
 			history = make([]version, 1, 2)
-			m.loadLocked(s*blockdev.SectorSize, history[0].data[:])
+			m.loadLocked(s*sector.Size, history[0].data[:])
 		}
 		history = append(history, version{by: by})
 		copy(history[len(history)-1].data[:], p[n:])

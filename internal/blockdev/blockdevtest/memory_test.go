@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // do submits one operation and runs it to its end.
@@ -25,7 +26,7 @@ func do(t *testing.T, q *SchedQueue, op *blockdev.Op) unix.Errno {
 	return op.Err
 }
 
-func sectors(b byte, n int) []byte { return bytes.Repeat([]byte{b}, n*blockdev.SectorSize) }
+func sectors(b byte, n int) []byte { return bytes.Repeat([]byte{b}, n*sector.Size) }
 
 func write(f blockdev.File, off int64, p []byte) *blockdev.Op {
 	return &blockdev.Op{Kind: blockdev.Write, File: f, Off: off, Len: int64(len(p)), Buf: blockdev.MemBuf(p)}
@@ -44,7 +45,7 @@ func TestMemoryDevice(t *testing.T) {
 	q := NewMemoryQueue()
 	m := NewMemoryDevice("disk", 1<<40)
 	p := append(sectors(1, 9), sectors(2, 9)...)
-	at := int64(1<<40 - 18*blockdev.SectorSize)
+	at := int64(1<<40 - 18*sector.Size)
 	if e := do(t, q, write(m, at, p)); e != 0 {
 		t.Fatal(e)
 	}
@@ -52,7 +53,7 @@ func TestMemoryDevice(t *testing.T) {
 	if e := do(t, q, &blockdev.Op{Kind: blockdev.Read, File: m, Off: at, Len: int64(len(p)), Buf: blockdev.MemBuf(got)}); e != 0 || !bytes.Equal(got, p) {
 		t.Fatalf("read back: %v, equal %v", e, bytes.Equal(got, p))
 	}
-	if e := do(t, q, &blockdev.Op{Kind: blockdev.WriteZeroes, File: m, Off: at + blockdev.SectorSize, Len: 16 * blockdev.SectorSize}); e != 0 {
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.WriteZeroes, File: m, Off: at + sector.Size, Len: 16 * sector.Size}); e != 0 {
 		t.Fatal(e)
 	}
 	want := append(append(sectors(1, 1), sectors(0, 16)...), sectors(2, 1)...)
@@ -67,48 +68,48 @@ func TestMemoryDevice(t *testing.T) {
 		op   *blockdev.Op
 		want unix.Errno
 	}{
-		{"read beyond", &blockdev.Op{Kind: blockdev.Read, File: m, Off: 1 << 40, Len: blockdev.SectorSize, Buf: blockdev.MemBuf(got)}, unix.EIO},
-		{"write beyond", write(m, 1<<40-blockdev.SectorSize, sectors(3, 2)), unix.ENOSPC},
+		{"read beyond", &blockdev.Op{Kind: blockdev.Read, File: m, Off: 1 << 40, Len: sector.Size, Buf: blockdev.MemBuf(got)}, unix.EIO},
+		{"write beyond", write(m, 1<<40-sector.Size, sectors(3, 2)), unix.ENOSPC},
 		{"unaligned", write(m, 7, sectors(3, 1)), unix.EINVAL},
 		{"empty", &blockdev.Op{Kind: blockdev.Read, File: m}, unix.EINVAL},
-		{"allocate", &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: blockdev.SectorSize}, unix.EOPNOTSUPP},
+		{"allocate", &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: sector.Size}, unix.EOPNOTSUPP},
 	} {
 		if e := do(t, q, c.op); e != c.want {
 			t.Errorf("%s: %v, want %v", c.name, e, c.want)
 		}
 	}
-	if got := content(t, m, 1<<40-blockdev.SectorSize, blockdev.SectorSize); !bytes.Equal(got, sectors(2, 1)) {
+	if got := content(t, m, 1<<40-sector.Size, sector.Size); !bytes.Equal(got, sectors(2, 1)) {
 		t.Error("a refused write left something behind")
 	}
 }
 
 func TestMemoryFile(t *testing.T) {
 	q := NewMemoryQueue()
-	m := NewMemoryFile("file", 8*blockdev.SectorSize)
-	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: 4 * blockdev.SectorSize}); e != 0 || m.Size() != 4*blockdev.SectorSize {
+	m := NewMemoryFile("file", 8*sector.Size)
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: 4 * sector.Size}); e != 0 || m.Size() != 4*sector.Size {
 		t.Fatalf("allocate: %v, size %d", e, m.Size())
 	}
-	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Off: 4 * blockdev.SectorSize, Len: 5 * blockdev.SectorSize}); e != unix.ENOSPC {
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Off: 4 * sector.Size, Len: 5 * sector.Size}); e != unix.ENOSPC {
 		t.Fatalf("allocate past the limit: %v", e)
 	}
-	if e := do(t, q, write(m, 7*blockdev.SectorSize, sectors(7, 1))); e != 0 || m.Size() != 8*blockdev.SectorSize {
+	if e := do(t, q, write(m, 7*sector.Size, sectors(7, 1))); e != 0 || m.Size() != 8*sector.Size {
 		t.Fatalf("write that grows: %v, size %d", e, m.Size())
 	}
-	if e := do(t, q, &blockdev.Op{Kind: blockdev.Discard, File: m, Off: 7 * blockdev.SectorSize, Len: blockdev.SectorSize}); e != 0 {
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.Discard, File: m, Off: 7 * sector.Size, Len: sector.Size}); e != 0 {
 		t.Fatal(e)
 	}
-	if !bytes.Equal(content(t, m, 0, 8*blockdev.SectorSize), sectors(0, 8)) {
+	if !bytes.Equal(content(t, m, 0, 8*sector.Size), sectors(0, 8)) {
 		t.Error("a hole does not read as zeroes")
 	}
-	cut := write(m, 7*blockdev.SectorSize, sectors(7, 1))
-	cut.Reach = 8 * blockdev.SectorSize
-	m.Resize(4 * blockdev.SectorSize)
-	if e := do(t, q, cut); e != unix.EIO || m.Size() != 4*blockdev.SectorSize {
+	cut := write(m, 7*sector.Size, sectors(7, 1))
+	cut.Reach = 8 * sector.Size
+	m.Resize(4 * sector.Size)
+	if e := do(t, q, cut); e != unix.EIO || m.Size() != 4*sector.Size {
 		t.Errorf("write that would make a file grow again: %v, size %d", e, m.Size())
 	}
-	m.Resize(8 * blockdev.SectorSize)
-	m.SetLimit(16 * blockdev.SectorSize)
-	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Off: 8 * blockdev.SectorSize, Len: 8 * blockdev.SectorSize}); e != 0 {
+	m.Resize(8 * sector.Size)
+	m.SetLimit(16 * sector.Size)
+	if e := do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Off: 8 * sector.Size, Len: 8 * sector.Size}); e != 0 {
 		t.Errorf("allocate below the raised limit: %v", e)
 	}
 }
@@ -116,14 +117,14 @@ func TestMemoryFile(t *testing.T) {
 func TestMemoryDiscard(t *testing.T) {
 	for effect, want := range map[DiscardEffect]byte{DiscardZero: 0, DiscardKeep: 5, DiscardJunk: JunkByte} {
 		q := NewMemoryQueue()
-		m := NewMemoryDevice("disk", 4*blockdev.SectorSize)
+		m := NewMemoryDevice("disk", 4*sector.Size)
 		m.SetDiscards(effect)
 		do(t, q, write(m, 0, sectors(5, 4)))
-		if e := do(t, q, &blockdev.Op{Kind: blockdev.Discard, File: m, Off: blockdev.SectorSize, Len: blockdev.SectorSize}); e != 0 {
+		if e := do(t, q, &blockdev.Op{Kind: blockdev.Discard, File: m, Off: sector.Size, Len: sector.Size}); e != 0 {
 			t.Fatal(e)
 		}
-		if got := content(t, m, 0, 4*blockdev.SectorSize); got[blockdev.SectorSize] != want || got[0] != 5 || got[2*blockdev.SectorSize] != 5 {
-			t.Errorf("effect %d: %#x, want %#x", effect, got[blockdev.SectorSize], want)
+		if got := content(t, m, 0, 4*sector.Size); got[sector.Size] != want || got[0] != 5 || got[2*sector.Size] != 5 {
+			t.Errorf("effect %d: %#x, want %#x", effect, got[sector.Size], want)
 		}
 	}
 }
@@ -142,17 +143,17 @@ func TestMapMemory(t *testing.T) {
 }
 
 func TestMemoryClone(t *testing.T) {
-	m := NewMemoryDevice("disk", 16*blockdev.SectorSize)
+	m := NewMemoryDevice("disk", 16*sector.Size)
 	m.WriteAt(sectors(1, 16), 0)
 	c := m.Clone()
 	m.WriteAt(sectors(2, 2), 0)
-	c.WriteAt(sectors(3, 2), 8*blockdev.SectorSize)
+	c.WriteAt(sectors(3, 2), 8*sector.Size)
 	for _, x := range []struct {
 		m    *Memory
 		off  int64
 		want byte
 	}{{m, 0, 2}, {m, 8, 1}, {c, 0, 1}, {c, 8, 3}} {
-		if got := content(t, x.m, x.off*blockdev.SectorSize, blockdev.SectorSize); got[0] != x.want {
+		if got := content(t, x.m, x.off*sector.Size, sector.Size); got[0] != x.want {
 			t.Errorf("sector %d: %d, want %d", x.off, got[0], x.want)
 		}
 	}
@@ -166,12 +167,12 @@ func outcomes(t *testing.T, prepare func(q *SchedQueue, m *Memory)) map[byte]boo
 	for seed := uint64(1); seed < 60; seed++ {
 		s := NewSched(seed)
 		q := s.NewQueue("q")
-		m := NewMemoryDevice("disk", 4*blockdev.SectorSize)
+		m := NewMemoryDevice("disk", 4*sector.Size)
 		m.WriteAt(sectors(9, 4), 0)
 		m.LoseUnsynced()
 		prepare(q, m)
 		s.PowerFail(m)
-		seen[content(t, m, 0, blockdev.SectorSize)[0]] = true
+		seen[content(t, m, 0, sector.Size)[0]] = true
 	}
 	return seen
 }
@@ -222,7 +223,7 @@ func TestPowerFail(t *testing.T) {
 			q.Submit(w)
 		}, []byte{9, 1}},
 		{"zeroes", func(q *SchedQueue, m *Memory) {
-			do(t, q, &blockdev.Op{Kind: blockdev.WriteZeroes, File: m, Len: blockdev.SectorSize})
+			do(t, q, &blockdev.Op{Kind: blockdev.WriteZeroes, File: m, Len: sector.Size})
 		}, []byte{9, 0}},
 	} {
 		seen := outcomes(t, c.prepare)
@@ -242,16 +243,16 @@ func TestPowerFailTearsWrites(t *testing.T) {
 	for seed := uint64(1); seed < 40; seed++ {
 		s := NewSched(seed)
 		q := s.NewQueue("q")
-		m := NewMemoryDevice("disk", 8*blockdev.SectorSize)
+		m := NewMemoryDevice("disk", 8*sector.Size)
 		m.LoseUnsynced()
 		w := write(m, 0, sectors(1, 8))
 		w.Done = func(*blockdev.Op) {}
 		q.Submit(w)
 		s.PowerFail(m)
-		got := content(t, m, 0, 8*blockdev.SectorSize)
+		got := content(t, m, 0, 8*sector.Size)
 		n := 0
 		for i := 0; i < 8; i++ {
-			sector := got[i*blockdev.SectorSize : (i+1)*blockdev.SectorSize]
+			sector := got[i*sector.Size : (i+1)*sector.Size]
 			if bytes.Equal(sector, sectors(1, 1)) {
 				n++
 			} else if !bytes.Equal(sector, sectors(0, 1)) {
@@ -273,13 +274,13 @@ func TestPowerFailSize(t *testing.T) {
 		q := NewSched(seed).NewQueue("q")
 		m := NewMemoryFile("file", 1<<20)
 		m.LoseUnsynced()
-		do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: 4 * blockdev.SectorSize})
+		do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: 4 * sector.Size})
 		do(t, q, &blockdev.Op{Kind: blockdev.Flush, File: m})
-		do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: 8 * blockdev.SectorSize})
+		do(t, q, &blockdev.Op{Kind: blockdev.Allocate, File: m, Len: 8 * sector.Size})
 		q.Sched().PowerFail(m)
 		sizes[m.Size()] = true
 	}
-	if len(sizes) != 2 || !sizes[4*blockdev.SectorSize] || !sizes[8*blockdev.SectorSize] {
+	if len(sizes) != 2 || !sizes[4*sector.Size] || !sizes[8*sector.Size] {
 		t.Errorf("sizes %v", sizes)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // Sched plays the threads and the disks of a process in one goroutine: it has
@@ -196,9 +197,9 @@ func (s *Sched) cut(op *blockdev.Op) []int64 {
 	if op.Kind == blockdev.Flush {
 		return nil
 	}
-	sectors := op.Len / blockdev.SectorSize
+	sectors := op.Len / sector.Size
 	if s.orders && sectors > 1 && op.Kind != blockdev.Allocate && s.random.OneIn(4) {
-		at := (1 + int64(s.random.Intn(int(sectors-1)))) * blockdev.SectorSize
+		at := (1 + int64(s.random.Intn(int(sectors-1)))) * sector.Size
 		return []int64{at, op.Len}
 	}
 	return []int64{op.Len}
@@ -371,9 +372,9 @@ func (s *Sched) orphan(e *event) {
 	case 0: // it never got so far
 		e.pieces = nil
 	case 1: // it gets half way
-		sectors := (e.was.Len - e.from) / blockdev.SectorSize
+		sectors := (e.was.Len - e.from) / sector.Size
 		if e.was.Kind != blockdev.Allocate && sectors > 0 {
-			e.pieces = []int64{e.from + blockdev.SectorSize*int64(s.random.Intn(int(sectors)))}
+			e.pieces = []int64{e.from + sector.Size*int64(s.random.Intn(int(sectors)))}
 		}
 	}
 	e.at = s.now + s.delay(uint(s.random.Intn(4)))
@@ -461,9 +462,9 @@ func (s *Sched) PowerFail(files ...*Memory) {
 		if e.op == nil || e.was.Kind == blockdev.Read || e.was.Kind == blockdev.Flush || e.errno != 0 {
 			continue
 		}
-		for n := e.from; n < e.was.Len && e.file.check(&e.was) == 0; n += blockdev.SectorSize {
+		for n := e.from; n < e.was.Len && e.file.check(&e.was) == 0; n += sector.Size {
 			if e.file.unsynced != nil || s.random.OneIn(2) {
-				e.file.apply(&e.was, &e.by, n, min(blockdev.SectorSize, e.was.Len-n))
+				e.file.apply(&e.was, &e.by, n, min(sector.Size, e.was.Len-n))
 			}
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // trace runs overlapping writes and tasks on two queues and tells the order of
@@ -14,7 +15,7 @@ import (
 func trace(seed uint64) string {
 	var b strings.Builder
 	s := NewSched(seed)
-	m := NewMemoryDevice("disk", 64*blockdev.SectorSize)
+	m := NewMemoryDevice("disk", 64*sector.Size)
 	qs := []*SchedQueue{s.NewQueue("a"), s.NewQueue("b")}
 	for i := 0; i < 8; i++ {
 		q := qs[i%2]
@@ -24,10 +25,10 @@ func trace(seed uint64) string {
 		q.Post(&blockdev.Task{Run: func() { fmt.Fprintf(&b, "%s%d ", q.Name(), i) }})
 	}
 	s.Run()
-	p := make([]byte, 8*blockdev.SectorSize)
+	p := make([]byte, 8*sector.Size)
 	m.ReadAt(p, 0)
 	for i := 0; i < 8; i++ {
-		fmt.Fprintf(&b, "%d", p[i*blockdev.SectorSize])
+		fmt.Fprintf(&b, "%d", p[i*sector.Size])
 	}
 	return b.String()
 }
@@ -69,7 +70,7 @@ func TestSchedKill(t *testing.T) {
 	whole, part, never, late := 0, 0, 0, 0
 	for seed := uint64(1); seed <= 100; seed++ {
 		s := NewSched(seed)
-		m := NewMemoryDevice("disk", 8*blockdev.SectorSize)
+		m := NewMemoryDevice("disk", 8*sector.Size)
 		old, other := s.NewQueue("old"), s.NewQueue("other")
 		w := write(m, 0, sectors(1, 8))
 		w.Done = func(*blockdev.Op) { t.Error("a completion on a killed queue") }
@@ -92,7 +93,7 @@ func TestSchedKill(t *testing.T) {
 		if !survivor {
 			t.Fatal("the other queue was killed too")
 		}
-		p := content(t, m, 0, 8*blockdev.SectorSize)
+		p := content(t, m, 0, 8*sector.Size)
 		switch n := strings.Count(string(p), "\x01"); n {
 		case 0:
 			never++
@@ -110,7 +111,7 @@ func TestSchedKill(t *testing.T) {
 func TestSchedSettle(t *testing.T) {
 	for seed := uint64(1); seed <= 50; seed++ {
 		s := NewSched(seed)
-		m, other := NewMemoryDevice("disk", 8*blockdev.SectorSize), NewMemoryDevice("other", 8*blockdev.SectorSize)
+		m, other := NewMemoryDevice("disk", 8*sector.Size), NewMemoryDevice("other", 8*sector.Size)
 		old := s.NewQueue("old")
 		for _, f := range []*Memory{m, other} {
 			w := write(f, 0, sectors(1, 8))
@@ -131,7 +132,7 @@ func TestSchedSettle(t *testing.T) {
 func TestSchedStick(t *testing.T) {
 	s := NewSched(1)
 	q := s.NewQueue("q")
-	m := NewMemoryDevice("disk", 8*blockdev.SectorSize)
+	m := NewMemoryDevice("disk", 8*sector.Size)
 	done := false
 	w := write(m, 0, sectors(1, 1))
 	w.Done = func(*blockdev.Op) { done = true }
@@ -173,7 +174,7 @@ func TestSchedKeepsTheContract(t *testing.T) {
 		f()
 	}
 	q := NewMemoryQueue()
-	m := NewMemoryDevice("disk", 8*blockdev.SectorSize)
+	m := NewMemoryDevice("disk", 8*sector.Size)
 	panics("submitted twice", func() {
 		w := write(m, 0, sectors(1, 1))
 		w.Done = func(*blockdev.Op) {}
@@ -190,7 +191,7 @@ func TestSchedKeepsTheContract(t *testing.T) {
 		w := write(m, 0, sectors(1, 1))
 		w.Done = func(*blockdev.Op) {}
 		q.Submit(w)
-		w.Off = blockdev.SectorSize
+		w.Off = sector.Size
 		q.Run()
 	})
 }
