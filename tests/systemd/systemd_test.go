@@ -202,7 +202,7 @@ func TestUnit(t *testing.T) {
 	all := journal(t, unit)
 	said(t, all, "6", "daemon started")
 	said(t, all, "3", "not stopped, still serving")
-	said(t, all, "4", "event=low_free_space")
+	said(t, all, "4", "event=no_space")
 	for _, e := range all {
 		for _, no := range []string{"time=", "level=", "errno 0"} {
 			if e.Comm == "ublk-blksnap" && strings.Contains(e.Message, no) {
