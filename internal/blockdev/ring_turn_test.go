@@ -73,7 +73,7 @@ func TestRingCommands(t *testing.T) {
 		// More than the queue holds: Command submits to make room.
 		q.Post(&Task{Run: func() {
 			for tag := range uint32(n) {
-				q.Command(tag ^ 0xffff0000).PrepNop()
+				q.Command(tag ^ 0xffff0000) // zeroed, an entry is IORING_OP_NOP
 			}
 		}})
 		within(t, "commands", done)

@@ -6,7 +6,6 @@ package uring
 
 // Opcodes of entries, enum io_uring_op.
 const (
-	IORING_OP_NOP          = 0
 	IORING_OP_FSYNC        = 3
 	IORING_OP_READ_FIXED   = 4
 	IORING_OP_WRITE_FIXED  = 5
@@ -16,38 +15,24 @@ const (
 	IORING_OP_FALLOCATE    = 17
 	IORING_OP_READ         = 22
 	IORING_OP_WRITE        = 23
-	IORING_OP_MSG_RING     = 40
 	IORING_OP_URING_CMD    = 46
 )
 
 // Flags of entries.
 const (
-	IOSQE_FIXED_FILE       = 1 << 0
-	IOSQE_IO_DRAIN         = 1 << 1
-	IOSQE_IO_LINK          = 1 << 2
-	IOSQE_IO_HARDLINK      = 1 << 3
-	IOSQE_ASYNC            = 1 << 4
-	IOSQE_CQE_SKIP_SUCCESS = 1 << 6
+	IOSQE_FIXED_FILE = 1 << 0
+	IOSQE_ASYNC      = 1 << 4
 )
 
 // Flags of one opcode.
 const (
-	IORING_FSYNC_DATASYNC        = 1 << 0
-	IORING_ASYNC_CANCEL_ALL      = 1 << 0
-	IORING_ASYNC_CANCEL_ANY      = 1 << 2
-	IORING_MSG_DATA              = 0
-	IORING_TIMEOUT_ETIME_SUCCESS = 1 << 5
-	IORING_URING_CMD_FIXED       = 1 << 0
+	IORING_FSYNC_DATASYNC = 1 << 0
 )
-
-// Flags of completions.
-const IORING_CQE_F_MORE = 1 << 1
 
 const (
 	ioringOffSQRing = 0
 	ioringOffSQEs   = 0x10000000
 
-	ioringSetupCQSize       = 1 << 3
 	ioringSetupClamp        = 1 << 4
 	ioringSetupSubmitAll    = 1 << 7
 	ioringSetupCoopTaskrun  = 1 << 8
@@ -65,15 +50,11 @@ const (
 	ioringSQTaskrun    = 1 << 2
 
 	ioringEnterGetevents      = 1 << 0
-	ioringEnterExtArg         = 1 << 3
 	ioringEnterRegisteredRing = 1 << 4
 
 	ioringUnregisterBuffers     = 1
 	ioringUnregisterFiles       = 3
-	ioringRegisterEventfd       = 4
-	ioringUnregisterEventfd     = 5
 	ioringRegisterFilesUpdate   = 6
-	ioringRegisterProbe         = 8
 	ioringRegisterFiles2        = 13
 	ioringRegisterBuffers2      = 15
 	ioringRegisterBuffersUpdate = 16
@@ -81,8 +62,6 @@ const (
 	ioringUnregisterRingFds     = 21
 
 	ioringRsrcRegisterSparse = 1 << 0
-
-	ioUringOpSupported = 1 << 0
 )
 
 // params is struct io_uring_params.
@@ -156,29 +135,4 @@ type rsrcUpdate2 struct {
 	tags   uint64
 	nr     uint32
 	resv2  uint32
-}
-
-// geteventsArg is struct io_uring_getevents_arg.
-type geteventsArg struct {
-	sigmask   uint64
-	sigmaskSz uint32
-	pad       uint32
-	ts        uint64
-}
-
-// probeOp is struct io_uring_probe_op.
-type probeOp struct {
-	op    uint8
-	resv  uint8
-	flags uint16
-	resv2 uint32
-}
-
-// probe is struct io_uring_probe with room for every opcode.
-type probe struct {
-	lastOp uint8
-	opsLen uint8
-	resv   uint16
-	resv2  [3]uint32
-	ops    [256]probeOp
 }

@@ -20,7 +20,6 @@ type fact struct {
 }
 
 var constants = []fact{
-	{"IORING_OP_NOP", IORING_OP_NOP, 0},
 	{"IORING_OP_FSYNC", IORING_OP_FSYNC, 3},
 	{"IORING_OP_READ_FIXED", IORING_OP_READ_FIXED, 4},
 	{"IORING_OP_WRITE_FIXED", IORING_OP_WRITE_FIXED, 5},
@@ -30,24 +29,12 @@ var constants = []fact{
 	{"IORING_OP_FALLOCATE", IORING_OP_FALLOCATE, 17},
 	{"IORING_OP_READ", IORING_OP_READ, 22},
 	{"IORING_OP_WRITE", IORING_OP_WRITE, 23},
-	{"IORING_OP_MSG_RING", IORING_OP_MSG_RING, 40},
 	{"IORING_OP_URING_CMD", IORING_OP_URING_CMD, 46},
 	{"IOSQE_FIXED_FILE", IOSQE_FIXED_FILE, 1},
-	{"IOSQE_IO_DRAIN", IOSQE_IO_DRAIN, 2},
-	{"IOSQE_IO_LINK", IOSQE_IO_LINK, 4},
-	{"IOSQE_IO_HARDLINK", IOSQE_IO_HARDLINK, 8},
 	{"IOSQE_ASYNC", IOSQE_ASYNC, 16},
-	{"IOSQE_CQE_SKIP_SUCCESS", IOSQE_CQE_SKIP_SUCCESS, 64},
 	{"IORING_FSYNC_DATASYNC", IORING_FSYNC_DATASYNC, 1},
-	{"IORING_ASYNC_CANCEL_ALL", IORING_ASYNC_CANCEL_ALL, 1},
-	{"IORING_ASYNC_CANCEL_ANY", IORING_ASYNC_CANCEL_ANY, 4},
-	{"IORING_MSG_DATA", IORING_MSG_DATA, 0},
-	{"IORING_TIMEOUT_ETIME_SUCCESS", IORING_TIMEOUT_ETIME_SUCCESS, 32},
-	{"IORING_URING_CMD_FIXED", IORING_URING_CMD_FIXED, 1},
-	{"IORING_CQE_F_MORE", IORING_CQE_F_MORE, 2},
 	{"IORING_OFF_SQ_RING", ioringOffSQRing, 0},
 	{"IORING_OFF_SQES", ioringOffSQEs, 0x10000000},
-	{"IORING_SETUP_CQSIZE", ioringSetupCQSize, 1 << 3},
 	{"IORING_SETUP_CLAMP", ioringSetupClamp, 1 << 4},
 	{"IORING_SETUP_SUBMIT_ALL", ioringSetupSubmitAll, 1 << 7},
 	{"IORING_SETUP_COOP_TASKRUN", ioringSetupCoopTaskrun, 1 << 8},
@@ -62,21 +49,16 @@ var constants = []fact{
 	{"IORING_SQ_CQ_OVERFLOW", ioringSQCQOverflow, 2},
 	{"IORING_SQ_TASKRUN", ioringSQTaskrun, 4},
 	{"IORING_ENTER_GETEVENTS", ioringEnterGetevents, 1},
-	{"IORING_ENTER_EXT_ARG", ioringEnterExtArg, 8},
 	{"IORING_ENTER_REGISTERED_RING", ioringEnterRegisteredRing, 16},
 	{"IORING_UNREGISTER_BUFFERS", ioringUnregisterBuffers, 1},
 	{"IORING_UNREGISTER_FILES", ioringUnregisterFiles, 3},
-	{"IORING_REGISTER_EVENTFD", ioringRegisterEventfd, 4},
-	{"IORING_UNREGISTER_EVENTFD", ioringUnregisterEventfd, 5},
 	{"IORING_REGISTER_FILES_UPDATE", ioringRegisterFilesUpdate, 6},
-	{"IORING_REGISTER_PROBE", ioringRegisterProbe, 8},
 	{"IORING_REGISTER_FILES2", ioringRegisterFiles2, 13},
 	{"IORING_REGISTER_BUFFERS2", ioringRegisterBuffers2, 15},
 	{"IORING_REGISTER_BUFFERS_UPDATE", ioringRegisterBuffersUpdate, 16},
 	{"IORING_REGISTER_RING_FDS", ioringRegisterRingFds, 20},
 	{"IORING_UNREGISTER_RING_FDS", ioringUnregisterRingFds, 21},
 	{"IORING_RSRC_REGISTER_SPARSE", ioringRsrcRegisterSparse, 1},
-	{"IO_URING_OP_SUPPORTED", ioUringOpSupported, 1},
 }
 
 func layout() []fact {
@@ -90,10 +72,7 @@ func layout() []fact {
 		rr rsrcRegister
 		ru rsrcUpdate
 		r2 rsrcUpdate2
-		ga geteventsArg
 		ts Timespec
-		pr probe
-		po probeOp
 	)
 	size := func(c string, have uintptr, golden uint64) fact {
 		return fact{"sizeof(struct " + c + ")", uint64(have), golden}
@@ -147,15 +126,8 @@ func layout() []fact {
 		at("io_uring_rsrc_update2", "data", unsafe.Offsetof(r2.data), 8),
 		at("io_uring_rsrc_update2", "tags", unsafe.Offsetof(r2.tags), 16),
 		at("io_uring_rsrc_update2", "nr", unsafe.Offsetof(r2.nr), 24),
-		size("io_uring_getevents_arg", unsafe.Sizeof(ga), 24),
-		at("io_uring_getevents_arg", "sigmask_sz", unsafe.Offsetof(ga.sigmaskSz), 8),
-		at("io_uring_getevents_arg", "ts", unsafe.Offsetof(ga.ts), 16),
 		size("__kernel_timespec", unsafe.Sizeof(ts), 16),
 		at("__kernel_timespec", "tv_nsec", unsafe.Offsetof(ts.Nsec), 8),
-		at("io_uring_probe", "ops_len", unsafe.Offsetof(pr.opsLen), 1),
-		at("io_uring_probe", "ops", unsafe.Offsetof(pr.ops), 16),
-		size("io_uring_probe_op", unsafe.Sizeof(po), 8),
-		at("io_uring_probe_op", "flags", unsafe.Offsetof(po.flags), 2),
 	}
 }
 

@@ -119,8 +119,8 @@ func (q *queues) due() bool {
 	return atomic.LoadUint32(q.sqFlags)&(ioringSQCQOverflow|ioringSQTaskrun) != 0
 }
 
-func (q *queues) enter(_ int, submit, min, flags uint32, arg unsafe.Pointer, size uintptr) unix.Errno {
-	_, err := q.ring.Enter2(submit, min, flags, arg, int(size))
+func (q *queues) enter(_ int, submit, min, flags uint32) unix.Errno {
+	_, err := q.ring.Enter2(submit, min, flags, nil, 0)
 	if err == nil {
 		return 0
 	}

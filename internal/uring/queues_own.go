@@ -149,9 +149,9 @@ func (q *queues) due() bool {
 	return atomic.LoadUint32(q.sqFlags)&(ioringSQCQOverflow|ioringSQTaskrun) != 0
 }
 
-func (q *queues) enter(fd int, submit, min, flags uint32, arg unsafe.Pointer, size uintptr) unix.Errno {
+func (q *queues) enter(fd int, submit, min, flags uint32) unix.Errno {
 	_, _, errno := syscall.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(fd),
-		uintptr(submit), uintptr(min), uintptr(flags), uintptr(arg), size)
+		uintptr(submit), uintptr(min), uintptr(flags), 0, 0)
 	return errno
 }
 

@@ -50,15 +50,6 @@ func (r *Ring) UpdateFiles(first uint32, fds []int32) error {
 	return registerError("files", errno)
 }
 
-// UnregisterFiles gives all files of the table back.
-func (r *Ring) UnregisterFiles() error {
-	_, errno := r.register(ioringUnregisterFiles, nil, 0)
-	if errno == 0 {
-		r.filesInUse = false
-	}
-	return registerError("no files", errno)
-}
-
 // RegisterBuffers makes a table of n empty places for buffers. UpdateBuffers
 // fills them, or a driver such as ublk with pages of its requests.
 func (r *Ring) RegisterBuffers(n uint32) error {
@@ -97,18 +88,9 @@ func (r *Ring) UpdateBuffers(first uint32, bufs [][]byte) error {
 	return registerError("buffers", errno)
 }
 
-// UnregisterBuffers gives all buffers of the table back.
-func (r *Ring) UnregisterBuffers() error {
-	_, errno := r.register(ioringUnregisterBuffers, nil, 0)
-	if errno == 0 {
-		r.buffersUsed = false
-	}
-	return registerError("no buffers", errno)
-}
-
 // RegisterRing registers the ring itself with the calling thread, which from
 // then on is the only one that may use it and saves the look-up of the file
-// descriptor. The thread calls UnregisterRing or Close before it ends.
+// descriptor. The thread calls Close before it ends.
 func (r *Ring) RegisterRing() error {
 	if r.registered {
 		return nil
@@ -128,8 +110,8 @@ func (r *Ring) RegisterRing() error {
 	return nil
 }
 
-// UnregisterRing undoes RegisterRing, on the same thread.
-func (r *Ring) UnregisterRing() error {
+// unregisterRing undoes RegisterRing, on the same thread.
+func (r *Ring) unregisterRing() error {
 	if !r.registered {
 		return nil
 	}
@@ -140,36 +122,4 @@ func (r *Ring) UnregisterRing() error {
 	r.enterFlags = 0
 	r.q.entersBy(r.enterFd)
 	return registerError("no ring", errno)
-}
-
-// RegisterEventfd has the eventfd fd counted up with each completion.
-func (r *Ring) RegisterEventfd(fd int) error {
-	v := int32(fd)
-	_, errno := r.register(ioringRegisterEventfd, unsafe.Pointer(&v), 1)
-	return registerError("eventfd", errno)
-}
-
-// UnregisterEventfd undoes RegisterEventfd.
-func (r *Ring) UnregisterEventfd() error {
-	_, errno := r.register(ioringUnregisterEventfd, nil, 0)
-	return registerError("no eventfd", errno)
-}
-
-// Opcodes is the set of opcodes that the kernel supports.
-type Opcodes struct{ has [256]bool }
-
-// Has says whether op (IORING_OP_*) is supported.
-func (o *Opcodes) Has(op uint8) bool { return o.has[op] }
-
-// Probe asks the kernel which opcodes it supports.
-func (r *Ring) Probe() (*Opcodes, error) {
-	p := &probe{}
-	if _, errno := r.register(ioringRegisterProbe, unsafe.Pointer(p), uint32(len(p.ops))); errno != 0 {
-		return nil, fmt.Errorf("probe opcodes: %w", errno)
-	}
-	o := &Opcodes{}
-	for _, op := range p.ops[:p.opsLen] {
-		o.has[op.op] = op.flags&ioUringOpSupported != 0
-	}
-	return o, nil
 }

@@ -27,8 +27,8 @@
 // busy server. A raw wait keeps the P instead. The price is that stopping the
 // world has to wait for it: the runtime's preemption signal makes the wait
 // return EINTR, upon which SubmitAndWait enters the scheduler once. So: raw
-// while completions are expected soon, ordinary (or a time limit) otherwise,
-// and GOMAXPROCS larger than the number of threads that wait raw.
+// while completions are expected soon, ordinary otherwise, and GOMAXPROCS larger
+// than the number of threads that wait raw.
 package uring
 
 import (
@@ -38,7 +38,6 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -60,11 +59,9 @@ const MaxEntries = 32768
 
 // Config describes a ring.
 type Config struct {
-	// Entries is the size of the submission queue, CQEntries that of the
-	// completion queue (0: twice as many). Both are rounded up to powers of
-	// two.
-	Entries   uint32
-	CQEntries uint32
+	// Entries is the size of the submission queue, rounded up to a power of two.
+	// The completion queue has twice as many.
+	Entries uint32
 	// SQE128 makes entries of 128 bytes, for commands with long arguments.
 	SQE128 bool
 	// SingleIssuer promises that one thread submits. DeferTaskrun (with
@@ -81,23 +78,12 @@ type Ring struct {
 	q           queues
 	fd          int
 	flags       uint32 // of the setup, as the kernel accepted them
-	features    uint32
 	enterFd     int    // fd, or the index of the registered ring
 	enterFlags  uint32 // ioringEnterRegisteredRing, or 0
-	waitMem     []byte // one page off the Go heap: holds wait
-	wait        *waitArg
-	sqEntries   uint32
-	cqEntries   uint32
 	registered  bool
 	closed      bool
 	filesInUse  bool
 	buffersUsed bool
-}
-
-// waitArg is the extended argument of a wait with a time limit.
-type waitArg struct {
-	arg geteventsArg
-	ts  Timespec
 }
 
 // New makes a ring. The error is ErrDisabled, ErrNotSupported, ErrMemlock, or
@@ -111,10 +97,6 @@ func New(cfg Config) (*Ring, error) {
 	}
 	var p params
 	p.flags = ioringSetupClamp
-	if cfg.CQEntries != 0 {
-		p.flags |= ioringSetupCQSize
-		p.cqEntries = cfg.CQEntries
-	}
 	if cfg.SQE128 {
 		p.flags |= ioringSetupSQE128
 	}
@@ -145,23 +127,13 @@ func New(cfg Config) (*Ring, error) {
 		return nil, setupError(errno, readDisabledSysctl())
 	}
 	r.flags = p.flags
-	r.features = p.features
-	r.sqEntries = p.sqEntries
-	r.cqEntries = p.cqEntries
 	r.enterFd = r.fd
+	// EXT_ARG stands for the version.
 	const needed = ioringFeatSingleMmap | ioringFeatNodrop | ioringFeatExtArg
-	if r.features&needed != needed {
+	if p.features&needed != needed {
 		r.q.close(r.fd, p.flags)
 		return nil, fmt.Errorf("make ring: %w: Linux 5.11 or newer is needed", ErrNotSupported)
 	}
-	mem, err := unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		r.q.close(r.fd, p.flags)
-		return nil, fmt.Errorf("make ring: map wait argument: %w", err)
-	}
-	r.waitMem = mem
-	r.wait = (*waitArg)(unsafe.Pointer(unsafe.SliceData(mem)))
-	r.wait.arg.ts = uint64(uintptr(unsafe.Pointer(&r.wait.ts)))
 	return r, nil
 }
 
@@ -182,28 +154,14 @@ func (r *Ring) Close() error {
 		r.register(ioringUnregisterBuffers, nil, 0)
 	}
 	if r.registered {
-		_ = r.UnregisterRing() // closing ends it as well
+		_ = r.unregisterRing() // closing ends it as well
 	}
-	err := r.q.close(r.fd, r.flags)
-	if e := unix.Munmap(r.waitMem); err == nil && e != nil {
-		err = fmt.Errorf("close ring: %w", e)
-	}
-	r.wait = nil
-	return err
+	return r.q.close(r.fd, r.flags)
 }
 
 // Fd is the ring's file descriptor, for MSG_RING from another ring. It is
 // close-on-exec, and the Ring's.
 func (r *Ring) Fd() int { return r.fd }
-
-// Entries is the size of the submission queue.
-func (r *Ring) Entries() uint32 { return r.sqEntries }
-
-// CQEntries is the size of the completion queue.
-func (r *Ring) CQEntries() uint32 { return r.cqEntries }
-
-// Deferred says whether completions are delivered only inside SubmitAndWait.
-func (r *Ring) Deferred() bool { return r.flags&ioringSetupDeferTaskrun != 0 }
 
 // SQE is the next free entry of the submission queue, zeroed, or nil when the
 // queue is full. The entry reaches the kernel with the next submit.
@@ -219,9 +177,6 @@ func (r *Ring) SQE() *SQE {
 	return s
 }
 
-// SQSpace is how many entries SQE can hand out before the next submit.
-func (r *Ring) SQSpace() uint32 { return r.sqEntries - r.q.unsubmitted() }
-
 // Submit gives all filled entries to the kernel without waiting for any. It is
 // done when the kernel took what it could: on a shortage of memory some stay
 // in the queue for the next submit.
@@ -230,7 +185,7 @@ func (r *Ring) Submit() error {
 	if n == 0 {
 		return nil
 	}
-	return r.enter(n, 0, 0, 0, false)
+	return r.enter(n, 0, 0, false)
 }
 
 // SubmitAndWait gives all filled entries to the kernel and waits until at
@@ -239,16 +194,7 @@ func (r *Ring) Submit() error {
 // even none: callers loop on what Reap hands out. raw keeps the thread's P;
 // see the package comment.
 func (r *Ring) SubmitAndWait(min uint32, raw bool) error {
-	return r.enter(r.q.flush(), min, ioringEnterGetevents, 0, raw)
-}
-
-// SubmitAndWaitTimeout is SubmitAndWait that gives up waiting after d, which
-// is not an error.
-func (r *Ring) SubmitAndWaitTimeout(min uint32, d time.Duration, raw bool) error {
-	if d <= 0 {
-		return r.SubmitAndWait(0, raw)
-	}
-	return r.enter(r.q.flush(), min, ioringEnterGetevents|ioringEnterExtArg, d, raw)
+	return r.enter(r.q.flush(), min, ioringEnterGetevents, raw)
 }
 
 // Reap copies completions into dst, frees their places in the queue, and
@@ -257,7 +203,7 @@ func (r *Ring) SubmitAndWaitTimeout(min uint32, d time.Duration, raw bool) error
 func (r *Ring) Reap(dst []CQE) int {
 	n := r.q.reap(dst)
 	if n == 0 && r.q.overflowed() {
-		if r.enter(0, 0, ioringEnterGetevents, 0, false) == nil {
+		if r.enter(0, 0, ioringEnterGetevents, false) == nil {
 			n = r.q.reap(dst)
 		}
 	}
@@ -274,21 +220,13 @@ func (r *Ring) Due() bool { return r.q.ready() > 0 || r.q.due() }
 
 // enter calls io_uring_enter. All that a caller answers by looking at the
 // completion queue and calling again is no error: a signal, a passing lack of
-// memory, a full completion queue, the end of the time limit.
-func (r *Ring) enter(submit, min, flags uint32, d time.Duration, raw bool) error {
-	var arg unsafe.Pointer
-	var size uintptr
-	if flags&ioringEnterExtArg != 0 {
-		r.wait.ts.Sec = int64(d / time.Second)
-		r.wait.ts.Nsec = int64(d % time.Second)
-		arg = unsafe.Pointer(&r.wait.arg)
-		size = unsafe.Sizeof(geteventsArg{})
-	}
+// memory, a full completion queue.
+func (r *Ring) enter(submit, min, flags uint32, raw bool) error {
 	flags |= r.enterFlags
 	var errno unix.Errno
 	if raw {
 		_, _, errno = syscall.RawSyscall6(unix.SYS_IO_URING_ENTER, uintptr(r.enterFd),
-			uintptr(submit), uintptr(min), uintptr(flags), uintptr(arg), size)
+			uintptr(submit), uintptr(min), uintptr(flags), 0, 0)
 		// A signal that came after entries were submitted shows as success.
 		// Only the scheduler can say whether it was a request to stop: without
 		// this call a garbage collection might wait for ever.
@@ -296,10 +234,10 @@ func (r *Ring) enter(submit, min, flags uint32, d time.Duration, raw bool) error
 			runtime.Gosched()
 		}
 	} else {
-		errno = r.q.enter(r.enterFd, submit, min, flags, arg, size)
+		errno = r.q.enter(r.enterFd, submit, min, flags)
 	}
 	switch errno {
-	case 0, unix.EINTR, unix.ETIME, unix.EBUSY:
+	case 0, unix.EINTR, unix.EBUSY:
 		return nil
 	case unix.EAGAIN:
 		// No memory for a request: let others run before the next attempt.

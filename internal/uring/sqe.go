@@ -37,9 +37,6 @@ func (s *SQE) prep(op uint8, fd int, addr uint64, length uint32, off uint64) {
 	s.Len = length
 }
 
-// PrepNop makes an entry that does nothing and completes with 0.
-func (s *SQE) PrepNop() { s.prep(IORING_OP_NOP, -1, 0, 0, 0) }
-
 // PrepRead reads length bytes at file offset off into memory at addr. The
 // memory stays in place until the completion. flags are RWF_*.
 func (s *SQE) PrepRead(fd int, addr uint64, length uint32, off uint64, flags uint32) {
@@ -84,12 +81,6 @@ func (s *SQE) PrepFallocate(fd int, mode uint32, off, length uint64) {
 // goes into Cmd or, on a ring with 128-byte entries, Cmd80.
 func (s *SQE) PrepCommand(fd int, op uint32) {
 	s.prep(IORING_OP_URING_CMD, fd, 0, 0, uint64(op))
-}
-
-// PrepMsgRing posts a completion with the given UserData and result to the
-// ring behind fd; the own completion says whether that worked.
-func (s *SQE) PrepMsgRing(fd int, userData uint64, res uint32) {
-	s.prep(IORING_OP_MSG_RING, fd, IORING_MSG_DATA, res, userData)
 }
 
 // PrepPollAdd completes once when one of events (POLL*) is pending on fd, with
