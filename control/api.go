@@ -78,6 +78,9 @@ type Info struct {
 	Doing string `json:"doing,omitempty"`
 	// LogLinesLost are the lines of the log that were dropped, as nobody took them.
 	LogLinesLost uint64 `json:"log_lines_lost,omitempty"`
+	// Lost is what a daemon before this one had, which died, until all its disks
+	// have filters again.
+	Lost *Lost `json:"lost,omitempty"`
 }
 
 // Mode is how payloads travel between the kernel and the disk.

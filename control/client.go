@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
@@ -68,8 +69,8 @@ func (c *Client) transportError(ctx context.Context, err error) error {
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		return &Error{Code: Denied, Errno: unix.EACCES, Message: "connect to " + c.socket + ": permission denied", Fix: "run this as root"}
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED):
-		return &Error{Code: Unavailable, Errno: unix.ECONNREFUSED, Message: "no daemon listens on " + c.socket,
-			Fix: "start one: systemctl start ublk-blksnap, or ublk-blksnap daemon"}
+		return &Error{Code: Unavailable, Errno: unix.ECONNREFUSED, Message: "no daemon runs on " + filepath.Dir(c.socket),
+			Fix: "start it with systemctl start ublk-blksnap, or with ublk-blksnap add"}
 	}
 	return &Error{Code: Unavailable, Errno: unix.ECONNRESET, Message: "the daemon on " + c.socket + " broke off: " + err.Error(),
 		Fix: "see its log: journalctl -u ublk-blksnap, or daemon.log beside the socket"}

@@ -37,6 +37,11 @@ type Daemon struct {
 	mu        sync.Mutex
 	devices   map[string]*device // by name
 	snapshots map[string]*snapshot
+	lost      *Lost // with a daemon before this one
+
+	// Under change: what is on record of the above, if that is kept.
+	recorded bool
+	onRecord []byte
 }
 
 var _ API = (*Daemon)(nil)
@@ -55,15 +60,15 @@ func NewDaemon(o Options) (*Daemon, error) {
 		change: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 	}
 	d.doing.Store(new(string))
-	for _, dir := range []string{o.Dir.State(), d.cbtDir(), d.snapshotsDir(), o.Dir.udev()} {
+	err := errors.Join(o.Dir.subdir(stateName, 0o700), o.Dir.subdir(udevName, 0o755))
+	if err != nil {
+		return nil, fail(err, "make the state directory")
+	}
+	for _, dir := range []string{d.cbtDir(), d.snapshotsDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fail(err, "make the state directory")
 		}
 	}
-	if err := os.Chmod(o.Dir.udev(), 0o755); err != nil {
-		return nil, fail(err, "make the state directory")
-	}
-	var err error
 	if d.ctl, err = ublk.OpenControl(); err != nil {
 		return nil, driverError(err, "start the daemon")
 	}
@@ -72,6 +77,7 @@ func NewDaemon(o Options) (*Daemon, error) {
 		return nil, driverError(err, "start the daemon")
 	}
 	d.clearAway()
+	d.takeStock()
 	return d, nil
 }
 
@@ -166,6 +172,7 @@ func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end fun
 		return nil, fail(ctx.Err(), format, args...)
 	}
 	end = func() {
+		d.keepRecord()
 		d.doing.Store(new(string))
 		notify("STATUS=" + d.summary())
 		<-d.change
@@ -196,9 +203,11 @@ func (d *Daemon) step(format string, args ...any) {
 
 // Info implements API.
 func (d *Daemon) Info(context.Context) (Info, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	return Info{
 		Version: Version, PID: os.Getpid(), Started: d.started,
-		RunDir: string(d.o.Dir), Config: d.o.ConfigPath, Doing: *d.doing.Load(), LogLinesLost: d.o.Log.Lost(),
+		RunDir: string(d.o.Dir), Config: d.o.ConfigPath, Doing: *d.doing.Load(), Lost: d.lost, LogLinesLost: d.o.Log.Lost(),
 	}, nil
 }
 
@@ -229,6 +238,13 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 	for _, v := range all {
 		if err := d.removeIdle(ctx, v); err != nil {
 			return fail(err, "%s", v.Name)
+		}
+	}
+	// It ends with nothing to be missed.
+	if d.recorded {
+		d.recorded = false
+		if err := d.o.Dir.remove(recordName); err != nil {
+			d.o.Log.Warn("the record of what there was stays", "error", err)
 		}
 	}
 	return nil

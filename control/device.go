@@ -427,14 +427,14 @@ func (d *Daemon) find(ref string) (*device, error) {
 			e = diskError(de)
 			e.Message, e.Fix = de.What, ""
 		}
-		return nil, e
+		return nil, d.explainDevice(e, ref)
 	}
 	for _, v := range all {
 		if v.disk.Num == x.Num || v.dev.Num == x.Num {
 			return v, nil
 		}
 	}
-	return nil, &Error{Code: NotFound, Errno: unix.ENODEV, Message: "has no filter", Fix: "add it first: ublk-blksnap add " + ref}
+	return nil, d.explainDevice(&Error{Code: NotFound, Errno: unix.ENODEV, Message: "has no filter", Fix: "add it first: ublk-blksnap add " + ref}, ref)
 }
 
 // RemoveDevice implements API.

@@ -22,6 +22,7 @@
 //	  daemon.lock    held by flock(2) while a daemon lives; holds its process number
 //	  control.sock
 //	  daemon.log     of a daemon that was started by a command
+//	  record.json    what a daemon has while it lives, for those who miss it
 //	  state/         a tmpfs of its own, mounted in the namespace of whoever starts
 //	                 the daemon, so that it outlives the daemon
 //	  udev/          a file per kernel device name, for the udev rules

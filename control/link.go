@@ -120,9 +120,8 @@ func clearLinks(dir string, gone func(to string) bool) {
 // be there before the device is.
 func (d *Daemon) note(kernelName, kind, name string) error {
 	text := fmt.Sprintf("UBLK_BLKSNAP_KIND=%s\nUBLK_BLKSNAP_NAME=%s\n", kind, name)
-	path := filepath.Join(d.o.Dir.udev(), kernelName)
-	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-		_ = os.Remove(path) // the part of it that there was room for
+	if err := d.o.Dir.write(filepath.Join(udevName, kernelName), []byte(text), 0o644); err != nil {
+		d.forgetNote(kernelName) // the part of it that there was room for
 		return fmt.Errorf("write the note for udev: %w", err)
 	}
 	return nil

@@ -232,16 +232,33 @@ type Starter struct {
 	Dir        RunDir
 	ConfigPath string // empty: the default
 	Program    string // empty: this one
-	// Starting is called when a daemon is about to be started; may be nil.
-	Starting func()
+	// Starting is called when a daemon is about to be started, with what the one
+	// before lost if it died; may be nil.
+	Starting func(*Lost)
 }
 
 // startTimeout is how long a daemon may take to answer: loading the driver and
 // taking over devices included.
 const startTimeout = 60 * time.Second
 
-// Connect gives a client of the daemon, which it starts if none runs.
+// Connect gives a client of the daemon that runs. It starts none: that would hide
+// that one died. [Unavailable] then says what was lost.
 func (s Starter) Connect(ctx context.Context) (*Client, error) {
+	c := NewClient(s.Dir.Socket())
+	_, err := c.Info(ctx)
+	if e := (*Error)(nil); errors.As(err, &e) && e.Code == Unavailable {
+		if os.Geteuid() != 0 {
+			return nil, &Error{Code: Denied, Errno: unix.EPERM, Message: "ask the daemon: not root", Fix: "run this as root"}
+		}
+		if l := s.Dir.lost(); l != nil {
+			e.Message += ": " + l.String()
+		}
+	}
+	return c, err
+}
+
+// Start gives a client of the daemon, which it starts if none runs.
+func (s Starter) Start(ctx context.Context) (*Client, error) {
 	c := NewClient(s.Dir.Socket())
 	_, err := c.Info(ctx)
 	if CodeOf(err) != Unavailable || err == nil {
@@ -251,7 +268,7 @@ func (s Starter) Connect(ctx context.Context) (*Client, error) {
 		return nil, &Error{Code: Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
 	}
 	if s.Starting != nil {
-		s.Starting()
+		s.Starting(s.Dir.lost())
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -299,7 +316,7 @@ func (s Starter) start(ctx context.Context) error {
 	if err := s.Dir.make(); err != nil {
 		return err
 	}
-	log, err := os.OpenFile(s.Dir.Log(), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	log, err := s.Dir.openLog()
 	if err != nil {
 		return fail(err, "start the daemon")
 	}

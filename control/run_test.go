@@ -51,7 +51,7 @@ func testDaemon(how string, args []string) int {
 func starter(t *testing.T, how string) Starter {
 	t.Helper()
 	dir := RunDir(t.TempDir())
-	script := filepath.Join(string(dir), "program")
+	script := filepath.Join(t.TempDir(), "program")
 	text := fmt.Sprintf("#!/bin/sh\nCONTROL_TEST_DAEMON=%s exec %s \"$@\"\n", how, os.Args[0])
 	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
 		t.Fatal(err)
@@ -90,14 +90,14 @@ func stopDaemon(t *testing.T, dir RunDir) {
 	t.Fatal("the daemon does not end")
 }
 
-func TestConnectStartsADaemon(t *testing.T) {
+func TestStart(t *testing.T) {
 	rootOnly(t)
 	s := starter(t, "well")
 	starts := 0
-	s.Starting = func() { starts++ }
+	s.Starting = func(*Lost) { starts++ }
 	ctx := context.Background()
 	for range 2 {
-		c, err := s.Connect(ctx)
+		c, err := s.Start(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -121,13 +121,157 @@ func TestConnectStartsADaemon(t *testing.T) {
 	}
 }
 
-func TestConnectTogether(t *testing.T) {
+// TestConnectStartsNothing: who only looks is told that no daemon runs, and what
+// went with the last one.
+func TestConnectStartsNothing(t *testing.T) {
+	rootOnly(t)
+	ctx := context.Background()
+	s := Starter{Dir: RunDir(filepath.Join(t.TempDir(), "run")), Starting: func(*Lost) { t.Error("a daemon is started") }}
+	says := func(words ...string) {
+		t.Helper()
+		_, err := s.Connect(ctx)
+		if CodeOf(err) != Unavailable {
+			t.Errorf("%v", err)
+		}
+		for _, w := range append(words, "no daemon runs on "+string(s.Dir), "start it with ") {
+			if !strings.Contains(err.Error(), w) {
+				t.Errorf("%v: want %q", err, w)
+			}
+		}
+	}
+	says()
+	if _, err := os.Stat(string(s.Dir)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("something is made: %v", err)
+	}
+	if err := s.Dir.make(); err != nil {
+		t.Fatal(err)
+	}
+	record := func(pid int, birth, more string) {
+		t.Helper()
+		text := fmt.Sprintf(`{"version":%d,"pid":%d,"birth":%q,"devices":[{"name":"data","original":"/dev/vdb","path":"/dev/ublkb3"}],`+
+			`"snapshots":[{"id":"u","devices":["data"],"storage":["/var/tmp","/dev/vdd"]}]%s}`, recordVersion, pid, birth, more)
+		if err := s.Dir.replace(recordName, []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	record(os.Getpid(), "another boot", "")
+	says(fmt.Sprintf("the daemon before (process %d) died, and with it the filter data over /dev/vdb (/dev/ublkb3), ", os.Getpid()),
+		"the snapshot u of data with differences in /var/tmp /dev/vdd")
+	// One that starts its daemon is told as well.
+	var told *Lost
+	start := starter(t, "well")
+	if err := errors.Join(start.Dir.make(), os.Rename(s.Dir.path(recordName), start.Dir.path(recordName))); err != nil {
+		t.Fatal(err)
+	}
+	start.Starting = func(l *Lost) { told = l }
+	c, err := start.Start(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	stopDaemon(t, start.Dir)
+	if told == nil || told.Devices[0].Name != "data" {
+		t.Errorf("told %+v", told)
+	}
+	// What was lost earlier is not forgotten.
+	record(os.Getpid(), "another boot", `,"before":{"pid":1,"devices":[{"name":"old","original":"/dev/vdc","path":"/dev/ublkb1","waits":true}]}`)
+	says("the filter data over", "the server of the filter, whose I/O waits, old over /dev/vdc")
+
+	// This process lives: nothing is lost.
+	record(os.Getpid(), birthOf(os.Getpid()), "")
+	if l := s.Dir.lost(); l != nil {
+		t.Errorf("lost with a daemon that lives: %v", l)
+	}
+	for _, text := range []string{"", "{", `{"version":2}`} {
+		if err := s.Dir.replace(recordName, []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		if l := s.Dir.lost(); l != nil {
+			t.Errorf("record %q: %v", text, l)
+		}
+	}
+}
+
+// TestRecord: a daemon's record follows what it has, and what was lost before it
+// until that is there again.
+func TestRecord(t *testing.T) {
+	dir := RunDir(filepath.Join(t.TempDir(), "run"))
+	if err := dir.make(); err != nil {
+		t.Fatal(err)
+	}
+	daemon := func() *Daemon {
+		d := &Daemon{o: Options{Dir: dir, Log: quiet()}, change: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{}}
+		d.doing.Store(new(string))
+		d.takeStock()
+		return d
+	}
+	ctx := context.Background()
+	change := func(d *Daemon, f func()) {
+		t.Helper()
+		end, err := d.begin(ctx, "change")
+		if err != nil {
+			t.Fatal(err)
+		}
+		f()
+		end()
+	}
+	// die makes the record one of a daemon that is dead.
+	die := func() {
+		t.Helper()
+		b, err := os.ReadFile(dir.path(recordName))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := dir.replace(recordName, []byte(strings.ReplaceAll(string(b), birthOf(os.Getpid()), "long ago"))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a := &device{Device: Device{Name: "a", Original: "/dev/vda", Path: "/dev/ublkb0"}}
+	b := &device{Device: Device{Name: "b", Original: "/dev/vdb", Path: "/dev/ublkb1", Recovery: true}}
+	s := &snapshot{id: "02e091ec-dae8-41ba-9dae-4e66f1473dd6", images: []*image{{of: a}}, storage: []Storage{{Path: "/s"}}}
+	first := daemon()
+	change(first, func() { first.devices["a"], first.devices["b"], first.snapshots[s.id] = a, b, s })
+	if l := dir.lost(); l != nil {
+		t.Errorf("lost with a daemon that lives: %v", l)
+	}
+	die()
+	second := daemon()
+	for _, ref := range []string{"a", "/dev/vda", "/dev/ublkb0", "/dev/ublk-blksnap/a"} {
+		e := second.explainDevice(&Error{Code: NotFound, Message: "no filter"}, ref)
+		if !strings.Contains(e.Message, "which died") || e.Fix != "add it again: ublk-blksnap add /dev/vda --name a" {
+			t.Errorf("%s: %v", ref, e)
+		}
+	}
+	if _, err := second.findSnapshot(s.id); CodeOf(err) != NotFound || !strings.Contains(err.Error(), "which died") {
+		t.Errorf("%v", err)
+	}
+	change(second, func() { second.devices["a"] = a })
+	die()
+	third := daemon()
+	i, err := third.Info(ctx)
+	if err != nil || i.Lost == nil || len(i.Lost.Devices) != 2 || len(i.Lost.Snapshots) != 1 || i.Lost.Devices[1] != (LostDevice{"b", "/dev/vdb", "/dev/ublkb1", true}) {
+		t.Fatalf("%+v, %v", i.Lost, err)
+	}
+	change(third, func() { third.devices["a"], third.devices["other"] = a, b })
+	if i, _ := third.Info(ctx); i.Lost != nil {
+		t.Errorf("all is there again, and yet lost: %+v", i.Lost)
+	}
+	third.devices = nil
+	if err := third.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(dir.path(recordName)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the record outlives a daemon that ended well: %v", err)
+	}
+}
+
+func TestStartTogether(t *testing.T) {
 	rootOnly(t)
 	s := starter(t, "well")
 	errs := make(chan error, 4)
 	for range cap(errs) {
 		go func() {
-			c, err := s.Connect(context.Background())
+			c, err := s.Start(context.Background())
 			if err == nil {
 				_, err = c.Info(context.Background())
 			}
@@ -142,18 +286,18 @@ func TestConnectTogether(t *testing.T) {
 	stopDaemon(t, s.Dir)
 }
 
-func TestConnectTellsWhyNot(t *testing.T) {
+func TestStartTellsWhyNot(t *testing.T) {
 	rootOnly(t)
-	if _, err := starter(t, "fails").Connect(context.Background()); CodeOf(err) != Unsupported || err.Error() != "no ublk driver: boot another kernel" {
+	if _, err := starter(t, "fails").Start(context.Background()); CodeOf(err) != Unsupported || err.Error() != "no ublk driver: boot another kernel" {
 		t.Errorf("fails: %v", err)
 	}
 	s := starter(t, "dies")
-	if _, err := s.Connect(context.Background()); CodeOf(err) != Unavailable || !strings.Contains(err.Error(), s.Dir.Log()) {
+	if _, err := s.Start(context.Background()); CodeOf(err) != Unavailable || !strings.Contains(err.Error(), s.Dir.Log()) {
 		t.Errorf("dies: %v", err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := starter(t, "hangs").Connect(ctx); CodeOf(err) != Timeout {
+	if _, err := starter(t, "hangs").Start(ctx); CodeOf(err) != Timeout {
 		t.Errorf("hangs: %v", err)
 	}
 }

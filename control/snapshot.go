@@ -116,10 +116,10 @@ func (d *Daemon) findSnapshot(id string) (*snapshot, error) {
 		return nil, invalid("snapshot %q: not a UUID", id)
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	s := d.snapshots[u.String()]
+	d.mu.Unlock()
 	if s == nil {
-		return nil, noSnapshot(u.String())
+		return nil, d.explainSnapshot(noSnapshot(u.String()), u.String())
 	}
 	return s, nil
 }

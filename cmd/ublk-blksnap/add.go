@@ -44,7 +44,7 @@ The content stays where it is: after "remove" the disk is used directly again.`,
 			if c.Flags().Changed("recovery") {
 				r.Recovery = &recovery
 			}
-			return p.with(c, func(ctx context.Context, api control.API) error {
+			return p.start(c, func(ctx context.Context, api control.API) error {
 				d, err := api.AddDevice(ctx, r)
 				if err != nil {
 					return err

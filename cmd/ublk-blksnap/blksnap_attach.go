@@ -22,7 +22,7 @@ func (p *program) blksnapAttach() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return p.with(c, func(ctx context.Context, api control.API) error {
+			return p.start(c, func(ctx context.Context, api control.API) error {
 				d, err := api.AddDevice(ctx, control.AddRequest{Path: path})
 				text := "Attached successfully"
 				if errno(err, unix.EALREADY) {
@@ -53,7 +53,7 @@ func (p *program) blksnapDetach() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return p.with(c, func(ctx context.Context, api control.API) error {
+			return p.start(c, func(ctx context.Context, api control.API) error {
 				return api.RemoveDevice(ctx, control.RemoveRequest{Device: path})
 			})
 		},

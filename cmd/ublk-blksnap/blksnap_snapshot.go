@@ -33,7 +33,7 @@ func (p *program) blksnapSnapshotCreate() *cobra.Command {
 					return err
 				}
 			}
-			return p.with(c, func(ctx context.Context, api control.API) error {
+			return p.start(c, func(ctx context.Context, api control.API) error {
 				s, err := api.CreateSnapshot(ctx, r)
 				if err != nil {
 					return err
@@ -239,7 +239,7 @@ func (p *program) blksnapSnapshotWaitEvent() *cobra.Command {
 			if err := checkID(c, id); err != nil {
 				return err
 			}
-			api, err := p.reach(c.Context())
+			api, err := p.reach(c.Context(), false)
 			if err != nil {
 				return err
 			}
@@ -310,7 +310,7 @@ func (p *program) blksnapSnapshotWatcher() *cobra.Command {
 			if err := checkID(c, id); err != nil {
 				return err
 			}
-			api, err := p.reach(c.Context())
+			api, err := p.reach(c.Context(), false)
 			if err != nil {
 				return err
 			}

@@ -23,7 +23,7 @@ func (p *program) daemon() *cobra.Command {
 		Use:   "daemon [flags]",
 		Short: "Run the daemon in the foreground",
 		Long: `Run the daemon in the foreground, logging to standard error. Usually systemd or
-the first command that needs it does this.
+"ublk-blksnap add" does this.
 
 "daemon stop", SIGTERM and SIGINT stop it if no filter is mounted, open or held
 by a snapshot: the filters are synced and removed. Otherwise it tells which one is

@@ -22,6 +22,7 @@ func (p *program) list() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				p.tellLost(ctx, api)
 				return p.print(ds, func(w io.Writer) {
 					t := newTable(w, "NAME", "ORIGINAL", "DEVICE", "SIZE", "MODE", "QUEUES", "SNAPSHOTS")
 					for _, d := range ds {

@@ -25,8 +25,14 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	p := &program{out: os.Stdout, err: os.Stderr, terminal: isTerminal, driver: control.Driver}
-	p.connect = func(ctx context.Context) (control.API, error) {
-		s := control.Starter{Dir: p.dir(), ConfigPath: p.configPath, Starting: func() { p.say("starting the daemon") }}
+	p.connect = func(ctx context.Context, start bool) (control.API, error) {
+		s := control.Starter{Dir: p.dir(), ConfigPath: p.configPath, Starting: func(lost *control.Lost) {
+			p.sayLost(lost)
+			p.say("starting the daemon")
+		}}
+		if start {
+			return s.Start(ctx)
+		}
 		return s.Connect(ctx)
 	}
 	os.Exit(p.run(ctx, os.Args))

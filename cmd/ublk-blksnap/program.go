@@ -24,8 +24,8 @@ type program struct {
 	name     string // ublk-blksnap or blksnap
 	blksnap  bool   // a command of blksnap's was called
 	out, err io.Writer
-	// connect reaches the daemon, starting it if need be.
-	connect func(context.Context) (control.API, error)
+	// connect reaches the daemon, starting it if need be and start says so.
+	connect func(ctx context.Context, start bool) (control.API, error)
 	// terminal says whether a person reads what is written; nil: nobody does.
 	terminal func(io.Writer) bool
 	// driver says why there is no ublk driver.
@@ -189,7 +189,8 @@ instant; each has a writable image device.
   ublk-blksnap cbt changes vdb --since …    what changed since a take
   ublk-blksnap remove vdb
 
-A daemon does the work; the first command that needs it starts it.
+A daemon does the work. "add" and "snapshot create" start it if none runs, and
+"remove", for what a daemon that died left; no other command does.
 "ublk-blksnap doctor" tells whether this machine can run it.
 
 ` + statusHelp
@@ -264,9 +265,19 @@ func args(least, most int) cobra.PositionalArgs {
 
 func (p *program) dir() control.RunDir { return control.RunDir(p.runDir) }
 
-// with runs f with the daemon, and says what goes on if it takes long.
+// with runs f with the daemon that runs, and says what goes on if it takes long.
 func (p *program) with(c *cobra.Command, f func(ctx context.Context, api control.API) error) error {
-	api, err := p.reach(c.Context())
+	return p.withDaemon(c, false, f)
+}
+
+// start is with for what can be asked of a fresh daemon: without one it starts
+// one.
+func (p *program) start(c *cobra.Command, f func(ctx context.Context, api control.API) error) error {
+	return p.withDaemon(c, true, f)
+}
+
+func (p *program) withDaemon(c *cobra.Command, start bool, f func(ctx context.Context, api control.API) error) error {
+	api, err := p.reach(c.Context(), start)
 	if err != nil {
 		return err
 	}
@@ -276,8 +287,8 @@ func (p *program) with(c *cobra.Command, f func(ctx context.Context, api control
 }
 
 // reach is connect to a daemon with the configuration that was asked for.
-func (p *program) reach(ctx context.Context) (control.API, error) {
-	api, err := p.connect(ctx)
+func (p *program) reach(ctx context.Context, start bool) (control.API, error) {
+	api, err := p.connect(ctx, start)
 	if err != nil || p.configPath == "" {
 		return api, err
 	}
@@ -286,6 +297,20 @@ func (p *program) reach(ctx context.Context) (control.API, error) {
 		err = usage("--config %s: a daemon runs that was started with %s: stop it first, or leave --config out", p.configPath, info.Config)
 	}
 	return api, err
+}
+
+// tellLost says, beside a list of what there is, what is not there any more.
+func (p *program) tellLost(ctx context.Context, api control.API) {
+	if info, err := api.Info(ctx); err == nil {
+		p.sayLost(info.Lost)
+	}
+}
+
+// sayLost tells scripts as well as people.
+func (p *program) sayLost(lost *control.Lost) {
+	if lost != nil {
+		fmt.Fprintf(p.err, "%s: %s\n", p.name, lost)
+	}
 }
 
 // slow is when waiting starts to need an explanation.

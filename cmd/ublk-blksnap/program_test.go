@@ -33,6 +33,7 @@ type fakeDaemon struct {
 	cbt       control.CBTInfo
 	events    []control.Event
 	doing     string
+	lost      *control.Lost
 	config    string
 	delay     time.Duration
 }
@@ -44,7 +45,7 @@ func (f *fakeDaemon) ask(r any) error {
 }
 
 func (f *fakeDaemon) Info(context.Context) (control.Info, error) {
-	return control.Info{Doing: f.doing, Config: f.config}, nil
+	return control.Info{Lost: f.lost, Doing: f.doing, Config: f.config}, nil
 }
 func (f *fakeDaemon) AddDevice(_ context.Context, r control.AddRequest) (control.Device, error) {
 	return f.device, f.ask(r)
@@ -164,7 +165,7 @@ func execute(f *fakeDaemon, args ...string) (status int, out, errs string) {
 
 func executeAPI(f control.API, args ...string) (status int, out, errs string) {
 	var o, e bytes.Buffer
-	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }, driver: func() error { return nil }}
+	p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }, driver: func() error { return nil }}
 	status = p.run(context.Background(), args)
 	return status, o.String(), e.String()
 }
@@ -178,7 +179,7 @@ func TestRelativePaths(t *testing.T) {
 	}
 	f := newFake()
 	f.config = filepath.Join(filepath.Dir(here), "conf")
-	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }}
+	p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }}
 	if status := p.run(context.Background(), []string{"ublk-blksnap", "--run-dir", "run", "--config", "../conf", "list"}); status != 0 {
 		t.Fatalf("status %d: %s", status, e.String())
 	}
@@ -212,7 +213,7 @@ func TestOnATerminal(t *testing.T) {
 			var o, e bytes.Buffer
 			f := newFake()
 			f.device, f.snapshots = control.Device{}, []control.Snapshot{}
-			p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return person }}
+			p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return person }}
 			status := p.run(context.Background(), strings.Fields("ublk-blksnap "+line))
 			p.say("starting the daemon")
 			said := ""
@@ -241,7 +242,7 @@ func TestInterruptedWatch(t *testing.T) {
 		var o, e bytes.Buffer
 		f := newFake()
 		f.events, f.err = nil, &control.Error{Code: control.Interrupted, Errno: unix.EINTR, Message: "ask the daemon: interrupted"}
-		p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }}
+		p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }}
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
 		if status := p.run(ctx, strings.Fields("ublk-blksnap "+line)); status != statusInterrupted || e.Len() > 0 {
@@ -368,9 +369,53 @@ func TestExitStatuses(t *testing.T) {
 	}
 }
 
+// TestWhatStartsADaemon: what makes something may start one, or clears away what a
+// dead one left. What only looks, or needs what only a daemon can have, does not.
+func TestWhatStartsADaemon(t *testing.T) {
+	for line, want := range map[string]bool{
+		"ublk-blksnap add vdb": true, "ublk-blksnap remove vdb": true, "ublk-blksnap snapshot create vdb --storage /s": true,
+		"blksnap attach -d vdb": true, "blksnap detach -d vdb": true, "blksnap snapshot_create -d vdb": true,
+		"ublk-blksnap list": false, "ublk-blksnap status vdb": false, "ublk-blksnap cbt info vdb": false, "ublk-blksnap cbt map vdb": false,
+		"ublk-blksnap cbt changes vdb --since " + take(1).String(): false, "ublk-blksnap cbt mark vdb 0:1": false,
+		"ublk-blksnap snapshot list": false, "ublk-blksnap snapshot info " + id1: false, "ublk-blksnap snapshot watch " + id1: false,
+		"ublk-blksnap snapshot take " + id1: false, "ublk-blksnap snapshot add " + id1 + " vdb": false,
+		"ublk-blksnap snapshot append " + id1 + " /s": false, "ublk-blksnap snapshot destroy " + id1: false,
+		"blksnap cbtinfo -d vdb": false, "blksnap readcbtmap -d vdb -f /dev/null": false, "blksnap markdirtyblock -d vdb -r 0:1": false,
+		"blksnap snapshot_add -i " + id1 + " -d vdb": false, "blksnap snapshot_appendstorage -i " + id1 + " -f /s": false,
+		"blksnap snapshot_take -i " + id1: false, "blksnap snapshot_destroy -i " + id1: false, "blksnap snapshot_info -d vdb": false,
+		"blksnap snapshot_collect": false, "blksnap snapshot_waitevent -t 1 -i " + id1: false, "blksnap snapshot_watcher -i " + id1: false,
+	} {
+		var o, e bytes.Buffer
+		asked := 0
+		p := &program{out: &o, err: &e, driver: func() error { return nil }, connect: func(_ context.Context, start bool) (control.API, error) {
+			asked++
+			if start != want {
+				t.Errorf("%s: starts a daemon: %v", line, start)
+			}
+			return nil, &control.Error{Code: control.Unavailable, Message: "no daemon runs"}
+		}}
+		status := p.run(context.Background(), strings.Fields(line))
+		if want := map[bool]int{true: 1, false: statusNoDaemon}[strings.HasPrefix(line, "blksnap")]; asked != 1 || status != want || o.String() != "" {
+			t.Errorf("%s: asked %d times, status %d, %q %q", line, asked, status, &o, &e)
+		}
+	}
+}
+
+// TestLostIsTold: beside what there is, what is not there any more.
+func TestLostIsTold(t *testing.T) {
+	f := newFake()
+	f.lost = &control.Lost{PID: 7, Devices: []control.LostDevice{{Name: "old", Original: "/dev/vdc", Path: "/dev/ublkb4"}}}
+	for _, line := range []string{"ublk-blksnap list", "ublk-blksnap snapshot list --json"} {
+		status, out, errs := execute(f, strings.Fields(line)...)
+		if status != 0 || out == "" || errs != "ublk-blksnap: the daemon before (process 7) died, and with it the filter old over /dev/vdc (/dev/ublkb4)\n" {
+			t.Errorf("%s: status %d, %q", line, status, errs)
+		}
+	}
+}
+
 func TestNoDaemon(t *testing.T) {
 	var o, e bytes.Buffer
-	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) {
+	p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) {
 		return nil, &control.Error{Code: control.Denied, Message: "start the daemon: not root", Fix: "run this as root"}
 	}}
 	if p.run(context.Background(), []string{"ublk-blksnap", "list"}) != 1 || e.String() != "ublk-blksnap: start the daemon: not root: run this as root\n" {
@@ -450,7 +495,7 @@ func TestSlowIsExplained(t *testing.T) {
 	f := newFake()
 	f.delay, f.doing = slow+2*time.Second, "take snapshot: 1 filesystems to freeze"
 	var o, e bytes.Buffer
-	p := &program{out: &o, err: &e, connect: func(context.Context) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return true }}
+	p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return true }}
 	status := p.run(context.Background(), []string{"ublk-blksnap", "snapshot", "take", id1})
 	// A busy machine may say it a second late.
 	if status != 0 || !regexp.MustCompile(`^ublk-blksnap: take snapshot: 1 filesystems to freeze … [23]s\n$`).MatchString(e.String()) {

@@ -50,7 +50,7 @@ its size, up to --limit; at the end the file has its space back.`,
 			if r.Storage, err = storages(storage, int64(limit), overwrite); err != nil {
 				return err
 			}
-			return p.with(c, func(ctx context.Context, api control.API) error {
+			return p.start(c, func(ctx context.Context, api control.API) error {
 				s, err := api.CreateSnapshot(ctx, r)
 				if err != nil {
 					return err

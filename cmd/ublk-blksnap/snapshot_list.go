@@ -21,6 +21,7 @@ func (p *program) snapshotList() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				p.tellLost(ctx, api)
 				return p.print(ss, func(w io.Writer) {
 					t := newTable(w, "UUID", "STATE", "CREATED", "CHUNK", "COPIED", "DEVICES", "IMAGES")
 					for _, s := range ss {

@@ -245,6 +245,18 @@ func TestKilled(t *testing.T) {
 		t.Errorf("the dead filesystem cannot be unmounted: %v", err)
 	}
 
+	// Who looks is told, and no daemon is started.
+	for _, args := range [][]string{{"list"}, {"status", dev.Name}, {"snapshot", "list"}, {"cbt", "info", dev.Name}, {"snapshot", "take", s.ID}} {
+		a := d.call("ublk-blksnap", args...)
+		for _, w := range []string{"no daemon runs", fmt.Sprintf("process %d", d.pid), "start it with",
+			"filter " + dev.Name + " over " + disks[0] + " (" + dev.Path + ")", "filter " + other.Name + " over " + disks[1],
+			"snapshot " + s.ID + " of " + other.Name + " with differences in /dev/shm"} {
+			if a.status != 4 || a.out != "" || !strings.Contains(a.errout, w) {
+				t.Errorf("%v without a daemon: %+v; want %q", args, a, w)
+			}
+		}
+	}
+
 	// As if it had died in a take: a filesystem stands still, and is on record.
 	still := loopDisk(t, 64<<20, 512)
 	ext4FS.make(t, still)
@@ -272,12 +284,30 @@ func TestKilled(t *testing.T) {
 			t.Errorf("state of the dead daemon: %v, %v", left, err)
 		}
 	}
+	// It knows what is missing until it is there again.
+	lost := fmt.Sprintf("ublk-blksnap: the daemon before (process %d) died, and with it the filter %s over", d.pid, dev.Name)
+	if a := d.call("ublk-blksnap", "list"); a.status != 0 || !strings.HasPrefix(a.errout, lost) {
+		t.Errorf("list after a death: %+v", a)
+	}
+	if a := d.call("ublk-blksnap", "status", other.Name); a.status != 3 || !strings.Contains(a.errout, "which died: add it again: ublk-blksnap add "+disks[1]) {
+		t.Errorf("status of what died: %+v", a)
+	}
+	if a := d.call("ublk-blksnap", "snapshot", "info", s.ID); a.status != 3 || !strings.Contains(a.errout, "which died") {
+		t.Errorf("snapshot info of what died: %+v", a)
+	}
+	var back []control.Device
 	for _, disk := range disks {
 		again, err := d.AddDevice(ctx(t), control.AddRequest{Path: disk})
 		if err != nil {
 			t.Error(err)
 			continue
 		}
+		back = append(back, again)
+	}
+	if i, err := d.Info(ctx(t)); err != nil || i.Lost != nil {
+		t.Errorf("all filters are there again, and missed: %+v, %v", i.Lost, err)
+	}
+	for _, again := range back {
 		if err := d.RemoveDevice(ctx(t), control.RemoveRequest{Device: again.Name}); err != nil {
 			t.Error(err)
 		}
