@@ -115,7 +115,7 @@ func (m *Map) Changes(generation uuid.UUID, since uint64) (iter.Seq2[Range, erro
 		first := int64(-1) // of the changed blocks that end where we are; -1: none do
 		for at := int64(0); at < g.count; {
 			n, err := m.ReadMap(generation, part, at)
-			if err != nil && err != io.EOF {
+			if err != nil && !errors.Is(err, io.EOF) {
 				yield(Range{}, fmt.Errorf("list changes: %w", err))
 				return
 			}

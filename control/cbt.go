@@ -69,7 +69,7 @@ func (d *Daemon) CBTMap(_ context.Context, ref string, w io.Writer) (CBTInfo, er
 		var n int
 		n, err = v.cbt.ReadMap(i.GenerationID, part, at)
 		release()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = nil
 		}
 		if err == nil {

@@ -131,13 +131,16 @@ func (d *Daemon) clearAway() {
 			d.o.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", i.ID), "state", i.State.String(), "pid", i.PID)
 			continue
 		}
+		if isOpen(fmt.Sprintf("/dev/ublkc%d", i.ID)) {
+			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
+			d.o.Log.Info("a device that another daemon makes or removes is left alone", "device", i.ID)
+			continue
+		}
 		if err := d.ctl.DeleteDevice(ctx, i.ID); err != nil {
 			d.o.Log.Warn("cannot remove the device of a dead daemon", "device", i.ID, "error", err)
 		}
 	}
-	// Another server may have taken the number of a device that is gone: its link
-	// must not lead there.
-	clearLinks(linkDir, func(to string) bool { return !waiting[filepath.Base(to)] })
+	d.clearLinks(ctx)
 	if len(waiting) == 0 {
 		// The memory of devices and snapshots that nobody can take over.
 		maps, _ := os.ReadDir(d.cbtDir())

@@ -128,10 +128,8 @@ func (d *Daemon) add(ctx context.Context, r AddRequest) (*device, error) {
 	}
 	ctx, cancel := d.bounded(ctx)
 	defer cancel()
-	if id, ok := d.orphan(ctx, filepath.Join(linkDir, r.Name)); ok {
-		return nil, &Error{Code: Exists, Errno: unix.EEXIST,
-			Message: fmt.Sprintf("the name %s is taken by /dev/ublkb%d, left by a daemon that died", r.Name, id),
-			Fix:     fmt.Sprintf("choose another with --name, or remove that one first: ublk-blksnap remove --force /dev/ublkb%d", id)}
+	if err := d.checkFreeName(ctx, r.Name); err != nil {
+		return nil, err
 	}
 	err = d.open(ctx, v, r)
 	if err != nil && v.dev == nil {
@@ -389,12 +387,12 @@ func (d *Daemon) removeUblk(dev *ublk.Device, link string) error {
 	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
 	// The name goes first: it must not lead to another device.
-	unlink(link)
+	d.unlink(link, dev.Path)
 	err := dev.Delete(ctx)
 	if err == nil {
 		d.forgetNote(filepath.Base(dev.Path))
 		// udev may have looked at it once more, and is not done with its end.
-		unlink(link)
+		d.unlink(link, dev.Path)
 	}
 	return err
 }
@@ -494,7 +492,7 @@ func (d *Daemon) removeOrphan(r RemoveRequest, id int) error {
 	if err := d.ctl.DeleteDevice(ctx, id); err != nil {
 		return fail(err, "remove %s", r.Device)
 	}
-	clearLinks(linkDir, func(string) bool { return false })
+	d.clearLinks(ctx)
 	d.o.Log.Info("device of a dead daemon removed", "device", r.Device)
 	return nil
 }

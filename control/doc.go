@@ -27,6 +27,11 @@
 //	                 the daemon, so that it outlives the daemon
 //	  udev/          a file per kernel device name, for the udev rules
 //
+// Nobody but root may be able to write to it, or to a directory above it that
+// could have another one put in its place; and what is opened in it is never what
+// a link leads to. The names under /dev/ublk-blksnap are the machine's, whichever
+// run directory a daemon has: see link.go.
+//
 // # Concurrency
 //
 // The daemon does one change at a time: [Daemon] has one lock around every

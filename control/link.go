@@ -11,9 +11,18 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
+
+// The stable names of devices are the machine's: several daemons, with a run
+// directory each, share them. A name belongs to the device that its link leads
+// to, as long as that is one of this program's which is served, or waits for a
+// server; nobody else replaces or removes the link then. Looking at a link and
+// changing it happens under a lock on /dev, for udev removes the directory when it
+// is empty.
 
 // linkDir is where the stable names of devices are.
 const linkDir = "/dev/ublk-blksnap"
@@ -35,27 +44,26 @@ func (d *Daemon) link(ctx context.Context, name string, dev *ublk.Device) (strin
 			d.o.Log.Warn("udev does not make the link: it is made without", "link", path, "waited", udevTimeout)
 		}
 	}
-	up := strings.Repeat("../", strings.Count(path, "/")-2)
-	to := up + filepath.Base(dev.Path)
+	unlock, err := lockLinks(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	to := strings.Repeat("../", strings.Count(path, "/")-2) + filepath.Base(dev.Path)
 	if there, err := os.Readlink(path); err == nil && there == to {
-		return path, nil
+		return path, nil // udev's, or of a device that had the same number
+	}
+	if err := d.checkFreeName(ctx, name); err != nil {
+		return "", err
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return "", err
 	}
-	// One that is there is of a daemon that died.
 	_ = os.Remove(path)
 	if err := os.Symlink(to, path); err != nil {
 		return "", err
 	}
 	return path, nil
-}
-
-// unlink takes the stable name from a device.
-func unlink(path string) {
-	if path != "" {
-		_ = os.Remove(path)
-	}
 }
 
 // udevLinks says whether udev makes the links of this daemon's devices. The rules
@@ -98,22 +106,108 @@ func (d *Daemon) udevMade(ctx context.Context, path string, n disk.Num) bool {
 	}
 }
 
-// clearLinks removes the links below dir that lead to nothing, or to what is
-// gone for us.
-func clearLinks(dir string, gone func(to string) bool) {
-	_ = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+// owner is the device that the name at path belongs to, if it belongs to one.
+func (d *Daemon) owner(ctx context.Context, path string) (i ublk.Info, ok bool) {
+	to, err := os.Readlink(path)
+	if err != nil {
+		return i, false
+	}
+	var id int
+	if n, err := fmt.Sscanf(filepath.Base(to), "ublkb%d", &id); n != 1 || err != nil {
+		return i, false
+	}
+	if i, err = d.ctl.Info(ctx, id); err != nil {
+		// Who does not answer has not given its name up.
+		return i, !errors.Is(err, unix.ENODEV)
+	}
+	_, ours := ublk.IsOurs(i.Tag)
+	return i, ours && i.State != ublk.Dead
+}
+
+// checkFreeName refuses a name that belongs to a device.
+func (d *Daemon) checkFreeName(ctx context.Context, name string) error {
+	i, taken := d.owner(ctx, filepath.Join(linkDir, name))
+	switch {
+	case !taken:
+		return nil
+	case i.Served():
+		return &Error{Code: Exists, Errno: unix.EEXIST, Fix: "choose another with --name",
+			Message: fmt.Sprintf("the name %s is taken by /dev/ublkb%d, which another daemon serves (process %d)", name, i.ID, i.PID)}
+	}
+	return &Error{Code: Exists, Errno: unix.EEXIST,
+		Message: fmt.Sprintf("the name %s is taken by /dev/ublkb%d, left by a daemon that died", name, i.ID),
+		Fix:     fmt.Sprintf("choose another with --name, or remove that one first: ublk-blksnap remove --force /dev/ublkb%d", i.ID)}
+}
+
+// unlink takes its stable name from a ublk device, if it still has it.
+func (d *Daemon) unlink(path, target string) {
+	if path == "" {
+		return
+	}
+	ctx, cancel := d.bounded(context.Background())
+	defer cancel()
+	unlock, err := lockLinks(ctx)
+	if err != nil {
+		return
+	}
+	defer unlock()
+	if to, err := os.Readlink(path); err == nil && filepath.Base(to) == filepath.Base(target) {
+		_ = os.Remove(path)
+	}
+}
+
+// clearLinks removes the links of devices that are gone. Another server may have
+// taken the number of one: its link must not lead there.
+func (d *Daemon) clearLinks(ctx context.Context) {
+	unlock, err := lockLinks(ctx)
+	if err != nil {
+		return
+	}
+	defer unlock()
+	_ = filepath.WalkDir(linkDir, func(path string, e fs.DirEntry, err error) error {
 		if err != nil || e.Type() != fs.ModeSymlink {
 			return nil //nolint:nilerr // what is not there need not be removed
 		}
-		to, err := os.Readlink(path)
-		if err != nil {
-			return nil //nolint:nilerr // the same
-		}
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) || gone(to) {
+		if _, taken := d.owner(ctx, path); !taken {
 			_ = os.Remove(path)
 		}
 		return nil
 	})
+}
+
+// lockLinks keeps other daemons from the links.
+func lockLinks(ctx context.Context) (unlock func(), err error) {
+	dir, err := os.Open(filepath.Dir(linkDir))
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return func() { dir.Close() }, nil
+		case err != unix.EWOULDBLOCK && err != unix.EINTR:
+			dir.Close()
+			return nil, fmt.Errorf("lock %s: %w", dir.Name(), err)
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			dir.Close()
+			return nil, fmt.Errorf("lock %s: %w", dir.Name(), ctx.Err())
+		}
+	}
+}
+
+// isOpen says whether any process has the file at path open.
+func isOpen(path string) bool {
+	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+	for _, fd := range fds {
+		if to, err := os.Readlink(fd); err == nil && to == path {
+			return true
+		}
+	}
+	return false
 }
 
 // note tells the udev rules what a kernel device is, until forgetNote. It has to

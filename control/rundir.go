@@ -68,15 +68,8 @@ func (d RunDir) make() error {
 }
 
 func (d RunDir) makeDir() error {
-	there := string(d)
-	for there != "/" {
-		if _, err := os.Lstat(there); !errors.Is(err, os.ErrNotExist) {
-			break
-		}
-		there = filepath.Dir(there)
-	}
 	// First, so that nothing is made at a place that is somebody's.
-	if err := trusted(there); err != nil {
+	if err := trusted(string(d)); err != nil {
 		return err
 	}
 	return os.MkdirAll(string(d), 0o700)
@@ -109,11 +102,13 @@ func (d RunDir) open() (*os.File, error) {
 }
 
 // trusted says who else than root, or the user that we are, decides where path
-// leads.
+// leads, as far as it is there.
 func trusted(path string) error {
 	for at := path; ; at = filepath.Dir(at) {
 		var st unix.Stat_t
-		if err := unix.Lstat(at, &st); err != nil {
+		if err := unix.Lstat(at, &st); err == unix.ENOENT {
+			continue
+		} else if err != nil {
 			return fmt.Errorf("%s: %w", at, err)
 		}
 		// In a sticky directory everybody has only what is his own.
@@ -190,11 +185,14 @@ func (d RunDir) at(name string, flags int, mode uint64) (*os.File, error) {
 
 // write writes a file in the directory.
 func (d RunDir) write(name string, text []byte, mode uint64) error {
-	f, err := d.file(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
+	f, err := d.file(name, os.O_WRONLY|os.O_CREATE, mode)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(text)
+	err = f.Truncate(0) // not before it is known what it is
+	if err == nil {
+		_, err = f.Write(text)
+	}
 	return errors.Join(err, f.Close())
 }
 

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -73,27 +74,121 @@ func TestStateMemory(t *testing.T) {
 	})
 }
 
-// TestClearLinks: a link whose device is gone goes, even if there is a device of
-// that number again; one to a device that is left alone stays.
-func TestClearLinks(t *testing.T) {
-	dir := t.TempDir()
-	if err := os.MkdirAll(filepath.Join(dir, "links/images"), 0o755); err != nil {
+// TestRunDirOfOthers: nothing happens in a directory that somebody else can
+// change, or through a link that was put there.
+func TestRunDirOfOthers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: makes directories of others")
+	}
+	precious := filepath.Join(t.TempDir(), "precious")
+	if err := os.WriteFile(precious, []byte("precious"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"ublkb0", "ublkb1"} {
-		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+	place := func(mode os.FileMode, uid int) string {
+		dir := filepath.Join(t.TempDir(), "place")
+		if err := errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, mode), os.Chown(dir, uid, 0)); err != nil {
 			t.Fatal(err)
 		}
+		return dir
 	}
-	for name, to := range map[string]string{"waits": "../ublkb0", "foreign": "../ublkb1", "images/nowhere": "../../ublkb2"} {
-		if err := os.Symlink(to, filepath.Join(dir, "links", name)); err != nil {
+	below := func(dir string) string { return filepath.Join(dir, "run") }
+	lies := func(dir string, uid int) string { // a link of that user
+		link := filepath.Join(place(0o777|os.ModeSticky, 0), "link")
+		if err := errors.Join(os.Symlink(dir, link), os.Lchown(link, uid, 0)); err != nil {
 			t.Fatal(err)
 		}
+		return link
 	}
-	clearLinks(filepath.Join(dir, "links"), func(to string) bool { return filepath.Base(to) != "ublkb0" })
-	for name, want := range map[string]bool{"waits": true, "foreign": false, "images/nowhere": false} {
-		if _, err := os.Lstat(filepath.Join(dir, "links", name)); (err == nil) != want {
-			t.Errorf("link %s: %v, want it there: %v", name, err, want)
+	full := place(0o755, 0)
+	if err := os.WriteFile(filepath.Join(full, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		dir, why string // empty: it is fine
+	}{
+		{place(0o755, 0), ""},
+		{place(0o700, 0), ""},
+		{below(place(0o755, 0)), ""},
+		{below(place(0o777|os.ModeSticky, 0)), ""},
+		{lies(place(0o700, 0), 0), ""},
+		{place(0o700, 65534), "belongs to user 65534"},
+		{place(0o777, 0), "can be written to by others"},
+		{place(0o770, 0), "can be written to by others"},
+		{place(0o777|os.ModeSticky, 0), "can be written to by others"},
+		{below(place(0o755, 65534)), "belongs to user 65534"},
+		{below(place(0o777, 0)), "can be written to by others"},
+		{lies(place(0o700, 0), 65534), "belongs to user 65534"},
+		{lies(place(0o700, 65534), 0), "belongs to user 65534"},
+		{full, "holds other things"},
+	} {
+		dir := RunDir(c.dir)
+		err := dir.make()
+		if c.why == "" {
+			if st, e := os.Stat(c.dir); err != nil || e != nil || st.Mode().Perm() != 0o700 {
+				t.Errorf("%s: %v, %v", c.dir, err, e)
+			}
+			continue
 		}
+		if err == nil || !strings.Contains(err.Error(), c.why) || !strings.Contains(err.Error(), "choose ") {
+			t.Errorf("%s: %v; want %q", c.dir, err, c.why)
+		}
+		if c.dir == full {
+			continue
+		}
+		if f, err := dir.lock(); CodeOf(err) != Denied && CodeOf(err) != NotFound {
+			t.Errorf("locked %s: %v", c.dir, err)
+			f.Close()
+		}
+	}
+
+	// What was put there before it was closed.
+	dir := RunDir(below(place(0o755, 0)))
+	if err := dir.make(); err != nil {
+		t.Fatal(err)
+	}
+	outside := place(0o700, 0)
+	if err := errors.Join(os.Symlink(outside, dir.path(stateName)), os.Symlink(outside, dir.path(udevName))); err != nil {
+		t.Fatal(err)
+	}
+	for name, put := range map[string]func(path string) error{
+		"a symbolic link": func(path string) error { return os.Symlink(precious, path) },
+		"another name":    func(path string) error { return os.Link(precious, path) },
+		"a pipe":          func(path string) error { return unix.Mkfifo(path, 0o600) },
+	} {
+		for _, at := range []string{lockName, logName, recordName + ".plain"} {
+			if err := put(dir.path(at)); err != nil {
+				t.Fatal(err)
+			}
+			var f *os.File
+			var err error
+			switch at {
+			case lockName:
+				f, err = dir.lock()
+			case logName:
+				f, err = dir.openLog()
+			default:
+				err = dir.write(at, []byte("x"), 0o600)
+			}
+			if err == nil || f != nil {
+				t.Errorf("%s: %s is used", at, name)
+			}
+			if err := os.Remove(dir.path(at)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := dir.replace(recordName, []byte("new")); err != nil {
+		t.Error(err)
+	}
+	for _, err := range []error{dir.subdir(stateName, 0o700), dir.subdir(udevName, 0o755), dir.write(udevName+"/ublkb0", nil, 0o600)} {
+		if err == nil {
+			t.Error("a directory behind a link is used")
+		}
+	}
+	if b, err := os.ReadFile(precious); err != nil || string(b) != "precious" {
+		t.Errorf("precious holds %q, %v", b, err)
+	}
+	if left, err := os.ReadDir(outside); err != nil || len(left) > 0 {
+		t.Errorf("outside: %v, %v", left, err)
 	}
 }

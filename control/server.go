@@ -368,7 +368,7 @@ func readBody(r *http.Request, req any) error {
 	// A misspelt option must not be an option left out.
 	d.DisallowUnknownFields()
 	err := d.Decode(req)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return nil
 	}
 	if err == nil {

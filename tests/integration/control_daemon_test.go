@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -430,4 +431,116 @@ func alignedBuf(n int) []byte {
 		panic(err)
 	}
 	return b
+}
+
+// TestTwoDaemons: the names are the machine's, whoever serves the devices: no
+// daemon takes one from another, or removes it.
+func TestTwoDaemons(t *testing.T) {
+	needVM(t)
+	disks := ramDisks(t, 2, 64<<20)
+	a, b := startDaemon(t), startDaemon(t)
+	named := func(name string) func(*control.AddRequest) {
+		return func(r *control.AddRequest) { r.Name = name }
+	}
+	leads := func(link string, to control.Device) {
+		t.Helper()
+		if got, err := os.Readlink(link); err != nil || got != "../"+filepath.Base(to.Path) {
+			t.Errorf("%s leads to %s, %v; want %s", link, got, err, to.Path)
+		}
+	}
+	first := a.add(disks[0], named("data"))
+	_, err := b.AddDevice(ctx(t), control.AddRequest{Path: disks[1], Name: "data"})
+	want(t, err, control.Exists, "the name data is taken by "+first.Path, fmt.Sprintf("another daemon serves (process %d)", a.pid), "--name")
+	leads(first.Link, first)
+	second := b.add(disks[1], named("other"))
+
+	// A third one begins, beside both, and clears away only what is dead.
+	dead := "/dev/ublk-blksnap/dead"
+	if err := os.Symlink("../ublkb77", dead); err != nil {
+		t.Fatal(err)
+	}
+	startDaemon(t).stop()
+	leads(first.Link, first)
+	leads(second.Link, second)
+	if _, err := os.Lstat(dead); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the link of a device that is gone: %v", err)
+	}
+
+	// A link that leads elsewhere is not removed with the device it once led to.
+	if err := errors.Join(os.Remove(second.Link), os.Symlink("../"+filepath.Base(first.Path), second.Link)); err != nil {
+		t.Fatal(err)
+	}
+	b.remove(second)
+	leads(second.Link, first)
+	leads(first.Link, first)
+	if err := os.Remove(second.Link); err != nil {
+		t.Fatal(err)
+	}
+
+	// The name is free when its device is gone.
+	a.remove(first)
+	if _, err := os.Lstat(first.Link); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the link is left: %v", err)
+	}
+	again := b.add(disks[1], named("data"))
+	leads(first.Link, again)
+	b.remove(again)
+}
+
+// TestRunDirOfOthers: a run directory that somebody has prepared is refused, and
+// nothing that is root's is touched through it.
+func TestRunDirOfOthers(t *testing.T) {
+	needVM(t)
+	precious := filepath.Join(t.TempDir(), "precious")
+	if err := os.WriteFile(precious, []byte("precious"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("/tmp", "run")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	const nobody = 65534
+	if err := os.Chown(dir, nobody, nobody); err != nil {
+		t.Fatal(err)
+	}
+	prepare := exec.Command("ln", "-s", precious, filepath.Join(dir, "daemon.log"))
+	prepare.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	if out, err := prepare.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	refused := func(in, why string) {
+		t.Helper()
+		for _, args := range [][]string{{"add", "/dev/null"}, {"daemon"}} {
+			out, err := try(program(t), append([]string{"--run-dir", in}, args...)...)
+			if err == nil || !strings.Contains(out, why) {
+				t.Errorf("%v in %s: %v, %s; want %q", args, in, err, out, why)
+			}
+		}
+		if b, err := os.ReadFile(precious); err != nil || string(b) != "precious" {
+			t.Errorf("precious holds %q, %v", b, err)
+		}
+	}
+	refused(dir, "belongs to user 65534")
+	refused(filepath.Join(dir, "below"), "belongs to user 65534")
+	if left := entries(dir); left != 1 {
+		t.Errorf("%d files in the directory of another", left)
+	}
+	if err := os.Chown(dir, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	refused(dir, "can be written to by others")
+	// Closed now, but what is in it is still his.
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := try(program(t), "--run-dir", dir, "add", "/dev/null"); err == nil || !strings.Contains(out, "daemon.log is a symbolic link: remove it") {
+		t.Errorf("a log that is a link: %v, %s", err, out)
+	}
+	if b, err := os.ReadFile(precious); err != nil || string(b) != "precious" {
+		t.Errorf("precious holds %q, %v", b, err)
+	}
 }
