@@ -61,23 +61,24 @@ var errGone = errors.New("does not exist any more")
 // open opens the file, which was at path. It fails with errGone, or with
 // fs.ErrNotExist if the file is not found, wherever it may be.
 func (id identity) open(path string, flags int) (fd int, err error) {
-	flags |= unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
-	fd, err = id.openHandle(path, flags)
+	// As a place only, at first: to open what another put there may have effects.
+	const place = unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	at, err := id.openHandle(path, place)
 	if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, unix.EPERM) { // a container may lack the capability
-		fd, err = unix.Open(path, flags, 0)
+		at, err = unix.Open(path, place, 0)
 	}
 	if err != nil {
 		return -1, err
 	}
-	switch now, err := identify(fd); {
+	f := os.NewFile(uintptr(at), path)
+	defer f.Close()
+	switch now, err := identify(at); {
 	case err != nil:
-		unix.Close(fd)
 		return -1, err
 	case now.Dev != id.Dev || now.Ino != id.Ino || now.Born != id.Born:
-		unix.Close(fd)
 		return -1, fmt.Errorf("another file is there: %w", fs.ErrNotExist)
 	}
-	return fd, nil
+	return reopen(f, flags|unix.O_NONBLOCK)
 }
 
 func (id identity) openHandle(path string, flags int) (fd int, err error) {
