@@ -1,28 +1,12 @@
 package blockdev
 
 import (
-	"errors"
 	"fmt"
 	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
-
-// ErrNotDisk: the path is neither a block device nor a regular file.
-var ErrNotDisk = errors.New("neither a block device nor a regular file")
-
-// OpenOptions says how OpenDisk opens.
-type OpenOptions struct {
-	// Exclusive claims a block device: the open fails with EBUSY while it is
-	// mounted or held by device-mapper, md or swap, and nobody else can claim
-	// it afterwards. It means nothing for a regular file.
-	Exclusive bool
-	// Direct bypasses the page cache. Offsets, lengths and memory addresses
-	// are then multiples of the logical block size.
-	Direct   bool
-	ReadOnly bool
-}
 
 // OSFile is a file of the operating system for a RingQueue: a block device or
 // a regular file. It may be used on any number of queues at a time.
@@ -33,48 +17,6 @@ type OSFile struct {
 
 	closing  sync.Once
 	closeErr error
-}
-
-// OpenDisk opens an existing block device or regular file. The error wraps the
-// errno, or ErrNotDisk.
-func OpenDisk(path string, o OpenOptions) (*OSFile, error) {
-	// Looked at before it is opened: opening a FIFO or a tape has effects.
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	if !isDisk(&st) {
-		return nil, fmt.Errorf("open %s: %w", path, ErrNotDisk)
-	}
-	flags := unix.O_CLOEXEC | unix.O_RDWR
-	if o.ReadOnly {
-		flags = unix.O_CLOEXEC | unix.O_RDONLY
-	}
-	if o.Exclusive {
-		flags |= unix.O_EXCL
-	}
-	if o.Direct {
-		flags |= unix.O_DIRECT
-	}
-	for {
-		fd, err := unix.Open(path, flags, 0)
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("open %s: %w", path, err)
-		}
-		if err := unix.Fstat(fd, &st); err != nil || !isDisk(&st) {
-			unix.Close(fd)
-			return nil, fmt.Errorf("open %s: %w", path, ErrNotDisk)
-		}
-		return NewOSFile(fd, path), nil
-	}
-}
-
-func isDisk(st *unix.Stat_t) bool {
-	kind := st.Mode & unix.S_IFMT
-	return kind == unix.S_IFBLK || kind == unix.S_IFREG
 }
 
 // NewOSFile wraps an open file descriptor, which is the OSFile's from then on.
@@ -88,14 +30,11 @@ func NewOSFile(fd int, name string) *OSFile {
 	return f
 }
 
-// Name is the path, or what NewOSFile was told.
+// Name is what NewOSFile was told.
 func (f *OSFile) Name() string { return f.name }
 
 // Fd is the file descriptor; it stays the OSFile's.
 func (f *OSFile) Fd() int { return f.fd }
-
-// IsBlock says whether the file is a block device.
-func (f *OSFile) IsBlock() bool { return f.block }
 
 // Size is the size in bytes, as it is now.
 func (f *OSFile) Size() (int64, error) {

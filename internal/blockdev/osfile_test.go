@@ -71,13 +71,13 @@ func loopDisk(t *testing.T, size int64) string {
 func TestRingOnBlockDevice(t *testing.T) {
 	const size = 6 << 30
 	disk := loopDisk(t, size)
-	f, err := OpenDisk(disk, OpenOptions{Exclusive: true, Direct: true})
+	f, err := openFile(disk, unix.O_RDWR|unix.O_EXCL|unix.O_DIRECT)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if n, err := f.Size(); err != nil || n != size || !f.IsBlock() {
-		t.Fatalf("size %d (%v), block device %v", n, err, f.IsBlock())
+	if n, err := f.Size(); err != nil || n != size || !f.block {
+		t.Fatalf("size %d (%v), block device %v", n, err, f.block)
 	}
 	q := startQueue(t, RingConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
 	mem := mapped(t, 8192)
@@ -173,7 +173,7 @@ func TestRingOnBlockDevice(t *testing.T) {
 // asked first, and the next way only if there is none.
 func TestRingAsksForDiscard(t *testing.T) {
 	disk := loopDisk(t, 1<<20)
-	f, err := OpenDisk(disk, OpenOptions{})
+	f, err := openFile(disk, unix.O_RDWR)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -199,39 +199,17 @@ func TestRingAsksForDiscard(t *testing.T) {
 	}
 }
 
-func TestOpenDisk(t *testing.T) {
-	dir := t.TempDir()
-	file := filepath.Join(dir, "file")
+func TestOSFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, make([]byte, 1000), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	fifo := filepath.Join(dir, "fifo")
-	if err := unix.Mkfifo(fifo, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for path, want := range map[string]error{
-		filepath.Join(dir, "none"): unix.ENOENT,
-		dir:                        ErrNotDisk,
-		fifo:                       ErrNotDisk,
-		"/dev/null":                ErrNotDisk,
-	} {
-		if f, err := OpenDisk(path, OpenOptions{}); !errors.Is(err, want) {
-			t.Errorf("open %s: %v, want %v", path, err, want)
-			if err == nil {
-				f.Close()
-			}
-		}
-	}
-	f, err := OpenDisk(file, OpenOptions{Exclusive: true})
+	f, err := openFile(file, unix.O_RDWR)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n, err := f.Size(); n != 1000 || err != nil || f.Name() != file || f.IsBlock() {
-		t.Errorf("size %d (%v), name %q, block device %v", n, err, f.Name(), f.IsBlock())
-	}
-	flags, err := unix.FcntlInt(uintptr(f.Fd()), unix.F_GETFD, 0)
-	if err != nil || flags&unix.FD_CLOEXEC == 0 {
-		t.Errorf("descriptor flags %#x (%v), want close-on-exec", flags, err)
+	if n, err := f.Size(); n != 1000 || err != nil || f.Name() != file || f.block {
+		t.Errorf("size %d (%v), name %q, block device %v", n, err, f.Name(), f.block)
 	}
 	for range 2 {
 		if err := f.Close(); err != nil {
@@ -244,32 +222,5 @@ func TestOpenDisk(t *testing.T) {
 	bad := NewOSFile(1<<20, "bad")
 	if e1, e2 := bad.Close(), bad.Close(); !errors.Is(e1, unix.EBADF) || !errors.Is(e2, unix.EBADF) {
 		t.Errorf("close of a bad descriptor: %v, then %v", e1, e2)
-	}
-}
-
-func TestOpenDiskOptions(t *testing.T) {
-	disk := loopDisk(t, 1<<20)
-	first, err := OpenDisk(disk, OpenOptions{Exclusive: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if f, err := OpenDisk(disk, OpenOptions{Exclusive: true}); !errors.Is(err, unix.EBUSY) {
-		t.Errorf("second exclusive open: %v, want EBUSY", err)
-		if err == nil {
-			f.Close()
-		}
-	}
-	first.Close()
-	f, err := OpenDisk(disk, OpenOptions{Exclusive: true, Direct: true, ReadOnly: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	mode, err := unix.FcntlInt(uintptr(f.Fd()), unix.F_GETFL, 0)
-	if err != nil || mode&unix.O_ACCMODE != unix.O_RDONLY || mode&unix.O_DIRECT == 0 {
-		t.Errorf("mode %#o (%v), want read-only and direct", mode, err)
-	}
-	if _, err := unix.Pwrite(f.Fd(), make([]byte, 1), 0); !errors.Is(err, unix.EBADF) {
-		t.Errorf("write to a read-only disk: %v, want EBADF", err)
 	}
 }

@@ -21,7 +21,7 @@ func BenchmarkRing(b *testing.B) {
 		name string
 		file *OSFile
 	}
-	cached := diskFile(b, b.TempDir(), 0, OpenOptions{})
+	cached := diskFile(b, b.TempDir(), 0, 0)
 	if _, err := unix.Pwrite(cached.Fd(), make([]byte, 16<<20), 0); err != nil {
 		b.Fatal(err)
 	}
@@ -30,7 +30,7 @@ func BenchmarkRing(b *testing.B) {
 		targets = append(targets, target{"tmpfs", f})
 	}
 	if path := os.Getenv("BLOCKDEV_BENCH_DISK"); path != "" {
-		f, err := OpenDisk(path, OpenOptions{Direct: true, ReadOnly: true})
+		f, err := openFile(path, unix.O_RDONLY|unix.O_DIRECT)
 		if err != nil {
 			b.Fatal(err)
 		}

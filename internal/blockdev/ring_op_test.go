@@ -17,15 +17,15 @@ import (
 
 func TestRingWritesAndReads(t *testing.T) {
 	const n = 64 << 10
-	for _, direct := range []bool{false, true} {
+	for _, direct := range []int{0, unix.O_DIRECT} {
 		for _, registered := range []bool{false, true} {
-			t.Run(fmt.Sprintf("direct=%v registered=%v", direct, registered), func(t *testing.T) {
-				f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{Direct: direct})
+			t.Run(fmt.Sprintf("direct=%v registered=%v", direct != 0, registered), func(t *testing.T) {
+				f := diskFile(t, t.TempDir(), 1<<20, direct)
 				mem := mapped(t, 2*n)
 				cfg := RingConfig{Name: "test", Depth: 4}
 				out, in := MemBuf(mem), MemBuf(mem[n:])
 				if registered {
-					cfg.Files = []*OSFile{diskFile(t, t.TempDir(), 1, OpenOptions{}), f}
+					cfg.Files = []*OSFile{diskFile(t, t.TempDir(), 1, 0), f}
 					cfg.Buffers = [][]byte{mem[n:], mem[:n]}
 					out.Index, in.Index = 1, 0
 				}
@@ -54,8 +54,8 @@ func TestRingWritesAndReads(t *testing.T) {
 func TestRingZeroesAndHoles(t *testing.T) {
 	const size = 4 << 20
 	files := map[string]*OSFile{
-		"temp":   diskFile(t, t.TempDir(), 0, OpenOptions{}),
-		"direct": diskFile(t, t.TempDir(), 0, OpenOptions{Direct: true}),
+		"temp":   diskFile(t, t.TempDir(), 0, 0),
+		"direct": diskFile(t, t.TempDir(), 0, unix.O_DIRECT),
 	}
 	if f := shmFile(t, 0); f != nil {
 		files["tmpfs"] = f
@@ -127,7 +127,7 @@ func TestRingZeroesAndHoles(t *testing.T) {
 // TestRingLongRanges: lengths beyond 32 bits.
 func TestRingLongRanges(t *testing.T) {
 	const size = 9 << 30
-	f := diskFile(t, t.TempDir(), size, OpenOptions{})
+	f := diskFile(t, t.TempDir(), size, 0)
 	q := startQueue(t, RingConfig{Name: "test", Depth: 4, Files: []*OSFile{f}})
 	mem := mapped(t, 8192)
 	for _, kind := range []Kind{Discard, WriteZeroes} {
@@ -147,8 +147,8 @@ func TestRingLongRanges(t *testing.T) {
 }
 
 func TestRingErrors(t *testing.T) {
-	f := diskFile(t, t.TempDir(), 8192, OpenOptions{})
-	readOnly, err := OpenDisk(f.Name(), OpenOptions{ReadOnly: true})
+	f := diskFile(t, t.TempDir(), 8192, 0)
+	readOnly, err := openFile(f.Name(), unix.O_RDONLY)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,7 +191,7 @@ func TestRingErrors(t *testing.T) {
 // how far it reached, and one that is cut off under a write is noticed after it.
 func TestRingReach(t *testing.T) {
 	const size = 16384
-	f := diskFile(t, t.TempDir(), size, OpenOptions{})
+	f := diskFile(t, t.TempDir(), size, 0)
 	q := startQueue(t, RingConfig{Name: "test", Depth: 1})
 	buf := MemBuf(mapped(t, size))
 	cut := func(to int64) {
@@ -235,7 +235,7 @@ func TestRingReach(t *testing.T) {
 // with its own part of one file, and compares with plain memory.
 func TestRingAgainstModel(t *testing.T) {
 	const queues, part, depth, total = 3, 1 << 20, 8, 800
-	f := diskFile(t, t.TempDir(), queues*part, OpenOptions{})
+	f := diskFile(t, t.TempDir(), queues*part, 0)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	model := make([]byte, queues*part)
@@ -363,7 +363,7 @@ func TestRingPartialTransfers(t *testing.T) {
 
 // TestRingRetries answers for the kernel with errors that are no results.
 func TestRingRetries(t *testing.T) {
-	f := diskFile(t, t.TempDir(), 8192, OpenOptions{})
+	f := diskFile(t, t.TempDir(), 8192, 0)
 	q := manualQueue(t, RingConfig{Depth: 1})
 	calls := 0
 	op := &Op{Kind: Read, File: f, Len: 8192, Buf: MemBuf(mapped(t, 8192)), Done: func(*Op) { calls++ }}
@@ -465,7 +465,7 @@ func TestRingRetries(t *testing.T) {
 // TestRingWaitingInOrder: with one slot, operations run one at a time, oldest
 // first, those submitted from inside Done included.
 func TestRingWaitingInOrder(t *testing.T) {
-	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
+	f := diskFile(t, t.TempDir(), 4096, 0)
 	q := startQueue(t, RingConfig{Name: "test", Depth: 1})
 	const n = 100
 	mem := mapped(t, 4096)
@@ -519,7 +519,7 @@ func TestRingWaitingInOrder(t *testing.T) {
 // TestRingAllocatesNothing counts what the whole process allocates while a
 // queue works in its steady state.
 func TestRingAllocatesNothing(t *testing.T) {
-	f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{})
+	f := diskFile(t, t.TempDir(), 1<<20, 0)
 	q := startQueue(t, RingConfig{Name: "test", Depth: 8, Commands: 4, Files: []*OSFile{f}, OnCommand: func(uint32, int32) {}})
 	other := startQueue(t, RingConfig{Name: "other", Depth: 1})
 	mem := mapped(t, 16*4096)

@@ -9,7 +9,7 @@ import (
 )
 
 func TestRingEmptyBuffers(t *testing.T) {
-	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
+	f := diskFile(t, t.TempDir(), 4096, 0)
 	q := startQueue(t, RingConfig{Name: "test", Depth: 1, Files: []*OSFile{f}, Buffers: make([][]byte, 4)})
 	// The place is there, and empty until a driver fills it.
 	if e := onQueue(t, q, &Op{Kind: Read, File: f, Len: 4096, Buf: Buf{Index: 3}}); e != unix.EFAULT {
@@ -20,7 +20,7 @@ func TestRingEmptyBuffers(t *testing.T) {
 // Memory that comes and goes: what was written from one pinned buffer is read
 // into another, places are used again, and there is an end of them.
 func TestRingPin(t *testing.T) {
-	f := diskFile(t, t.TempDir(), 64<<10, OpenOptions{})
+	f := diskFile(t, t.TempDir(), 64<<10, 0)
 	mem := mapped(t, 16<<10)
 	own := mapped(t, 4096)
 	q := startQueue(t, RingConfig{Name: "test", Depth: 4, Files: []*OSFile{f}, Buffers: [][]byte{own}, Pins: 5})

@@ -29,8 +29,16 @@ func mapped(t testing.TB, n int) []byte {
 	return mem
 }
 
+func openFile(path string, flags int) (*OSFile, error) {
+	fd, err := unix.Open(path, unix.O_CLOEXEC|flags, 0)
+	if err != nil {
+		return nil, err
+	}
+	return NewOSFile(fd, path), nil
+}
+
 // diskFile is a regular file of the given size in dir.
-func diskFile(t testing.TB, dir string, size int64, o OpenOptions) *OSFile {
+func diskFile(t testing.TB, dir string, size int64, flags int) *OSFile {
 	t.Helper()
 	path := filepath.Join(dir, "disk")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
@@ -39,7 +47,7 @@ func diskFile(t testing.TB, dir string, size int64, o OpenOptions) *OSFile {
 	if err := os.Truncate(path, size); err != nil {
 		t.Fatal(err)
 	}
-	f, err := OpenDisk(path, o)
+	f, err := openFile(path, unix.O_RDWR|flags)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +67,7 @@ func shmFile(t testing.TB, n int) *OSFile {
 	if err := os.WriteFile(path, make([]byte, n), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	f, err := OpenDisk(path, OpenOptions{})
+	f, err := openFile(path, unix.O_RDWR)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +156,7 @@ func manualQueue(t *testing.T, cfg RingConfig) *RingQueue {
 }
 
 func TestRingStopWhileBusy(t *testing.T) {
-	f := diskFile(t, t.TempDir(), 1<<20, OpenOptions{})
+	f := diskFile(t, t.TempDir(), 1<<20, 0)
 	for round := range 20 {
 		q := startQueue(t, RingConfig{Name: "busy", Depth: 8, Files: []*OSFile{f}})
 		mem := mapped(t, 16*4096)

@@ -94,7 +94,7 @@ func TestRingOperationsPastFullQueueOfCommands(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(efd)
-	f := diskFile(t, t.TempDir(), 4096, OpenOptions{})
+	f := diskFile(t, t.TempDir(), 4096, 0)
 	q := startQueue(t, RingConfig{Name: "test", Depth: 1, OnCommand: func(uint32, int32) {}})
 	defer unix.Write(efd, []byte{1, 0, 0, 0, 0, 0, 0, 0})
 	onThread(t, q, func() {

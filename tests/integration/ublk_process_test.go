@@ -184,10 +184,11 @@ func TestUblkDisk(t *testing.T) {
 	}
 	for _, mode := range ublkModes(ctl) {
 		t.Run(mode.String(), func(t *testing.T) {
-			file, err := blockdev.OpenDisk(loop, blockdev.OpenOptions{Exclusive: true, Direct: true})
+			fd, err := unix.Open(loop, unix.O_CLOEXEC|unix.O_RDWR|unix.O_EXCL|unix.O_DIRECT, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
+			file := blockdev.NewOSFile(fd, loop)
 			defer file.Close()
 			cfg, counts := ublkConfig(t, mode, 1, 16)
 			cfg.Geometry = want
