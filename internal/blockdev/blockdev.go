@@ -98,7 +98,8 @@ func (b Buf) At(n int64) Buf {
 	return b
 }
 
-// Bytes is the n bytes at b; b must be process memory.
+// Bytes is the n bytes at b, for doubles and tests; b must be process memory. The
+// engine does not look into payloads.
 func (b Buf) Bytes(n int64) []byte {
 	return unsafe.Slice((*byte)(unsafe.Add(b.Mem, b.Off)), n)
 }

@@ -159,10 +159,6 @@ func (r *Ring) Close() error {
 	return r.q.close(r.fd, r.flags)
 }
 
-// Fd is the ring's file descriptor, for MSG_RING from another ring. It is
-// close-on-exec, and the Ring's.
-func (r *Ring) Fd() int { return r.fd }
-
 // SQE is the next free entry of the submission queue, zeroed, or nil when the
 // queue is full. The entry reaches the kernel with the next submit.
 func (r *Ring) SQE() *SQE {

@@ -505,7 +505,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 		if m, f := ringMappings(t); m <= maps || f != fds+1 {
 			t.Fatalf("%+v: %d mappings and %d descriptors with the ring, %d and %d without", cfg, m, f, maps, fds)
 		}
-		flags, err := unix.FcntlInt(uintptr(r.Fd()), unix.F_GETFD, 0)
+		flags, err := unix.FcntlInt(uintptr(r.fd), unix.F_GETFD, 0)
 		if err != nil || flags&unix.FD_CLOEXEC == 0 {
 			t.Errorf("%+v: descriptor flags %#x (%v), want close-on-exec", cfg, flags, err)
 		}
