@@ -44,7 +44,8 @@ const controlPath = "/dev/ublk-control"
 // A command whose context ends is cancelled in the kernel where the kernel can
 // (it waits for queues or for openers), and given up otherwise: the next one
 // starts while the kernel still works on it. The same command for the same device
-// waits for it: one that hangs takes one of the kernel's workers, not all.
+// stays in the queue until then: one that hangs takes one of the kernel's workers,
+// not all.
 type Control struct {
 	dev      int // /dev/ublk-control
 	wake     int // eventfd
@@ -69,6 +70,7 @@ type command struct {
 	buf  []byte // copied to the kernel and back
 	res  int32
 	done chan struct{}
+	late func(buf []byte) // called if it succeeds after it was given up; may be nil
 }
 
 func (w *command) key() hungKey { return hungKey{w.op, w.cmd.DevID} }
@@ -226,21 +228,17 @@ func (c *Control) notify() {
 // do runs one command: buf goes to the kernel and comes back. It returns the
 // kernel's errno, wrapped, or that of ctx.
 func (c *Control) do(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, buf []byte) error {
+	return c.doOrUndo(ctx, op, cmd, buf, nil)
+}
+
+// doOrUndo is do for a command that leaves something behind: late, on a goroutine
+// of its own, takes that away if the command was given up and succeeds after all.
+func (c *Control) doOrUndo(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, buf []byte, late func(buf []byte)) error {
 	if len(buf) > slotSize {
 		panic("ublk: control buffer too large")
 	}
-	w := &command{op: op, cmd: cmd, buf: append([]byte(nil), buf...), done: make(chan struct{})}
+	w := &command{op: op, cmd: cmd, buf: append([]byte(nil), buf...), done: make(chan struct{}), late: late}
 	c.mu.Lock()
-	for !c.closed && c.hung[w.key()] != nil {
-		before := c.hung[w.key()]
-		c.mu.Unlock()
-		select {
-		case <-before.done:
-		case <-ctx.Done():
-			return commandError(op, cmd.DevID, ctx.Err())
-		}
-		c.mu.Lock()
-	}
 	if c.closed {
 		c.mu.Unlock()
 		return commandError(op, cmd.DevID, ErrClosed)
@@ -251,8 +249,9 @@ func (c *Control) do(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, bu
 	select {
 	case <-w.done:
 	case <-ctx.Done():
-		c.giveUp(w)
-		return commandError(op, cmd.DevID, ctx.Err())
+		if c.giveUp(w) {
+			return commandError(op, cmd.DevID, ctx.Err())
+		}
 	}
 	if err := w.err(); err != nil {
 		return commandError(op, cmd.DevID, err)
@@ -261,20 +260,24 @@ func (c *Control) do(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, bu
 	return nil
 }
 
-// giveUp is for a command that nobody waits for any more.
-func (c *Control) giveUp(w *command) {
+// giveUp is for a command that nobody waits for any more. It is false if the
+// command has just ended.
+func (c *Control) giveUp(w *command) bool {
 	c.mu.Lock()
 	if i := slices.Index(c.queue, w); i >= 0 {
 		c.queue = slices.Delete(c.queue, i, i+1)
 	} else {
 		select {
 		case <-w.done:
+			c.mu.Unlock()
+			return false
 		default:
 			c.hung[w.key()] = w
 		}
 	}
 	c.mu.Unlock()
 	c.notify()
+	return true
 }
 
 // err is what the kernel answered, or ErrClosed.
@@ -415,8 +418,8 @@ func (t *controlThread) run() error {
 	}
 }
 
-// next gives up the current command if nobody waits for it, and starts the
-// next one. It says whether the thread shall end.
+// next gives up the current command if nobody waits for it, and starts the next
+// one that has none like it hanging. It says whether the thread shall end.
 func (t *controlThread) next() (end bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -429,10 +432,13 @@ func (t *controlThread) next() (end bool) {
 	if t.closed {
 		return t.current < 0
 	}
-	for t.current < 0 && len(t.queue) > 0 {
-		w := t.queue[0]
-		t.queue[0] = nil
-		t.queue = t.queue[1:]
+	for t.current < 0 {
+		i := slices.IndexFunc(t.queue, func(w *command) bool { return t.hung[w.key()] == nil })
+		if i < 0 {
+			break
+		}
+		w := t.queue[i]
+		t.queue = slices.Delete(t.queue, i, i+1)
 		t.start(w)
 	}
 	return false
@@ -472,6 +478,9 @@ func (t *controlThread) over(w *command) {
 	defer t.mu.Unlock()
 	if t.hung[w.key()] == w {
 		delete(t.hung, w.key())
+		if w.late != nil && w.res >= 0 {
+			go w.late(w.buf)
+		}
 	}
 	close(w.done)
 }

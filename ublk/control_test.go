@@ -6,11 +6,13 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
@@ -113,6 +115,114 @@ func TestControlGivesUp(t *testing.T) {
 		if err := c.command(context.Background(), uapi.UBLK_U_CMD_STOP_DEV, 0, 0); err != nil {
 			t.Fatalf("after command %d: %v", i, err)
 		}
+	}
+}
+
+// TestControlQueuedLikeHung: of commands that were queued before one like them was
+// found to hang, none follows it into the kernel until it has ended.
+func TestControlQueuedLikeHung(t *testing.T) {
+	r, w := testPipe(t)
+	pipe := pipeOps(r)
+	var started atomic.Int64
+	begun := make(chan struct{})
+	c := pretend(t, func(sqe *uring.SQE, dev int, w *command) {
+		pipe(sqe, dev, w)
+		switch w.op {
+		case uapi.UBLK_U_CMD_GET_DEV_INFO:
+			close(begun)
+		case uapi.UBLK_U_CMD_START_DEV:
+			started.Add(1)
+		}
+	})
+	const alike = 2 * commandSlots
+	ended := make(chan error, alike+1)
+	go func() {
+		var buf [4]byte
+		ended <- c.do(context.Background(), uapi.UBLK_U_CMD_GET_DEV_INFO, uapi.UblksrvCtrlCmd{Data: [1]uint64{1}}, buf[:])
+	}()
+	<-begun
+	for range alike {
+		go func() { ended <- c.command(context.Background(), uapi.UBLK_U_CMD_START_DEV, 3, 0) }()
+	}
+	for queued := 0; queued < alike; time.Sleep(time.Millisecond) {
+		c.mu.Lock()
+		queued = len(c.queue)
+		c.mu.Unlock()
+	}
+	hung := &command{op: uapi.UBLK_U_CMD_START_DEV, cmd: uapi.UblksrvCtrlCmd{DevID: 3}}
+	c.mu.Lock()
+	c.hung[hung.key()] = hung
+	c.mu.Unlock()
+	if _, err := unix.Write(w, []byte("done")); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if err := c.command(context.Background(), uapi.UBLK_U_CMD_STOP_DEV, 3, 0); err != nil {
+		t.Errorf("another command: %v", err)
+	}
+	if n := started.Load(); n != 0 {
+		t.Errorf("%d commands followed one that hangs", n)
+	}
+	c.mu.Lock()
+	delete(c.hung, hung.key())
+	c.mu.Unlock()
+	c.notify()
+	for range alike {
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestAddGivesUp: a driver that does not make the device is given up, and the
+// device that it makes in the end is deleted.
+func TestAddGivesUp(t *testing.T) {
+	r, w := testPipe(t)
+	begun, deleted := make(chan struct{}, 1), make(chan uint32, 2)
+	c := pretend(t, func(sqe *uring.SQE, _ int, w *command) {
+		switch w.op {
+		case uapi.UBLK_U_CMD_ADD_DEV:
+			sqe.PrepRead(r, w.cmd.Addr, uint32(w.cmd.Len), 0, 0)
+			begun <- struct{}{}
+		case uapi.UBLK_U_CMD_DEL_DEV_ASYNC:
+			deleted <- w.cmd.DevID
+		}
+	})
+	add := func(ctx context.Context) error {
+		_, err := Add(ctx, c, Config{ID: AnyID, Queues: 1, Depth: 1, MaxIO: DefaultMaxIO, Mode: ModeCopy,
+			Geometry:   Geometry{Size: 1 << 20, LogicalBlock: 512, PhysicalBlock: 512, IOMin: 512},
+			NewHandler: func(int, blockdev.Queue) Handler { return nil }})
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer cancel()
+	if err := add(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatal(err)
+	}
+	<-begun
+
+	// The kernel would not let it be cancelled as this one does: it is given up and
+	// has made the device at once.
+	ctx, cancel = context.WithCancel(context.Background())
+	added := make(chan error, 1)
+	go func() { added <- add(ctx) }()
+	<-begun
+	c.mu.Lock()
+	cancel()
+	time.Sleep(10 * time.Millisecond) // for who gives up to be the first in line
+	info := uapi.UblksrvCtrlDevInfo{DevID: 5}
+	if _, err := unix.Write(w, bytesOf(&info)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(10 * time.Millisecond)
+	c.mu.Unlock()
+	if err := <-added; err == nil {
+		t.Error("no error")
+	}
+	if id := <-deleted; id != 5 {
+		t.Errorf("device %d is deleted, want 5", id)
 	}
 }
 

@@ -201,7 +201,8 @@ const (
 // disk is there; with an error nothing is left, unless the driver hangs, as it
 // does while it waits for a read of the disk: then the device is returned with
 // the error, and is to be deleted when it goes on. Its handlers may be called
-// until then.
+// until then. A driver that hangs before there is a device gives the error alone: a
+// device that it makes after all is deleted at once.
 func Add(ctx context.Context, ctl *Control, cfg Config) (*Device, error) {
 	zeroCopy, err := cfg.check(ctl)
 	if err != nil {
@@ -221,9 +222,7 @@ func Add(ctx context.Context, ctl *Control, cfg Config) (*Device, error) {
 		Flags:         ask,
 		UblksrvFlags:  cfg.Tag,
 	}
-	// Not ctx: a device that came into being all the same would be lost.
-	err = ctl.do(context.WithoutCancel(ctx), uapi.UBLK_U_CMD_ADD_DEV,
-		uapi.UblksrvCtrlCmd{DevID: info.DevID, QueueID: noQueue}, bytesOf(&info))
+	err = ctl.add(ctx, &info)
 	if err != nil {
 		return nil, err
 	}
@@ -232,6 +231,18 @@ func Add(ctx context.Context, ctl *Control, cfg Config) (*Device, error) {
 		return d.undo(err)
 	}
 	return d, nil
+}
+
+// add has the driver make a device.
+func (c *Control) add(ctx context.Context, info *uapi.UblksrvCtrlDevInfo) error {
+	cmd := uapi.UblksrvCtrlCmd{DevID: info.DevID, QueueID: noQueue}
+	return c.doOrUndo(ctx, uapi.UBLK_U_CMD_ADD_DEV, cmd, bytesOf(info), func(answer []byte) {
+		var late uapi.UblksrvCtrlDevInfo // with its number, if the driver was to choose one
+		copy(bytesOf(&late), answer)
+		ctx, cancel := context.WithTimeout(context.Background(), undoWait)
+		defer cancel()
+		_ = c.deleteDevice(ctx, int(late.DevID))
+	})
 }
 
 func newDevice(ctl *Control, cfg *Config, info Info) *Device {
