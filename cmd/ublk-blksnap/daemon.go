@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"io"
 	"log/slog"
 	"os"
@@ -150,10 +151,7 @@ has ended. Under systemd too this is the way: "systemctl stop" is refused, as it
 would take the unit's word for it that the daemon has ended.`,
 		Args: args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
-			client := control.NewClient(p.dir().Socket())
-			defer client.Close()
-			defer p.tellWhatGoesOn(c.Context(), "stop", client)()
-			return client.Stop(c.Context())
+			return p.with(c, func(ctx context.Context, api control.API) error { return api.Stop(ctx) })
 		},
 	}
 }

@@ -379,7 +379,7 @@ func TestWhatStartsADaemon(t *testing.T) {
 		"ublk-blksnap cbt changes vdb --since " + take(1).String(): false, "ublk-blksnap cbt mark vdb 0:1": false,
 		"ublk-blksnap snapshot list": false, "ublk-blksnap snapshot info " + id1: false, "ublk-blksnap snapshot watch " + id1: false,
 		"ublk-blksnap snapshot take " + id1: false, "ublk-blksnap snapshot add " + id1 + " vdb": false,
-		"ublk-blksnap snapshot append " + id1 + " /s": false, "ublk-blksnap snapshot destroy " + id1: false,
+		"ublk-blksnap snapshot append " + id1 + " /s": false, "ublk-blksnap daemon stop": false, "ublk-blksnap snapshot destroy " + id1: false,
 		"blksnap cbtinfo -d vdb": false, "blksnap readcbtmap -d vdb -f /dev/null": false, "blksnap markdirtyblock -d vdb -r 0:1": false,
 		"blksnap snapshot_add -i " + id1 + " -d vdb": false, "blksnap snapshot_appendstorage -i " + id1 + " -f /s": false,
 		"blksnap snapshot_take -i " + id1: false, "blksnap snapshot_destroy -i " + id1: false, "blksnap snapshot_info -d vdb": false,
