@@ -86,7 +86,7 @@ func run(o Options, open func() (stopper, error)) error {
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGQUIT)
 	defer signal.Stop(signals)
-	signal.Ignore(ignored()...)
+	ignoreSignals()
 
 	if err := o.Dir.make(); err != nil {
 		return err
@@ -147,18 +147,6 @@ func run(o Options, open func() (stopper, error)) error {
 			return nil
 		}
 	}
-}
-
-// ignored are the signals that mean nothing to a daemon and would end it, or stop
-// it as Ctrl-Z does. Those of a fault stay what they are; so does SIGABRT, for who
-// wants its end and to know where it was.
-func ignored() []os.Signal {
-	all := []os.Signal{unix.SIGHUP, unix.SIGPIPE, unix.SIGALRM, unix.SIGVTALRM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGXCPU, unix.SIGXFSZ,
-		unix.SIGSTKFLT, unix.SIGIO, unix.SIGPWR, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU}
-	for n := unix.Signal(34); n <= 64; n++ { // those before are the C library's
-		all = append(all, n)
-	}
-	return all
 }
 
 // logGoroutines logs what everybody is doing, for who wants to know what hangs.

@@ -69,15 +69,7 @@ func rootOnly(t *testing.T) {
 // end.
 func stopDaemon(t *testing.T, dir RunDir) {
 	t.Helper()
-	var pid int
-	b, err := os.ReadFile(dir.lockFile())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := fmt.Sscan(string(b), &pid); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Kill(pid, unix.SIGTERM); err != nil {
+	if err := unix.Kill(daemonPID(t, dir), unix.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
 	for range 6000 {
@@ -114,6 +106,23 @@ func TestStart(t *testing.T) {
 		if err != nil || st.Mode().Perm() != mode {
 			t.Errorf("%s: %v, %v; want %v", path, st.Mode(), err, mode)
 		}
+	}
+	// Nothing but what asks it to stop ends it.
+	pid := daemonPID(t, s.Dir)
+	for n := unix.Signal(1); n <= 64; n++ {
+		switch n {
+		case unix.SIGINT, unix.SIGTERM, unix.SIGKILL, unix.SIGSTOP, // end it, or are not for it to say
+			unix.SIGILL, unix.SIGTRAP, unix.SIGABRT, unix.SIGBUS, unix.SIGFPE, unix.SIGSEGV, unix.SIGSYS: // faults
+			continue
+		}
+		if err := unix.Kill(pid, n); err != nil {
+			t.Fatal(err)
+		}
+		c := NewClient(s.Dir.Socket())
+		if _, err := c.Info(ctx); err != nil {
+			t.Fatalf("after signal %d: %v", n, err)
+		}
+		c.Close()
 	}
 	stopDaemon(t, s.Dir)
 	if _, err := os.Stat(s.Dir.Socket()); !os.IsNotExist(err) {
@@ -481,4 +490,16 @@ func TestNoSnapshotOfALeavingDevice(t *testing.T) {
 	if CodeOf(err) != Busy {
 		t.Errorf("added to a snapshot: %v", err)
 	}
+}
+
+func daemonPID(t *testing.T, dir RunDir) (pid int) {
+	t.Helper()
+	b, err := os.ReadFile(dir.lockFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscan(string(b), &pid); err != nil {
+		t.Fatal(err)
+	}
+	return pid
 }
