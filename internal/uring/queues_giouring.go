@@ -86,8 +86,6 @@ func (q *queues) close(_ int, flags uint32) error {
 
 func (q *queues) next() *SQE { return (*SQE)(unsafe.Pointer(q.ring.GetSQE())) }
 
-func (q *queues) unsubmitted() uint32 { return q.ring.SQReady() }
-
 func (q *queues) flush() uint32 {
 	atomic.StoreUint32(q.sqTail, *q.sqNext)
 	return q.ring.SQReady()
