@@ -70,7 +70,7 @@ func (c *Client) transportError(ctx context.Context, err error) error {
 		return &Error{Code: Denied, Errno: unix.EACCES, Message: "connect to " + c.socket + ": permission denied", Fix: "run this as root"}
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED):
 		return &Error{Code: Unavailable, Errno: unix.ECONNREFUSED, Message: "no daemon runs on " + filepath.Dir(c.socket),
-			Fix: "start it with systemctl start ublk-blksnap, or with ublk-blksnap add"}
+			Fix: "start it with systemctl start ublk-blksnap, ublk-blksnap add or ublk-blksnap daemon"}
 	}
 	return &Error{Code: Unavailable, Errno: unix.ECONNRESET, Message: "the daemon on " + c.socket + " broke off: " + err.Error(),
 		Fix: "see its log: journalctl -u ublk-blksnap, or daemon.log beside the socket"}

@@ -53,7 +53,7 @@ func (p *program) blksnapDetach() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return p.start(c, func(ctx context.Context, api control.API) error {
+			return p.with(c, func(ctx context.Context, api control.API) error {
 				return api.RemoveDevice(ctx, control.RemoveRequest{Device: path})
 			})
 		},

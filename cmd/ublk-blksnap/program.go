@@ -189,8 +189,8 @@ instant; each has a writable image device.
   ublk-blksnap cbt changes vdb --since …    what changed since a take
   ublk-blksnap remove vdb
 
-A daemon does the work. "add" and "snapshot create" start it if none runs, and
-"remove", for what a daemon that died left; no other command does.
+A daemon does the work. "add" and "snapshot create" start it if none runs; no
+other command does.
 "ublk-blksnap doctor" tells whether this machine can run it.
 
 ` + statusHelp

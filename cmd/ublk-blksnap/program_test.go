@@ -369,12 +369,12 @@ func TestExitStatuses(t *testing.T) {
 	}
 }
 
-// TestWhatStartsADaemon: what makes something may start one, or clears away what a
-// dead one left. What only looks, or needs what only a daemon can have, does not.
+// TestWhatStartsADaemon: what makes something may start one. What only looks, or
+// needs what only a daemon can have, does not: that would hide that one died.
 func TestWhatStartsADaemon(t *testing.T) {
 	for line, want := range map[string]bool{
-		"ublk-blksnap add vdb": true, "ublk-blksnap remove vdb": true, "ublk-blksnap snapshot create vdb --storage /s": true,
-		"blksnap attach -d vdb": true, "blksnap detach -d vdb": true, "blksnap snapshot_create -d vdb": true,
+		"ublk-blksnap add vdb": true, "ublk-blksnap remove vdb": false, "ublk-blksnap snapshot create vdb --storage /s": true,
+		"blksnap attach -d vdb": true, "blksnap detach -d vdb": false, "blksnap snapshot_create -d vdb": true,
 		"ublk-blksnap list": false, "ublk-blksnap status vdb": false, "ublk-blksnap cbt info vdb": false, "ublk-blksnap cbt map vdb": false,
 		"ublk-blksnap cbt changes vdb --since " + take(1).String(): false, "ublk-blksnap cbt mark vdb 0:1": false,
 		"ublk-blksnap snapshot list": false, "ublk-blksnap snapshot info " + id1: false, "ublk-blksnap snapshot watch " + id1: false,

@@ -24,7 +24,7 @@ they wrote but did not sync is lost. Snapshots that hold it are destroyed.`,
 			if r.Device, err = devicePath(args[0]); err != nil {
 				return err
 			}
-			return p.start(c, func(ctx context.Context, api control.API) error {
+			return p.with(c, func(ctx context.Context, api control.API) error {
 				return api.RemoveDevice(ctx, r)
 			})
 		},

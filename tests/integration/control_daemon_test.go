@@ -247,7 +247,7 @@ func TestKilled(t *testing.T) {
 	}
 
 	// Who looks is told, and no daemon is started.
-	for _, args := range [][]string{{"list"}, {"status", dev.Name}, {"snapshot", "list"}, {"cbt", "info", dev.Name}, {"snapshot", "take", s.ID}} {
+	for _, args := range [][]string{{"list"}, {"status", dev.Name}, {"remove", dev.Name}, {"snapshot", "list"}, {"cbt", "info", dev.Name}, {"snapshot", "take", s.ID}} {
 		a := d.call("ublk-blksnap", args...)
 		for _, w := range []string{"no daemon runs", fmt.Sprintf("process %d", d.pid), "start it with",
 			"filter " + dev.Name + " over " + disks[0] + " (" + dev.Path + ")", "filter " + other.Name + " over " + disks[1],
