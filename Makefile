@@ -22,6 +22,9 @@ SHELL := /bin/bash
 # The second build of internal/uring: its binding does not link without the flag.
 GIOURING = -tags giouring -ldflags=-checklinkname=0
 
+# The engine with its deliberate bugs, for the simulator alone.
+OVERLAY = -overlay .cache/bugs/overlay.json
+
 LINT_VERSION = v2.15.0
 LINT = .cache/bin/golangci-lint-$(LINT_VERSION)
 
@@ -30,14 +33,14 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration systemd sim bench vm build install clean setup-go setup bin/vm
+.PHONY: demo test check lint integration systemd sim overlay bench vm build install clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
 
-test: check bin/vm
+test: check bin/vm overlay
 	go test -race -short $(GIOURING) ./internal/...
-	go test -tags mutation ./tests/sim
+	go test $(OVERLAY) ./tests/sim
 	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...
 	$(MAKE) integration KERNEL=6.12
 	$(MAKE) integration KERNEL=newest
@@ -50,10 +53,11 @@ check: setup lint
 	go test ./...
 	go test -race -short ./...
 
-lint: setup $(LINT)
+lint: setup overlay $(LINT)
 	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "gofmt would change: $$files"; exit 1; }
 	go vet ./...
 	go vet -tags giouring ./...
+	go vet $(OVERLAY) ./...
 	$(LINT) run
 	$(LINT) run --build-tags giouring ./internal/uring
 
@@ -70,8 +74,11 @@ systemd: build bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd
 	bin/vm -no-skips -again -systemd -disk data=128M -timeout 15m 'cd tests/systemd && exec ../../.cache/test/systemd.test -test.v'
 
-sim: setup-go
-	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test -tags mutation ./tests/sim -v -count=1 -timeout 0
+sim: overlay
+	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test $(OVERLAY) ./tests/sim -v -count=1 -timeout 0
+
+overlay: setup-go
+	@go run ./tests/sim/overlay
 
 bench: JSON ?= bench.json
 bench: build bin/vm

@@ -9,7 +9,6 @@ import (
 
 	"github.com/google/uuid"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
@@ -96,9 +95,7 @@ func (m *Map) MarkBoth(off, length int64) {
 func (m *Map) markBothLocked(off, length int64) {
 	if off, length = m.clip(off, length); length > 0 {
 		m.mark(m.activeWords, off, length, m.pattern)
-		if !mutation.Is(mutation.MarkOneMap) {
-			m.mark(m.readableWords, off, length, everyByte*uint64(m.number))
-		}
+		m.mark(m.readableWords, off, length, everyByte*uint64(m.number))
 	}
 }
 
@@ -169,7 +166,7 @@ func (m *Map) Switch() Info {
 func (m *Map) Void(before Info) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.generation == before.GenerationID && m.number == before.ChangesNumber || mutation.Is(mutation.VoidNothing) {
+	if m.generation == before.GenerationID && m.number == before.ChangesNumber {
 		return
 	}
 	m.rewrite(m.active, func(_ int, old byte) byte {

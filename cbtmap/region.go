@@ -6,8 +6,6 @@ import (
 	"sync/atomic"
 
 	"github.com/google/uuid"
-
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 const (
@@ -60,7 +58,6 @@ func (r *region) store(word int, v uint64) {
 }
 
 func (r *region) stored() {
-	mutation.Point()
 	if r.onStore != nil {
 		r.onStore()
 	}

@@ -6,7 +6,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // AreaConfig is what an area is made of.
@@ -67,14 +66,7 @@ func (a *Area) Start(c Chunk) int64 { return int64(c) << a.log.shift }
 // length is the chunk's bytes on the device: less than a full chunk at the end
 // of a disk.
 func (a *Area) length(c Chunk) int64 {
-	n := a.size - a.Start(c)
-	if mutation.Is(mutation.LongLastChunk) || n >= a.log.chunkSize {
-		return a.log.chunkSize
-	}
-	if mutation.Is(mutation.ShortLastChunk) {
-		return max(n-512, 512)
-	}
-	return n
+	return min(a.size-a.Start(c), a.log.chunkSize)
 }
 
 // Load is the word of chunk c.
@@ -133,7 +125,7 @@ func (a *Area) Reach(w Word) int64 {
 // was on the storage, what is there cannot be relied on: the snapshot is broken.
 func (a *Area) Failed(w *Worker, op *blockdev.Op) {
 	l := a.log
-	if op.File == a.orig || op.File == l.pool.File || mutation.Is(mutation.KeepUnreadable) {
+	if op.File == a.orig || op.File == l.pool.File {
 		return
 	}
 	l.mu.Lock()
@@ -242,18 +234,13 @@ func (a *Area) Protect(w *Worker, c Chunk, lead *Copy, wake func()) (ok bool, cl
 	if a.Protected(c) {
 		return true, nil
 	}
-	mutation.Yield()
 	l := a.log
 	l.mu.Lock()
-	if a.Protected(c) && !mutation.Is(mutation.CopyTwice) {
+	if a.Protected(c) {
 		l.mu.Unlock()
 		return true, nil
 	}
 	if cp := a.findLocked(c); cp != nil {
-		if mutation.Is(mutation.PassWaiter) {
-			l.mu.Unlock()
-			return true, nil
-		}
 		cp.waiters.push(w.waiter(wake))
 		l.mu.Unlock()
 		return false, nil
@@ -302,9 +289,6 @@ func (c *Copy) start() {
 	case c.fill != nil:
 		c.fill(c)
 	case c.lead == nil:
-		if mutation.Is(mutation.WordBeforeData) {
-			c.area.table.set(c.chunk, makeWord(InMemory, c.region))
-		}
 		c.read()
 	}
 }
@@ -338,9 +322,6 @@ func (c *Copy) read() {
 // landed runs when the old data is in the slot, or could not be read.
 func (c *Copy) landed(op *blockdev.Op) {
 	errno := op.Err // op may be used again as soon as its copy is over
-	if mutation.Is(mutation.CopyAnyway) {
-		errno = 0
-	}
 	c.finish(errno)
 }
 
@@ -373,11 +354,7 @@ func (c *Copy) lendData(errno unix.Errno) {
 			// The follower has a slot, or has given up; else it will read for
 			// itself, for the original is not overwritten before it is done.
 			if errno == 0 && f.granted {
-				off := f.begin() - c.begin()
-				if mutation.Is(mutation.FollowWrong) {
-					off = 0
-				}
-				copy(f.memory(), c.memory()[off:])
+				copy(f.memory(), c.memory()[f.begin()-c.begin():])
 				f.finish(0)
 			} else if f.granted {
 				f.read()
@@ -438,7 +415,6 @@ func (c *Copy) recycle() {
 // AwaitStored returns true if chunk c is not on its way to the storage; else
 // wake is called, once, on w's thread, when it has arrived or never will.
 func (a *Area) AwaitStored(w *Worker, c Chunk, wake func()) bool {
-	mutation.Yield()
 	l := a.log
 	l.mu.Lock()
 	word := a.table.Load(c)
@@ -458,7 +434,6 @@ func (a *Area) AwaitStored(w *Worker, c Chunk, wake func()) bool {
 // by whoever was copying it already, or will never be; look again then.
 // It returns false, and nothing is called, if the chunk is Protected.
 func (a *Area) Fill(w *Worker, c Chunk, fill func(*Copy), wake func()) bool {
-	mutation.Yield()
 	l := a.log
 	l.mu.Lock()
 	if a.Protected(c) {

@@ -10,7 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // Chunk sizes that a log takes, in bytes.
@@ -186,9 +185,6 @@ func (l *Log) place(w Word) (blockdev.File, int64) {
 		return l.pool.File, int64(r%l.poolSlots) << l.shift
 	}
 	x := l.state.find(r)
-	if mutation.Is(mutation.ExtentOff) && x.first > 0 {
-		x.first--
-	}
 	return l.file(x.source), x.off + int64(r-x.first)<<l.shift
 }
 
@@ -217,7 +213,7 @@ func (l *Log) settle(w *Worker, woken waitList) {
 	events := l.events
 	l.events = nil
 	var closed func()
-	if (l.busy == 0 || mutation.Is(mutation.CloseEarly)) && l.closing != nil {
+	if l.busy == 0 && l.closing != nil {
 		closed, l.closing = l.closing, nil
 	}
 	l.mu.Unlock()
@@ -258,11 +254,6 @@ func (l *Log) grantLocked() (granted copyList) {
 		if s.state != slotFree {
 			break // back-pressure: a store in progress will free it
 		}
-		if mutation.Is(mutation.LeakRegion) && l.next%5 == 4 && l.next+1 < l.state.capacity() {
-			s.state = slotDead
-			l.next++
-			continue
-		}
 		if l.next >= l.state.capacity() {
 			if !l.canGrowLocked() {
 				l.events = append(l.events, Event{Kind: NoSpace})
@@ -274,9 +265,7 @@ func (l *Log) grantLocked() (granted copyList) {
 		c.region, c.granted = l.next, true
 		s.state, s.area, s.chunk = slotCopying, c.area, c.chunk
 		l.next++
-		if !mutation.Is(mutation.NextUnrecorded) {
-			l.state.setNext(l.next)
-		}
+		l.state.setNext(l.next)
 		granted.push(c)
 	}
 	return granted
@@ -288,17 +277,13 @@ func (l *Log) breakLocked(errno unix.Errno, a *Area) {
 	if l.dead.Load() != 0 {
 		return
 	}
-	if !mutation.Is(mutation.DeadUnrecorded) {
-		l.state.setDead(errno)
-	}
+	l.state.setDead(errno)
 	l.dead.Store(uint32(errno))
 	e := Event{Kind: Corrupted, Errno: errno}
 	if a != nil {
 		e.Device = a.device
 	}
-	if !mutation.Is(mutation.BreakUntold) {
-		l.events = append(l.events, e)
-	}
+	l.events = append(l.events, e)
 }
 
 // Close ends the log's life without an event and calls done, on any queue's
@@ -318,9 +303,7 @@ func (l *Log) endLocked() {
 	if l.dead.Load() != 0 {
 		return
 	}
-	if !mutation.Is(mutation.AbortUnrecorded) {
-		l.state.setDead(unix.ESHUTDOWN)
-	}
+	l.state.setDead(unix.ESHUTDOWN)
 	l.dead.Store(uint32(unix.ESHUTDOWN))
 }
 
@@ -428,7 +411,7 @@ func (l *Log) nextStoreLocked() *store {
 	}
 	n := min(l.landed-first, most)
 	wanted := first < l.urgent || l.waiting.head != nil
-	grows := l.landed < l.next && (l.slot(l.landed).state == slotCopying || mutation.Is(mutation.AwaitLost))
+	grows := l.landed < l.next && l.slot(l.landed).state == slotCopying
 	if n == 0 || n < most && (l.stores > 0 || grows && !wanted) {
 		return nil
 	}
@@ -442,9 +425,6 @@ func (l *Log) nextStoreLocked() *store {
 	}
 	for r := first; r < first+n; r++ {
 		l.slot(r).state = slotStoring
-		if mutation.Is(mutation.ReuseSlotEarly) {
-			l.slot(r).state = slotFree
-		}
 	}
 	s.first, s.n = first, n
 	s.op.File = l.file(x.source)
@@ -465,11 +445,6 @@ func (s *store) submit(w *Worker) {
 		// The worker comes to it later: the place may be empty by then.
 		s.op.Buf.Index = blockdev.NoIndex
 	}
-	if mutation.Is(mutation.StoredBeforeWrite) {
-		for r := s.first; r < s.first+s.n; r++ {
-			l.slot(r).area.table.set(l.slot(r).chunk, makeWord(Stored, r))
-		}
-	}
 	w.q.Submit(&s.op)
 }
 
@@ -478,22 +453,12 @@ func (s *store) submit(w *Worker) {
 // its slot was used again.
 func (s *store) done(op *blockdev.Op) {
 	l := s.l
-	if mutation.Is(mutation.StoreAnyway) {
-		op.Err = 0
-	}
-	var late slot
-	var lateRegion Region
 	if op.Err == 0 {
 		for r := s.first; r < s.first+s.n; r++ {
 			t := l.slot(r)
-			if mutation.Is(mutation.StoredLate) && r == s.first {
-				late, lateRegion = *t, r
-				continue
-			}
 			t.area.table.set(t.chunk, makeWord(Stored, r))
 		}
 	}
-	mutation.Yield()
 	var woken waitList
 	l.mu.Lock()
 	if op.Err != 0 {
@@ -510,9 +475,6 @@ func (s *store) done(op *blockdev.Op) {
 	l.busy--
 	s.next, l.storeIdle = l.storeIdle, s
 	l.settle(s.w, woken)
-	if mutation.Is(mutation.StoredLate) && late.area != nil {
-		late.area.table.set(late.chunk, makeWord(Stored, lateRegion))
-	}
 }
 
 // Usage is how full a log is.

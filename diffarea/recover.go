@@ -4,8 +4,6 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // OpenLog takes over the log of a process that died: the same state memory, the
@@ -95,9 +93,6 @@ func OpenArea(c AreaConfig, data func(yield func(from, to int64))) (*Area, error
 			s := l.slot(r)
 			if r < l.next-l.poolSlots || s.state != slotDead {
 				err = fmt.Errorf("%s: %w: chunk %d in region %d, whose slot is another's", c.Orig.Name(), ErrState, chunk, r)
-				return
-			}
-			if mutation.Is(mutation.ForgetMemory) {
 				return
 			}
 			s.state, s.area, s.chunk = slotLanded, a, chunk

@@ -9,7 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
@@ -94,12 +93,8 @@ func newLogState(mem []byte) *logState {
 	return &logState{unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(mem))), LogStateSize/8)}
 }
 
-func (s *logState) get(i int) uint64 { return atomic.LoadUint64(&s.f[i]) }
-func (s *logState) put(i int, v uint64) {
-	mutation.Point()
-	atomic.StoreUint64(&s.f[i], v)
-	mutation.Point()
-}
+func (s *logState) get(i int) uint64    { return atomic.LoadUint64(&s.f[i]) }
+func (s *logState) put(i int, v uint64) { atomic.StoreUint64(&s.f[i], v) }
 
 func (s *logState) format(shift uint, slots int64) {
 	s.put(stateShift, uint64(shift))
@@ -159,9 +154,6 @@ func (s *logState) add(source uint64, off int64, n Region, shift uint) bool {
 		return false
 	}
 	f := s.f[stateHead+i*extentFields:]
-	if mutation.Is(mutation.ExtentEarly) {
-		s.put(stateExtents, uint64(i+1))
-	}
 	f[0], f[1], f[2], f[3] = uint64(x.first), uint64(n), x.source, uint64(x.off)
 	s.put(stateExtents, uint64(i+1))
 	return true
@@ -234,9 +226,6 @@ func (l *Log) extendLocked(source uint64, n int64) bool {
 // reachLocked is up to where a storage reaches, being allocated so far, unless
 // somebody has cut it off: see blockdev.Op.Reach.
 func (l *Log) reachLocked(source uint64) int64 {
-	if mutation.Is(mutation.CutUnseen) {
-		return 0
-	}
 	return l.sources[source].used
 }
 
@@ -250,9 +239,6 @@ func (l *Log) Used(f blockdev.File) int64 {
 		x := l.state.extent(n)
 		if l.file(x.source) == f && x.first < l.next {
 			used = max(used, x.off+int64(min(x.count, l.next-x.first))<<l.shift)
-			if mutation.Is(mutation.UsedShort) {
-				used -= l.chunkSize
-			}
 		}
 	}
 	return used
@@ -289,7 +275,7 @@ func (l *Log) canGrowLocked() bool {
 // refusedLocked is the callbacks of Appends that came too late: nothing grows
 // any more in a log that is dead.
 func (l *Log) refusedLocked() []func(error) {
-	if l.dead.Load() == 0 || mutation.Is(mutation.ForgetAppend) {
+	if l.dead.Load() == 0 {
 		return nil
 	}
 	return l.refuseLocked()
@@ -363,7 +349,7 @@ func (l *Log) nextGrowthLocked() bool {
 	have := l.state.capacity()
 	short := l.needLocked() - have
 	low := short > 0 && int64(have-l.next)<<l.shift < l.portion/2 || l.next >= have && l.waiting.head != nil
-	if s.appended == nil && (!low || mutation.Is(mutation.GrowNever)) {
+	if s.appended == nil && !low {
 		return false
 	}
 	g.active, g.source = true, uint64(pick)

@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"sync/atomic"
 	"unsafe"
-
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // Chunk is a chunk's number on its device, counted from 0.
@@ -131,9 +129,7 @@ func (t *Table) set(c Chunk, w Word) {
 	if g := &t.groups[c/wordsPerGroup]; !g.Load() {
 		g.Store(true)
 	}
-	mutation.Point()
 	atomic.StoreUint64(&t.words[c], uint64(w))
-	mutation.Point()
 }
 
 // skipNew is the first chunk from c on, below end, that lies in a group with a

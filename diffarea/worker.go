@@ -4,7 +4,6 @@ import (
 	"slices"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // Worker is what one queue brings to the difference areas it works on: its way
@@ -123,9 +122,6 @@ func (w *Worker) work() {
 			}
 		}
 		ended = others
-		if mutation.Is(mutation.ForgetWaiter) && woken.head != nil {
-			woken.head.next, woken.tail = nil, woken.head
-		}
 		l.settle(w, woken)
 	}
 	clear(logs)

@@ -32,7 +32,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -159,8 +158,7 @@ func (q *Queue) request(r *ublk.Request) *request {
 // finish it counts as in flight, and no cut happens.
 func (q *Queue) admit(t *request) {
 	q.gate.inflight++
-	drop := mutation.Is(mutation.MarkLate) || mutation.Is(mutation.DropMark) && t.r.Op == ublk.OpWriteZeroes
-	if q.f.cbt != nil && !drop {
+	if q.f.cbt != nil {
 		q.f.cbt.Mark(t.r.Off, t.r.Len)
 	}
 	t.advance()
@@ -169,25 +167,17 @@ func (q *Queue) admit(t *request) {
 // advance goes on with a request from pos: the next piece of a discard, or the
 // copying that the next piece of a write needs.
 func (t *request) advance() {
-	if len(t.q.areas) == 0 && !(mutation.Is(mutation.ExpectAreas) && t.pos > t.r.Off) {
+	if len(t.q.areas) == 0 {
 		// From the beginning, or because the last snapshot has gone meanwhile.
 		t.forward(t.pos, t.r.Off+t.r.Len)
 		return
 	}
-	if t.r.Op == ublk.OpDiscard && !mutation.Is(mutation.CopyDiscarded) {
+	if t.r.Op == ublk.OpDiscard {
 		t.advanceDiscard()
-		return
-	}
-	if mutation.Is(mutation.ZeroesUncopied) && t.r.Op == ublk.OpWriteZeroes {
-		t.forward(t.pos, t.r.Off+t.r.Len)
 		return
 	}
 	t.pending = 1
 	t.end = t.protect(t.pos, t.r.Off+t.r.Len)
-	if mutation.Is(mutation.ForwardEarly) {
-		t.forward(t.pos, t.end)
-		return
-	}
 	t.chunkCopied()
 }
 
@@ -208,16 +198,10 @@ func (t *request) protect(from, end int64) int64 {
 	copies := 0
 	var lead *diffarea.Copy
 	for pos := from; pos < end; pos = pos&^(step-1) + step {
-		if mutation.Is(mutation.ProtectFirst) && pos > from {
-			break
-		}
 		if copies >= maxCopies {
 			return pos
 		}
-		for i, a := range q.areas {
-			if mutation.Is(mutation.OneArea) && i > 0 {
-				break
-			}
+		for _, a := range q.areas {
 			c := a.Chunk(pos)
 			if pos > from && pos > a.Start(c) || a.Protected(c) {
 				continue // seen at its first byte
@@ -241,14 +225,6 @@ func (t *request) protect(from, end int64) int64 {
 // piece may be overwritten.
 func (t *request) chunkCopied() {
 	if t.pending--; t.pending == 0 {
-		if mutation.Is(mutation.FailWithCopy) {
-			for _, a := range t.q.areas {
-				if errno := a.Err(); errno != 0 {
-					t.finish(errno)
-					return
-				}
-			}
-		}
 		t.forward(t.pos, t.end)
 	}
 }
@@ -264,13 +240,10 @@ func (t *request) advanceDiscard() {
 		for _, a := range t.q.areas {
 			// Whole chunks only: a chunk that is still new keeps all its bytes.
 			c, last := a.Chunk(start), a.Chunk(end-1)+1
-			if s := a.SkipNew(c, last); s != c && !mutation.Is(mutation.DiscardAll) {
+			if s := a.SkipNew(c, last); s != c {
 				t.q.counters.Skipped.Add(uint64(min(a.Start(s), end) - start))
 				start, again = min(a.Start(s), end), true
 				break
-			}
-			if mutation.Is(mutation.DiscardAll) {
-				continue
 			}
 			stop = min(stop, a.Start(a.SkipProtected(c, last)))
 		}
@@ -297,14 +270,7 @@ func (t *request) forward(from, to int64) {
 	case ublk.OpWriteZeroes:
 		op.Kind = blockdev.WriteZeroes
 	}
-	op.FUA, op.NoUnmap = r.FUA && !mutation.Is(mutation.DropFUA), r.NoUnmap
-	if mutation.Is(mutation.FUAFirstPiece) && from > r.Off {
-		op.FUA = false
-	}
-	if mutation.Is(mutation.FlushNothing) && r.Op == ublk.OpFlush {
-		t.finish(0)
-		return
-	}
+	op.FUA, op.NoUnmap = r.FUA, r.NoUnmap
 	op.Off, op.Len = from, to-from
 	op.Buf = r.Buf.At(from - r.Off)
 	t.q.q.Submit(op)
@@ -313,9 +279,6 @@ func (t *request) forward(from, to int64) {
 // forwarded runs when the original disk has done a piece.
 func (t *request) forwarded(op *blockdev.Op) {
 	t.pos = op.Off + op.Len
-	if mutation.Is(mutation.FlushAnyway) && op.Kind == blockdev.Flush {
-		op.Err = 0
-	}
 	if op.Err != 0 || t.pos >= t.r.Off+t.r.Len {
 		t.finish(op.Err)
 		return
@@ -335,13 +298,7 @@ func (t *request) finish(errno unix.Errno) {
 	n.InFlight.Add(-1)
 	write := r.Op != ublk.OpRead && r.Op != ublk.OpFlush
 	t.r = nil
-	if mutation.Is(mutation.MarkLate) && write && q.f.cbt != nil {
-		q.f.cbt.Mark(r.Off, r.Len)
-	}
 	r.Complete(errno)
-	if mutation.Is(mutation.CompleteTwice) && errno != 0 {
-		r.Complete(errno)
-	}
 	if write {
 		q.gate.leave()
 	}

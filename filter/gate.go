@@ -6,7 +6,6 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // gate is a queue's part of a cut. It is owned by the queue's thread.
@@ -42,10 +41,6 @@ func (g *gate) leave() {
 // is in flight.
 func (g *gate) close(drained func()) {
 	g.closed = true
-	if mutation.Is(mutation.OpenGateEarly) && g.inflight == 1 {
-		drained()
-		return
-	}
 	if g.inflight == 0 {
 		drained()
 		return
@@ -58,18 +53,13 @@ func (g *gate) close(drained func()) {
 func (q *Queue) open() {
 	g := &q.gate
 	g.closed, g.drained = false, nil
-	if !mutation.Is(mutation.InstallLate) || g.held == nil {
-		q.areas = q.f.shown()
-	}
+	q.areas = q.f.shown()
 	held := g.held
 	g.held, g.heldTail = nil, nil
 	for held != nil {
 		t := held
 		held = t.next
 		t.next = nil
-		if mutation.Is(mutation.LoseHeld) && held != nil {
-			continue
-		}
 		q.admit(t)
 	}
 }
@@ -193,9 +183,7 @@ func Forget(filters []*Filter, areas []*diffarea.Area, done func()) {
 	for _, f := range filters {
 		for _, q := range f.queues {
 			q.q.Post(&blockdev.Task{Run: func() {
-				if !mutation.Is(mutation.ForgetOneQueue) || q != f.queues[0] {
-					q.areas = f.shown()
-				}
+				q.areas = f.shown()
 				q.w.Use(q.areas)
 				if left.Add(-1) == 0 {
 					done()

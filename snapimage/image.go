@@ -6,7 +6,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -53,7 +52,7 @@ func (q *Queue) Handle(r *ublk.Request) {
 	switch {
 	case r.Op == ublk.OpFlush || r.Op == ublk.OpDiscard:
 		r.Complete(0)
-	case q.im.area.Err() != 0 && !mutation.Is(mutation.AnswerBroken):
+	case q.im.area.Err() != 0:
 		r.Complete(unix.EIO)
 	case r.Op == ublk.OpRead:
 		q.read(r)
@@ -128,11 +127,7 @@ func (t *read) again() bool {
 	for i, off := 0, t.pos; off < t.end; i++ {
 		end := min(t.end, a.Start(first+diffarea.Chunk(i)+1))
 		if w := a.Load(first + diffarea.Chunk(i)); w != t.words[i] {
-			old := t.words[i]
 			t.words[i], moved = w, true
-			if mutation.Is(mutation.ReadOldPlace) {
-				w = old
-			}
 			s.add(t, w, off, end)
 		}
 		off = end
@@ -207,7 +202,7 @@ func (t *read) arrived() {
 		return
 	}
 	r := t.r
-	if t.q.im.area.Err() != 0 && !mutation.Is(mutation.AnswerBroken) {
+	if t.q.im.area.Err() != 0 {
 		t.err = unix.EIO
 	}
 	if t.err != 0 {
@@ -215,7 +210,7 @@ func (t *read) arrived() {
 		r.Complete(t.err)
 		return
 	}
-	if !mutation.Is(mutation.SkipRecheck) && t.again() {
+	if t.again() {
 		return
 	}
 	if t.pos = t.end; t.pos < r.Off+r.Len {
@@ -256,7 +251,7 @@ func (q *Queue) write(r *ublk.Request) {
 	}
 	t := q.wrs[r.Tag]
 	t.r, t.pos = r, r.Off
-	if q.im.cbt != nil && !mutation.Is(mutation.MarkNoImage) {
+	if q.im.cbt != nil {
 		q.im.cbt.MarkBoth(r.Off, r.Len)
 	}
 	t.doStep()
@@ -288,11 +283,6 @@ func (t *write) doStep() {
 				return
 			}
 		case diffarea.InMemory:
-			if mutation.Is(mutation.WriteInFlight) {
-				f, at := a.Place(w, t.pos)
-				t.submit(f, at, t.stored)
-				return
-			}
 			if !a.AwaitStored(t.q.w, c, t.step) {
 				return
 			}
@@ -337,7 +327,7 @@ func (t *write) doFill(c *diffarea.Copy) {
 	t.fill = c
 	t.op.Reach = 0
 	mem, _, _ := c.Slot()
-	if t.n == int64(len(mem)) || mutation.Is(mutation.ForgetOld) {
+	if t.n == int64(len(mem)) {
 		t.apply()
 		return
 	}

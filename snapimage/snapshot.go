@@ -19,7 +19,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
 )
 
 // Errors of a snapshot's life.
@@ -111,9 +110,7 @@ func Reopen(c Config, control blockdev.Queue, members []Member, storage []diffar
 		})
 	}
 	for _, m := range s.members {
-		if !mutation.Is(mutation.ReinstallNot) {
-			m.filter.Install(m.area)
-		}
+		m.filter.Install(m.area)
 	}
 	s.back(func() { l.Resume(s.worker) })
 	return s, nil
@@ -209,8 +206,8 @@ func (s *Snapshot) Take(at func(), done func(error)) {
 		filters[i], areas[i] = m.filter, m.area
 	}
 	s.cut = filter.StartCut(filters, areas, func() {
-		for i, m := range s.members {
-			if c := m.filter.CBT(); c != nil && !(mutation.Is(mutation.SwitchOneMap) && i > 0) {
+		for _, m := range s.members {
+			if c := m.filter.CBT(); c != nil {
 				m.take = c.Switch()
 			}
 		}

@@ -45,7 +45,7 @@ type Config struct {
 	FaultEffect int
 
 	// Deaths of the process: after so many steps of the scheduler since it
-	// started, and at the so many-th mutation.Point since then. 0: none.
+	// started, and at the so many-th place to die since then. 0: none.
 	KillStep  int
 	KillPoint int
 	// Kills is how many times that happens.

@@ -1,5 +1,3 @@
-//go:build mutation
-
 package sim
 
 import (
@@ -9,16 +7,34 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/sim/bugs"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/sim/mutation"
 )
+
+// TestBugsFit: every deliberate bug still finds the lines that it changes.
+func TestBugsFit(t *testing.T) {
+	if _, err := bugs.Overlay(os.DirFS("../..")); err != nil {
+		t.Error(err)
+	}
+}
+
+// built skips a test of what only a build with the deliberate bugs has.
+func built(t *testing.T) {
+	if !mutation.Built {
+		t.Skip("this build has no deliberate bugs and no places to die: make sim, or " +
+			"go run ./tests/sim/overlay && go test -overlay .cache/bugs/overlay.json ./tests/sim")
+	}
+}
 
 // TestDeathAtEveryStore kills the process before and after every store to
 // memory that outlives it.
 func TestDeathAtEveryStore(t *testing.T) {
+	built(t)
 	everyDeath(t, func(c *Config, n int) { c.KillPoint = n })
 }
 
@@ -26,7 +42,7 @@ func TestDeathAtEveryStore(t *testing.T) {
 const maxSeeds = 3000
 
 // native are the bugs that need two threads at once: TestNativeMutations.
-var native = []mutation.Bug{mutation.CopyTwice, mutation.StoredLate}
+var native = []string{"CopyTwice", "StoredLate"}
 
 // flagBug is for processes that TestNativeMutations starts.
 var flagBug = flag.String("sim.bug", "", "run with that bug, on real threads")
@@ -34,11 +50,7 @@ var flagBug = flag.String("sim.bug", "", "run with that bug, on real threads")
 // mixThreads begins a test on real threads: with the bug that is asked for, and
 // for a longer one with threads that make way for each other. The result ends it.
 func mixThreads() (end func()) {
-	for _, b := range mutation.All() {
-		if b.String() == *flagBug {
-			mutation.Set(b)
-		}
-	}
+	mutation.Set(*flagBug)
 	if *flagNative > 0 {
 		mutation.OnYield(func() {
 			switch n := rand.Uint64N(16); {
@@ -51,26 +63,27 @@ func mixThreads() (end func()) {
 	}
 	return func() {
 		mutation.OnYield(nil)
-		mutation.Set(mutation.None)
+		mutation.Set("")
 	}
 }
 
 // TestNativeMutations proves that TestLinearizable finds bugs, each in a process
 // of its own: it may panic or hang. Without a bug it finds none.
 func TestNativeMutations(t *testing.T) {
+	built(t)
 	run := func(bug string, most, patience time.Duration) (found bool, out []byte) {
 		out, err := exec.Command(os.Args[0], "-test.run=^TestLinearizable$", "-sim.bug="+bug,
 			fmt.Sprintf("-sim.native=%v", most), fmt.Sprintf("-test.timeout=%v", patience)).CombinedOutput()
 		return err != nil, out
 	}
-	if found, out := run("none", 5*time.Second, 5*time.Minute); found {
+	if found, out := run("", 5*time.Second, 5*time.Minute); found {
 		t.Errorf("the sound engine fails:\n%s", out)
 	}
 	for _, b := range native {
 		// Long if it survives, and soon if it hangs.
 		found, out := false, []byte(nil)
 		for range 10 {
-			if found, out = run(b.String(), 5*time.Second, 15*time.Second); found {
+			if found, out = run(b, 5*time.Second, 15*time.Second); found {
 				break
 			}
 		}
@@ -84,43 +97,49 @@ func TestNativeMutations(t *testing.T) {
 // TestMutations proves that the checks of this package find bugs: each of the
 // engine's deliberate ones fails a seed.
 func TestMutations(t *testing.T) {
-	for _, bug := range mutation.All() {
-		if bug == mutation.CopyTwice {
+	built(t)
+	for _, bug := range bugs.All() {
+		if bug.Name == "CopyTwice" {
 			continue // one thread at a time cannot show it
 		}
-		t.Run(bug.String(), func(t *testing.T) {
-			mutation.Set(bug)
-			defer mutation.Set(mutation.None)
+		t.Run(bug.Name, func(t *testing.T) {
+			mutation.Set(bug.Name)
+			defer mutation.Set("")
 			found := func(what string, c Case) bool {
 				_, f := Run(c, nil)
 				if f == nil {
 					return false
 				}
 				t.Logf("found by %s: %.200v", what, f)
-				mutation.Set(mutation.None)
+				mutation.Set("")
 				if _, f := Run(c, nil); f != nil {
 					t.Errorf("the sound engine fails that too: %v", f)
 				}
 				return true
 			}
-			for seed := uint64(1); seed <= maxSeeds; seed++ {
-				if found(fmt.Sprintf("seed %d", seed), Generate(seed, 150)) {
-					return
-				}
-			}
-			caught := false
-			eachSmall(t, func(name string, c Case) bool {
-				c.Kills = 1
-				for c.KillPoint = 1; !caught; c.KillPoint++ {
-					if s, f := Run(c, nil); f == nil && s.Deaths == 0 {
-						break
+			seeds := func(from, to uint64) bool {
+				for seed := from; seed <= to; seed++ {
+					if found(fmt.Sprintf("seed %d", seed), Generate(seed, 150)) {
+						return true
 					}
-					caught = found(fmt.Sprintf("%s killed at store %d", name, c.KillPoint), c)
 				}
-				return !caught
-			})
-			if !caught {
-				t.Errorf("%v survives %d seeds, and the death at every store", bug, maxSeeds)
+				return false
+			}
+			deaths := func() (caught bool) {
+				eachSmall(t, func(name string, c Case) bool {
+					c.Kills = 1
+					for c.KillPoint = 1; !caught; c.KillPoint++ {
+						if s, f := Run(c, nil); f == nil && s.Deaths == 0 {
+							break
+						}
+						caught = found(fmt.Sprintf("%s killed at store %d", name, c.KillPoint), c)
+					}
+					return !caught
+				})
+				return caught
+			}
+			if !seeds(1, maxSeeds/3) && !deaths() && !seeds(maxSeeds/3+1, maxSeeds) {
+				t.Errorf("the engine that %s survives %d seeds, and the death at every store", bug.Why, maxSeeds)
 			}
 		})
 	}
@@ -129,20 +148,18 @@ func TestMutations(t *testing.T) {
 // TestRegressionsFail: a case of seeds/ that names the mutation which brings its
 // bug back fails with it. So it still guards something.
 func TestRegressionsFail(t *testing.T) {
+	built(t)
 	eachSeed(t, func(t *testing.T, text string, c Case) {
-		var bug mutation.Bug
-		for _, b := range mutation.All() {
-			if strings.Contains(text, "# mutation: "+b.String()+"\n") {
-				bug = b
-			}
-		}
-		if bug == mutation.None {
+		i := slices.IndexFunc(bugs.All(), func(b bugs.Bug) bool {
+			return strings.Contains(text, "# mutation: "+b.Name+"\n")
+		})
+		if i < 0 {
 			t.Fatal("no line says \"# mutation: …\"")
 		}
-		mutation.Set(bug)
-		defer mutation.Set(mutation.None)
+		mutation.Set(bugs.All()[i].Name)
+		defer mutation.Set("")
 		if f := inOrders(c); f == nil {
-			t.Errorf("%v is not found any more", bug)
+			t.Error("that bug is not found any more")
 		} else {
 			t.Logf("%.200v", f)
 		}

@@ -7,6 +7,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/sim/mutation"
 )
 
 // process is the daemon: the engine on simulated threads. Its control thread
@@ -234,4 +235,21 @@ func (w *world) checkAdopted(dev int, cbt *cbtmap.Map) {
 	}
 	w.cbtMemory[dev] = cbt.Memory()
 	w.model.devs[dev].resize(size)
+}
+
+// death is panicked at a place where the process is to die.
+type death struct{}
+
+// dieAtPoint makes the process die at the case's KillPoint, until end. Only a build with the copies of package bugs has
+// places to die.
+func (w *world) dieAtPoint() (end func()) {
+	mutation.OnPoint(func() {
+		if w.proc == nil || w.sched.Thread() == nil || w.c.KillPoint == 0 || w.deaths >= w.c.Kills {
+			return
+		}
+		if w.points++; w.points == w.c.KillPoint {
+			panic(death{})
+		}
+	})
+	return func() { mutation.OnPoint(nil) }
 }

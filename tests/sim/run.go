@@ -133,7 +133,7 @@ func (w *world) do(st Step) {
 		}
 	case Mark:
 		if w.proc != nil {
-			w.mark(dev, st)
+			w.proc.control.After(0, func() { w.mark(dev, st) })
 		}
 	case Replace:
 		if w.proc != nil {
@@ -211,17 +211,17 @@ func (w *world) mark(dev int, st Step) {
 	size := w.devices[dev].size / sectorSize
 	off := int64(st.Off) % size
 	n := min(max(int64(st.Len), 1), size-off)
+	first, last := d.blocks(off*sectorSize, n*sectorSize)
+	now := d.epochs[len(d.epochs)-1]
+	for b := first; b <= last; b++ {
+		now.may[b] = true // even if the process dies half way
+	}
 	cbt := w.proc.cbts[dev]
 	if err := cbt.MarkDirty([]cbtmap.Sectors{{First: uint64(off), Count: uint64(n)}}); err != nil {
 		if w.deaths == 0 || !cbt.Corrupted() {
 			w.fail("I3: mark dirty: %v", err)
 		}
 		return
-	}
-	first, last := d.blocks(off*sectorSize, n*sectorSize)
-	now := d.epochs[len(d.epochs)-1]
-	for b := first; b <= last; b++ {
-		now.may[b] = true
 	}
 	d.changed(off*sectorSize, n*sectorSize)
 	w.checkReadable(dev, off*sectorSize, n*sectorSize, now, "a range marked dirty")

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/mutation"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/sim/mutation"
 )
 
 var (
@@ -99,12 +99,12 @@ func report(t *testing.T, name string, c Case, f *Failure) {
 		t.Error(err)
 	}
 	t.Errorf("%s: %v\nmade smaller: %v\n%s\nreplay: go test %s./tests/sim -run TestSimulation -v -sim.case=%s\n"+
-		"once fixed, keep that file in tests/sim/seeds", name, f, sf, small, tags(), path)
+		"once fixed, keep that file in tests/sim/seeds", name, f, sf, small, overlay(), path)
 }
 
-func tags() string {
-	if mutation.Enabled {
-		return "-tags mutation "
+func overlay() string {
+	if mutation.Built {
+		return "-overlay .cache/bugs/overlay.json "
 	}
 	return ""
 }
@@ -222,9 +222,10 @@ func small(seed uint64) Case {
 
 // scenes are cases in which much happens in few steps: several takes, copies
 // that one snapshot has from another, storage that goes on in a second file,
-// image writes of whole chunks and parts, and ends under I/O.
+// image writes of whole chunks and parts, ends under I/O, and takes of two disks
+// that a death may leave half done, with an increment over them.
 var scenes = []string{`
-config Devices=1 Size0=61 Size1=8 Size2=8 Queues=2 IQueues=2 Depth=4 MaxIO=64 Block=12 Slots=2 Storages=2 Limit=48 Portion=8 Sector=1
+config Devices=1 Size0=61 Size1=8 Size2=8 Queues=2 IQueues=2 Depth=4 MaxIO=64 Block=12 Slots=2 Storages=2 Limit=56 Portion=8 Sector=1
 order 1
 create snap=0 off=0 len=2 arg=1
 create snap=1 off=1 len=1 arg=1
@@ -320,6 +321,19 @@ write off=1 len=1 gap=255
 write off=200 len=30 gap=2
 iwrite snap=0 off=170 len=9 gap=2
 write off=180 len=1 gap=7
+`, `
+config Devices=2 Size0=16 Size1=24 Size2=8 Queues=1 IQueues=1 Depth=2 MaxIO=16 Block=9 Slots=3 Storages=1 Limit=64 Portion=16 Sector=1
+order 9
+create snap=0 len=1 arg=3
+take snap=0 gap=255
+write off=8 len=8
+write dev=1 off=3 len=9 gap=255
+create snap=1 len=1 arg=3
+take snap=1 gap=255
+write len=1 gap=40
+create snap=2 len=1 arg=3
+take snap=2 gap=255
+write len=16 gap=255
 `}
 
 // eachSmall calls f with every small case, until it returns false.

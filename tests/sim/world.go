@@ -46,7 +46,7 @@ type world struct {
 	deaths      int
 	tables      int    // chunk tables asked for
 	bornAt      uint64 // steps of the scheduler when the process started
-	points      int    // mutation points passed since then
+	points      int    // places to die passed since then
 	retired     map[blockdev.File]string
 	written     map[blockdev.File]int64 // up to where, bytes
 	cbtMemory   [][]byte                // of the change maps, which outlives a process
@@ -294,9 +294,6 @@ func (w *world) finished(r *request, buf []byte, errno unix.Errno) {
 	w.resume()
 }
 
-// death is panicked at a mutation point where the process is to die.
-type death struct{}
-
 // step lets one thing happen; false when nothing is under way.
 func (w *world) step() (more bool) {
 	defer func() {
@@ -490,8 +487,7 @@ func Run(c Case, trace io.Writer) (stats Stats, failure *Failure) {
 	// Memory that a snapshot has given back cannot be touched.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() { unmap(w.memory...) }()
-	w.onPoints()
-	defer w.offPoints()
+	defer w.dieAtPoint()()
 	w.boot()
 	w.client.After(0, w.next)
 	w.settle()

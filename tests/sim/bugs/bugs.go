@@ -1,0 +1,103 @@
+// Package bugs is the table of the engine's deliberate bugs, and makes copies of the engine's files that have them.
+//
+// A bug is an entry in one of the .diff files beside this one, each for a package of the engine: its name and what it
+// does wrong, then its edits, as a diff has them but for the line numbers.
+//
+//	ForwardEarly sends a write to the original before its copies have landed.
+//	@@ filter/filter.go
+//	 	t.end = t.protect(t.pos, t.r.Off+t.r.Len)
+//	-	t.chunkCopied()
+//	+	t.forward(t.pos, t.end)
+//
+// What an edit takes away or keeps must stand in its file exactly once, within one function, and with the edits of one
+// bug the file must be as gofmt would write it.
+//
+// Overlay puts all bugs into one set of copies. A function that a bug changes is there as it was, once more with the bug,
+// at the end of the file, and begins with the switch between the two. So the edits of two bugs may meet, and the lines of
+// the product keep their numbers. Then come the places where the process can die and where another thread can come in
+// between, by rule: see place.
+package bugs
+
+import (
+	"embed"
+	"fmt"
+	"io/fs"
+	"strings"
+)
+
+// Bug is a deliberate bug.
+type Bug struct {
+	Name  string
+	Why   string // what it does wrong, to be read after the name
+	edits []edit
+}
+
+// edit replaces lines of a file of the engine.
+type edit struct {
+	file     string
+	old, new string
+}
+
+//go:embed *.diff
+var table embed.FS
+
+// All is every bug.
+func All() (all []Bug) {
+	files, err := fs.Glob(table, "*.diff")
+	if err != nil {
+		panic(err)
+	}
+	for _, name := range files {
+		text, err := table.ReadFile(name)
+		if err != nil {
+			panic(err)
+		}
+		bugs, err := parse(string(text))
+		if err != nil {
+			panic(fmt.Sprintf("tests/sim/bugs/%s: %v", name, err))
+		}
+		all = append(all, bugs...)
+	}
+	return all
+}
+
+// parse reads entries. An empty line within an edit is an empty line of the file.
+func parse(text string) (bugs []Bug, err error) {
+	empty := 0
+	for n, line := range strings.Split(text, "\n") {
+		if line == "" {
+			empty++
+			continue
+		}
+		var e *edit
+		if len(bugs) > 0 && len(bugs[len(bugs)-1].edits) > 0 {
+			edits := bugs[len(bugs)-1].edits
+			e = &edits[len(edits)-1]
+		}
+		switch mark, rest := line[0], line[1:]; {
+		case mark == '@' && len(bugs) > 0:
+			b := &bugs[len(bugs)-1]
+			b.edits = append(b.edits, edit{file: strings.TrimPrefix(rest, "@ ")})
+		case strings.IndexByte(" -+", mark) >= 0 && e != nil:
+			gap := strings.Repeat("\n", empty)
+			if e.old == "" && e.new == "" {
+				gap = ""
+			}
+			e.old += gap
+			e.new += gap
+			if mark != '+' {
+				e.old += rest + "\n"
+			}
+			if mark != '-' {
+				e.new += rest + "\n"
+			}
+		case mark >= 'A' && mark <= 'Z':
+			name, why, _ := strings.Cut(line, " ")
+			bugs = append(bugs, Bug{Name: name, Why: why})
+		default:
+			return nil, fmt.Errorf("line %d: neither a bug nor part of one: %q", n+1, line)
+		}
+		empty = 0
+	}
+	return bugs, nil
+}

@@ -1,6 +1,0 @@
-//go:build !mutation
-
-package sim
-
-func (w *world) onPoints()  {}
-func (w *world) offPoints() {}
