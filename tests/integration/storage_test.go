@@ -251,14 +251,18 @@ func fillPipe(t testing.TB, w *os.File) {
 }
 
 // TestDestroyStuckStorage destroys snapshots whose storage stops to answer while
-// nothing is under way on it: that is told in time, holds up nobody else, and
-// ends by itself when the storage answers. Until then it is claimed.
+// nothing is under way on it, or when it was not even appended: that is told in
+// time, holds up nobody else, and ends by itself when the storage answers. Until
+// then it is claimed.
 func TestDestroyStuckStorage(t *testing.T) {
 	needVM(t)
 	const size = 8 << 20
 	ram := ramDisks(t, 2, size)
 	run(t, "modprobe", "dm-mod")
+	run(t, "modprobe", "dm-delay")
 	// Over disks with a cache: the kernel flushes no others.
+	small := loopDisk(t, 512<<10, 512)
+	late := dmDisk(t, "late", fmt.Sprintf("0 1024 delay %[1]s 0 0 %[1]s 0 0 %[1]s 0 600000", small)) // flushes, until it is loaded anew
 	device := dmDisk(t, "store", linear(t, loopDisk(t, 2*size, 512)))
 	files := dmDisk(t, "files", linear(t, loopDisk(t, ext4FS.minimum, 512)))
 	ext4FS.make(t, files)
@@ -272,6 +276,10 @@ func TestDestroyStuckStorage(t *testing.T) {
 		s := d.create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: path}}})
 		held = append(held, d.taken(s.ID))
 	}
+	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 1 << 20})
+	held = append(held, s)
+	_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: late}})
+	want(t, err, control.Internal, late, "less than one chunk", "given back when it does")
 	suspended := []string{"store", "files"} // with its filesystem frozen
 	for _, name := range suspended {
 		run(t, "dmsetup", "suspend", name)
@@ -279,6 +287,9 @@ func TestDestroyStuckStorage(t *testing.T) {
 	resume := func() {
 		for _, name := range suspended {
 			run(t, "dmsetup", "resume", name)
+		}
+		if suspended != nil {
+			reload(t, "late", linear(t, small))
 		}
 		suspended = nil
 	}
@@ -290,7 +301,7 @@ func TestDestroyStuckStorage(t *testing.T) {
 	}
 	waitFor(t, "the destruction to begin", func() bool {
 		list, err := d.Snapshots(ctx(t))
-		return err == nil && len(list) == 2 && !slices.ContainsFunc(list, func(s control.Snapshot) bool { return s.State != control.SnapshotDestroying })
+		return err == nil && len(list) == len(held) && !slices.ContainsFunc(list, func(s control.Snapshot) bool { return s.State != control.SnapshotDestroying })
 	})
 	others := func() {
 		t.Helper()
@@ -303,10 +314,13 @@ func TestDestroyStuckStorage(t *testing.T) {
 		want(t, err, control.Timeout, "does not answer")
 	}
 	others()
-	_, err := d.CreateSnapshot(ctx(t), control.CreateRequest{Devices: []string{other.Name}, Storage: []control.Storage{{Path: device}}})
-	want(t, err, control.Busy, device)
+	for _, path := range []string{device, late} {
+		_, err := d.CreateSnapshot(ctx(t), control.CreateRequest{Devices: []string{other.Name}, Storage: []control.Storage{{Path: path}}})
+		want(t, err, control.Busy, path)
+	}
 	for i, s := range held {
-		if now := d.snapshot(s.ID); now.State != control.SnapshotDestroying || now.Storage[0].Path != storage[i] || now.Images[0].Path != "" {
+		now := d.snapshot(s.ID)
+		if now.State != control.SnapshotDestroying || now.Images[0].Path != "" || i < len(storage) && now.Storage[0].Path != storage[i] {
 			t.Errorf("while its storage does not answer: %+v", now)
 		}
 		_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: "/dev/shm"}})
@@ -321,10 +335,12 @@ func TestDestroyStuckStorage(t *testing.T) {
 	if _, err := os.Stat(file); err == nil {
 		t.Error("the file is left")
 	}
-	if f, err := claim(device); err != nil {
-		t.Error(err)
-	} else {
-		f.Close()
+	for _, path := range []string{device, late} {
+		if f, err := claim(path); err != nil {
+			t.Error(err)
+		} else {
+			f.Close()
+		}
 	}
 	if left, err := os.ReadDir(filepath.Join(d.dir.State(), "snapshots")); err != nil || len(left) != 0 {
 		t.Errorf("state left: %v, %v", left, err)
