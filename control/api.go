@@ -194,6 +194,8 @@ type Storage struct {
 	// Overwrite uses a file or a block device whatever it holds, which is lost. A
 	// file that was there stays, empty.
 	Overwrite bool `json:"overwrite,omitempty"`
+	// Warning, in an answer, is what could not be found out about the place.
+	Warning string `json:"warning,omitempty"`
 }
 
 // CreateRequest asks for a snapshot.

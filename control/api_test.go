@@ -138,9 +138,9 @@ func calls(ctx context.Context, a API) map[string]struct {
 	remove := RemoveRequest{Device: "n", Force: true}
 	changes := ChangesRequest{Device: "n", Since: Take{uuid.UUID{1}, 7}}
 	mark := MarkRequest{Device: "n", Ranges: []Range{{1, 2}, {4, 4}}}
-	create := CreateRequest{Devices: []string{"n"}, Storage: []Storage{{"/s", 5, true}}, ChunkSize: 4096, Attach: true, Take: true, NoFreeze: true}
+	create := CreateRequest{Devices: []string{"n"}, Storage: []Storage{{Path: "/s", Limit: 5, Overwrite: true}}, ChunkSize: 4096, Attach: true, Take: true, NoFreeze: true}
 	addTo := SnapshotDeviceRequest{ID: "u", Device: "n", Attach: true}
-	storage := StorageRequest{ID: "u", Storage: Storage{"/s", 6, false}}
+	storage := StorageRequest{ID: "u", Storage: Storage{Path: "/s", Limit: 6}}
 	take := TakeRequest{ID: "u", NoFreeze: true}
 	wait := WaitRequest{ID: "u", Timeout: 3 * time.Second}
 	return map[string]call{

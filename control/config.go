@@ -41,8 +41,8 @@ type Config struct {
 	// StorageTimeout is how long writes, and whoever appends or destroys, wait
 	// for difference storage.
 	StorageTimeout time.Duration
-	// DiskTimeout bounds the waiting for an original disk, or the driver, when a
-	// device is added, removed or destroyed.
+	// DiskTimeout bounds the waiting for an original disk, the driver, or what a path
+	// leads to.
 	DiskTimeout time.Duration
 	LogLevel    string
 }
@@ -107,7 +107,7 @@ func (c *Config) Params() []Param {
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", size{&c.StateSize}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
-		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer", duration{&c.DiskTimeout}},
+		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
 		{"log_level", "debug, info, warn or error", level{&c.LogLevel}},
 	}
 }

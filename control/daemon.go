@@ -56,7 +56,7 @@ const (
 // run directory is locked, with the state directory mounted.
 func NewDaemon(o Options) (*Daemon, error) {
 	d := &Daemon{
-		o: o, started: time.Now(), host: host(),
+		o: o, started: time.Now(), host: host(o.Config.DiskTimeout),
 		change: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 	}
 	d.doing.Store(new(string))

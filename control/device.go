@@ -421,7 +421,7 @@ func (d *Daemon) find(ref string) (*device, error) {
 		}
 		e := &Error{Code: NotFound, Errno: unix.ENODEV, Message: "no filter of this name"}
 		var de *disk.Error
-		if errors.As(err, &de) && filepath.IsAbs(ref) {
+		if errors.As(err, &de) && (filepath.IsAbs(ref) || errors.Is(err, disk.ErrNoAnswer)) {
 			e = diskError(de)
 			e.Message, e.Fix = de.What, ""
 		}

@@ -62,7 +62,7 @@ func Examine() []Check {
 	out = append(out, examineRing())
 	out = append(out, examineUblk()...)
 	out = append(out, examineMemory()...)
-	switch runs, rules := udev(host()); {
+	switch runs, rules := udev(host(0)); {
 	case runs && rules:
 		add("udev", OK, "runs, with our rules", "")
 	case runs:
@@ -70,12 +70,12 @@ func Examine() []Check {
 	default:
 		add("udev", Note, "does not run: no by-uuid links, and nothing keeps other programs away from images", "")
 	}
-	if host().CanProbe() {
+	if host(0).CanProbe() {
 		add("blkid", OK, "installed", "")
 	} else {
 		add("blkid", Note, "not installed: a block device is storage only with --overwrite", "install util-linux")
 	}
-	if host().ReadsMounts() {
+	if host(0).ReadsMounts() {
 		add("mounts", OK, "the mounts of all processes can be read", "")
 	} else {
 		add("mounts", Note, "the mounts of process 1 cannot be read: messages may not name the user of a disk", "mount /proc without hidepid")

@@ -190,8 +190,10 @@ func diskError(d *disk.Error) *Error {
 		e.Code, e.Errno = ReadOnly, unix.EROFS
 	case errors.Is(d, disk.ErrForeign):
 		e.Code, e.Errno = Denied, unix.EPERM
-	case errors.Is(d, disk.ErrInUse):
+	case errors.Is(d, disk.ErrInUse), errors.Is(d, disk.ErrUnknown):
 		e.Code, e.Errno = Busy, unix.EBUSY
+	case errors.Is(d, disk.ErrNoAnswer):
+		e.Code, e.Errno = Timeout, unix.ETIMEDOUT
 	case errors.As(d, &errno):
 		e.Code, e.Errno = codeOfErrno(errno), errno
 	}

@@ -4,6 +4,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -96,8 +97,9 @@ func leaveDirectory() error {
 const initRoot = "/proc/1/root"
 
 // host is the machine as everybody sees it.
-func host() *disk.Host {
+func host(patience time.Duration) *disk.Host {
 	h := disk.Machine()
+	h.Patience = patience
 	if os.Getenv(secondLifeEnv) == ownNamespace {
 		h.Root = initRoot
 	}

@@ -69,7 +69,7 @@ func (e ending) Stop(ctx context.Context) error {
 func Run(o Options) error {
 	// Before anything that it must not inherit, and before there is a disk.
 	var err error
-	if o.Prober, err = disk.StartProber("ublk-blksnap", ProbeCommand, host().Root); err != nil {
+	if o.Prober, err = disk.StartProber("ublk-blksnap", ProbeCommand, host(0).Root); err != nil {
 		o.Log.Warn("cannot look into block devices", "error", err)
 	} else {
 		defer o.Prober.Close()

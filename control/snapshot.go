@@ -347,18 +347,9 @@ func (d *Daemon) appendTo(s *snapshot, st Storage) error {
 	if err != nil {
 		return fail(err, "storage %s", st.Path)
 	}
-	// A write to the storage that needed a copy to the storage would wait for
-	// itself.
-	for _, v := range d.sorted() {
-		on, err := d.host.PlaceLiesOn(place, v.disk.Num, d.below)
-		if err == nil && on {
-			err = &Error{Code: Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
-				Message: fmt.Sprintf("lies on %s, which has the filter %s", v.Original, v.Name)}
-		}
-		if err != nil {
-			place.Close()
-			return fail(err, "storage %s", st.Path)
-		}
+	if st.Warning, err = d.checkPlace(place); err != nil {
+		place.Close()
+		return fail(err, "storage %s", st.Path)
 	}
 	d.step("allocate storage in %s", st.Path)
 	if err := s.live.AppendStorage(snapimage.Storage{
@@ -383,6 +374,32 @@ func (d *Daemon) probe(dev *os.File) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), d.o.Config.StorageTimeout)
 	defer cancel()
 	return d.o.Prober.Probe(ctx, dev)
+}
+
+// checkPlace refuses storage on a disk with a filter: a write to the storage that
+// needed a copy to the storage would wait for itself. It returns what could not be
+// found out about the place.
+func (d *Daemon) checkPlace(p *disk.Place) (warning string, err error) {
+	for _, v := range d.sorted() {
+		on, err := d.host.PlaceLiesOn(p, v.disk.Num, d.below)
+		var doubt *disk.Error
+		switch {
+		case on && err == nil:
+			return "", &Error{Code: Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
+				Message: fmt.Sprintf("lies on %s, which has the filter %s", v.Original, v.Name)}
+		case on && errors.As(err, &doubt):
+			return "", &Error{Code: Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
+				Message: fmt.Sprintf("perhaps lies on %s, which has the filter %s: it %s", v.Original, v.Name, doubt.What)}
+		case errors.Is(err, disk.ErrUnknown) && errors.As(err, &doubt):
+			warning = "not known on which disk, and it must not be one with a filter: " + doubt.What
+		case err != nil:
+			return "", err
+		}
+	}
+	if warning != "" {
+		d.o.Log.Warn("storage may lie anywhere", "storage", p.Path, "warning", warning)
+	}
+	return warning, nil
 }
 
 // TakeSnapshot implements API.

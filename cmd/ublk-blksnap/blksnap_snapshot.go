@@ -38,6 +38,7 @@ func (p *program) blksnapSnapshotCreate() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				p.warn(s, r.Storage, p.say)
 				return p.print(s, func(w io.Writer) { fmt.Fprintln(w, s.ID) })
 			})
 		},
@@ -96,7 +97,8 @@ func (p *program) blksnapSnapshotAppendStorage() *cobra.Command {
 				return err
 			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
-				_, err := api.AppendStorage(ctx, control.StorageRequest{ID: id, Storage: st[0]})
+				s, err := api.AppendStorage(ctx, control.StorageRequest{ID: id, Storage: st[0]})
+				p.warn(s, st, p.say)
 				return err
 			})
 		},

@@ -306,10 +306,13 @@ func (p *program) tellLost(ctx context.Context, api control.API) {
 	}
 }
 
-// sayLost tells scripts as well as people.
+// tell is say for scripts as well as people.
+func (p *program) tell(s string) { fmt.Fprintf(p.err, "%s: %s\n", p.name, s) }
+
+// sayLost tells what a daemon that died had.
 func (p *program) sayLost(lost *control.Lost) {
 	if lost != nil {
-		fmt.Fprintf(p.err, "%s: %s\n", p.name, lost)
+		p.tell(lost.String())
 	}
 }
 

@@ -21,7 +21,8 @@ func (p *program) snapshotAppend() *cobra.Command {
 				return err
 			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
-				_, err := api.AppendStorage(ctx, control.StorageRequest{ID: args[0], Storage: st[0]})
+				s, err := api.AppendStorage(ctx, control.StorageRequest{ID: args[0], Storage: st[0]})
+				p.warn(s, st, p.tell)
 				return err
 			})
 		},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -55,6 +56,7 @@ its size, up to --limit; at the end the file has its space back.`,
 				if err != nil {
 					return err
 				}
+				p.warn(s, r.Storage, p.tell)
 				return p.print(s, func(w io.Writer) { fmt.Fprintln(w, s.ID) })
 			})
 		},
@@ -91,6 +93,15 @@ func storages(paths []string, limit int64, overwrite bool) ([]control.Storage, e
 		out = append(out, control.Storage{Path: abs, Limit: limit, Overwrite: overwrite})
 	}
 	return out, nil
+}
+
+// warn says what is uncertain about storage that has just been given to a snapshot.
+func (p *program) warn(s control.Snapshot, given []control.Storage, say func(string)) {
+	for _, st := range s.Storage {
+		if st.Warning != "" && slices.ContainsFunc(given, func(g control.Storage) bool { return g.Path == st.Path }) {
+			say("warning: storage " + st.Path + ": " + st.Warning)
+		}
+	}
 }
 
 // sizeFlag is a flag that holds a size in bytes.

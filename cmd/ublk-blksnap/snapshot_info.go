@@ -56,6 +56,9 @@ func writeSnapshot(w io.Writer, s control.Snapshot) {
 			limit = ", at most " + control.HumanSize(st.Limit)
 		}
 		line("storage", st.Path+limit)
+		if st.Warning != "" {
+			line("warning", st.Warning)
+		}
 	}
 	for _, im := range s.Images {
 		text := im.Device + " (" + im.Original + ")"

@@ -2,9 +2,13 @@
 // device, how large, mounted where, held by which other device, and on which
 // devices a file finally lies.
 //
-// It reads /proc and /sys and asks no device anything, so that looking at a
-// disk never disturbs it. What it finds is true at the moment of looking; the
-// final word on "is this disk free" is the exclusive open of OpenExclusive.
+// It reads /proc and /sys and asks no disk anything, so that looking at one never
+// disturbs it. What it finds is true at the moment of looking; the final word on
+// "is this disk free" is the exclusive open of OpenExclusive.
+//
+// The way along a path may lead to a file server that is dead, and so may what a
+// loop device is asked about its file. Both are waited for within limits, and what
+// does not answer holds up nobody who asks about something else.
 //
 // A Host may be used from several goroutines at once.
 package disk
@@ -17,6 +21,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -107,24 +112,51 @@ type Host struct {
 	Root string
 	// Proc and Sys are where procfs and sysfs are mounted.
 	Proc, Sys string
+	// Patience is how long a path is looked up, and a loop device is asked, before
+	// that fails with ErrNoAnswer; 0: some seconds.
+	Patience time.Duration
 
-	stat func(path string) (status, error) // nil: the real one
+	// nil: the real ones
+	stat     func(path string) (status, error)
+	loop     func(node string) (status, error)
+	capacity func(path string) (capacity, error)
 }
 
-// status is what of a file's status matters here.
+// status is what of a file's status matters here. None of it changes in the life
+// of a file.
 type status struct {
 	mode  uint16 // S_IFMT bits
 	rdev  Num    // of a device node
 	dev   Num    // of the filesystem
-	mount uint64 // the mount's number in mountinfo
+	ino   uint64
+	mount uint64 // the mount's number in mountinfo; 0 if it was not reached by one
 }
 
 // Machine is this machine, seen from this process.
 func Machine() *Host { return &Host{Root: "/", Proc: "/proc", Sys: "/sys"} }
 
 // Open opens path below Root, with symbolic links resolved there too. The
-// errors are those of open(2), as *os.PathError.
+// errors are those of open(2), as *os.PathError, or an *Error with ErrNoAnswer.
 func (h *Host) Open(path string, flags int, mode os.FileMode) (*os.File, error) {
+	type opened struct {
+		f   *os.File
+		err error
+	}
+	o, err := askPath(h, "open", path, func() (o opened) {
+		o.f, o.err = h.open(path, flags, mode)
+		return o
+	}, func(o opened) {
+		if o.err == nil {
+			o.f.Close()
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return o.f, o.err
+}
+
+func (h *Host) open(path string, flags int, mode os.FileMode) (*os.File, error) {
 	root, err := unix.Open(h.Root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: h.Root, Err: err}
@@ -154,20 +186,32 @@ func (h *Host) statPath(path string) (status, error) {
 	if h.stat != nil {
 		return h.stat(path)
 	}
-	f, err := h.Open(path, unix.O_PATH, 0)
-	if err != nil {
-		var pe *os.PathError
-		errors.As(err, &pe)
-		return status{}, pe.Err
+	type answer struct {
+		st  status
+		err error
 	}
-	defer f.Close()
-	return statFile(int(f.Fd()), "")
+	a, err := askPath(h, "status of", path, func() answer {
+		f, err := h.open(path, unix.O_PATH, 0)
+		if err != nil {
+			var pe *os.PathError
+			errors.As(err, &pe)
+			return answer{err: pe.Err}
+		}
+		defer f.Close()
+		st, err := statFile(int(f.Fd()), "")
+		return answer{st, err}
+	}, func(answer) {})
+	if err != nil {
+		return status{}, err
+	}
+	return a.st, a.err
 }
 
-// statFile is the status of an open file, or of the path.
+// statFile is the status of an open file, or of what a path leads to. It asks no
+// file server for what is known here.
 func statFile(fd int, path string) (status, error) {
 	var st unix.Statx_t
-	err := unix.Statx(fd, path, unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, &st)
+	err := unix.Statx(fd, path, unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE|unix.STATX_INO|unix.STATX_MNT_ID, &st)
 	if err != nil {
 		return status{}, err
 	}
@@ -175,13 +219,14 @@ func statFile(fd int, path string) (status, error) {
 		mode:  st.Mode & unix.S_IFMT,
 		rdev:  Num{st.Rdev_major, st.Rdev_minor},
 		dev:   Num{st.Dev_major, st.Dev_minor},
+		ino:   st.Ino,
 		mount: st.Mnt_id,
 	}, nil
 }
 
 // Lookup says which block device path is: a device node, a symbolic link to
 // one, or the bare name of a device or of a device-mapper device ("vdb",
-// "vg-data"). The error is an *Error with ErrNotFound or ErrNotBlock.
+// "vg-data"). The error is an *Error with ErrNotFound, ErrNotBlock or ErrNoAnswer.
 func (h *Host) Lookup(path string) (*Disk, error) {
 	num, err := h.number(path)
 	if err != nil {
@@ -208,6 +253,8 @@ func (h *Host) number(path string) (Num, error) {
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
 		return Num{}, &Error{ErrNotFound, path, "no such device", ""}
+	case errors.Is(err, ErrNoAnswer):
+		return Num{}, err
 	case err != nil:
 		return Num{}, &Error{ErrNotFound, path, err.Error(), ""}
 	}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,11 +21,13 @@ type machine struct {
 	*Host
 	t     *testing.T
 	nodes map[string]status
+	loops map[string]status   // what loop devices say of their files, by node
+	sizes map[string]capacity // of filesystems, by path
 }
 
 func newMachine(t *testing.T) *machine {
 	dir := t.TempDir()
-	m := &machine{t: t, nodes: map[string]status{}}
+	m := &machine{t: t, nodes: map[string]status{}, loops: map[string]status{}, sizes: map[string]capacity{}}
 	m.Host = &Host{Root: "/", Proc: filepath.Join(dir, "proc"), Sys: filepath.Join(dir, "sys")}
 	m.Host.stat = func(path string) (status, error) {
 		st, ok := m.nodes[path]
@@ -33,6 +36,14 @@ func newMachine(t *testing.T) *machine {
 		}
 		return st, nil
 	}
+	m.Host.loop = func(node string) (status, error) {
+		st, ok := m.loops[node]
+		if !ok {
+			return status{}, unix.ENOENT
+		}
+		return st, nil
+	}
+	m.Host.capacity = func(path string) (capacity, error) { return m.sizes[path], nil }
 	m.write(m.Proc, "1/mountinfo", "")
 	m.link("mnt:[1]", m.Proc, "1/ns/mnt")
 	return m
@@ -467,9 +478,139 @@ func TestLiesOn(t *testing.T) {
 	if got := strings.Join(points, " "); got != "/in-a-file /on-dm /btrfs" {
 		t.Errorf("mounts over vdb: %s", got)
 	}
-	for _, path := range []string{"/pool/f", "/lost/f", "/no/such/file"} {
-		if _, err := m.LiesOn(path, vdb, below); !errors.Is(err, ErrUnknown) {
-			t.Errorf("LiesOn(%s): %v, want %v", path, err, ErrUnknown)
+	for path, want := range map[string]error{"/pool/f": ErrUnknown, "/no/such/file": unix.ENOENT} {
+		if on, err := m.LiesOn(path, vdb, below); on || !errors.Is(err, want) {
+			t.Errorf("LiesOn(%s): %v, %v, want %v", path, on, err, want)
+		}
+	}
+	// No mount shows it: it may be any that is mounted.
+	for target, want := range map[Num]bool{vdb: true, vdb2: false} {
+		if on, err := m.LiesOn("/lost/f", target, nil); on != want || !errors.Is(err, ErrUnknown) {
+			t.Errorf("LiesOn(/lost/f, %v): %v, %v, want %v, %v", target, on, err, want, ErrUnknown)
+		}
+	}
+}
+
+// TestLiesOnHidden has loop devices over files whose names lead elsewhere, or
+// nowhere.
+func TestLiesOnHidden(t *testing.T) {
+	m := newMachine(t)
+	m.disk("vdb", "254:16", "")
+	m.disk("vdc", "254:32", "")
+	vdb, vdc := Num{254, 16}, Num{254, 32}
+	m.mount(1, 50, "254:16", "/data", "ext4", "/dev/vdb", "rw")
+	m.mount(1, 51, "0:30", "/data", "tmpfs", "tmpfs", "rw")
+	m.nodes["/data"] = status{mode: unix.S_IFDIR, dev: Num{0, 30}, mount: 51}
+	m.link("mnt:[2]", m.Proc, "77/ns/mnt")
+	m.mount(77, 90, "0:41", "/b", "btrfs", "/dev/vdc", "rw")
+	m.write(m.Sys, "fs/btrfs/uuid/devices/vdc", "")
+	m.nodes["/b/there"] = status{mode: unix.S_IFREG, dev: Num{0, 43}, ino: 8, mount: 90}
+	for i, c := range []struct {
+		what string
+		name string
+		st   status
+		on   map[Num]bool
+		err  error
+	}{
+		{"mounted over", "/data/img", status{mode: unix.S_IFREG, dev: vdb}, map[Num]bool{vdb: true, vdc: false}, nil},
+		{"a node of another name", "/nodes/x", status{mode: unix.S_IFBLK, dev: Num{0, 6}, rdev: vdc}, map[Num]bool{vdb: false, vdc: true}, nil},
+		{"another namespace", "/b/img", status{mode: unix.S_IFREG, dev: Num{0, 41}}, map[Num]bool{vdb: false, vdc: true}, nil},
+		{"its subvolume", "/b/there", status{mode: unix.S_IFREG, dev: Num{0, 43}, ino: 8}, map[Num]bool{vdb: false, vdc: true}, nil},
+		{"its subvolume, by another name", "/b/away", status{mode: unix.S_IFREG, dev: Num{0, 44}, ino: 8}, map[Num]bool{vdc: true}, ErrUnknown},
+	} {
+		loop := fmt.Sprintf("loop%d", i)
+		m.disk(loop, fmt.Sprintf("7:%d", i), "")
+		m.set(loop, "loop/backing_file", c.name)
+		m.loops["/dev/"+loop] = c.st
+		for target, want := range c.on {
+			if on, err := m.LiesOn("/dev/"+loop, target, nil); on != want || !errors.Is(err, c.err) {
+				t.Errorf("%s on %v: %v, %v; want %v, %v", c.what, target, on, err, want, c.err)
+			}
+		}
+	}
+	d, err := m.ByNumber(vdc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if loop := m.loopOver(d); loop != "loop1" {
+		t.Errorf("over vdc: %q", loop)
+	}
+}
+
+// TestLiesOnOverlay has an overlay whose upper directory cannot be seen by its
+// name, as on a live system.
+func TestLiesOnOverlay(t *testing.T) {
+	vdb := Num{254, 16}
+	ours, others := capacity{4096, 1000}, capacity{4096, 2000}
+	for _, c := range []struct {
+		what  string
+		setup func(*machine)
+		on    bool
+		err   error
+	}{
+		{"nothing on the disk", func(m *machine) {}, false, ErrUnknown},
+		{"another filesystem on the disk", func(m *machine) {
+			m.mount(1, 51, "254:16", "/mnt", "ext4", "/dev/vdb", "rw")
+			m.sizes["/mnt"] = others
+		}, false, ErrUnknown},
+		{"perhaps the one on the disk", func(m *machine) {
+			m.mount(1, 51, "254:16", "/mnt", "ext4", "/dev/vdb", "rw")
+			m.sizes["/mnt"] = ours
+		}, true, ErrUnknown},
+		{"one on the disk that nobody sees", func(m *machine) {
+			m.write(m.Sys, "fs/ext4/vdb/delayed_allocation_blocks", "0")
+		}, true, ErrUnknown},
+		{"another directory of that name", func(m *machine) {
+			m.nodes["/rw/upper"] = status{mode: unix.S_IFDIR, dev: vdb, mount: 52}
+			m.sizes["/rw/upper"] = others
+		}, false, ErrUnknown},
+		{"a directory of that name on the overlay", func(m *machine) {
+			m.nodes["/rw/upper"] = status{mode: unix.S_IFDIR, dev: Num{0, 26}, mount: 50}
+			m.sizes["/rw/upper"] = ours
+		}, false, ErrUnknown},
+		{"to be seen", func(m *machine) {
+			m.nodes["/rw/upper"] = status{mode: unix.S_IFDIR, dev: vdb, mount: 52}
+			m.sizes["/rw/upper"] = ours
+		}, true, nil},
+	} {
+		m := newMachine(t)
+		m.disk("vdb", "254:16", "")
+		m.mount(1, 50, "0:26", "/", "overlay", "root", "rw,lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work")
+		m.nodes["/var/tmp"] = status{mode: unix.S_IFDIR, dev: Num{0, 26}, mount: 50}
+		m.sizes["/"] = ours
+		c.setup(m)
+		if on, err := m.LiesOn("/var/tmp", vdb, nil); on != c.on || !errors.Is(err, c.err) {
+			t.Errorf("%s: %v, %v; want %v, %v", c.what, on, err, c.on, c.err)
+		}
+	}
+}
+
+// TestAsk: what hangs is asked once, holds up nothing else, and may be asked
+// again when it has ended.
+func TestAsk(t *testing.T) {
+	answer, late := make(chan int), make(chan int, 1)
+	get := func() int { return <-answer }
+	keep := func(x int) { late <- x }
+	if _, err := ask(time.Now(), "a server", get, keep); !errors.Is(err, ErrNoAnswer) {
+		t.Fatal(err)
+	}
+	if _, err := ask(time.Now().Add(time.Hour), "a server", get, keep); !errors.Is(err, ErrNoAnswer) {
+		t.Fatal(err)
+	}
+	if x, err := ask(time.Now().Add(time.Hour), "another", func() int { return 2 }, keep); x != 2 || err != nil {
+		t.Fatal(x, err)
+	}
+	answer <- 3
+	if x := <-late; x != 3 {
+		t.Errorf("taken back: %d", x)
+	}
+	for {
+		x, err := ask(time.Now().Add(time.Hour), "a server", func() int { return 4 }, keep)
+		if err == nil && x == 4 {
+			break
+		}
+		if !errors.Is(err, ErrNoAnswer) {
+			t.Fatal(x, err)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -57,21 +58,25 @@ func (h *Host) Mounts() []Mount {
 	return out
 }
 
+// rootOf is the directory from which the mount's point can be reached.
+func (h *Host) rootOf(m Mount) string {
+	if m.PID == 1 && h.Root == "/" {
+		return h.Root
+	}
+	return filepath.Join(h.Proc, strconv.Itoa(m.PID), "root")
+}
+
 // OpenMount opens the root of a mounted filesystem for reading. It fails if
 // another mount hides it: what is on the path now is not what is meant.
 func (h *Host) OpenMount(m Mount) (*os.File, error) {
-	root := *h
-	if m.PID != 1 || root.Root != "/" {
-		root.Root = filepath.Join(h.Proc, strconv.Itoa(m.PID), "root")
-	}
-	f, err := root.Open(m.Point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	at := *h
+	at.Root = h.rootOf(m)
+	f, err := at.Open(m.Point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, err
 	}
-	var st unix.Statx_t
-	err = unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st)
-	same := st.Mnt_id == m.ID || m.Num == Num{st.Dev_major, st.Dev_minor}
-	if err == nil && !same {
+	st, err := statFile(int(f.Fd()), "")
+	if err == nil && st.mount != m.ID && st.dev != m.Num {
 		err = &Error{ErrUnknown, m.Point, "another filesystem is mounted over it", "unmount that first"}
 	}
 	if err != nil {
@@ -79,6 +84,50 @@ func (h *Host) OpenMount(m Mount) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// capacity tells filesystems apart that have no other mark.
+type capacity struct{ block, blocks uint64 }
+
+// capacityAt is that of the filesystem that path lies on.
+func (h *Host) capacityAt(path string) (capacity, error) {
+	if h.capacity != nil {
+		return h.capacity(path)
+	}
+	f, err := h.Open(path, unix.O_PATH, 0)
+	if err != nil {
+		return capacity{}, err
+	}
+	return capacityOf(f, h.soon())
+}
+
+func (h *Host) capacityOn(m Mount) (capacity, error) {
+	if h.capacity != nil {
+		return h.capacity(m.Point)
+	}
+	f, err := h.OpenMount(m)
+	if err != nil {
+		return capacity{}, err
+	}
+	return capacityOf(f, h.soon())
+}
+
+// capacityOf closes the file.
+func capacityOf(f *os.File, end time.Time) (capacity, error) {
+	type answer struct {
+		c   capacity
+		err error
+	}
+	a, err := ask(end, "capacity at "+f.Name(), func() answer {
+		defer f.Close()
+		var st unix.Statfs_t
+		err := unix.Fstatfs(int(f.Fd()), &st)
+		return answer{capacity{uint64(st.Bsize), st.Blocks}, err}
+	}, func(answer) {})
+	if err != nil {
+		return capacity{}, err
+	}
+	return a.c, a.err
 }
 
 // parseMount reads a line of mountinfo (proc_pid_mountinfo(5)):

@@ -41,13 +41,28 @@ const maxLinks = 40
 // OpenPlace follows an absolute path, whose last name need not exist. Symbolic
 // links are followed below Root if they are the superuser's or this process's:
 // through anybody else's link a path leads wherever its owner likes. The error
-// is an *Error with ErrForeign or the errno. A filesystem that an ordinary user
+// is an *Error with ErrForeign, ErrNoAnswer or the errno. A filesystem that an ordinary user
 // serves is refused too: its server reads whatever is stored there.
 func (h *Host) OpenPlace(path string) (*Place, error) {
-	p, err := h.openPlace(path)
+	type opened struct {
+		p   *Place
+		err error
+	}
+	o, err := askPath(h, "place", path, func() (o opened) {
+		o.p, o.err = h.openPlace(path)
+		return o
+	}, func(o opened) {
+		if o.err == nil {
+			o.p.Close()
+		}
+	})
 	if err != nil {
 		return nil, err
 	}
+	if o.err != nil {
+		return nil, o.err
+	}
+	p := o.p
 	st, err := p.status()
 	if err != nil {
 		p.Close()
@@ -204,5 +219,5 @@ func (h *Host) PlaceLiesOn(p *Place, target Num, below func(Num) []Num) (bool, e
 	if err != nil {
 		return false, &Error{ErrUnknown, p.Path, err.Error(), ""}
 	}
-	return h.walkTo(target, below).status(p.Path, st)
+	return h.liesOn(p.Path, st, target, below)
 }

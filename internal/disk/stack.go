@@ -12,13 +12,37 @@ import (
 // LiesOn says whether the bytes of path (a block device, a file or a directory)
 // finally lie on the device target: through partitions, device-mapper, md,
 // bcache, loop devices and the filesystems that their files are on. A partition
-// and its whole disk count as the same.
+// and its whole disk count as the same. A path that is not there yet lies where
+// its directory does.
 //
 // below tells what lies under a device that sysfs cannot look through (our own
-// filters and images); it may be nil. Where the stack cannot be followed to its
-// end, the error is an *Error with ErrUnknown.
+// filters and images); it may be nil.
+//
+// Where the stack cannot be followed to its end the error is an *Error with
+// ErrUnknown. The answer then is the more likely one: true if the target holds a
+// filesystem that may be the one in question. A path, or a loop device in the stack,
+// that does not answer gives an *Error with ErrNoAnswer; any other error is of the
+// path.
 func (h *Host) LiesOn(path string, target Num, below func(Num) []Num) (bool, error) {
-	return h.walkTo(target, below).path(path)
+	st, err := h.statPath(path)
+	if errors.Is(err, unix.ENOENT) {
+		path = filepath.Dir(path)
+		st, err = h.statPath(path)
+	}
+	if err != nil {
+		return false, err
+	}
+	return h.liesOn(path, st, target, below)
+}
+
+// liesOn is LiesOn for what has been looked at.
+func (h *Host) liesOn(path string, st status, target Num, below func(Num) []Num) (bool, error) {
+	w := h.walkTo(target, below)
+	w.thorough = true
+	if w.file(path, st) {
+		return true, nil
+	}
+	return w.maybe, w.doubt
 }
 
 func (h *Host) walkTo(target Num, below func(Num) []Num) *walk {
@@ -44,13 +68,7 @@ func (h *Host) MountsOver(target Num, below func(Num) []Num) []Mount {
 		}
 		w := h.walkTo(target, below)
 		w.mounts = mounts
-		on, err := false, error(nil)
-		if m.Num.Major != 0 {
-			on, err = w.device(m.Num)
-		} else {
-			on, err = w.onSources(&m)
-		}
-		if on && err == nil {
+		if m.Num.Major != 0 && w.device(m.Num) || m.Num.Major == 0 && w.onSources(&m) {
 			seen[m.Num] = true
 			out = append(out, m)
 		}
@@ -59,6 +77,8 @@ func (h *Host) MountsOver(target Num, below func(Num) []Num) []Mount {
 	return out
 }
 
+// walk is one search downwards. Its methods say whether they came upon the target;
+// where they could not look, they leave a doubt.
 type walk struct {
 	*Host
 	target      Num
@@ -66,6 +86,21 @@ type walk struct {
 	below       func(Num) []Num
 	seen        map[Num]bool
 	mounts      []Mount
+	thorough    bool  // doubts are weighed
+	doubt       error // the first, or one with ErrNoAnswer
+	maybe       bool  // the doubt is a grave one
+}
+
+// unsure is for a place that could not be looked at.
+func (w *walk) unsure(path string, err error) bool {
+	var e *Error
+	if !errors.As(err, &e) {
+		e = &Error{ErrUnknown, path, err.Error(), ""}
+	}
+	if w.doubt == nil || errors.Is(e, ErrNoAnswer) {
+		w.doubt = e
+	}
+	return false
 }
 
 func (h *Host) wholeOf(d *Disk) Num {
@@ -77,22 +112,15 @@ func (h *Host) wholeOf(d *Disk) Num {
 	return d.Num
 }
 
-func (w *walk) path(path string) (bool, error) {
+func (w *walk) path(path string) bool {
 	st, err := w.statPath(path)
-	if errors.Is(err, unix.ENOENT) {
-		// A backing file that was unlinked: its directory is on the same
-		// filesystem.
-		path = filepath.Dir(path)
-		st, err = w.statPath(path)
-	}
 	if err != nil {
-		return false, &Error{ErrUnknown, path, err.Error(), ""}
+		return w.unsure(path, err)
 	}
-	return w.status(path, st)
+	return w.file(path, st)
 }
 
-// status is path for what has been looked at.
-func (w *walk) status(path string, st status) (bool, error) {
+func (w *walk) file(path string, st status) bool {
 	if st.mode == unix.S_IFBLK {
 		return w.device(st.rdev)
 	}
@@ -106,47 +134,38 @@ var local = map[string]bool{
 	"ceph": true, "glusterfs": true, "lustre": true, "afs": true, "vboxsf": true, "rootfs": true,
 }
 
-func (w *walk) filesystem(path string, st status) (bool, error) {
+func (w *walk) filesystem(path string, st status) bool {
 	if st.dev.Major != 0 {
 		return w.device(st.dev)
 	}
 	// An anonymous number says nothing (btrfs gives every subvolume one of its
 	// own): the mount tells the filesystem and its source.
-	m := w.mount(st.mount)
+	m := w.mountOf(path, st)
 	switch {
 	case m == nil:
-		return false, &Error{ErrUnknown, path, "lies on a filesystem that no mount shows", ""}
+		return w.unseen(nil, &Error{ErrUnknown, path, "lies on a filesystem that no mount shows", "choose another place"})
 	case local[m.FSType]:
-		return false, nil
+		return false
 	case m.FSType == "overlay":
-		for _, o := range strings.Split(m.Super, ",") {
-			if dir, ok := strings.CutPrefix(o, "upperdir="); ok && dir != path {
-				return w.path(unescape(dir))
-			}
-		}
-		return false, &Error{ErrUnknown, path, "lies on an overlay without an upper directory", ""}
-	}
-	if len(sources(*m)) == 0 {
-		return false, &Error{ErrUnknown, path, "lies on " + m.FSType + " (" + m.Source + "), whose disks are not known", "choose another place"}
+		return w.overlay(m)
+	case len(sources(*m)) == 0:
+		return w.unsure(path, &Error{ErrUnknown, path, "lies on " + m.FSType + " (" + m.Source + "), whose disks are not known", "choose another place"})
 	}
 	return w.onSources(m)
 }
 
 // onSources follows the disks of a filesystem with an anonymous number.
-func (w *walk) onSources(m *Mount) (bool, error) {
+func (w *walk) onSources(m *Mount) bool {
 	for _, src := range sources(*m) {
-		if on, err := w.path(src); on || err != nil {
-			return on, err
+		if w.path(src) {
+			return true
 		}
 	}
-	if m.FSType == "btrfs" {
-		// Over several devices, it names one of them as its source.
-		return w.btrfs(m)
-	}
-	return false, nil
+	// Over several devices, it names one of them as its source.
+	return m.FSType == "btrfs" && w.btrfs(m)
 }
 
-func (w *walk) btrfs(m *Mount) (bool, error) {
+func (w *walk) btrfs(m *Mount) bool {
 	for _, src := range sources(*m) {
 		n, err := w.number(src)
 		if err != nil {
@@ -158,75 +177,170 @@ func (w *walk) btrfs(m *Mount) (bool, error) {
 		}
 		dirs, _ := filepath.Glob(filepath.Join(w.Sys, "fs/btrfs/*/devices", d.Name))
 		for _, dir := range dirs {
-			for _, name := range names(filepath.Dir(dir)) {
-				if on, err := w.byName(name); on || err != nil {
-					return on, err
-				}
+			if slices.ContainsFunc(names(filepath.Dir(dir)), w.byName) {
+				return true
 			}
 		}
 	}
-	return false, nil
+	return false
 }
 
-func (w *walk) mount(id uint64) *Mount {
+// overlay follows an overlay to the directory that is written to. It was named when
+// the overlay was mounted, perhaps before the root was what it is now: something
+// else may have that name, or nothing.
+func (w *walk) overlay(m *Mount) bool {
+	if w.seen[m.Num] {
+		return false
+	}
+	w.seen[m.Num] = true
+	size, err := w.capacityOn(*m)
+	for _, o := range strings.Split(m.Super, ",") {
+		dir, ok := strings.CutPrefix(o, "upperdir=")
+		if !ok {
+			continue
+		}
+		dir = unescape(dir)
+		for _, root := range []string{w.Root, w.rootOf(*m)} {
+			h := *w.Host
+			h.Root = root
+			st, e := h.statPath(dir)
+			if e != nil || st.dev == m.Num {
+				continue
+			}
+			if its, e := h.capacityAt(dir); e == nil && err == nil && its == size {
+				return w.filesystem(dir, st)
+			}
+		}
+		known := &size
+		if err != nil {
+			known = nil
+		}
+		return w.unseen(known, &Error{ErrUnknown, m.Point, "lies on an overlay whose upper directory " + dir + " cannot be seen", "choose another place"})
+	}
+	return w.unsure(m.Point, &Error{ErrUnknown, m.Point, "lies on an overlay without an upper directory", "choose another place"})
+}
+
+// unseen is for what lies on a filesystem that is not to be found. It may yet be
+// one on the target: if such a one is mounted, and size, where it is known, does
+// not tell them apart, the doubt is a grave one.
+func (w *walk) unseen(size *capacity, err *Error) bool {
+	w.unsure(err.Path, err)
+	if !w.thorough {
+		return false
+	}
+	over := func(name string) bool {
+		v := w.walkTo(w.target, w.below)
+		v.mounts = w.mounts
+		return v.byName(name)
+	}
+	disks := w.live()
+	for _, m := range w.mounts {
+		if d, err := w.byNumber(m.Num); err == nil && m.Num.Major != 0 {
+			disks = append(disks, d.Name)
+		}
+	}
+	slices.Sort(disks)
+	for _, name := range slices.Compact(disks) {
+		if over(name) && !w.differs(name, size) {
+			w.maybe = true
+			w.doubt = &Error{err.Kind, err.Path, err.What + ", and that may be the filesystem on /dev/" + name, err.Fix}
+		}
+	}
+	return false
+}
+
+// differs says whether the filesystem on a disk is known to have another size.
+func (w *walk) differs(name string, size *capacity) bool {
+	n, err := ParseNum(w.sysText("class/block", name, "dev"))
+	if err != nil || size == nil {
+		return false
+	}
+	d, err := w.byNumber(n)
+	if err != nil {
+		return false
+	}
+	for _, m := range w.mountsOf(d, w.mounts) {
+		if c, err := w.capacityOn(m); err == nil {
+			return c != *size
+		}
+	}
+	return false
+}
+
+// mountOf is the mount of a file with an anonymous number: the one that the path
+// leads through, or any of a filesystem with that number. For one without a number
+// that mounts show, path is its name in one of the namespaces.
+func (w *walk) mountOf(path string, st status) *Mount {
 	if w.mounts == nil {
 		w.mounts = w.Mounts()
 	}
-	for i := range w.mounts {
-		if w.mounts[i].ID == id {
+	find := func(f func(m Mount) bool) *Mount {
+		if i := slices.IndexFunc(w.mounts, f); i >= 0 {
 			return &w.mounts[i]
+		}
+		return nil
+	}
+	if st.mount != 0 {
+		return find(func(m Mount) bool { return m.ID == st.mount })
+	}
+	if m := find(func(m Mount) bool { return m.Num == st.dev }); m != nil {
+		return m
+	}
+	roots := []string{w.Root}
+	for _, m := range w.mounts {
+		if root := w.rootOf(m); !slices.Contains(roots, root) {
+			roots = append(roots, root)
+		}
+	}
+	for _, root := range roots {
+		h := *w.Host
+		h.Root = root
+		if x, err := h.statPath(path); err == nil && x.dev == st.dev && x.ino == st.ino {
+			return find(func(m Mount) bool { return m.ID == x.mount })
 		}
 	}
 	return nil
 }
 
 // byName follows one device by its name in sysfs.
-func (w *walk) byName(name string) (bool, error) {
+func (w *walk) byName(name string) bool {
 	n, err := ParseNum(w.sysText("class/block", name, "dev"))
 	if err != nil {
-		return false, &Error{ErrUnknown, name, "no such device in sysfs", ""}
+		return w.unsure(name, &Error{ErrUnknown, name, "no such device in sysfs", ""})
 	}
 	return w.device(n)
 }
 
-func (w *walk) device(n Num) (bool, error) {
+func (w *walk) device(n Num) bool {
 	if n == w.target || n == w.targetWhole {
-		return true, nil
+		return true
 	}
 	if w.seen[n] {
-		return false, nil
+		return false
 	}
 	w.seen[n] = true
 	d, err := w.byNumber(n)
 	if err != nil {
-		return false, &Error{ErrUnknown, n.String(), "no such device in sysfs", ""}
+		return w.unsure(n.String(), &Error{ErrUnknown, n.String(), "no such device in sysfs", ""})
 	}
-	if w.below != nil {
-		for _, b := range w.below(n) {
-			if on, err := w.device(b); on || err != nil {
-				return on, err
-			}
-		}
+	if w.below != nil && slices.ContainsFunc(w.below(n), w.device) {
+		return true
 	}
 	if d.Parent != "" {
 		// Two partitions of one disk do not overlap, so that the whole disk
 		// matters only as the target itself and for what lies below it.
 		whole := w.wholeOf(d)
-		if whole == w.target {
-			return true, nil
-		}
-		if whole != w.targetWhole {
-			return w.device(whole)
-		}
-		return false, nil
+		return whole == w.target || whole != w.targetWhole && w.device(whole)
 	}
-	for _, s := range names(filepath.Join(d.sys, "slaves")) {
-		if on, err := w.byName(s); on || err != nil {
-			return on, err
+	if slices.ContainsFunc(names(filepath.Join(d.sys, "slaves")), w.byName) {
+		return true
+	}
+	if file := backingName(text(filepath.Join(d.sys, "loop/backing_file"))); file != "" {
+		st, err := w.backing(d.Name, file, w.soon())
+		if err != nil {
+			return w.unsure(file, err)
 		}
+		return w.file(file, st)
 	}
-	if file := text(filepath.Join(d.sys, "loop/backing_file")); file != "" {
-		return w.path(strings.TrimSuffix(unescape(file), " (deleted)"))
-	}
-	return false, nil
+	return false
 }

@@ -2,7 +2,6 @@ package disk
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -110,12 +109,18 @@ func (h *Host) isSwap(d *Disk) bool {
 }
 
 // loopOver is the loop device whose backing file is the disk. A loop device
-// does not claim it, so that an exclusive open would not notice.
+// does not claim it, so that an exclusive open would not notice. One that does
+// not say, as its file lies with a dead server, is not over a disk, unless it was
+// set up by the disk's own name.
 func (h *Host) loopOver(d *Disk) string {
 	files, _ := filepath.Glob(filepath.Join(h.Sys, "class/block/loop*/loop/backing_file"))
+	end := h.soon() // of all
 	for _, f := range files {
-		if n, err := h.number(text(f)); err == nil && n == d.Num {
-			return filepath.Base(filepath.Dir(filepath.Dir(f)))
+		name := filepath.Base(filepath.Dir(filepath.Dir(f)))
+		file := backingName(text(f))
+		st, err := h.backing(name, file, end)
+		if err == nil && st.mode == unix.S_IFBLK && st.rdev == d.Num || err != nil && file == d.Node {
+			return name
 		}
 	}
 	return ""
@@ -175,7 +180,9 @@ func (p Process) String() string { return fmt.Sprintf("%s (process %d)", p.Name,
 
 // Openers are the processes, other than this one, that have the disk or one of
 // its partitions open or mapped; none if there is no such disk. What only the
-// kernel holds (mounts, stacked devices) is not seen.
+// kernel holds (mounts, stacked devices) is not seen, nor is what a process has
+// that hangs, in the middle of a change of its memory, and does not let itself be
+// looked at.
 func (h *Host) Openers(n Num) []Process {
 	d, err := h.byNumber(n)
 	if err != nil {
@@ -185,30 +192,27 @@ func (h *Host) Openers(n Num) []Process {
 	for _, p := range h.partitions(d) {
 		wanted[p.Num] = p.Name
 	}
-	if out := h.processes(func(dir string) bool { return h.hasOpen(dir, wanted) }); len(out) > 0 {
+	if out := h.processes("files", func(dir string) bool { return h.hasOpen(dir, wanted) }); len(out) > 0 {
 		return out
 	}
-	// A process that hangs in the middle of a change of its memory does not let it be looked at.
-	ctx, cancel := context.WithTimeout(context.Background(), mapsWait)
-	defer cancel()
-	out, _ := Within(ctx, func() []Process {
-		return h.processes(func(dir string) bool { return ctx.Err() == nil && h.hasMapped(dir, wanted) })
-	}, func([]Process) {})
-	return out
+	return h.processes("memory", func(dir string) bool { return h.hasMapped(dir, wanted) })
 }
 
-// mapsWait is the longest that the memory of all processes is looked at.
-const mapsWait = 5 * time.Second
+// processWait is how long processes that hang are waited for, all together.
+const processWait = 5 * time.Second
 
-// processes are those other than this one of whose directory in /proc f is true.
-func (h *Host) processes(f func(dir string) bool) (out []Process) {
+// processes are those other than this one of whose directory in /proc f, which
+// looks at what they have, is true.
+func (h *Host) processes(what string, f func(dir string) bool) (out []Process) {
 	self := strconv.Itoa(os.Getpid())
+	end := time.Now().Add(processWait)
 	for _, name := range names(h.Proc) {
 		pid, err := strconv.Atoi(name)
 		if err != nil || name == self {
 			continue
 		}
-		if dir := filepath.Join(h.Proc, name); f(dir) {
+		dir := filepath.Join(h.Proc, name)
+		if has, err := ask(end, what+" of "+dir, func() bool { return f(dir) }, func(bool) {}); err == nil && has {
 			out = append(out, Process{pid, text(filepath.Join(dir, "comm"))})
 		}
 	}
@@ -231,11 +235,7 @@ func (h *Host) follow(link string) (status, error) {
 		}
 		return h.stat(to)
 	}
-	var st unix.Stat_t
-	if err := unix.Stat(link, &st); err != nil {
-		return status{}, err
-	}
-	return status{mode: uint16(st.Mode & unix.S_IFMT), rdev: numOf(st.Rdev)}, nil
+	return statFile(unix.AT_FDCWD, link)
 }
 
 // hasOpen looks at the files of the process whose directory in /proc is dir.
@@ -249,7 +249,7 @@ func (h *Host) hasOpen(dir string, wanted map[Num]string) bool {
 		}
 		if !strings.HasPrefix(to, "/dev/") {
 			// A device has nodes elsewhere too: in a container, below a chroot. But asking a file of a dead server
-			// for its status hangs.
+			// for its status may hang, and what else this process has would not be seen.
 			if remote == nil {
 				remote = remoteMounts(dir)
 			}

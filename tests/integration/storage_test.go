@@ -692,6 +692,19 @@ func TestStorageOnItself(t *testing.T) {
 	overlay := t.TempDir()
 	run(t, "mount", "-t", "overlay", "-o", "lowerdir=/usr/share,upperdir="+upper+",workdir="+work, "over", overlay)
 	t.Cleanup(func() { run(t, "umount", overlay) })
+	// Both where no path leads to them.
+	hidden := filepath.Join(dir, "hidden")
+	for _, sub := range []string{"", "upper", "work"} {
+		if err := os.Mkdir(filepath.Join(hidden, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	hiddenLoop := loopOver(t, sparseFile(t, hidden, 80<<20), 512)
+	hiddenOverlay := t.TempDir()
+	run(t, "mount", "-t", "overlay", "-o", "lowerdir=/usr/share,upperdir="+hidden+"/upper,workdir="+hidden+"/work", "over", hiddenOverlay)
+	t.Cleanup(func() { run(t, "umount", hiddenOverlay) })
+	run(t, "mount", "-t", "tmpfs", "cover", hidden)
+	t.Cleanup(func() { run(t, "umount", hidden) })
 	// A symbolic link and a bind mount.
 	link := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(dir, link); err != nil {
@@ -710,6 +723,8 @@ func TestStorageOnItself(t *testing.T) {
 		{"a link to it", link},
 		{"a bind mount of it", bind},
 		{"an overlay", overlay},
+		{"an overlay over a directory that is mounted over", hiddenOverlay},
+		{"a loop device over a file that is mounted over", hiddenLoop},
 		{"a dm device over it", dm},
 		{"a filesystem on a dm device over it", dmDir},
 		{"a loop device over a file on it", loop},
@@ -739,6 +754,25 @@ func TestStorageOnItself(t *testing.T) {
 		if _, err := os.Stat(p); err == nil {
 			t.Errorf("%s is left", p)
 		}
+	}
+	// An overlay over what cannot be seen, but not on these disks: as much is said.
+	covered, unseen := smallFS(t, 16<<20), t.TempDir()
+	if err := errors.Join(os.Mkdir(covered+"/upper", 0o755), os.Mkdir(covered+"/work", 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mount", "-t", "overlay", "-o", "lowerdir=/usr/share,upperdir="+covered+"/upper,workdir="+covered+"/work", "over", unseen)
+	t.Cleanup(func() { run(t, "umount", unseen) })
+	run(t, "mount", "-t", "tmpfs", "cover", covered)
+	t.Cleanup(func() { run(t, "umount", covered) })
+	a := d.call("ublk-blksnap", "snapshot", "create", direct.Name, "--storage", unseen, "--take")
+	if a.status != 0 || !strings.Contains(a.errout, "warning: storage "+unseen) || !strings.Contains(a.errout, "cannot be seen") {
+		t.Errorf("storage on an unseen overlay: %+v", a)
+	}
+	for _, id := range snapshotIDs(t, d) {
+		if st := d.snapshot(id).Storage[0]; !strings.Contains(st.Warning, covered+"/upper cannot be seen") {
+			t.Errorf("storage on an unseen overlay: %+v", st)
+		}
+		d.destroy(id)
 	}
 	// The other way round: what is in use as storage can not be added.
 	free := loopDisk(t, 16<<20, 512)

@@ -1,0 +1,79 @@
+package disk
+
+import (
+	"errors"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// backingName is the name of a loop device's file in sysfs, as the file was
+// called when the device was set up or as it has been renamed since. Something
+// else may have that name: in another mount namespace, behind another mount.
+func backingName(attr string) string { return strings.TrimSuffix(attr, " (deleted)") }
+
+// backing is the status of the file below a loop device, by the device itself. Its
+// filesystem may have to ask its server for that. Where the device cannot be asked
+// it goes by the name that sysfs has for the file.
+func (h *Host) backing(name, file string, end time.Time) (status, error) {
+	node := "/dev/" + name
+	get := h.loop
+	if get == nil {
+		get = loopStatus
+	}
+	type answer struct {
+		st  status
+		err error
+	}
+	a, err := ask(end, "file of "+node, func() answer {
+		st, err := get(node)
+		return answer{st, err}
+	}, func(answer) {})
+	switch {
+	case err != nil:
+		return status{}, &Error{ErrNoAnswer, node, "what its backing file " + file + " lies on does not answer", ""}
+	case a.err == nil:
+		return a.st, nil
+	}
+	st, err := h.statPath(file)
+	if errors.Is(err, unix.ENOENT) {
+		// Unlinked: its directory is on the same filesystem.
+		st, err = h.statPath(filepath.Dir(file))
+	}
+	return st, err
+}
+
+// loopStatus asks a loop device (LOOP_GET_STATUS64 in linux/loop.h).
+func loopStatus(node string) (status, error) {
+	fd, err := unix.Open(node, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return status{}, err
+	}
+	defer unix.Close(fd)
+	info, err := unix.IoctlLoopGetStatus64(fd)
+	if err != nil {
+		return status{}, err
+	}
+	st := status{mode: unix.S_IFREG, dev: numOf(info.Device), ino: info.Inode, rdev: numOf(info.Rdevice)}
+	if info.Rdevice != 0 {
+		st.mode = unix.S_IFBLK
+	}
+	return st, nil
+}
+
+// live are the names of the disks with a filesystem that is mounted, and may be
+// where nobody sees it: the filesystems say so in sysfs.
+func (h *Host) live() []string {
+	var out []string
+	for _, pattern := range []string{"fs/ext4/*", "fs/xfs/*", "fs/f2fs/*", "fs/btrfs/*/devices/*"} {
+		files, _ := filepath.Glob(filepath.Join(h.Sys, pattern))
+		for _, f := range files {
+			if name := filepath.Base(f); exists(filepath.Join(h.Sys, "class/block", name)) {
+				out = append(out, name)
+			}
+		}
+	}
+	return out
+}

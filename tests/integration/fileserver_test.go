@@ -1,0 +1,116 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+const fileServerEnv = "UBLK_BLKSNAP_FILE_SERVER"
+
+// serveFiles shows a directory on another one until the process is killed.
+func serveFiles(t *testing.T, data, at string) {
+	root, err := fs.NewLoopbackRoot(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Nothing is kept in the kernel: every look is a question.
+	server, err := fs.Mount(at, root, &fs.Options{MountOptions: fuse.MountOptions{DirectMountStrict: true, AllowOther: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Println("serving")
+	server.Wait()
+}
+
+// TestDeadFileServer: whoever names a file on a file server that does not answer
+// is told so in time, nobody else has to do with it, and neither the files that
+// other processes have there nor a loop device over such a file hold anybody up.
+func TestDeadFileServer(t *testing.T) {
+	if data, at, ok := strings.Cut(os.Getenv(fileServerEnv), ":"); ok {
+		serveFiles(t, data, at)
+		return
+	}
+	needVM(t)
+	ram := ramDisks(t, 2, 8<<20)
+	at := t.TempDir()
+	server, _ := startChild(t, "TestDeadFileServer", fileServerEnv+"="+t.TempDir()+":"+at, "serving")
+	t.Cleanup(func() { run(t, "umount", at) })
+	img := sparseFile(t, at, ext4FS.minimum)
+	loop := loopOver(t, img, 512)
+	ext4FS.make(t, loop)
+	mount(t, loop)
+	open, err := os.Open(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	bare := loopOver(t, sparseFile(t, at, 4<<20), 512)
+	remote := filepath.Join(at, "differences")
+
+	d := startDaemon(t, "disk_timeout=2s", "storage_timeout=6s")
+	dev := d.add(ram[0])
+	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: "/dev/shm"}}})
+	if err := server.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	resume := func() { _ = server.Process.Signal(unix.SIGCONT) }
+	t.Cleanup(resume)
+
+	hang := func() {
+		t.Helper()
+		for _, path := range []string{remote, at, bare} {
+			_, err := d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: path}})
+			want(t, err, control.Timeout, path, "does not answer")
+		}
+		_, err = d.AddDevice(ctx(t), control.AddRequest{Path: remote})
+		want(t, err, control.Timeout, remote, "does not answer")
+		_, err := d.DeviceStatus(ctx(t), remote)
+		want(t, err, control.Timeout, remote, "does not answer")
+	}
+	others := func() {
+		t.Helper()
+		other := d.add(ram[1])
+		d.destroy(d.take(0, dev, other).ID)
+		d.remove(other)
+	}
+	others()
+	hang()
+	// What hangs is not asked anew: no more threads hang.
+	before := d.held()
+	for range 3 {
+		others()
+		hang()
+	}
+	d.settled(before, 3)
+	d.taken(s.ID)
+	d.destroy(s.ID)
+	d.remove(dev)
+
+	resume()
+	dev = d.add(ram[0])
+	for _, path := range []string{remote, bare} {
+		waitFor(t, "an answer for "+path, func() bool {
+			got, err := d.CreateSnapshot(ctx(t), control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: path}}})
+			if err != nil {
+				want(t, err, control.Timeout)
+				return t.Failed()
+			}
+			if got.Storage[0].Warning == "" {
+				t.Errorf("no word of what is not known about %s", path)
+			}
+			d.taken(got.ID)
+			d.destroy(got.ID)
+			return true
+		})
+	}
+	d.remove(dev)
+}
