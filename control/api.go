@@ -15,8 +15,10 @@ import (
 type API interface {
 	// Info says who the daemon is and what it is doing.
 	Info(ctx context.Context) (Info, error)
-	// Stop removes every device and ends the daemon; or, if one is in use, does
-	// neither: [Busy].
+	// Stop removes every device and ends the daemon; or, if one is in use or its
+	// disk does not answer, does neither: [Busy], [Timeout]. A device that comes into
+	// use while others are being removed stays, and so does the daemon; those removed
+	// until then were idle, and are gone.
 	Stop(ctx context.Context) error
 
 	// AddDevice puts a filter over a disk. [Exists] if there is one.

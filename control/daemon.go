@@ -233,13 +233,19 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 			return fail(err, "%s", v.Name)
 		}
 	}
+	// What takes long, and may not end, comes before anything is gone.
+	for _, v := range all {
+		if err := d.sync(ctx, v); err != nil {
+			return fail(err, "%s", v.Name)
+		}
+	}
 	for _, s := range d.sortedSnapshots() {
 		if err := d.destroy(s); err != nil {
 			return err
 		}
 	}
 	for _, v := range all {
-		if err := d.removeIdle(ctx, v); err != nil {
+		if err := d.removeIdle(context.WithoutCancel(ctx), v); err != nil {
 			return fail(err, "%s", v.Name)
 		}
 	}

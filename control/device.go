@@ -561,6 +561,21 @@ func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
 	return d.takeDown(v)
 }
 
+// sync changes nothing, and says whether the device could be removed now.
+func (d *Daemon) sync(ctx context.Context, v *device) error {
+	d.step("sync %s", v.Name)
+	ctx, cancel := d.bounded(ctx)
+	defer cancel()
+	err := v.dev.Sync(ctx)
+	if errors.Is(err, ublk.ErrBusy) {
+		return d.inUse(v)
+	}
+	if err != nil {
+		return d.late(v, err)
+	}
+	return nil
+}
+
 // late explains a removal that took too long, or for which the disk does no work
 // any more.
 func (d *Daemon) late(v *device, err error) error {

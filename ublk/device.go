@@ -641,6 +641,17 @@ func (d *Device) TryStop(ctx context.Context) error {
 	})
 }
 
+// Sync brings what was written to the disk into the handler's hands, if nobody has
+// claimed the disk, else it is ErrBusy. A TryStop that follows need not wait long.
+func (d *Device) Sync(ctx context.Context) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.stopped {
+		return nil
+	}
+	return d.claim(ctx, func() error { return nil })
+}
+
 // claim syncs the disk and runs f while nobody else can claim it.
 //
 // The sync takes as long as the disk below. When ctx ends before that it goes

@@ -195,6 +195,10 @@ func TestHungOriginal(t *testing.T) {
 		want(t, err, control.Timeout, disk+" does not answer", fix)
 	}
 	for _, force := range []bool{false, true} {
+		var ahead control.Device
+		if !force {
+			ahead = d.add(ram[1])
+		}
 		dev := d.add(disk)
 		text := make([]byte, 256<<10)
 		rand.New(rand.NewSource(77)).Read(text)
@@ -223,6 +227,12 @@ func TestHungOriginal(t *testing.T) {
 			if s, err := d.DeviceStatus(ctx(t), dev.Name); err != nil || s.State != "live" {
 				t.Errorf("state %s, %v", s.State, err)
 			}
+			// Nor does the end of the daemon, with the removal of those that could be removed.
+			want(t, d.Stop(ctx(t)), control.Timeout, disk+" does not answer", "nothing has changed")
+			if list, err := d.Devices(ctx(t)); err != nil || len(list) != 2 {
+				t.Errorf("after a stop that was refused: %+v, %v", list, err)
+			}
+			d.remove(ahead)
 		}
 		others()
 		resume()
