@@ -483,7 +483,7 @@ func (d *Daemon) thawLeftover() {
 	if err != nil {
 		return
 	}
-	for _, point := range strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00") {
+	for _, point := range slices.Backward(strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")) {
 		f, err := d.host.Open(point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 		if err == nil {
 			err = snapimage.Thaw(f)

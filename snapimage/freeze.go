@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -58,10 +59,12 @@ func freeze(mounts []*os.File, limit time.Duration) (*frozen, error) {
 	return z, nil
 }
 
-// thaw lets all of them go on, and says how it failed for any.
+// thaw lets all of them go on, and says how it failed for any. The last one that
+// was frozen goes on first: the thawing of a filesystem in a file writes to the
+// one that the file is on.
 func (z *frozen) thaw() error {
 	var errs []error
-	for _, m := range z.mounts {
+	for _, m := range slices.Backward(z.mounts) {
 		if err := ioctlMount(m, ioctlThaw); err != nil && !errors.Is(err, unix.EINVAL) {
 			errs = append(errs, fmt.Errorf("thaw %s: %w: thaw it with fsfreeze -u", m.Name(), err))
 		} else if err != nil {
