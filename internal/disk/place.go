@@ -41,8 +41,8 @@ const maxLinks = 40
 // OpenPlace follows an absolute path, whose last name need not exist. Symbolic
 // links are followed below Root if they are the superuser's or this process's:
 // through anybody else's link a path leads wherever its owner likes. The error
-// is an *Error with ErrForeign, ErrNoAnswer or the errno. A filesystem that an ordinary user
-// serves is refused too: its server reads whatever is stored there.
+// is an *Error with ErrForeign, ErrNoAnswer or the errno. A filesystem that an
+// ordinary user serves is refused too: its server reads whatever is stored there.
 func (h *Host) OpenPlace(path string) (*Place, error) {
 	type opened struct {
 		p   *Place
