@@ -21,8 +21,9 @@ import (
 // directory each, share them. A name belongs to the device that its link leads
 // to, as long as that is one of this program's which is served, or waits for a
 // server; nobody else replaces or removes the link then. Looking at a link and
-// changing it happens under a lock on /dev, for udev removes the directory when it
-// is empty.
+// changing it happens under a lock on the driver's control device: udev removes
+// the directory when it is empty, and what anybody can open, anybody can keep
+// locked.
 
 // linkDir is where the stable names of devices are.
 const linkDir = "/dev/ublk-blksnap"
@@ -44,6 +45,8 @@ func (d *Daemon) link(ctx context.Context, name string, dev *ublk.Device) (strin
 			d.o.Log.Warn("udev does not make the link: it is made without", "link", path, "waited", udevTimeout)
 		}
 	}
+	ctx, cancel := d.bounded(ctx)
+	defer cancel()
 	unlock, err := lockLinks(ctx)
 	if err != nil {
 		return "", err
@@ -177,24 +180,24 @@ func (d *Daemon) clearLinks(ctx context.Context) {
 
 // lockLinks keeps other daemons from the links.
 func lockLinks(ctx context.Context) (unlock func(), err error) {
-	dir, err := os.Open(filepath.Dir(linkDir))
+	f, err := os.Open("/dev/ublk-control")
 	if err != nil {
 		return nil, err
 	}
 	for {
-		err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		switch {
 		case err == nil:
-			return func() { dir.Close() }, nil
+			return func() { f.Close() }, nil
 		case err != unix.EWOULDBLOCK && err != unix.EINTR:
-			dir.Close()
-			return nil, fmt.Errorf("lock %s: %w", dir.Name(), err)
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 		}
 		select {
 		case <-time.After(10 * time.Millisecond):
 		case <-ctx.Done():
-			dir.Close()
-			return nil, fmt.Errorf("lock %s: %w", dir.Name(), ctx.Err())
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", f.Name(), ctx.Err())
 		}
 	}
 }

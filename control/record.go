@@ -117,6 +117,10 @@ func (d *Daemon) keepRecord() {
 	for _, s := range d.sortedSnapshots() {
 		x := LostSnapshot{ID: s.id}
 		d.mu.Lock()
+		if s.ending { // was destroyed: nobody will miss it
+			d.mu.Unlock()
+			continue
+		}
 		for _, im := range s.images {
 			x.Devices = append(x.Devices, im.of.Name)
 		}

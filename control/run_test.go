@@ -243,6 +243,9 @@ func TestRecord(t *testing.T) {
 	if l := dir.lost(); l != nil {
 		t.Errorf("lost with a daemon that lives: %v", l)
 	}
+	// Destroyed, but for its storage, which is on its way back.
+	gone := &snapshot{id: "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8", ending: true}
+	change(first, func() { first.snapshots[gone.id] = gone })
 	die()
 	second := daemon()
 	for _, ref := range []string{"a", "/dev/vda", "/dev/ublkb0", "/dev/ublk-blksnap/a"} {
@@ -250,6 +253,9 @@ func TestRecord(t *testing.T) {
 		if !strings.Contains(e.Message, "which died") || e.Fix != "add it again: ublk-blksnap add /dev/vda --name a" {
 			t.Errorf("%s: %v", ref, e)
 		}
+	}
+	if _, err := second.findSnapshot(gone.id); CodeOf(err) != NotFound || strings.Contains(err.Error(), "died") {
+		t.Errorf("a snapshot that was destroyed: %v", err)
 	}
 	if _, err := second.findSnapshot(s.id); CodeOf(err) != NotFound || !strings.Contains(err.Error(), "which died") {
 		t.Errorf("%v", err)

@@ -448,8 +448,17 @@ func TestTwoDaemons(t *testing.T) {
 			t.Errorf("%s leads to %s, %v; want %s", link, got, err, to.Path)
 		}
 	}
+	// Who can only read the directories holds nobody up.
+	dev, err := os.Open("/dev")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	if err := unix.Flock(int(dev.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
 	first := a.add(disks[0], named("data"))
-	_, err := b.AddDevice(ctx(t), control.AddRequest{Path: disks[1], Name: "data"})
+	_, err = b.AddDevice(ctx(t), control.AddRequest{Path: disks[1], Name: "data"})
 	want(t, err, control.Exists, "the name data is taken by "+first.Path, fmt.Sprintf("another daemon serves (process %d)", a.pid), "--name")
 	leads(first.Link, first)
 	second := b.add(disks[1], named("other"))
