@@ -133,6 +133,8 @@ var blksnapsWords = []struct {
 	{regexp.MustCompile(`^add (\S+): `), "attach $1: "},
 	{regexp.MustCompile(`^remove (\S+): `), "detach $1: "},
 	{regexp.MustCompile(`add it first: ublk-blksnap add `), "attach it first: blksnap attach -d "},
+	{regexp.MustCompile(`add it again: ublk-blksnap add (\S+) --name \S+`), "attach it again: blksnap attach -d $1"},
+	{regexp.MustCompile(`\bublk-blksnap add or `), "blksnap attach or "},
 	{regexp.MustCompile(`\bublk-blksnap remove ([^-\s]\S*)`), "blksnap detach -d $1"},
 	{regexp.MustCompile(`\bublk-blksnap snapshot destroy (\S+)`), "blksnap snapshot_destroy -i $1"},
 	// blksnap has no names and no force.

@@ -178,6 +178,10 @@ func TestBlksnapsWords(t *testing.T) {
 			"attach /dev/vdb: being removed: end that first: blksnap detach -d vdb"},
 		{[]string{"attach", "-d", "/dev/vdb"}, control.Error{Message: "add /dev/vdb: left over", Fix: "remove that one first: ublk-blksnap remove --force /dev/ublkb3"},
 			"attach /dev/vdb: left over: remove that one first: ublk-blksnap remove --force /dev/ublkb3"},
+		{[]string{"cbtinfo", "-d", "/dev/vdb"}, control.Error{Message: "change map of /dev/vdb: lost with the daemon before", Fix: "add it again: ublk-blksnap add /dev/vdb --name data"},
+			"change map of /dev/vdb: lost with the daemon before: attach it again: blksnap attach -d /dev/vdb"},
+		{[]string{"snapshot_collect"}, control.Error{Message: "no daemon runs", Fix: "start it with systemctl start ublk-blksnap, ublk-blksnap add or ublk-blksnap daemon"},
+			"no daemon runs: start it with systemctl start ublk-blksnap, blksnap attach or ublk-blksnap daemon"},
 		{[]string{"attach", "-d", "/dev/vdb"}, control.Error{Message: "add /dev/vdb: the name vdb is taken", Fix: "choose another with --name"},
 			"attach /dev/vdb: the name vdb is taken: choose another, with ublk-blksnap add --name"},
 	} {
