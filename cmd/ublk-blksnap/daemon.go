@@ -86,7 +86,7 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, report
 	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
 		return usage("log_level: %v", err)
 	}
-	warn := func(err error) { p.say("start the daemon: " + err.Error()) }
+	warn := func(err error) { p.tell("start the daemon: " + err.Error()) } // there is no log yet
 	if err := control.StartAnew(p.dir(), cfg, reportFD, warn); err != nil {
 		return err
 	}

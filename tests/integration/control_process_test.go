@@ -154,3 +154,28 @@ func TestInheritsNothing(t *testing.T) {
 		return strings.Contains(string(b), "msg=goroutine")
 	})
 }
+
+// TestCannotForget: what a daemon keeps of the one who started it, because it
+// cannot do otherwise, is in its log.
+func TestCannotForget(t *testing.T) {
+	needVM(t)
+	disk := ramDisks(t, 1, 64<<20)[0]
+	dir, call := fresh(t)
+	const group = "/sys/fs/cgroup/jail"
+	if err := os.Mkdir(group, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(group) })
+	script := "echo 0 >" + group + `/cgroup.procs && umount -R -l /sys/fs/cgroup && exec "$@"`
+	out, err := exec.Command("unshare", "-m", "bash", "-c", script, "jail", program(t), "--run-dir", dir, "add", disk).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	said, err := os.ReadFile(filepath.Join(dir, "daemon.log"))
+	if err != nil || !strings.Contains(string(said), "start the daemon: leave the control groups of the caller: 0::/jail: its root is not mounted") {
+		t.Errorf("the log says %q, %v", said, err)
+	}
+	if a := call("daemon", "stop"); a.status != 0 {
+		t.Errorf("%+v", a)
+	}
+}
