@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -241,7 +242,12 @@ func (p *program) whichCommand(c *cobra.Command, _ []string) error {
 func flagError(err error) string {
 	var n *strconv.NumError
 	if !errors.As(err, &n) {
-		return err.Error()
+		text := err.Error()
+		if v := (*pflag.InvalidValueError)(nil); errors.As(err, &v) {
+			// Both pflag and our own flags name the value.
+			text = strings.Replace(text, fmt.Sprintf(" flag: %q is ", v.GetValue()), " flag: ", 1)
+		}
+		return text
 	}
 	words := "not a whole number"
 	switch {

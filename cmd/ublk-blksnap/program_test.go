@@ -464,6 +464,8 @@ func TestUsage(t *testing.T) {
 		"blksnap attach":                                     `blksnap: attach: required flag(s) "device" not set`,
 		"ublk-blksnap add vdb --queues=x":                    `ublk-blksnap: add: invalid argument "x" for "--queues" flag: not a whole number: see ublk-blksnap add --help`,
 		"ublk-blksnap add vdb --queues=99999999999999999999": `ublk-blksnap: add: invalid argument "99999999999999999999" for "--queues" flag: out of range: see`,
+		"ublk-blksnap daemon --queues=x":                     `ublk-blksnap: daemon: invalid argument "x" for "--queues" flag: not a whole number: see`,
+		"ublk-blksnap snapshot create --limit 9x":            `ublk-blksnap: create: invalid argument "9x" for "--limit" flag: not a size: write a number and K, M, G or T: see`,
 		"ublk-blksnap list --json=x":                         `ublk-blksnap: list: invalid argument "x" for "-j, --json" flag: neither true nor false: see`,
 		"ublk-blksnap --nonsense":                            "ublk-blksnap: unknown flag: --nonsense: see ublk-blksnap --help\n",
 	})
