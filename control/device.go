@@ -492,6 +492,9 @@ func (d *Daemon) removeOrphan(r RemoveRequest, id int) error {
 	if err := d.ctl.DeleteDevice(ctx, id); err != nil {
 		return fail(err, "remove %s", r.Device)
 	}
+	d.mu.Lock()
+	d.lost = d.lost.ended(fmt.Sprintf("/dev/ublkb%d", id))
+	d.mu.Unlock()
 	d.clearLinks(ctx)
 	d.o.Log.Info("device of a dead daemon removed", "device", r.Device)
 	return nil

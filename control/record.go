@@ -160,6 +160,21 @@ func (l *Lost) without(there []LostDevice) *Lost {
 	return &rest
 }
 
+// ended is what is lost when the I/O of the ublk device at path waits no more.
+func (l *Lost) ended(path string) *Lost {
+	if l == nil {
+		return nil
+	}
+	rest := *l
+	rest.Devices = slices.Clone(l.Devices)
+	for i := range rest.Devices {
+		if rest.Devices[i].Path == path {
+			rest.Devices[i].Waits = false
+		}
+	}
+	return &rest
+}
+
 // takeStock says what a daemon before this one lost, and puts this one on record.
 func (d *Daemon) takeStock() {
 	if l := d.o.Dir.lost(); l != nil {

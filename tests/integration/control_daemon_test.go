@@ -359,6 +359,9 @@ func TestOrphan(t *testing.T) {
 	d.refused([]string{"left by a daemon that died", "remove --force " + dev.Path}, "remove", dev.Path)
 	d.refused([]string{"left by a daemon that died", "remove --force " + dev.Name}, "remove", dev.Name)
 	d.refused([]string{"the name " + dev.Name + " is taken by " + dev.Path, "remove --force " + dev.Path}, "add", disk)
+	if a := d.call("ublk-blksnap", "list"); a.status != 0 || !strings.Contains(a.errout, "whose I/O waits, "+dev.Name) {
+		t.Errorf("list while I/O waits: %+v", a)
+	}
 	select {
 	case err := <-written:
 		t.Fatalf("the write did not wait: %v", err)
@@ -369,6 +372,9 @@ func TestOrphan(t *testing.T) {
 	}
 	if err := await(t, "the end of the write", written); err == nil {
 		t.Error("a write succeeded without a daemon")
+	}
+	if a := d.call("ublk-blksnap", "list"); a.status != 0 || !strings.Contains(a.errout, "the filter "+dev.Name) || strings.Contains(a.errout, "waits") {
+		t.Errorf("list when nothing waits any more: %+v", a)
 	}
 	if _, err := try("umount", dir); err != nil {
 		t.Error(err)
