@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -388,8 +389,9 @@ func (p *program) print(v any, text func(w io.Writer)) error {
 	if p.json {
 		return p.printJSON(p.out, v)
 	}
-	text(p.out)
-	return nil
+	w := bufio.NewWriter(p.out)
+	text(w)
+	return w.Flush() // who keeps what is printed has to know that it is not whole
 }
 
 func (p *program) printJSON(w io.Writer, v any) error {

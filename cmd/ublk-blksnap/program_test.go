@@ -546,3 +546,21 @@ func TestVersion(t *testing.T) {
 		t.Errorf("version %s has not four numbers", control.Version)
 	}
 }
+
+// TestFullOutput: a token or a map that could not be written whole is a failure.
+func TestFullOutput(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	for _, line := range []string{"snapshot take " + id1, "snapshot take --json " + id1, "snapshot list", "list", "status vdb", "cbt info vdb", "cbt map vdb",
+		"cbt changes vdb --since " + take(1).String(), "add vdb", "snapshot create vdb", "snapshot info " + id1, "snapshot watch " + id1, "snapshot_info -d vdb"} {
+		var e bytes.Buffer
+		f := newFake()
+		p := &program{out: full, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }}
+		if status := p.run(context.Background(), strings.Fields("ublk-blksnap "+line)); status != statusFailed || !strings.Contains(e.String(), "no space left") {
+			t.Errorf("%s: status %d, said %q", line, status, e.String())
+		}
+	}
+}
