@@ -76,6 +76,8 @@ func snapshotError(err error, format string, args ...any) error {
 		set(Timeout, unix.ETIMEDOUT)
 	case errors.Is(err, snapimage.ErrStorageInUse):
 		set(Busy, unix.EBUSY)
+	case errors.Is(err, snapimage.ErrNoStorageThere):
+		set(Invalid, unix.EINVAL)
 	}
 	return e
 }

@@ -50,6 +50,9 @@ type Storage struct {
 // ErrStorageInUse: the file has content, or somebody uses the device.
 var ErrStorageInUse = errors.New("in use")
 
+// ErrNoStorageThere: the path leads to something else, as a character device.
+var ErrNoStorageThere = errors.New("neither a file, a directory nor a block device")
+
 // open opens the storage for a snapshot whose smallest logical block is align
 // bytes. What the error is about, the caller says.
 func (c Storage) open(align int) (s *storage, err error) {
@@ -70,7 +73,7 @@ func (c Storage) open(align int) (s *storage, err error) {
 	case unix.S_IFBLK:
 		return s, s.openDevice(c, align)
 	}
-	return nil, errors.New("neither a file, a directory nor a block device")
+	return nil, ErrNoStorageThere
 }
 
 // ownMode is the mode of a file that holds what was on a disk.

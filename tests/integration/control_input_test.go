@@ -210,6 +210,9 @@ func TestBadParameters(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.refused([]string{"storage " + held + ": in use"}, "snapshot", "create", dev.Name, "--storage", held)
+	if a := d.call("ublk-blksnap", "snapshot", "create", dev.Name, "--storage", "/dev/null"); a.status != 2 || !strings.Contains(a.errout, "storage /dev/null: neither") {
+		t.Errorf("storage in a character device: %+v", a)
+	}
 	d.refused([]string{"give --storage"}, "snapshot", "create", dev.Name, "--take")
 	d.refused([]string{"--config /my/conf: a daemon runs that was started with "}, "list", "--config", "/my/conf")
 	d.refused([]string{"chunk size 5120: not a power of two"}, "snapshot", "create", dev.Name, "--chunk-size", "5K")
