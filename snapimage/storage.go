@@ -20,8 +20,9 @@ import (
 //
 //	nothing there   a file of that name
 //	a directory     a nameless file in it
-//	a file          a nameless file beside it, which takes over its space. The
-//	                file keeps name, mode and size, and gets its space back
+//	a file          a nameless file beside it, which takes over its space unless
+//	                somebody has it open. The file keeps name, mode and size,
+//	                and gets its space back
 //	a block device  the device, which nobody else holds
 type storage struct {
 	path   string // as it was given
@@ -199,7 +200,10 @@ type lender struct {
 func (s *storage) openBeside(c Storage, align int) (err error) {
 	p := c.Place
 	fd, err := reopen(p.File, unix.O_RDWR|unix.O_NONBLOCK)
-	if err != nil {
+	switch {
+	case errors.Is(err, unix.EAGAIN): // see lease
+		return fmt.Errorf("%w: another is about to use the file", ErrStorageInUse)
+	case err != nil:
 		return err
 	}
 	defer func() {
@@ -210,6 +214,10 @@ func (s *storage) openBeside(c Storage, align int) (err error) {
 	if err := lock(fd); err != nil {
 		return err
 	}
+	// Between the look at what the file holds and the taking of its space nobody
+	// can put anything there.
+	open, release := lease(fd)
+	defer release()
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
@@ -224,7 +232,7 @@ func (s *storage) openBeside(c Storage, align int) (err error) {
 	case st.Nlink != 1:
 		return fmt.Errorf("%w: the file has %d names: %s", ErrStorageInUse, st.Nlink, instead)
 	case errors.Is(err, unix.ENXIO): // no data
-	case c.Overwrite && openElsewhere(fd):
+	case c.Overwrite && open:
 		return fmt.Errorf("%w: somebody has the file open, perhaps a loop device or a virtual machine: %s", ErrStorageInUse, instead)
 	case c.Overwrite:
 	case err != nil:
@@ -239,6 +247,9 @@ func (s *storage) openBeside(c Storage, align int) (err error) {
 		return err
 	}
 	s.lender = &lender{fd: fd}
+	if open {
+		return nil // what is written there by now is not ours to lose
+	}
 	if st.Blocks*512 >= st.Size {
 		s.lender.space = st.Size
 	}
@@ -248,14 +259,11 @@ func (s *storage) openBeside(c Storage, align int) (err error) {
 	return nil
 }
 
-// openElsewhere says whether the file is open or mapped by other means than fd,
-// as far as its filesystem tells: then no lease to write it is given.
-func openElsewhere(fd int) bool {
+// lease says whether the file is open or mapped by other means than fd, as far as
+// its filesystem tells. If it is not, whoever wants to open it waits for release.
+func lease(fd int) (open bool, release func()) {
 	_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK)
-	if err == nil {
-		_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
-	}
-	return errors.Is(err, unix.EAGAIN)
+	return errors.Is(err, unix.EAGAIN), func() { _, _ = unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK) }
 }
 
 // mountOf is the number of the mount that an open file was reached by.

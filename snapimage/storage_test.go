@@ -218,6 +218,36 @@ func TestStorageThatWasThere(t *testing.T) {
 	}
 }
 
+// TestStorageSomebodyHasOpen: what has no data yet may get some while it is looked
+// at, from whoever has it open, and so keeps its space.
+func TestStorageSomebodyHasOpen(t *testing.T) {
+	const size = 256 << 10
+	path := filepath.Join(t.TempDir(), "file")
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := errors.Join(unix.Fallocate(int(f.Fd()), 0, 0, size), f.Sync()); err != nil {
+		t.Fatal(err)
+	}
+	before := stat(t, path)
+	s := mustOpenStorage(t, path, false)
+	if now := stat(t, path); now.Blocks != before.Blocks {
+		t.Errorf("%d blocks were allocated for it, %d are", before.Blocks, now.Blocks)
+	}
+	store(t, s)
+	if _, err := f.WriteAt([]byte("mine"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.discard(int64(len(secret))); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(path); err != nil || len(b) != size || string(b[:4]) != "mine" {
+		t.Errorf("it holds %d bytes, %v", len(b), err)
+	}
+}
+
 // TestStorageMoved: whatever somebody does with the names while a storage is
 // held, what he put there stays, and what was stored can not be read.
 func TestStorageMoved(t *testing.T) {
