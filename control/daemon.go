@@ -149,9 +149,7 @@ func (d *Daemon) clearAway() {
 		}
 		snapshots, _ := os.ReadDir(d.snapshotsDir())
 		for _, e := range snapshots {
-			if err := snapimage.ClearLeftover(filepath.Join(d.snapshotsDir(), e.Name())); err != nil {
-				d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", e.Name(), "error", asKnown(err.Error()))
-			}
+			d.clearSnapshot(ctx, e.Name())
 		}
 	}
 	notes, _ := os.ReadDir(d.o.Dir.udev())
@@ -160,6 +158,23 @@ func (d *Daemon) clearAway() {
 			d.forgetNote(e.Name())
 		}
 	}
+}
+
+// clearSnapshot removes the snapshot id of a dead daemon. Storage that does not
+// answer may hold that up for as long as it likes, but not beyond ctx whoever waits
+// for this daemon.
+func (d *Daemon) clearSnapshot(ctx context.Context, id string) {
+	say := func(err error) {
+		if err != nil {
+			d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", id, "error", asKnown(err.Error()))
+		}
+	}
+	err, late := disk.Within(ctx, func() error { return snapimage.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)
+	if late != nil {
+		d.o.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", id)
+		return
+	}
+	say(err)
 }
 
 func (d *Daemon) cbtDir() string       { return filepath.Join(d.o.Dir.State(), "cbt") }

@@ -85,7 +85,7 @@ func (id identity) openHandle(path string, flags int) (fd int, err error) {
 	if id.Handle == nil {
 		return -1, errors.ErrUnsupported
 	}
-	mount, err := openOn(id.Dev, filepath.Dir(path))
+	mount, err := openOn(id.Dev, path)
 	if err != nil {
 		return -1, err
 	}
@@ -97,7 +97,7 @@ func (id identity) openHandle(path string, flags int) (fd int, err error) {
 	return fd, err
 }
 
-// openOn opens something on the filesystem dev: the directory path, or the
+// openOn opens something on the filesystem dev: path, if it is a directory, or the
 // nearest one above it that is there.
 func openOn(dev uint64, path string) (int, error) {
 	for ; ; path = filepath.Dir(path) {
@@ -148,8 +148,9 @@ func (s *state) remember(st *storage, where string) error {
 // ClearLeftover removes what a snapshot of a dead daemon left: its directory
 // dir below LiveConfig.StateDir, and before it its storage files with all that
 // was copied there. Block devices are not touched: they may be in other use
-// since.
+// since. The memory goes first, for storage may not answer.
 func ClearLeftover(dir string) error {
+	(&state{dir: dir}).free()
 	var errs []error
 	f, err := os.Open(filepath.Join(dir, recordName))
 	if err == nil {

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 )
 
@@ -45,6 +46,29 @@ func TestLeftoverSpace(t *testing.T) {
 	}
 	if _, err := os.Stat(st.dir); !os.IsNotExist(err) {
 		t.Errorf("the state is still there: %v", err)
+	}
+}
+
+// TestLeftoverOnTop is a file in the uppermost directory of a filesystem: what is
+// above that is another.
+func TestLeftoverOnTop(t *testing.T) {
+	path := filepath.Join("/dev/shm", "store-"+uuid.NewString())
+	s := mustOpenStorage(t, path, false)
+	defer os.Remove(path)
+	st, err := newState(filepath.Join(t.TempDir(), "state", "id"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := st.remember(s, path); err != nil {
+		t.Fatal(err)
+	}
+	s.file.Close()
+	s.name.Close()
+	if err := ClearLeftover(st.dir); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(path); !os.IsNotExist(err) {
+		t.Errorf("not removed: %v", err)
 	}
 }
 

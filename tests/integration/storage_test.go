@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -344,6 +345,63 @@ func TestDestroyStuckStorage(t *testing.T) {
 	}
 	if left, err := os.ReadDir(filepath.Join(d.dir.State(), "snapshots")); err != nil || len(left) != 0 {
 		t.Errorf("state left: %v, %v", left, err)
+	}
+	umount(t, dir)
+}
+
+// TestKilledStuckStorage: the daemon after one that was killed serves, though what
+// is left of a storage does not answer. It goes when it does.
+func TestKilledStuckStorage(t *testing.T) {
+	needVM(t)
+	run(t, "modprobe", "dm-mod")
+	files := dmDisk(t, "files", linear(t, loopDisk(t, ext4FS.minimum, 512)))
+	ext4FS.make(t, files)
+	dir := mount(t, files)
+	file := filepath.Join(dir, "differences")
+	d := startDaemon(t)
+	dev := d.add(ramDisks(t, 1, 8<<20)[0])
+	s := d.create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: file}}})
+	d.taken(s.ID)
+	if err := unix.Kill(d.pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if !d.ended(patience) {
+		t.Fatal("the process does not end")
+	}
+	state := filepath.Join(d.dir.State(), "snapshots")
+	run(t, "dmsetup", "suspend", "files") // with its filesystem frozen
+	suspended := true
+	resume := func() {
+		if suspended {
+			suspended = false
+			run(t, "dmsetup", "resume", "files")
+		}
+	}
+	t.Cleanup(resume)
+	config := filepath.Join(t.TempDir(), "conf")
+	if err := os.WriteFile(config, []byte("disk_timeout = \"3s\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	next := exec.Command(program(t), "daemon", "--run-dir", string(d.dir), "--config", config)
+	next.Stdout, next.Stderr = os.Stdout, os.Stderr
+	if err := next.Start(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the next daemon", func() bool { _, err := d.Info(ctx(t)); return err == nil })
+	if left, err := os.ReadDir(filepath.Join(state, s.ID)); err != nil || len(left) != 1 {
+		t.Errorf("while the storage does not answer there are %v, %v; want its record", left, err)
+	}
+	resume()
+	waitFor(t, "the end of the storage", func() bool {
+		left, err := os.ReadDir(state)
+		_, gone := os.Stat(file)
+		return err == nil && len(left) == 0 && errors.Is(gone, os.ErrNotExist)
+	})
+	if err := next.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Wait(); err != nil {
+		t.Error(err)
 	}
 	umount(t, dir)
 }
