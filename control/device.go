@@ -234,9 +234,9 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 	if v.orig, err = d.openOriginal(ctx, v.disk); err != nil {
 		return d.nameFilter(v.disk, err)
 	}
-	undo = append(undo, func() { v.orig.Close() })
+	undo = append(undo, func() { d.closeOriginal(v, func() {}) })
 
-	if v.geo, err = ublk.ReadGeometry(v.disk.Node); err != nil {
+	if v.geo, err = readGeometry(ctx, v.disk); err != nil {
 		return err
 	}
 	if err = d.makeMap(v, r.Name); err != nil {
@@ -306,6 +306,23 @@ func (d *Daemon) openOriginal(ctx context.Context, x *disk.Disk) (*blockdev.OSFi
 		return nil, fmt.Errorf("open and flush %s: %w", x.Known(), err)
 	}
 	return o.file, o.err
+}
+
+// readGeometry asks the kernel, which answers only after whoever changes a
+// parameter of the disk, and who does that waits for the disk's I/O.
+func readGeometry(ctx context.Context, x *disk.Disk) (ublk.Geometry, error) {
+	type answer struct {
+		geo ublk.Geometry
+		err error
+	}
+	a, err := disk.Within(ctx, func() (a answer) {
+		a.geo, a.err = ublk.ReadGeometry(x.Node)
+		return a
+	}, func(answer) {})
+	if err != nil {
+		return ublk.Geometry{}, fmt.Errorf("read geometry of %s: %w", x.Known(), err)
+	}
+	return a.geo, a.err
 }
 
 // makeMap makes the change map of a device. The tables of snapshots take their
@@ -623,21 +640,15 @@ func (d *Daemon) takeDown(v *device) error {
 	if err := d.removeUblk(v.dev, v.Link); err != nil {
 		return d.late(v, err)
 	}
-	ctx, cancel := d.bounded(context.Background())
-	defer cancel()
 	reread := v.repartitioned
-	_, err := disk.Within(ctx, func() error {
+	d.closeOriginal(v, func() {
 		// Who reads the disk from now on shall not see what its page cache had kept
 		// from before.
 		_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKFLSBUF, 0)
 		if reread {
 			_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKRRPART, 0)
 		}
-		return v.orig.Close()
-	}, func(error) {})
-	if err != nil {
-		d.o.Log.Warn("the disk does not answer: it is closed when it does", "disk", v.Original)
-	}
+	})
 	v.use.Lock()
 	v.gone = true
 	v.closeCBT()
@@ -648,6 +659,20 @@ func (d *Daemon) takeDown(v *device) error {
 	delete(d.devices, v.Name)
 	d.mu.Unlock()
 	return nil
+}
+
+// closeOriginal closes the original, after a last act on it. Both may have to wait
+// for it, the closing to write what its page cache holds.
+func (d *Daemon) closeOriginal(v *device, last func()) {
+	ctx, cancel := d.bounded(context.Background())
+	defer cancel()
+	_, err := disk.Within(ctx, func() error {
+		last()
+		return v.orig.Close()
+	}, func(error) {})
+	if err != nil {
+		d.o.Log.Warn("the disk does not answer: it is closed when it does", "disk", v.disk.Known())
+	}
 }
 
 // lookAtPartitions notes whether the kernel has to read the partitions of the

@@ -78,12 +78,8 @@ func (d *Daemon) udevLinks() bool {
 
 // udev says whether udev runs, and whether it has our rules.
 func udev(h *disk.Host) (runs, rules bool) {
-	there := func(path string) bool {
-		_, err := os.Stat(filepath.Join(h.Root, path))
-		return err == nil
-	}
-	return there("/run/udev/control"), slices.ContainsFunc(ruleDirs, func(dir string) bool {
-		return there(filepath.Join(dir, "59-ublk-blksnap.rules"))
+	return h.Exists("/run/udev/control"), slices.ContainsFunc(ruleDirs, func(dir string) bool {
+		return h.Exists(filepath.Join(dir, "59-ublk-blksnap.rules"))
 	})
 }
 

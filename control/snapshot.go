@@ -488,7 +488,7 @@ func (d *Daemon) thawLeftover() {
 	for _, point := range slices.Backward(strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")) {
 		f, err := d.host.Open(point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 		if err == nil {
-			err = snapimage.Thaw(f)
+			err = snapimage.Thaw(f, d.o.Config.FreezeTimeout)
 			f.Close()
 		}
 		if err != nil && !errors.Is(err, unix.EINVAL) {

@@ -1,6 +1,7 @@
 package snapimage
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -8,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // Requests of <linux/fs.h> to a mounted filesystem: stop it with everything
@@ -24,12 +27,13 @@ var ErrFreezeTimeout = errors.New("the filesystem did not freeze in time: try ag
 type frozen struct {
 	mounts []*os.File
 	since  time.Time // of the first
+	limit  time.Duration
 }
 
 // freeze stops the filesystems that the directories in mounts lie on, all or
 // none, within limit.
 func freeze(mounts []*os.File, limit time.Duration) (*frozen, error) {
-	z := &frozen{since: time.Now()}
+	z := &frozen{since: time.Now(), limit: limit}
 	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
 	for _, m := range mounts {
@@ -65,20 +69,41 @@ func freeze(mounts []*os.File, limit time.Duration) (*frozen, error) {
 func (z *frozen) thaw() error {
 	var errs []error
 	for _, m := range slices.Backward(z.mounts) {
-		if err := ioctlMount(m, ioctlThaw); err != nil && !errors.Is(err, unix.EINVAL) {
-			errs = append(errs, fmt.Errorf("thaw %s: %w: thaw it with fsfreeze -u", m.Name(), err))
-		} else if err != nil {
+		switch err := Thaw(m, z.limit); {
+		case err == nil:
+		case errors.Is(err, ErrStuck):
+			errs = append(errs, fmt.Errorf("%w: it goes on when its disk answers", err))
+		case errors.Is(err, unix.EINVAL):
 			errs = append(errs, fmt.Errorf("thaw %s: somebody else thawed it first: the images may be in use at the cut", m.Name()))
+		default:
+			errs = append(errs, fmt.Errorf("%w: thaw it with fsfreeze -u", err))
 		}
 	}
 	z.mounts = nil
 	return errors.Join(errs...)
 }
 
-// Thaw lets the filesystem that f lies on go on; EINVAL if it is not frozen.
-func Thaw(f *os.File) error {
-	if err := ioctlMount(f, ioctlThaw); err != nil {
-		return fmt.Errorf("thaw %s: %w", f.Name(), err)
+// Thaw lets the filesystem that f lies on go on; EINVAL if it is not frozen. That
+// may have to write to the disk: ErrStuck if it does not answer within limit, and
+// the filesystem goes on when it does.
+func Thaw(f *os.File, limit time.Duration) error {
+	own, err := dup(f) // f may be closed while the request is under way
+	if err != nil {
+		own = f
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	thawed, err := disk.Within(ctx, func() error {
+		if own != f {
+			defer own.Close()
+		}
+		return ioctlMount(own, ioctlThaw)
+	}, func(error) {})
+	if err != nil {
+		thawed = ErrStuck
+	}
+	if thawed != nil {
+		return fmt.Errorf("thaw %s: %w", f.Name(), thawed)
 	}
 	return nil
 }

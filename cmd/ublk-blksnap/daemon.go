@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"log/slog"
@@ -128,14 +129,21 @@ func override(cfg *control.Config, given *pflag.FlagSet, params []control.Param)
 	return nil
 }
 
-// prefixed writes with something before all that is written.
+// prefixed writes with something before each line of what is written, which ends
+// with one.
 type prefixed struct {
 	io.Writer
 	prefix string
 }
 
 func (w prefixed) Write(b []byte) (int, error) {
-	if _, err := w.Writer.Write(append([]byte(w.prefix), b...)); err != nil {
+	var out []byte
+	for _, line := range bytes.SplitAfter(b, []byte("\n")) {
+		if len(line) > 0 {
+			out = append(append(out, w.prefix...), line...)
+		}
+	}
+	if _, err := w.Writer.Write(out); err != nil {
 		return 0, err
 	}
 	return len(b), nil

@@ -207,6 +207,13 @@ func (h *Host) statPath(path string) (status, error) {
 	return a.st, a.err
 }
 
+// Exists says whether something is at path, below Root. What does not answer is
+// not there.
+func (h *Host) Exists(path string) bool {
+	_, err := h.statPath(path)
+	return err == nil
+}
+
 // statFile is the status of an open file, or of what a path leads to. It asks no
 // file server for what is known here.
 func statFile(fd int, path string) (status, error) {

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -55,6 +56,17 @@ func TestDeadFileServer(t *testing.T) {
 	defer open.Close()
 	bare := loopOver(t, sparseFile(t, at, 4<<20), 512)
 	remote := filepath.Join(at, "differences")
+
+	// udev's rules may be looked for there as well.
+	const rules = "/run/udev/rules.d"
+	if _, err := os.Stat("/run/udev"); errors.Is(err, os.ErrNotExist) {
+		t.Cleanup(func() { os.RemoveAll("/run/udev") })
+	}
+	if err := os.MkdirAll(rules, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mount", "--bind", at, rules)
+	t.Cleanup(func() { run(t, "umount", rules) })
 
 	d := startDaemon(t, "disk_timeout=2s", "storage_timeout=6s")
 	dev := d.add(ram[0])
