@@ -196,6 +196,9 @@ type Storage struct {
 	// Overwrite uses a file or a block device whatever it holds, which is lost. A
 	// file that was there stays, empty.
 	Overwrite bool `json:"overwrite,omitempty"`
+	// OverwriteFile is Overwrite if the path leads to a file, as the daemon sees
+	// it: a block device is still used only if it holds nothing.
+	OverwriteFile bool `json:"overwrite_file,omitempty"`
 	// Warning, in an answer, is what could not be found out about the place.
 	Warning string `json:"warning,omitempty"`
 }

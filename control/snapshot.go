@@ -353,9 +353,10 @@ func (d *Daemon) appendTo(s *snapshot, st Storage) error {
 		place.Close()
 		return fail(err, "storage %s", st.Path)
 	}
+	overwrite := st.Overwrite || st.OverwriteFile && place.Kind() == unix.S_IFREG
 	d.step("allocate storage in %s", st.Path)
 	if err := s.live.AppendStorage(snapimage.Storage{
-		Place: place, Where: d.host.Where(place), Limit: st.Limit, Overwrite: st.Overwrite, Probe: d.probe,
+		Place: place, Where: d.host.Where(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
 	}); err != nil {
 		if hanging := s.live.Returning(); len(hanging) > 0 {
 			d.o.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", asKnown(strings.Join(hanging, ", ")))

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
@@ -53,8 +52,7 @@ func (p *program) blksnapSnapshotCreate() *cobra.Command {
 // blksnapStorage is storage as blksnap takes it: a file is used whatever it
 // holds, as scripts make it beforehand.
 func blksnapStorage(path string, limit int64) ([]control.Storage, error) {
-	st, err := os.Stat(path)
-	return storages([]string{path}, limit, err == nil && st.Mode().IsRegular())
+	return storages([]string{path}, control.Storage{Limit: limit, OverwriteFile: true})
 }
 
 func (p *program) blksnapSnapshotAdd() *cobra.Command {

@@ -17,11 +17,6 @@ func TestBlksnapCommands(t *testing.T) {
 	create := func(devices []string, storage []control.Storage) []any {
 		return []any{control.CreateRequest{Devices: devices, Storage: storage, Attach: true}}
 	}
-	there := filepath.Join(t.TempDir(), "storage")
-	if err := os.WriteFile(there, []byte("content"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	used := control.Storage{Path: there, Overwrite: true} // as scripts make it
 	mark := []any{control.MarkRequest{Device: "vdb", Ranges: []control.Range{{Sector: 0, Count: 8}, {Sector: 16, Count: 8}}}}
 	goldens := []golden{
 		{"attach -d /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "Attached successfully\n"},
@@ -33,11 +28,9 @@ func TestBlksnapCommands(t *testing.T) {
 		{"markdirtyblock --ranges 0:8 16:8 --device vdb", mark, ""},
 		{"snapshot_create -d vdb", create([]string{"vdb"}, nil), id1 + "\n"},
 		{"snapshot_create -d vdb -d vdc", create([]string{"vdb", "vdc"}, nil), id1 + "\n"},
-		{"snapshot_create --device vdb vdc --file /d --limit 10g", create([]string{"vdb", "vdc"}, []control.Storage{{Path: "/d", Limit: 10 << 30}}), id1 + "\n"},
-		{"snapshot_create -d vdb -f " + there, create([]string{"vdb"}, []control.Storage{used}), id1 + "\n"},
-		{"snapshot_appendstorage -i " + id1 + " -f " + there, []any{control.StorageRequest{ID: id1, Storage: used}}, ""},
+		{"snapshot_create --device vdb vdc --file /d --limit 10g", create([]string{"vdb", "vdc"}, []control.Storage{{Path: "/d", Limit: 10 << 30, OverwriteFile: true}}), id1 + "\n"},
 		{"snapshot_add -i " + id1 + " -d vdb", []any{control.SnapshotDeviceRequest{ID: id1, Device: "vdb", Attach: true}}, ""},
-		{"snapshot_appendstorage -i " + id1 + " -f /s", []any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s"}}}, ""},
+		{"snapshot_appendstorage -i " + id1 + " -f /s", []any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s", OverwriteFile: true}}}, ""},
 		{"snapshot_take --id=" + id1, []any{control.TakeRequest{ID: id1}}, ""},
 		{"snapshot_destroy -i " + id1, []any{id1}, ""},
 		{"snapshot_info -d vdb", []any{"vdb", "snapshots"}, "error_code=-28\nimage=/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},

@@ -16,7 +16,7 @@ func (p *program) snapshotAppend() *cobra.Command {
 		Short: "Give a snapshot more difference storage, taken or not",
 		Args:  args(2, 2),
 		RunE: func(c *cobra.Command, args []string) error {
-			st, err := storages(args[1:], int64(limit), overwrite)
+			st, err := storages(args[1:], control.Storage{Limit: int64(limit), Overwrite: overwrite})
 			if err != nil {
 				return err
 			}

@@ -48,7 +48,7 @@ its size, up to --limit; at the end the file has its space back.`,
 			if r.Devices, err = devicePaths(args); err != nil {
 				return err
 			}
-			if r.Storage, err = storages(storage, int64(limit), overwrite); err != nil {
+			if r.Storage, err = storages(storage, control.Storage{Limit: int64(limit), Overwrite: overwrite}); err != nil {
 				return err
 			}
 			return p.start(c, func(ctx context.Context, api control.API) error {
@@ -83,14 +83,15 @@ func devicePaths(args []string) ([]string, error) {
 	return out, nil
 }
 
-func storages(paths []string, limit int64, overwrite bool) ([]control.Storage, error) {
+// storages are the paths, each as like says.
+func storages(paths []string, like control.Storage) ([]control.Storage, error) {
 	var out []control.Storage
 	for _, path := range paths {
-		abs, err := filepath.Abs(path)
-		if err != nil {
+		var err error
+		if like.Path, err = filepath.Abs(path); err != nil {
 			return nil, err
 		}
-		out = append(out, control.Storage{Path: abs, Limit: limit, Overwrite: overwrite})
+		out = append(out, like)
 	}
 	return out, nil
 }

@@ -301,6 +301,8 @@ func TestStorageDevice(t *testing.T) {
 	}
 	t.Cleanup(show)
 	want(t, use(false), control.Busy, "cannot tell", "install util-linux", "--overwrite")
+	_, err = d.AppendStorage(ctx(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: device, OverwriteFile: true}})
+	want(t, err, control.Busy, "cannot tell")
 	show()
 	for at, text := range squashfs {
 		if _, err := f.WriteAt([]byte(text), at); err != nil {
