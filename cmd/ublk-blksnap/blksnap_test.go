@@ -46,7 +46,7 @@ func TestBlksnapCommands(t *testing.T) {
 		// boost::program_options takes long options that are cut short.
 		{"markdirtyblock --range 0:8 16:8 --dev vdb", mark, ""},
 		{"attach --d /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "Attached successfully\n"},
-		{"snapshot_create --dev=vdb --fi=/d --lim=1G", create([]string{"vdb"}, []control.Storage{{Path: "/d", Limit: 1 << 30}}), id1 + "\n"},
+		{"snapshot_create --dev=vdb --fi=/d --lim=1G", create([]string{"vdb"}, []control.Storage{{Path: "/d", Limit: 1 << 30, OverwriteFile: true}}), id1 + "\n"},
 		{"snapshot_info --device vdb --fi image", []any{"vdb", "snapshots"}, "/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
 		{"snapshot_waitevent --i " + id1 + " --time 0", []any{control.WaitRequest{ID: id1}},
 			"result=ok\ntime=1735787045000000000\nevent=low_free_space\nrequested_nr_sect=2097152\n"},
