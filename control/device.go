@@ -16,6 +16,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
@@ -284,19 +285,13 @@ func (d *Daemon) openOriginal(ctx context.Context, x *disk.Disk) (*blockdev.OSFi
 		file *blockdev.OSFile
 		err  error
 	}
-	o, err := disk.Within(ctx, func() opened {
+	o, err := bounded.Call(ctx, func() opened {
 		f, err := d.host.OpenExclusive(x)
-		if err != nil {
-			return opened{nil, err}
+		if err == nil {
+			// What readers of the disk have in the page cache is about to become old.
+			_ = unix.IoctlSetInt(f.Fd(), unix.BLKFLSBUF, 0)
 		}
-		defer f.Close()
-		// What readers of the disk have in the page cache is about to become old.
-		_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-		if err != nil {
-			return opened{nil, fmt.Errorf("keep %s open: %w", x.Known(), err)}
-		}
-		return opened{blockdev.NewOSFile(fd, x.Known()), nil}
+		return opened{f, err}
 	}, func(o opened) {
 		if o.err == nil {
 			_ = o.file.Close()
@@ -353,6 +348,7 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 	ctx, cancel := d.bounded(ctx)
 	defer cancel()
 	cfg.Tag = ublk.Tag(kind)
+	cfg.OpenedBy = d.openedBy
 	noteKind := "filter"
 	if kind == imageKind {
 		noteKind = "image"
@@ -509,10 +505,18 @@ func (d *Daemon) idle(v *device) error {
 	if err := d.free(v); err != nil {
 		return err
 	}
-	if who := d.host.Openers(v.dev.Num); len(who) > 0 {
-		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "opened by " + who[0].String(), Fix: "end that process first"}
+	if who := d.openedBy(v.dev.Num); who != "" {
+		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "opened by " + who, Fix: "end that process first"}
 	}
 	return nil
+}
+
+// openedBy names a process that has the device open, if one has.
+func (d *Daemon) openedBy(n blockdev.Num) string {
+	if who := d.host.Openers(n); len(who) > 0 {
+		return who[0].String()
+	}
+	return ""
 }
 
 // free refuses a filter device that is mounted or has a device on it. One whose
@@ -626,7 +630,7 @@ func (d *Daemon) takeDown(v *device) error {
 	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
 	reread := v.repartitioned
-	_, err := disk.Within(ctx, func() error {
+	_, err := bounded.Call(ctx, func() error {
 		// Who reads the disk from now on shall not see what its page cache had kept
 		// from before.
 		_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKFLSBUF, 0)

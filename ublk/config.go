@@ -95,6 +95,10 @@ type Config struct {
 	// Slots is how many operations a queue's handler has in flight at most
 	// before they wait; 0: twice Depth.
 	Slots int
+	// OpenedBy names a process that has the disk of this number or one of its
+	// partitions open, for ErrBusy; empty if there is none. Before Linux 7.0 the
+	// driver does not know, and TryStop goes by it. nil: nobody is looked for.
+	OpenedBy func(blockdev.Num) string
 	// NewHandler makes the handler of queue q, whose thread is that of bq. It
 	// is called before the queue's first request, on another thread.
 	NewHandler func(q int, bq blockdev.Queue) Handler

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
@@ -23,7 +22,7 @@ type Device struct {
 	ID     int
 	Path   string // /dev/ublkbN
 	CPath  string // /dev/ublkcN
-	Num    disk.Num
+	Num    blockdev.Num
 	Mode   Mode // ModeCopy or ModeZeroCopy
 	Queues int
 	Depth  int
@@ -35,7 +34,8 @@ type Device struct {
 	name   string
 	slots  int
 	make   func(q int, bq blockdev.Queue) Handler
-	cdev   *blockdev.OSFile // nil when closed
+	opener func(blockdev.Num) string // see Config.OpenedBy
+	cdev   *blockdev.OSFile          // nil when closed
 	queues []*queue
 	procs  int // queues told to addProcs
 
@@ -68,6 +68,7 @@ func newDevice(ctl *Control, cfg *Config, info Info) *Device {
 		name:   cfg.Name,
 		slots:  cfg.Slots,
 		make:   cfg.NewHandler,
+		opener: cfg.OpenedBy,
 		claims: make(chan struct{}),
 	}
 	close(d.claims)

@@ -14,15 +14,15 @@ import (
 
 // Taking over a device whose server has died, or has given it up by Quiesce.
 //
-// The daemon does not do it yet: it makes its devices with recovery only if asked
-// to, and the next daemon removes them. Taking over after the daemon's death is
-// what calls Recover and Quiesce; until then tests do.
+// The daemon does not do it yet: it makes devices with recovery only if asked to,
+// and the next daemon leaves those waiting until they are removed by force. Taking
+// over after the daemon's death will call Recover and Quiesce; until then tests do.
 
 // Recover takes over device id, whose server has died or quiesced it: the
 // requests that wait are served next. The device keeps its number, shape and
-// content; of cfg only Name, Files, Slots and NewHandler are used. It waits
-// until the kernel has seen the last of the old server, or ctx ends. An error
-// leaves the device to a further attempt.
+// content; of cfg only Name, Files, Slots, OpenedBy and NewHandler are used. It
+// waits until the kernel has seen the last of the old server, or ctx ends. An
+// error leaves the device to a further attempt.
 //
 // Before Linux 6.15 the driver does not clean up after a server that dies in
 // the middle of this (some milliseconds): such a device can only be deleted.

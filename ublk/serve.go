@@ -9,7 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // A device is served in this order, after Add or Recover: its node is opened, each
@@ -49,7 +48,7 @@ func (d *Device) serve(ctx context.Context, start uint32) error {
 	if err != nil {
 		return err
 	}
-	d.Num = disk.Num{Major: p.Devt.DiskMajor, Minor: p.Devt.DiskMinor}
+	d.Num = blockdev.Num{Major: p.Devt.DiskMajor, Minor: p.Devt.DiskMinor}
 	return waitNode(ctx, d.Path)
 }
 

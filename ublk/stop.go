@@ -7,7 +7,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
@@ -124,17 +125,17 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 	ended := make(chan struct{})
 	d.claims = ended
 	type claim struct {
-		fd           int
+		file         *blockdev.OSFile
 		opened, sync error
 	}
-	c, err := disk.Within(ctx, func() (c claim) {
-		if c.fd, c.opened = unix.Open(d.Path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0); c.opened == nil {
-			c.sync = unix.Fsync(c.fd)
+	c, err := bounded.Call(ctx, func() (c claim) {
+		if c.file, c.opened = blockdev.OpenExclusive(d.Path, d.Path, unix.O_RDONLY); c.opened == nil {
+			c.sync = unix.Fsync(c.file.Fd())
 		}
 		return c
 	}, func(c claim) {
 		if c.opened == nil {
-			unix.Close(c.fd)
+			_ = c.file.Close()
 		}
 		close(ended)
 	})
@@ -150,20 +151,15 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 	case c.opened != nil:
 		return fmt.Errorf("claim %s: %w", d.Path, c.opened)
 	}
-	defer unix.Close(c.fd)
+	defer c.file.Close()
 	if c.sync != nil {
 		return fmt.Errorf("sync %s: %w", d.Path, c.sync)
 	}
 	return f()
 }
 
+// busy is ErrBusy, with a process that has the disk open if there is one.
 func (d *Device) busy() error {
-	host := disk.Machine()
-	if x, err := host.ByNumber(d.Num); err == nil {
-		if err := host.CheckFree(x); err != nil {
-			return fmt.Errorf("%w: %w", ErrBusy, err)
-		}
-	}
 	if err := d.opened(); err != nil {
 		return err
 	}
@@ -172,8 +168,11 @@ func (d *Device) busy() error {
 
 // opened is ErrBusy if a process has the disk or one of its partitions open.
 func (d *Device) opened() error {
-	if ps := disk.Machine().Openers(d.Num); len(ps) > 0 {
-		return fmt.Errorf("%s: %w: opened by %s", d.Path, ErrBusy, ps[0])
+	if d.opener == nil {
+		return nil
+	}
+	if who := d.opener(d.Num); who != "" {
+		return fmt.Errorf("%s: %w: opened by %s", d.Path, ErrBusy, who)
 	}
 	return nil
 }

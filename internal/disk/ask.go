@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 )
 
 // ErrNoAnswer: a file server or a disk does not answer. It arrives wrapped in an
@@ -52,7 +54,7 @@ func ask[T any](end time.Time, question string, f func() T, late func(T)) (T, er
 	ctx, cancel := context.WithTimeout(context.Background(), max(time.Until(end), grace))
 	defer cancel()
 	ended := make(chan struct{})
-	x, err := Within(ctx, func() T {
+	x, err := bounded.Call(ctx, func() T {
 		defer close(ended)
 		return f()
 	}, late)

@@ -25,6 +25,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
@@ -52,9 +53,7 @@ func (e *Error) Error() string { return e.Path + ": " + e.What }
 func (e *Error) Unwrap() error { return e.Kind }
 
 // Num is a block device's number.
-type Num struct{ Major, Minor uint32 }
-
-func (n Num) String() string { return fmt.Sprintf("%d:%d", n.Major, n.Minor) }
+type Num = blockdev.Num
 
 // ParseNum reads "8:16".
 func ParseNum(s string) (Num, error) {
@@ -64,10 +63,8 @@ func ParseNum(s string) (Num, error) {
 	if !ok || err1 != nil || err2 != nil {
 		return Num{}, fmt.Errorf("parse device number %q", s)
 	}
-	return Num{uint32(a), uint32(b)}, nil
+	return Num{Major: uint32(a), Minor: uint32(b)}, nil
 }
-
-func numOf(rdev uint64) Num { return Num{unix.Major(rdev), unix.Minor(rdev)} }
 
 // Disk is a block device: a whole disk or a partition.
 type Disk struct {
@@ -217,8 +214,8 @@ func statFile(fd int, path string) (status, error) {
 	}
 	return status{
 		mode:  st.Mode & unix.S_IFMT,
-		rdev:  Num{st.Rdev_major, st.Rdev_minor},
-		dev:   Num{st.Dev_major, st.Dev_minor},
+		rdev:  Num{Major: st.Rdev_major, Minor: st.Rdev_minor},
+		dev:   Num{Major: st.Dev_major, Minor: st.Dev_minor},
 		ino:   st.Ino,
 		mount: st.Mnt_id,
 	}, nil

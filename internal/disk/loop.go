@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // backingName is the name of a loop device's file in sysfs, as the file was
@@ -56,7 +58,7 @@ func loopStatus(node string) (status, error) {
 	if err != nil {
 		return status{}, err
 	}
-	st := status{mode: unix.S_IFREG, dev: numOf(info.Device), ino: info.Inode, rdev: numOf(info.Rdevice)}
+	st := status{mode: unix.S_IFREG, dev: blockdev.NumOf(info.Device), ino: info.Inode, rdev: blockdev.NumOf(info.Rdevice)}
 	if info.Rdevice != 0 {
 		st.mode = unix.S_IFBLK
 	}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // CheckUsable refuses a disk that nothing can be put over: empty, read-only or
@@ -129,11 +131,11 @@ func (h *Host) loopOver(d *Disk) string {
 // OpenExclusive opens the disk for direct reading and writing and claims it:
 // nobody can mount it or put another device on it until the file is closed.
 // A disk that somebody has claimed gives an *Error with ErrInUse.
-func (h *Host) OpenExclusive(d *Disk) (*os.File, error) {
-	f, err := os.OpenFile(d.Node, os.O_RDWR|unix.O_DIRECT|unix.O_EXCL|unix.O_CLOEXEC, 0)
+func (h *Host) OpenExclusive(d *Disk) (*blockdev.OSFile, error) {
+	f, err := blockdev.OpenExclusive(d.Node, d.Known(), unix.O_RDWR|unix.O_DIRECT)
 	if err == nil {
 		var st unix.Stat_t
-		if err := unix.Fstat(int(f.Fd()), &st); err != nil || numOf(st.Rdev) != d.Num {
+		if err := unix.Fstat(f.Fd(), &st); err != nil || blockdev.NumOf(st.Rdev) != d.Num {
 			f.Close()
 			return nil, &Error{ErrNotFound, d.Path, fmt.Sprintf("%s is not device %s any more", d.Node, d.Num), ""}
 		}
@@ -147,7 +149,7 @@ func (h *Host) OpenExclusive(d *Disk) (*os.File, error) {
 	case errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENOENT):
 		return nil, &Error{ErrNotFound, d.Path, "no such device", ""}
 	}
-	return nil, &Error{err, d.Path, err.Error(), ""}
+	return nil, &Error{err, d.Path, "open " + d.Node + ": " + err.Error(), ""}
 }
 
 // busy explains EBUSY as well as it can.

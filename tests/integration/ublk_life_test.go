@@ -216,7 +216,7 @@ func TestUblkTryStop(t *testing.T) {
 	// Claimed, as by a mount.
 	d2cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 16)
 	d2 := ublkAdd(t, ctl, d2cfg)
-	held := ublkOpen(t, d2.Path, unix.O_EXCL)
+	held := ublkClaim(t, d2.Path)
 	if err := d2.TryStop(ublkContext(t)); !errors.Is(err, ublk.ErrBusy) {
 		t.Errorf("try stop of a claimed disk: %v", err)
 	}
@@ -555,7 +555,7 @@ func TestUblkPartitions(t *testing.T) {
 			found := func() bool { _, err := os.Stat(d.Path + "p1"); return err == nil }
 			if want {
 				waitFor(t, "the partition", found)
-				part := ublkOpen(t, d.Path+"p1", unix.O_EXCL)
+				part := ublkClaim(t, d.Path+"p1")
 				if err := d.TryStop(ublkContext(t)); !errors.Is(err, ublk.ErrBusy) {
 					t.Errorf("try stop with a partition in use: %v", err)
 				}
