@@ -60,7 +60,7 @@ func openControlDevice() (int, error) {
 
 // loadDriver loads ublk_drv; the error says why there is none.
 func loadDriver() error {
-	release := kernelRelease()
+	release := KernelRelease()
 	name, err := exec.LookPath("modprobe")
 	if err != nil {
 		name = "/sbin/modprobe"
@@ -82,7 +82,7 @@ func noDriver(release string, exists bool, out []byte, err error) error {
 		return fmt.Errorf("%w: modprobe ublk_drv: %s", ErrNoDriver, out)
 	case exists:
 		return fmt.Errorf("%w: modprobe ublk_drv: %w", ErrNoDriver, err)
-	case olderThan(release, MinKernel):
+	case OlderThan(release, MinKernel):
 		return fmt.Errorf("%w: kernel %s is too old: Linux %s or newer is needed", ErrNoDriver, release, MinKernel)
 	}
 	return fmt.Errorf("%w: kernel %s has no module ublk_drv: install a kernel built with CONFIG_BLK_DEV_UBLK (Linux %s or newer), or the package with its extra modules", ErrNoDriver, release, MinKernel)
@@ -93,7 +93,8 @@ func moduleExists(dir, release string) bool {
 	return len(found) > 0
 }
 
-func kernelRelease() string {
+// KernelRelease is the release of the running kernel, "6.12.9-amd64".
+func KernelRelease() string {
 	var u unix.Utsname
 	if unix.Uname(&u) != nil {
 		return "unknown"
@@ -101,8 +102,9 @@ func kernelRelease() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
-// olderThan compares the first two numbers of kernel releases.
-func olderThan(release, min string) bool {
+// OlderThan compares the first two numbers of kernel releases. One that has none
+// is not older.
+func OlderThan(release, min string) bool {
 	var a, b, x, y int
 	if n, _ := fmt.Sscanf(release, "%d.%d", &a, &b); n != 2 {
 		return false

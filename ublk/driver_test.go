@@ -31,7 +31,7 @@ func TestOlderThan(t *testing.T) {
 	for release, want := range map[string]bool{
 		"6.4.16": true, "5.19": true, "6.5.0-rc1": false, "6.12.117+deb12-cloud-amd64": false, "7.2.12": false, "strange": false,
 	} {
-		if got := olderThan(release, "6.5"); got != want {
+		if got := OlderThan(release, "6.5"); got != want {
 			t.Errorf("%s older than 6.5: %v", release, got)
 		}
 	}

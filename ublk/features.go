@@ -105,7 +105,7 @@ func (c *Control) readFeatures(ctx context.Context) error {
 	var buf [uapi.UBLK_FEATURES_LEN]byte
 	err := c.do(ctx, uapi.UBLK_U_CMD_GET_FEATURES, uapi.UblksrvCtrlCmd{DevID: anyID, QueueID: noQueue}, buf[:])
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("%w: kernel %s cannot list its features: Linux %s or newer is needed", ErrTooOld, kernelRelease(), MinKernel)
+		return fmt.Errorf("%w: kernel %s cannot list its features: Linux %s or newer is needed", ErrTooOld, KernelRelease(), MinKernel)
 	}
 	if err != nil {
 		return err

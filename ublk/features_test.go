@@ -14,7 +14,7 @@ func TestFeatures(t *testing.T) {
 		if f.Flag != 1<<i {
 			t.Errorf("%s is number %d in the list, flag %#x", f.Name, i, f.Flag)
 		}
-		if f.Since == "" || f.Means == "" || olderThan(f.Since, "6.0") {
+		if f.Since == "" || f.Means == "" || OlderThan(f.Since, "6.0") {
 			t.Errorf("incomplete: %+v", f)
 		}
 		seen |= f.Flag
