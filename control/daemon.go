@@ -123,7 +123,7 @@ func (d *Daemon) clearAway() {
 		if _, ours := ublk.IsOurs(i.Tag); !ours {
 			continue
 		}
-		if now, err := d.ctl.Settled(ctx, i.ID); err == nil {
+		if now, err := d.ctl.SettledInfo(ctx, i.ID); err == nil {
 			i = now
 		}
 		if i.State != ublk.Dead {

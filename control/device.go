@@ -118,7 +118,7 @@ func (d *Daemon) add(ctx context.Context, r AddRequest) (*device, error) {
 		return nil, d.nameFilter(v.disk, err)
 	}
 	if r.Name == "" {
-		r.Name = v.disk.Title()
+		r.Name = v.disk.DisplayName()
 	}
 	if err := checkName(r.Name); err != nil {
 		return nil, err
@@ -213,7 +213,7 @@ func (d *Daemon) nameFilter(x *disk.Disk, err error) error {
 	}
 	for _, v := range d.sorted() {
 		if v.disk.Parent == x.Name || x.Parent == v.disk.Name {
-			return &Error{Code: Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", v.disk.Known(), v.Name)}
+			return &Error{Code: Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", v.disk.DisplayPath(), v.Name)}
 		}
 	}
 	return err
@@ -256,7 +256,7 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 		return err
 	}
 	v.Device = Device{
-		Name: r.Name, Original: v.disk.Known(), OriginalNumber: v.disk.Num.String(),
+		Name: r.Name, Original: v.disk.DisplayPath(), OriginalNumber: v.disk.Num.String(),
 		Path: v.dev.Path, Number: v.dev.Num.String(), ID: uint32(v.dev.ID),
 		Size: v.geo.Size, LogicalBlockSize: v.geo.LogicalBlock, PhysicalBlockSize: v.geo.PhysicalBlock,
 		Queues: v.dev.Queues, Depth: v.dev.Depth, Mode: modeOf(v.dev.Mode), Recovery: *r.Recovery,
@@ -298,7 +298,7 @@ func (d *Daemon) openOriginal(ctx context.Context, x *disk.Disk) (*blockdev.OSFi
 		}
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open and flush %s: %w", x.Known(), err)
+		return nil, fmt.Errorf("open and flush %s: %w", x.DisplayPath(), err)
 	}
 	return o.file, o.err
 }

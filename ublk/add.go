@@ -51,7 +51,7 @@ func (c *Control) add(ctx context.Context, info *uapi.UblksrvCtrlDevInfo) error 
 	return c.doOrUndo(ctx, uapi.UBLK_U_CMD_ADD_DEV, cmd, bytesOf(info), func(answer []byte) {
 		var late uapi.UblksrvCtrlDevInfo // with its number, if the driver was to choose one
 		copy(bytesOf(&late), answer)
-		ctx, cancel := context.WithTimeout(context.Background(), undoWait)
+		ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 		defer cancel()
 		_ = c.deleteDevice(ctx, int(late.DevID))
 	})
@@ -61,7 +61,7 @@ func (c *Control) add(ctx context.Context, info *uapi.UblksrvCtrlDevInfo) error 
 func (d *Device) setUp(ctx context.Context, cfg *Config, params *uapi.UblkParams, need uint64) error {
 	for bit := uint64(1); bit <= need; bit <<= 1 {
 		if need&bit != 0 && d.Flags&bit == 0 {
-			return missing(bit)
+			return unsupported(bit)
 		}
 	}
 	if d.Queues != cfg.Queues || d.Depth != cfg.Depth || d.MaxIO != cfg.MaxIO {
@@ -98,7 +98,7 @@ func sameParams(want, got *uapi.UblkParams) error {
 // undo deletes what a failed Add has made, and returns what is left. err is why
 // it failed.
 func (d *Device) undo(err error) (*Device, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), undoWait)
+	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 	defer cancel()
 	if e := d.Delete(ctx); e != nil {
 		return d, errors.Join(err, e)

@@ -123,7 +123,7 @@ func (cfg *Config) check(ctl *Control) (zeroCopy bool, err error) {
 		return false, nil
 	case ModeZeroCopy:
 		if !ctl.Has(zeroCopyFlags) {
-			return false, missing(uapi.UBLK_F_AUTO_BUF_REG)
+			return false, unsupported(uapi.UBLK_F_AUTO_BUF_REG)
 		}
 		if cfg.Geometry.StableWrites {
 			return false, errors.New("zero copy: the disk makes checksums of what is written, which must not change meanwhile: use mode copy")

@@ -27,29 +27,29 @@ type Control struct {
 	wake     int // eventfd
 	features uint64
 	mem      []byte // commandSlots buffers that the kernel reads and writes
-	prep     func(sqe *uring.SQE, dev int, w *command)
+	prep     func(sqe *uring.SQE, dev int, cmd *command)
 	ended    chan struct{}
 
-	mu     sync.Mutex // guards the fields below
-	queue  []*command
-	hung   map[hungKey]*command // given up, and still in the kernel's hands
-	closed bool
+	mu      sync.Mutex // guards the fields below
+	queue   []*command
+	givenUp map[commandKey]*command // nobody waits for them, the kernel still has them
+	closed  bool
 }
 
-type hungKey struct{ op, dev uint32 }
+type commandKey struct{ op, dev uint32 }
 
 // command is one control command. All but done belong to the control thread
 // until done is closed, which happens under Control.mu.
 type command struct {
 	op   uint32
-	cmd  uapi.UblksrvCtrlCmd
+	arg  uapi.UblksrvCtrlCmd
 	buf  []byte // copied to the kernel and back
 	res  int32
 	done chan struct{}
-	late func(buf []byte) // called if it succeeds after it was given up; may be nil
+	undo func(buf []byte) // called if it succeeds after it was given up; may be nil
 }
 
-func (w *command) key() hungKey { return hungKey{w.op, w.cmd.DevID} }
+func (cmd *command) key() commandKey { return commandKey{cmd.op, cmd.arg.DevID} }
 
 const (
 	commandSlots = 16 // one is running, the others are given up
@@ -82,7 +82,7 @@ func OpenControl() (*Control, error) {
 
 // newControl starts the thread for dev, which is the Control's from then on.
 func newControl(dev int, prep func(*uring.SQE, int, *command)) (*Control, error) {
-	c := &Control{dev: dev, prep: prep, wake: -1, ended: make(chan struct{}), hung: map[hungKey]*command{}}
+	c := &Control{dev: dev, prep: prep, wake: -1, ended: make(chan struct{}), givenUp: map[commandKey]*command{}}
 	started := make(chan error)
 	go c.thread(started)
 	if err := <-started; err != nil {
@@ -119,52 +119,52 @@ func (c *Control) notify() {
 
 // do runs one command: buf goes to the kernel and comes back. It returns the
 // kernel's errno, wrapped, or that of ctx.
-func (c *Control) do(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, buf []byte) error {
-	return c.doOrUndo(ctx, op, cmd, buf, nil)
+func (c *Control) do(ctx context.Context, op uint32, arg uapi.UblksrvCtrlCmd, buf []byte) error {
+	return c.doOrUndo(ctx, op, arg, buf, nil)
 }
 
-// doOrUndo is do for a command that leaves something behind: late, on a goroutine
+// doOrUndo is do for a command that leaves something behind: undo, on a goroutine
 // of its own, takes that away if the command was given up and succeeds after all.
-func (c *Control) doOrUndo(ctx context.Context, op uint32, cmd uapi.UblksrvCtrlCmd, buf []byte, late func(buf []byte)) error {
+func (c *Control) doOrUndo(ctx context.Context, op uint32, arg uapi.UblksrvCtrlCmd, buf []byte, undo func(buf []byte)) error {
 	if len(buf) > slotSize {
 		panic("ublk: control buffer too large")
 	}
-	w := &command{op: op, cmd: cmd, buf: append([]byte(nil), buf...), done: make(chan struct{}), late: late}
+	cmd := &command{op: op, arg: arg, buf: append([]byte(nil), buf...), done: make(chan struct{}), undo: undo}
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
-		return commandError(op, cmd.DevID, ErrClosed)
+		return commandError(op, arg.DevID, ErrClosed)
 	}
-	c.queue = append(c.queue, w)
+	c.queue = append(c.queue, cmd)
 	c.mu.Unlock()
 	c.notify()
 	select {
-	case <-w.done:
+	case <-cmd.done:
 	case <-ctx.Done():
-		if c.giveUp(w) {
-			return commandError(op, cmd.DevID, ctx.Err())
+		if c.giveUp(cmd) {
+			return commandError(op, arg.DevID, ctx.Err())
 		}
 	}
-	if err := w.err(); err != nil {
-		return commandError(op, cmd.DevID, err)
+	if err := cmd.err(); err != nil {
+		return commandError(op, arg.DevID, err)
 	}
-	copy(buf, w.buf)
+	copy(buf, cmd.buf)
 	return nil
 }
 
 // giveUp is for a command that nobody waits for any more. It is false if the
 // command has just ended.
-func (c *Control) giveUp(w *command) bool {
+func (c *Control) giveUp(cmd *command) bool {
 	c.mu.Lock()
-	if i := slices.Index(c.queue, w); i >= 0 {
+	if i := slices.Index(c.queue, cmd); i >= 0 {
 		c.queue = slices.Delete(c.queue, i, i+1)
 	} else {
 		select {
-		case <-w.done:
+		case <-cmd.done:
 			c.mu.Unlock()
 			return false
 		default:
-			c.hung[w.key()] = w
+			c.givenUp[cmd.key()] = cmd
 		}
 	}
 	c.mu.Unlock()
@@ -173,14 +173,14 @@ func (c *Control) giveUp(w *command) bool {
 }
 
 // err is what the kernel answered, or ErrClosed.
-func (w *command) err() error {
+func (cmd *command) err() error {
 	switch {
-	case w.res == notRun:
+	case cmd.res == notRun:
 		return ErrClosed
-	case w.res == -enotsupp:
+	case cmd.res == -enotsupp:
 		return unix.EOPNOTSUPP
-	case w.res < 0:
-		return unix.Errno(-w.res)
+	case cmd.res < 0:
+		return unix.Errno(-cmd.res)
 	}
 	return nil
 }

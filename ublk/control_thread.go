@@ -22,7 +22,7 @@ type controlThread struct {
 	running  [commandSlots]*command // by slot: in the kernel's hands
 	current  int                    // slot of the one that is waited for, -1 if none
 	inFlight int
-	poll     bool // the eventfd is being watched
+	polling  bool // the eventfd is being watched
 }
 
 func (c *Control) thread(started chan<- error) {
@@ -59,9 +59,9 @@ func (t *controlThread) open() error {
 func (t *controlThread) close(err error) {
 	t.mu.Lock()
 	t.closed = true
-	for _, w := range t.queue {
-		w.res = notRun
-		close(w.done)
+	for _, cmd := range t.queue {
+		cmd.res = notRun
+		close(cmd.done)
 	}
 	t.queue = nil
 	if t.wake >= 0 {
@@ -76,10 +76,10 @@ func (t *controlThread) close(err error) {
 	if t.inFlight == 0 && t.mem != nil {
 		unix.Munmap(t.mem)
 	}
-	for _, w := range t.running {
-		if w != nil {
-			w.res = notRun
-			t.over(w)
+	for _, cmd := range t.running {
+		if cmd != nil {
+			cmd.res = notRun
+			t.finish(cmd)
 		}
 	}
 	close(t.ended)
@@ -88,13 +88,13 @@ func (t *controlThread) close(err error) {
 func (t *controlThread) run() error {
 	var cqes [8]uring.CQE
 	for {
-		if !t.poll {
+		if !t.polling {
 			sqe := t.ring.SQE()
 			sqe.PrepPollAdd(t.wake, unix.POLLIN)
 			sqe.UserData = wakeTag
-			t.poll = true
+			t.polling = true
 		}
-		if t.next() {
+		if t.startNext() {
 			return nil
 		}
 		if err := t.ring.SubmitAndWait(1, false); err != nil {
@@ -108,12 +108,12 @@ func (t *controlThread) run() error {
 	}
 }
 
-// next gives up the current command if nobody waits for it, and starts the next
+// startNext gives up the current command if nobody waits for it, and starts the next
 // one that has none like it hanging. It says whether the thread shall end.
-func (t *controlThread) next() (end bool) {
+func (t *controlThread) startNext() (end bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.current >= 0 && t.hung[t.running[t.current].key()] == t.running[t.current] {
+	if t.current >= 0 && t.givenUp[t.running[t.current].key()] == t.running[t.current] {
 		sqe := t.ring.SQE()
 		sqe.PrepCancel(uint64(t.current))
 		sqe.UserData = cancelTag
@@ -123,18 +123,18 @@ func (t *controlThread) next() (end bool) {
 		return t.current < 0
 	}
 	for t.current < 0 {
-		i := slices.IndexFunc(t.queue, func(w *command) bool { return t.hung[w.key()] == nil })
+		i := slices.IndexFunc(t.queue, func(cmd *command) bool { return t.givenUp[cmd.key()] == nil })
 		if i < 0 {
 			break
 		}
-		w := t.queue[i]
+		cmd := t.queue[i]
 		t.queue = slices.Delete(t.queue, i, i+1)
-		t.start(w)
+		t.start(cmd)
 	}
 	return false
 }
 
-func (t *controlThread) start(w *command) {
+func (t *controlThread) start(cmd *command) {
 	slot := -1
 	for i, r := range t.running {
 		if r == nil {
@@ -144,27 +144,27 @@ func (t *controlThread) start(w *command) {
 	}
 	if slot < 0 {
 		// Each slot holds a command that the kernel does not let go.
-		w.res = -int32(unix.EBUSY)
-		close(w.done)
+		cmd.res = -int32(unix.EBUSY)
+		close(cmd.done)
 		return
 	}
-	mem := t.mem[slot*slotSize : slot*slotSize+len(w.buf)]
-	copy(mem, w.buf)
+	mem := t.mem[slot*slotSize : slot*slotSize+len(cmd.buf)]
+	copy(mem, cmd.buf)
 	if len(mem) > 0 {
-		w.cmd.Addr = uint64(uintptr(unsafe.Pointer(&mem[0])))
-		w.cmd.Len = uint16(len(mem))
+		cmd.arg.Addr = uint64(uintptr(unsafe.Pointer(&mem[0])))
+		cmd.arg.Len = uint16(len(mem))
 	}
 	sqe := t.ring.SQE()
-	t.prep(sqe, t.dev, w)
+	t.prep(sqe, t.dev, cmd)
 	sqe.UserData = uint64(slot)
-	t.running[slot] = w
+	t.running[slot] = cmd
 	t.current = slot
 	t.inFlight++
 }
 
-func prepCommand(sqe *uring.SQE, dev int, w *command) {
-	sqe.PrepCommand(dev, w.op)
-	*(*uapi.UblksrvCtrlCmd)(unsafe.Pointer(sqe.Cmd80())) = w.cmd
+func prepCommand(sqe *uring.SQE, dev int, cmd *command) {
+	sqe.PrepCommand(dev, cmd.op)
+	*(*uapi.UblksrvCtrlCmd)(unsafe.Pointer(sqe.Cmd80())) = cmd.arg
 }
 
 func (t *controlThread) complete(cqe uring.CQE) {
@@ -172,30 +172,30 @@ func (t *controlThread) complete(cqe uring.CQE) {
 	case cqe.UserData == wakeTag:
 		var n [8]byte
 		_, _ = unix.Read(t.wake, n[:]) // to zero; it was readable
-		t.poll = false
+		t.polling = false
 	case cqe.UserData < commandSlots:
 		slot := int(cqe.UserData)
-		w := t.running[slot]
+		cmd := t.running[slot]
 		t.running[slot] = nil
 		t.inFlight--
 		if t.current == slot {
 			t.current = -1
 		}
-		w.res = cqe.Res
-		copy(w.buf, t.mem[slot*slotSize:])
-		t.over(w)
+		cmd.res = cqe.Res
+		copy(cmd.buf, t.mem[slot*slotSize:])
+		t.finish(cmd)
 	}
 }
 
-// over is the end of a command.
-func (t *controlThread) over(w *command) {
+// finish ends a command: who waits for it is told, and what was given up is undone.
+func (t *controlThread) finish(cmd *command) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.hung[w.key()] == w {
-		delete(t.hung, w.key())
-		if w.late != nil && w.res >= 0 {
-			go w.late(w.buf)
+	if t.givenUp[cmd.key()] == cmd {
+		delete(t.givenUp, cmd.key())
+		if cmd.undo != nil && cmd.res >= 0 {
+			go cmd.undo(cmd.buf)
 		}
 	}
-	close(w.done)
+	close(cmd.done)
 }

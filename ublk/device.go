@@ -29,15 +29,15 @@ type Device struct {
 	MaxIO  int
 	Flags  uint64 // UBLK_F, as granted
 
-	ctl    *Control
-	files  []*blockdev.OSFile
-	name   string
-	slots  int
-	make   func(q int, bq blockdev.Queue) Handler
-	opener func(blockdev.Num) string // see Config.OpenedBy
-	cdev   *blockdev.OSFile          // nil when closed
-	queues []*queue
-	procs  int // queues told to addProcs
+	ctl        *Control
+	files      []*blockdev.OSFile
+	name       string
+	slots      int
+	newHandler func(q int, bq blockdev.Queue) Handler
+	openedBy   func(blockdev.Num) string // see Config.OpenedBy
+	cdev       *blockdev.OSFile          // nil when closed
+	queues     []*queue
+	procs      int // queues told to addProcs
 
 	mu      sync.Mutex // serializes Stop, TryStop, Quiesce and Delete
 	ending  bool       // the driver was told to take the disk away
@@ -47,29 +47,29 @@ type Device struct {
 }
 
 const (
-	nodeWait = 5 * time.Second  // for udev to be done with a node
-	undoWait = 30 * time.Second // for the steps of a failed start
-	goneWait = 2 * time.Second  // for the last users of a deleted device
-	pause    = 5 * time.Millisecond
+	nodeTimeout      = 5 * time.Second  // for udev to be done with a node
+	undoTimeout      = 30 * time.Second // for the steps of a failed start
+	lastCloseTimeout = 2 * time.Second  // for the last users of a deleted device
+	pollInterval     = 5 * time.Millisecond
 )
 
 func newDevice(ctl *Control, cfg *Config, info Info) *Device {
 	d := &Device{
-		ID:     info.ID,
-		Path:   fmt.Sprintf("/dev/ublkb%d", info.ID),
-		CPath:  fmt.Sprintf("/dev/ublkc%d", info.ID),
-		Mode:   ModeCopy,
-		Queues: info.Queues,
-		Depth:  info.Depth,
-		MaxIO:  info.MaxIO,
-		Flags:  info.Flags,
-		ctl:    ctl,
-		files:  cfg.Files,
-		name:   cfg.Name,
-		slots:  cfg.Slots,
-		make:   cfg.NewHandler,
-		opener: cfg.OpenedBy,
-		claims: make(chan struct{}),
+		ID:         info.ID,
+		Path:       fmt.Sprintf("/dev/ublkb%d", info.ID),
+		CPath:      fmt.Sprintf("/dev/ublkc%d", info.ID),
+		Mode:       ModeCopy,
+		Queues:     info.Queues,
+		Depth:      info.Depth,
+		MaxIO:      info.MaxIO,
+		Flags:      info.Flags,
+		ctl:        ctl,
+		files:      cfg.Files,
+		name:       cfg.Name,
+		slots:      cfg.Slots,
+		newHandler: cfg.NewHandler,
+		openedBy:   cfg.OpenedBy,
+		claims:     make(chan struct{}),
 	}
 	close(d.claims)
 	if info.Flags&uapi.UBLK_F_AUTO_BUF_REG != 0 {

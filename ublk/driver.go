@@ -38,7 +38,7 @@ func openControlDevice() (int, error) {
 	if absent(err) {
 		why := loadDriver()
 		// devtmpfs makes the node with the module; udev may be a little late.
-		for end := time.Now().Add(nodeWait); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		for end := time.Now().Add(nodeTimeout); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 			if fd, err = open(); err == nil || why != nil {
 				break
 			}

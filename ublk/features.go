@@ -114,8 +114,8 @@ func (c *Control) readFeatures(ctx context.Context) error {
 	return nil
 }
 
-// missing is the error for something that the driver cannot do.
-func missing(flag uint64) error {
+// unsupported is the error for something that the driver cannot do.
+func unsupported(flag uint64) error {
 	for _, f := range Features {
 		if f.Flag == flag {
 			return fmt.Errorf("%w: no %s: Linux %s or newer is needed", ErrTooOld, f.Name, f.Since)

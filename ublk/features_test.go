@@ -35,7 +35,7 @@ func TestFeatures(t *testing.T) {
 			t.Errorf("%s: %s, %v without a driver", p.Name, p.Answer, p.Err)
 		}
 	}
-	if err := missing(uapi.UBLK_F_AUTO_BUF_REG); !errors.Is(err, ErrTooOld) || !strings.Contains(err.Error(), "AUTO_BUF_REG: Linux 6.16") {
+	if err := unsupported(uapi.UBLK_F_AUTO_BUF_REG); !errors.Is(err, ErrTooOld) || !strings.Contains(err.Error(), "AUTO_BUF_REG: Linux 6.16") {
 		t.Error(err)
 	}
 }

@@ -14,7 +14,7 @@ import (
 // openNode opens a device's node for reading and writing. udev may be about to
 // make it, change its owner, or look at it.
 func openNode(ctx context.Context, path string) (int, error) {
-	ctx, cancel := context.WithTimeout(ctx, nodeWait)
+	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
 	for {
 		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
@@ -25,14 +25,14 @@ func openNode(ctx context.Context, path string) (int, error) {
 		default:
 			return -1, fmt.Errorf("open %s: %w", path, err)
 		}
-		if sleep(ctx, pause) != nil {
+		if sleep(ctx, pollInterval) != nil {
 			return -1, fmt.Errorf("open %s: %w", path, err)
 		}
 	}
 }
 
 func waitNode(ctx context.Context, path string) error {
-	ctx, cancel := context.WithTimeout(ctx, nodeWait)
+	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
 	for {
 		var st unix.Stat_t
@@ -40,7 +40,7 @@ func waitNode(ctx context.Context, path string) error {
 		if err == nil {
 			return nil
 		}
-		if sleep(ctx, pause) != nil {
+		if sleep(ctx, pollInterval) != nil {
 			return fmt.Errorf("wait for %s: %w: is devtmpfs mounted on /dev?", path, err)
 		}
 	}

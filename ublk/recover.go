@@ -43,7 +43,7 @@ func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, er
 		return nil, err
 	}
 	d := newDevice(ctl, &cfg, info)
-	started, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoWait)
+	started, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
 	if err := d.serve(started, uapi.UBLK_U_CMD_END_USER_RECOVERY); err != nil {
 		d.abandon()
@@ -67,7 +67,7 @@ func (c *Control) beginRecovery(ctx context.Context, id int) (begun bool, err er
 			// An old driver has no queue to take from a dead server: it did
 			// that before, and no queue was fetched since.
 			return true, nil
-		case !errors.Is(err, unix.EBUSY), sleep(ctx, pause) != nil:
+		case !errors.Is(err, unix.EBUSY), sleep(ctx, pollInterval) != nil:
 			return false, err
 		}
 	}
@@ -91,7 +91,7 @@ func (d *Device) Quiesce(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.Flags&uapi.UBLK_F_QUIESCE == 0 {
-		return fmt.Errorf("quiesce device %d: %w", d.ID, missing(uapi.UBLK_F_QUIESCE))
+		return fmt.Errorf("quiesce device %d: %w", d.ID, unsupported(uapi.UBLK_F_QUIESCE))
 	}
 	if d.stopped {
 		return fmt.Errorf("quiesce device %d: it is stopped", d.ID)
@@ -121,7 +121,7 @@ func (d *Device) Quiesce(ctx context.Context) error {
 			return nil
 		case <-ctx.Done():
 			return fmt.Errorf("quiesce device %d: %w", d.ID, ctx.Err())
-		case <-time.After(pause):
+		case <-time.After(pollInterval):
 		}
 	}
 }

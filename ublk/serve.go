@@ -67,13 +67,13 @@ func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) erro
 		_ = unix.Munmap(desc)
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
 	}
-	q.failed = failed
+	q.fetchFailed = failed
 	cfg := blockdev.RingConfig{
 		Name:      threadName(d.name, i),
 		Depth:     d.slots,
 		Commands:  d.Depth,
 		Files:     append([]*blockdev.OSFile{d.cdev}, d.files...),
-		CPUs:      usable(cpus),
+		CPUs:      allowedCPUs(cpus),
 		Buffers:   q.buffers(),
 		OnCommand: q.onCommand,
 	}
@@ -88,7 +88,7 @@ func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) erro
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
 	}
 	d.queues = append(d.queues, q)
-	q.handler = d.make(i, q.ring)
+	q.handler = d.newHandler(i, q.ring)
 	return nil
 }
 
@@ -102,9 +102,9 @@ func threadName(name string, q int) string {
 	return name[:min(len(name), 15-len(end))] + end
 }
 
-// usable is set without the CPUs that this process may not use; nil if that
+// allowedCPUs is set without the CPUs that this process may not use; nil if that
 // says nothing.
-func usable(set *unix.CPUSet) *unix.CPUSet {
+func allowedCPUs(set *unix.CPUSet) *unix.CPUSet {
 	var mine unix.CPUSet
 	if unix.SchedGetaffinity(os.Getpid(), &mine) != nil {
 		return nil

@@ -92,7 +92,7 @@ func (d *Device) TryStop(ctx context.Context) error {
 		return d.endQueues(ctx)
 	}
 	return d.claim(ctx, func() error {
-		if err := d.opened(); err != nil {
+		if err := d.checkOpeners(); err != nil {
 			return err
 		}
 		return d.stop(ctx)
@@ -116,11 +116,11 @@ func (d *Device) Sync(ctx context.Context) error {
 // on, holding the disk, and lets go of it in the end; the next claim waits for
 // that.
 func (d *Device) claim(ctx context.Context, f func() error) error {
-	late := func() error { return fmt.Errorf("sync %s: %w", d.Path, ctx.Err()) }
+	timedOut := func() error { return fmt.Errorf("sync %s: %w", d.Path, ctx.Err()) }
 	select {
 	case <-d.claims:
 	case <-ctx.Done():
-		return late()
+		return timedOut()
 	}
 	ended := make(chan struct{})
 	d.claims = ended
@@ -140,7 +140,7 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 		close(ended)
 	})
 	if err != nil {
-		return late()
+		return timedOut()
 	}
 	close(ended)
 	switch {
@@ -160,18 +160,18 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 
 // busy is ErrBusy, with a process that has the disk open if there is one.
 func (d *Device) busy() error {
-	if err := d.opened(); err != nil {
+	if err := d.checkOpeners(); err != nil {
 		return err
 	}
 	return fmt.Errorf("%s: %w", d.Path, ErrBusy)
 }
 
-// opened is ErrBusy if a process has the disk or one of its partitions open.
-func (d *Device) opened() error {
-	if d.opener == nil {
+// checkOpeners is ErrBusy if a process has the disk or one of its partitions open.
+func (d *Device) checkOpeners() error {
+	if d.openedBy == nil {
 		return nil
 	}
-	if who := d.opener(d.Num); who != "" {
+	if who := d.openedBy(d.Num); who != "" {
 		return fmt.Errorf("%s: %w: opened by %s", d.Path, ErrBusy, who)
 	}
 	return nil
@@ -202,7 +202,7 @@ func (d *Device) Delete(ctx context.Context) error {
 // DeleteDevice removes a device that this process does not serve: one whose
 // server has died, say. Not one that is alive.
 func (c *Control) DeleteDevice(ctx context.Context, id int) error {
-	info, err := c.Settled(ctx, id)
+	info, err := c.SettledInfo(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -221,7 +221,7 @@ func (c *Control) deleteDevice(ctx context.Context, id int) error {
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		// Older than 6.9: this one waits by itself. Its end may have to be
 		// waited for by somebody else, the device is gone in any case.
-		bounded, cancel := context.WithTimeout(ctx, goneWait)
+		bounded, cancel := context.WithTimeout(ctx, lastCloseTimeout)
 		defer cancel()
 		err = c.command(bounded, uapi.UBLK_U_CMD_DEL_DEV, id, 0)
 		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
@@ -234,13 +234,13 @@ func (c *Control) deleteDevice(ctx context.Context, id int) error {
 	if err != nil {
 		return err
 	}
-	bounded, cancel := context.WithTimeout(ctx, goneWait)
+	bounded, cancel := context.WithTimeout(ctx, lastCloseTimeout)
 	defer cancel()
 	for {
 		if _, err := c.Info(bounded, id); errors.Is(err, unix.ENODEV) {
 			return nil
 		}
-		if sleep(bounded, pause) != nil {
+		if sleep(bounded, pollInterval) != nil {
 			return nil
 		}
 	}

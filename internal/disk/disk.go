@@ -83,18 +83,18 @@ type Disk struct {
 	sys string // its directory in sysfs
 }
 
-// Title is the name a person knows the disk by: its device-mapper name, or the
+// DisplayName is the name a person knows the disk by: its device-mapper name, or the
 // kernel's name.
-func (d *Disk) Title() string {
+func (d *Disk) DisplayName() string {
 	if d.DMName != "" {
 		return d.DMName
 	}
 	return d.Name
 }
 
-// Known is the path that a person knows the disk by: a device-mapper device by
+// DisplayPath is the path that a person knows the disk by: a device-mapper device by
 // its name, as its number changes.
-func (d *Disk) Known() string {
+func (d *Disk) DisplayPath() string {
 	if d.DMName != "" {
 		return "/dev/mapper/" + d.DMName
 	}
@@ -281,7 +281,7 @@ func (h *Host) named(name string) string {
 	}
 	dms, _ := filepath.Glob(filepath.Join(h.Sys, "class/block/dm-*/dm/name"))
 	for _, f := range dms {
-		if text(f) == name {
+		if readText(f) == name {
 			return filepath.Base(filepath.Dir(filepath.Dir(f)))
 		}
 	}
@@ -303,7 +303,7 @@ func (h *Host) byNumber(n Num) (*Disk, error) {
 		return nil, err
 	}
 	name := filepath.Base(sys)
-	sectors, err := strconv.ParseInt(text(filepath.Join(sys, "size")), 10, 64)
+	sectors, err := strconv.ParseInt(readText(filepath.Join(sys, "size")), 10, 64)
 	if err != nil {
 		return nil, fmt.Errorf("read size of %s: %w", name, err)
 	}
@@ -313,8 +313,8 @@ func (h *Host) byNumber(n Num) (*Disk, error) {
 		Node:     "/dev/" + strings.ReplaceAll(name, "!", "/"),
 		Num:      n,
 		Size:     sectors * sector.Size,
-		ReadOnly: text(filepath.Join(sys, "ro")) == "1",
-		DMName:   text(filepath.Join(sys, "dm/name")),
+		ReadOnly: readText(filepath.Join(sys, "ro")) == "1",
+		DMName:   readText(filepath.Join(sys, "dm/name")),
 		sys:      sys,
 	}
 	d.Path = d.Node
@@ -329,7 +329,7 @@ func (h *Host) partitions(d *Disk) []*Disk {
 	var parts []*Disk
 	files, _ := filepath.Glob(filepath.Join(d.sys, "*", "partition"))
 	for _, f := range files {
-		n, err := ParseNum(text(filepath.Join(filepath.Dir(f), "dev")))
+		n, err := ParseNum(readText(filepath.Join(filepath.Dir(f), "dev")))
 		if err != nil {
 			continue
 		}
@@ -346,7 +346,7 @@ func (h *Host) SamePartitions(a, b *Disk) bool {
 	table := func(d *Disk) []string {
 		var out []string
 		for _, p := range h.partitions(d) {
-			out = append(out, text(filepath.Join(p.sys, "partition"))+" "+text(filepath.Join(p.sys, "start"))+" "+text(filepath.Join(p.sys, "size")))
+			out = append(out, readText(filepath.Join(p.sys, "partition"))+" "+readText(filepath.Join(p.sys, "start"))+" "+readText(filepath.Join(p.sys, "size")))
 		}
 		slices.Sort(out)
 		return out
@@ -355,12 +355,12 @@ func (h *Host) SamePartitions(a, b *Disk) bool {
 }
 
 func (h *Host) sysText(elem ...string) string {
-	return text(filepath.Join(append([]string{h.Sys}, elem...)...))
+	return readText(filepath.Join(append([]string{h.Sys}, elem...)...))
 }
 
-// text is the content of a small file without its newline; empty when it
+// readText is the content of a small file without its newline; empty when it
 // cannot be read.
-func text(path string) string {
+func readText(path string) string {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return ""
@@ -373,7 +373,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-func names(dir string) []string {
+func dirNames(dir string) []string {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil

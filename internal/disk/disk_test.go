@@ -141,7 +141,7 @@ func TestLookup(t *testing.T) {
 			t.Errorf("Lookup(%q): %v", c.path, err)
 			continue
 		}
-		if d.Name != c.name || d.Parent != c.parent || d.Title() != c.title || d.Path != c.path || d.Size != 1<<20 {
+		if d.Name != c.name || d.Parent != c.parent || d.DisplayName() != c.title || d.Path != c.path || d.Size != 1<<20 {
 			t.Errorf("Lookup(%q) = %+v", c.path, d)
 		}
 	}
@@ -173,7 +173,7 @@ func TestKnown(t *testing.T) {
 	m.disk("dm-0", "253:0", "")
 	m.set("dm-0", "dm/name", "slow")
 	for path, want := range map[string]string{"/dev/vdb": "/dev/vdb", "/dev/dm-0": "/dev/mapper/slow", "slow": "/dev/mapper/slow"} {
-		if d, err := m.Lookup(path); err != nil || d.Known() != want {
+		if d, err := m.Lookup(path); err != nil || d.DisplayPath() != want {
 			t.Errorf("%s is known as %+v, %v; want %s", path, d, err, want)
 		}
 	}
@@ -324,10 +324,10 @@ func TestRemoteMounts(t *testing.T) {
 	if got := remoteMounts(m.Proc + "/42"); !maps.Equal(got, map[string]bool{"22": true, "23": true}) {
 		t.Errorf("remote mounts %v", got)
 	}
-	if id := mountOf(m.Proc + "/42/fdinfo/3"); id != "22" {
+	if id := mountIDOf(m.Proc + "/42/fdinfo/3"); id != "22" {
 		t.Errorf("on mount %q", id)
 	}
-	if id := mountOf(m.Proc + "/42/fdinfo/4"); id != "" {
+	if id := mountIDOf(m.Proc + "/42/fdinfo/4"); id != "" {
 		t.Errorf("a closed file on mount %q", id)
 	}
 }

@@ -31,7 +31,7 @@ func (h *Host) Mounts() []Mount {
 	var out []Mount
 	seen := map[string]bool{}
 	pids := []int{1}
-	for _, name := range names(h.Proc) {
+	for _, name := range dirNames(h.Proc) {
 		if pid, err := strconv.Atoi(name); err == nil && pid != 1 {
 			pids = append(pids, pid)
 		}

@@ -63,7 +63,7 @@ func (h *Host) MountsOver(target Num, below func(Num) []Num) []Mount {
 	mounts := h.Mounts()
 	seen := map[Num]bool{}
 	for _, m := range mounts {
-		if seen[m.Num] || local[m.FSType] || m.FSType == "overlay" {
+		if seen[m.Num] || noLocalDisk[m.FSType] || m.FSType == "overlay" {
 			continue
 		}
 		w := h.walkTo(target, below)
@@ -127,8 +127,8 @@ func (w *walk) file(path string, st status) bool {
 	return w.filesystem(path, st)
 }
 
-// local are filesystems without a disk of this machine below them.
-var local = map[string]bool{
+// noLocalDisk are filesystems without a disk of this machine below them.
+var noLocalDisk = map[string]bool{
 	"tmpfs": true, "ramfs": true, "devtmpfs": true, "hugetlbfs": true, "proc": true, "sysfs": true,
 	"nfs": true, "nfs4": true, "cifs": true, "smb3": true, "9p": true, "virtiofs": true,
 	"ceph": true, "glusterfs": true, "lustre": true, "afs": true, "vboxsf": true, "rootfs": true,
@@ -144,7 +144,7 @@ func (w *walk) filesystem(path string, st status) bool {
 	switch {
 	case m == nil:
 		return w.unseen(nil, &Error{ErrUnknown, path, "lies on a filesystem that no mount shows", "choose another place"})
-	case local[m.FSType]:
+	case noLocalDisk[m.FSType]:
 		return false
 	case m.FSType == "overlay":
 		return w.overlay(m)
@@ -177,7 +177,7 @@ func (w *walk) btrfs(m *Mount) bool {
 		}
 		dirs, _ := filepath.Glob(filepath.Join(w.Sys, "fs/btrfs/*/devices", d.Name))
 		for _, dir := range dirs {
-			if slices.ContainsFunc(names(filepath.Dir(dir)), w.byName) {
+			if slices.ContainsFunc(dirNames(filepath.Dir(dir)), w.byName) {
 				return true
 			}
 		}
@@ -233,7 +233,7 @@ func (w *walk) unseen(size *capacity, err *Error) bool {
 		v.mounts = w.mounts
 		return v.byName(name)
 	}
-	disks := w.live()
+	disks := w.mountedDisks()
 	for _, m := range w.mounts {
 		if d, err := w.byNumber(m.Num); err == nil && m.Num.Major != 0 {
 			disks = append(disks, d.Name)
@@ -332,11 +332,11 @@ func (w *walk) device(n Num) bool {
 		whole := w.wholeOf(d)
 		return whole == w.target || whole != w.targetWhole && w.device(whole)
 	}
-	if slices.ContainsFunc(names(filepath.Join(d.sys, "slaves")), w.byName) {
+	if slices.ContainsFunc(dirNames(filepath.Join(d.sys, "slaves")), w.byName) {
 		return true
 	}
-	if file := backingName(text(filepath.Join(d.sys, "loop/backing_file"))); file != "" {
-		st, err := w.backing(d.Name, file, w.soon())
+	if file := backingName(readText(filepath.Join(d.sys, "loop/backing_file"))); file != "" {
+		st, err := w.backingStatus(d.Name, file, w.soon())
 		if err != nil {
 			return w.unsure(file, err)
 		}
