@@ -40,12 +40,8 @@ func (m Mode) String() string {
 	return "unknown"
 }
 
-// What a device is made with unless something is known to be better.
-const (
-	DefaultQueues = 1
-	DefaultDepth  = 128
-	DefaultMaxIO  = 512 << 10
-)
+// DefaultMaxIO is the MaxIO of a device of which nothing better is known.
+const DefaultMaxIO = 512 << 10
 
 // AnyID is the Config.ID of a device that takes the first free number.
 const AnyID = -1

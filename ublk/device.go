@@ -16,8 +16,8 @@ var ErrBusy = errors.New("device is in use")
 
 // Device is a ublk device served by this process.
 //
-// Its methods may be called from any goroutine; Stop and Delete more than
-// once. None may be called on a queue's thread.
+// Its methods may be called from any goroutine; TryStop and Delete more
+// than once. None may be called on a queue's thread.
 type Device struct {
 	ID     int
 	Path   string // /dev/ublkbN
@@ -39,7 +39,7 @@ type Device struct {
 	queues     []*queue
 	procs      int // queues told to addProcs
 
-	mu      sync.Mutex // serializes Stop, TryStop, Quiesce and Delete
+	mu      sync.Mutex // serializes TryStop, Sync, Quiesce and Delete
 	ending  bool       // the driver was told to take the disk away
 	stopped bool       // the rings have ended
 	deleted bool

@@ -19,8 +19,8 @@ type Feature struct {
 	Means string // what it is good for, in a few words
 }
 
-// Features are all that this package knows of, by flag.
-var Features = []Feature{
+// features are all that this package knows of, by flag.
+var features = []Feature{
 	{uapi.UBLK_F_SUPPORT_ZERO_COPY, "SUPPORT_ZERO_COPY", "6.15", "payloads as registered buffers"},
 	{uapi.UBLK_F_URING_CMD_COMP_IN_TASK, "URING_CMD_COMP_IN_TASK", "6.0", "completion in the server's task"},
 	{uapi.UBLK_F_NEED_GET_DATA, "NEED_GET_DATA", "6.0", "late choice of the buffer"},
@@ -85,8 +85,8 @@ func ProbeFeatures() ([]Probe, error) {
 func (c *Control) Probes() []Probe { return probes(c.features, nil) }
 
 func probes(flags uint64, err error) []Probe {
-	out := make([]Probe, len(Features))
-	for i, f := range Features {
+	out := make([]Probe, len(features))
+	for i, f := range features {
 		out[i] = Probe{Feature: f, Answer: No, Err: err}
 		switch {
 		case err != nil:
@@ -116,7 +116,7 @@ func (c *Control) readFeatures(ctx context.Context) error {
 
 // unsupported is the error for something that the driver cannot do.
 func unsupported(flag uint64) error {
-	for _, f := range Features {
+	for _, f := range features {
 		if f.Flag == flag {
 			return fmt.Errorf("%w: no %s: Linux %s or newer is needed", ErrTooOld, f.Name, f.Since)
 		}

@@ -10,7 +10,7 @@ import (
 
 func TestFeatures(t *testing.T) {
 	seen := uint64(0)
-	for i, f := range Features {
+	for i, f := range features {
 		if f.Flag != 1<<i {
 			t.Errorf("%s is number %d in the list, flag %#x", f.Name, i, f.Flag)
 		}
@@ -27,7 +27,7 @@ func TestFeatures(t *testing.T) {
 			t.Errorf("%s: %s", p.Name, p.Answer)
 		}
 	}
-	if answers[Yes] != 8 || answers[No] != len(Features)-8 {
+	if answers[Yes] != 8 || answers[No] != len(features)-8 {
 		t.Errorf("answers %v", answers)
 	}
 	for _, p := range probes(^uint64(0), ErrNoDriver) {

@@ -61,11 +61,11 @@ func ReadGeometry(path string) (Geometry, error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return Geometry{}, fmt.Errorf("read geometry of %s: %w", path, unix.ENOTBLK)
 	}
-	return ReadGeometrySys("/sys", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+	return readGeometry("/sys", unix.Major(st.Rdev), unix.Minor(st.Rdev))
 }
 
-// ReadGeometrySys is ReadGeometry for a device number, from the sysfs at sys.
-func ReadGeometrySys(sys string, major, minor uint32) (Geometry, error) {
+// readGeometry is ReadGeometry for a device number, from the sysfs at sys.
+func readGeometry(sys string, major, minor uint32) (Geometry, error) {
 	name := fmt.Sprintf("%d:%d", major, minor)
 	dir, err := filepath.EvalSymlinks(filepath.Join(sys, "dev/block", name))
 	if err != nil {

@@ -24,7 +24,7 @@ const (
 
 // State is what a device is doing.
 //
-//	        Add               Stop
+//	        Add              TryStop
 //	Dead ─────────> Live ──────────────> Dead ──Delete──> gone
 //	                │  ^
 //	 server's death │  │ Recover

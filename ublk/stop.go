@@ -13,22 +13,10 @@ import (
 )
 
 // The end of a device has three steps: the driver takes the disk away and aborts
-// every tag, the queues' rings end, and the driver deletes the device. Stop and
-// TryStop do the first two, Delete does what is left of the three.
+// every tag, the queues' rings end, and the driver deletes the device. TryStop does
+// the first two if nobody uses the disk, Delete does what is left of the three.
 
-// Stop takes the disk away and ends the queues. The kernel first writes back
-// what the disk's page cache holds, but on a device with recovery it fails
-// those writes: sync before, and see that nobody writes, or use TryStop.
-// Requests of those who still have it open fail.
-//
-// It waits for the requests in the handlers' hands. When ctx ends before that
-// the device is neither alive nor stopped, and Stop may be called again.
-func (d *Device) Stop(ctx context.Context) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.stop(ctx)
-}
-
+// stop takes the disk away and ends the queues; see Delete.
 func (d *Device) stop(ctx context.Context) error {
 	if d.stopped {
 		return nil
@@ -62,9 +50,10 @@ func (d *Device) endQueues(ctx context.Context) error {
 // any more. Not for use beside a method that stops it.
 func (d *Device) Ending() bool { return d.ending }
 
-// TryStop is Stop if nobody uses the disk, else ErrBusy. What was written to
-// the disk is in the handler's hands, and synced, when it returns. When ctx ends
-// during the sync nothing has changed.
+// TryStop takes the disk away and ends the queues if nobody uses the disk, else it
+// is ErrBusy. What was written to the disk is in the handler's hands, and synced,
+// when it returns. When ctx ends during the sync nothing has changed; later, see
+// Ending.
 //
 // Before Linux 7.0 the driver cannot do that in one step. Then the disk is
 // claimed first, so that nobody can mount it or put a device on it until it is
@@ -179,7 +168,13 @@ func (d *Device) checkOpeners() error {
 
 // Delete stops the device if need be and removes it. Its number is free again
 // when it returns, unless somebody still has the disk open: then as soon as
-// they close it.
+// they close it; their requests fail.
+//
+// The kernel first writes back what the disk's page cache holds, but on a device
+// with recovery it fails those writes: sync before, and see that nobody writes, or
+// use TryStop before. It waits for the requests in the handlers' hands. When ctx
+// ends before that the device is neither alive nor deleted, and Delete may be
+// called again.
 func (d *Device) Delete(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -9,33 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// LiesOn says whether the bytes of path (a block device, a file or a directory)
-// finally lie on the device target: through partitions, device-mapper, md,
-// bcache, loop devices and the filesystems that their files are on. A partition
-// and its whole disk count as the same. A path that is not there yet lies where
-// its directory does.
-//
-// below tells what lies under a device that sysfs cannot look through (our own
-// filters and images); it may be nil.
-//
-// Where the stack cannot be followed to its end the error is an *Error with
-// ErrUnknown. The answer then is the more likely one: true if the target holds a
-// filesystem that may be the one in question. A path, or a loop device in the stack,
-// that does not answer gives an *Error with ErrNoAnswer; any other error is of the
-// path.
-func (h *Host) LiesOn(path string, target Num, below func(Num) []Num) (bool, error) {
-	st, err := h.statPath(path)
-	if errors.Is(err, unix.ENOENT) {
-		path = filepath.Dir(path)
-		st, err = h.statPath(path)
-	}
-	if err != nil {
-		return false, err
-	}
-	return h.liesOn(path, st, target, below)
-}
-
-// liesOn is LiesOn for what has been looked at.
+// liesOn is LiesOn for a path of which the status is known.
 func (h *Host) liesOn(path string, st status, target Num, below func(Num) []Num) (bool, error) {
 	w := h.walkTo(target, below)
 	w.thorough = true
