@@ -2,6 +2,16 @@
 // device, how large, mounted where, held by which other device, and on which
 // devices a file finally lies.
 //
+//	"/data/diff"          Lookup, OpenPlace: what is it?
+//	      │
+//	 file ─> filesystem ─> /dev/dm-0 ─> /dev/vdb1 ─> /dev/vdb
+//	      │                                             ^
+//	      └──────────────── LiesOn: does it end there? ─┘
+//
+//	 who has /dev/vdb?    CheckFree: mounts, swap, devices stacked on it
+//	                      Openers: processes
+//	                      OpenExclusive: nobody, from now on
+//
 // It reads /proc and /sys and asks no disk anything, so that looking at one never
 // disturbs it. What it finds is true at the moment of looking; the final word on
 // "is this disk free" is the exclusive open of OpenExclusive.
@@ -10,7 +20,17 @@
 // loop device is asked about its file. Both are waited for within limits, and what
 // does not answer holds up nobody who asks about something else.
 //
-// A Host may be used from several goroutines at once.
+// What a disk holds (a filesystem, a partition table) is the one thing that has to
+// be read from it: a Prober is a process of its own that does that.
+//
+// A Host may be used from several goroutines at once, and so may a Prober.
+//
+// # Errors
+//
+// An *Error names the path, the finding and the way out, and wraps what to test for
+// with errors.Is: ErrNotFound, ErrNotBlock, ErrEmpty, ErrReadOnly, ErrInUse,
+// ErrForeign; ErrUnknown where it cannot tell; ErrNoAnswer where something hangs. A
+// Prober has ErrNoTool without blkid.
 package disk
 
 import (
@@ -37,7 +57,7 @@ var (
 	ErrReadOnly = errors.New("read-only")
 	ErrInUse    = errors.New("in use")
 	ErrUnknown  = errors.New("cannot tell")
-	ErrForeign  = errors.New("somebody else's")
+	ErrForeign  = errors.New("somebody else's") // a path that another user leads anywhere
 )
 
 // Error says what is wrong with which path and what a person can do about it.
