@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
@@ -122,7 +123,7 @@ func (d *Daemon) clearAway() {
 		if _, ours := ublk.IsOurs(i.Tag); !ours {
 			continue
 		}
-		if now, err := d.ctl.Settled(ctx, i.ID); err == nil {
+		if now, err := d.ctl.SettledInfo(ctx, i.ID); err == nil {
 			i = now
 		}
 		if i.State != ublk.Dead {
@@ -169,7 +170,7 @@ func (d *Daemon) clearSnapshot(ctx context.Context, id string) {
 			d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", id, "error", asKnown(err.Error()))
 		}
 	}
-	err, late := disk.Within(ctx, func() error { return snapimage.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)
+	err, late := bounded.Call(ctx, func() error { return snapimage.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)
 	if late != nil {
 		d.o.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", id)
 		return

@@ -16,6 +16,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
@@ -117,7 +118,7 @@ func (d *Daemon) add(ctx context.Context, r AddRequest) (*device, error) {
 		return nil, d.nameFilter(v.disk, err)
 	}
 	if r.Name == "" {
-		r.Name = v.disk.Title()
+		r.Name = v.disk.DisplayName()
 	}
 	if err := checkName(r.Name); err != nil {
 		return nil, err
@@ -212,7 +213,7 @@ func (d *Daemon) nameFilter(x *disk.Disk, err error) error {
 	}
 	for _, v := range d.sorted() {
 		if v.disk.Parent == x.Name || x.Parent == v.disk.Name {
-			return &Error{Code: Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", v.disk.Known(), v.Name)}
+			return &Error{Code: Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", v.disk.DisplayPath(), v.Name)}
 		}
 	}
 	return err
@@ -255,7 +256,7 @@ func (d *Daemon) open(ctx context.Context, v *device, r AddRequest) (err error) 
 		return err
 	}
 	v.Device = Device{
-		Name: r.Name, Original: v.disk.Known(), OriginalNumber: v.disk.Num.String(),
+		Name: r.Name, Original: v.disk.DisplayPath(), OriginalNumber: v.disk.Num.String(),
 		Path: v.dev.Path, Number: v.dev.Num.String(), ID: uint32(v.dev.ID),
 		Size: v.geo.Size, LogicalBlockSize: v.geo.LogicalBlock, PhysicalBlockSize: v.geo.PhysicalBlock,
 		Queues: v.dev.Queues, Depth: v.dev.Depth, Mode: modeOf(v.dev.Mode), Recovery: *r.Recovery,
@@ -284,26 +285,20 @@ func (d *Daemon) openOriginal(ctx context.Context, x *disk.Disk) (*blockdev.OSFi
 		file *blockdev.OSFile
 		err  error
 	}
-	o, err := disk.Within(ctx, func() opened {
+	o, err := bounded.Call(ctx, func() opened {
 		f, err := d.host.OpenExclusive(x)
-		if err != nil {
-			return opened{nil, err}
+		if err == nil {
+			// What readers of the disk have in the page cache is about to become old.
+			_ = unix.IoctlSetInt(f.Fd(), unix.BLKFLSBUF, 0)
 		}
-		defer f.Close()
-		// What readers of the disk have in the page cache is about to become old.
-		_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-		if err != nil {
-			return opened{nil, fmt.Errorf("keep %s open: %w", x.Known(), err)}
-		}
-		return opened{blockdev.NewOSFile(fd, x.Known()), nil}
+		return opened{f, err}
 	}, func(o opened) {
 		if o.err == nil {
 			_ = o.file.Close()
 		}
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open and flush %s: %w", x.Known(), err)
+		return nil, fmt.Errorf("open and flush %s: %w", x.DisplayPath(), err)
 	}
 	return o.file, o.err
 }
@@ -315,12 +310,12 @@ func readGeometry(ctx context.Context, x *disk.Disk) (ublk.Geometry, error) {
 		geo ublk.Geometry
 		err error
 	}
-	a, err := disk.Within(ctx, func() (a answer) {
+	a, err := bounded.Call(ctx, func() (a answer) {
 		a.geo, a.err = ublk.ReadGeometry(x.Node)
 		return a
 	}, func(answer) {})
 	if err != nil {
-		return ublk.Geometry{}, fmt.Errorf("read geometry of %s: %w", x.Known(), err)
+		return ublk.Geometry{}, fmt.Errorf("read geometry of %s: %w", x.DisplayPath(), err)
 	}
 	return a.geo, a.err
 }
@@ -370,6 +365,7 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 	ctx, cancel := d.bounded(ctx)
 	defer cancel()
 	cfg.Tag = ublk.Tag(kind)
+	cfg.OpenedBy = d.openedBy
 	noteKind := "filter"
 	if kind == imageKind {
 		noteKind = "image"
@@ -526,10 +522,18 @@ func (d *Daemon) idle(v *device) error {
 	if err := d.free(v); err != nil {
 		return err
 	}
-	if who := d.host.Openers(v.dev.Num); len(who) > 0 {
-		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "opened by " + who[0].String(), Fix: "end that process first"}
+	if who := d.openedBy(v.dev.Num); who != "" {
+		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "opened by " + who, Fix: "end that process first"}
 	}
 	return nil
+}
+
+// openedBy names a process that has the device open, if one has.
+func (d *Daemon) openedBy(n blockdev.Num) string {
+	if who := d.host.Openers(n); len(who) > 0 {
+		return who[0].String()
+	}
+	return ""
 }
 
 // free refuses a filter device that is mounted or has a device on it. One whose
@@ -666,12 +670,12 @@ func (d *Daemon) takeDown(v *device) error {
 func (d *Daemon) closeOriginal(v *device, last func()) {
 	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
-	_, err := disk.Within(ctx, func() error {
+	_, err := bounded.Call(ctx, func() error {
 		last()
 		return v.orig.Close()
 	}, func(error) {})
 	if err != nil {
-		d.o.Log.Warn("the disk does not answer: it is closed when it does", "disk", v.disk.Known())
+		d.o.Log.Warn("the disk does not answer: it is closed when it does", "disk", v.disk.DisplayPath())
 	}
 }
 

@@ -46,13 +46,10 @@ func Examine() []Check {
 	var out []Check
 	add := func(name, result, text, fix string) { out = append(out, Check{name, result, text, fix}) }
 
-	var u unix.Utsname
-	_ = unix.Uname(&u)
-	release := unix.ByteSliceToString(u.Release[:])
-	if major, minor := kernelVersion(release); major > 6 || major == 6 && minor >= 5 {
-		add("kernel", OK, release, "")
-	} else {
+	if release := ublk.KernelRelease(); ublk.OlderThan(release, ublk.MinKernel) {
 		add("kernel", Missing, release+" is older than "+ublk.MinKernel, "boot Linux "+ublk.MinKernel+" or newer")
+	} else {
+		add("kernel", OK, release, "")
 	}
 	if os.Geteuid() == 0 {
 		add("root", OK, "", "")
@@ -81,11 +78,6 @@ func Examine() []Check {
 		add("mounts", Note, "the mounts of process 1 cannot be read: messages may not name the user of a disk", "mount /proc without hidepid")
 	}
 	return out
-}
-
-func kernelVersion(release string) (major, minor int) {
-	_, _ = fmt.Sscanf(release, "%d.%d", &major, &minor)
-	return
 }
 
 // examineRing makes a ring, as every queue does.

@@ -384,7 +384,7 @@ func (d *Daemon) probe(dev *os.File) (string, error) {
 // found out about the place.
 func (d *Daemon) checkPlace(p *disk.Place) (warning string, err error) {
 	for _, v := range d.sorted() {
-		on, err := d.host.PlaceLiesOn(p, v.disk.Num, d.below)
+		on, err := d.host.LiesOn(p, v.disk.Num, d.below)
 		var doubt *disk.Error
 		switch {
 		case on && err == nil:

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 )
 
 // Requests of <linux/fs.h> to a mounted filesystem: stop it with everything
@@ -93,7 +93,7 @@ func Thaw(f *os.File, limit time.Duration) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	thawed, err := disk.Within(ctx, func() error {
+	thawed, err := bounded.Call(ctx, func() error {
 		if own != f {
 			defer own.Close()
 		}

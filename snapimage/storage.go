@@ -313,18 +313,21 @@ func allocate(fd int, n int64) error {
 
 // reopen opens what was opened as a place, whatever its names lead to by now.
 func reopen(f *os.File, flags int) (fd int, err error) {
-	return unix.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), flags|unix.O_CLOEXEC, 0)
+	return unix.Open(reopening(f), flags|unix.O_CLOEXEC, 0)
 }
 
+// reopening is the path that reopens f.
+func reopening(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
+
 func (s *storage) openDevice(c Storage, align int) (err error) {
-	fd, err := reopen(c.Place.File, unix.O_RDWR|unix.O_EXCL|unix.O_DIRECT)
+	s.file, err = blockdev.OpenExclusive(reopening(c.Place.File), c.Place.Path, unix.O_RDWR|unix.O_DIRECT)
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		return fmt.Errorf("%w: the device is mounted or held", ErrStorageInUse)
 	case err != nil:
 		return err
 	}
-	s.file, s.fixed = blockdev.NewOSFile(fd, c.Place.Path), true
+	s.fixed = true
 	defer func() {
 		if err != nil {
 			s.file.Close()
@@ -342,7 +345,7 @@ func (s *storage) openDevice(c Storage, align int) (err error) {
 	if s.size == 0 || s.size > size {
 		s.size = size
 	}
-	if s.align, err = unix.IoctlGetInt(fd, unix.BLKSSZGET); err != nil {
+	if s.align, err = unix.IoctlGetInt(s.file.Fd(), unix.BLKSSZGET); err != nil {
 		return err
 	}
 	return s.suit(align)

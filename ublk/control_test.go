@@ -35,9 +35,9 @@ func pretend(t *testing.T, prep func(*uring.SQE, int, *command)) *Control {
 // pipeOps pretends that a command with data 1 reads from a pipe, which waits,
 // and any other one does nothing, as an entry of zeroes does (IORING_OP_NOP).
 func pipeOps(r int) func(*uring.SQE, int, *command) {
-	return func(sqe *uring.SQE, _ int, w *command) {
-		if w.cmd.Data[0] == 1 {
-			sqe.PrepRead(r, w.cmd.Addr, uint32(w.cmd.Len), 0, 0)
+	return func(sqe *uring.SQE, _ int, cmd *command) {
+		if cmd.arg.Data[0] == 1 {
+			sqe.PrepRead(r, cmd.arg.Addr, uint32(cmd.arg.Len), 0, 0)
 		}
 	}
 }
@@ -54,9 +54,9 @@ func testPipe(t *testing.T) (r, w int) {
 
 func TestPrepCommand(t *testing.T) {
 	var sqe [2]uring.SQE // 128 bytes
-	w := &command{op: uapi.UBLK_U_CMD_START_DEV, cmd: uapi.UblksrvCtrlCmd{
+	cmd := &command{op: uapi.UBLK_U_CMD_START_DEV, arg: uapi.UblksrvCtrlCmd{
 		DevID: 0x11223344, QueueID: 0x5566, Len: 0x7788, Addr: 0x1020304050607080, Data: [1]uint64{42}, DevPathLen: 9}}
-	prepCommand(&sqe[0], 7, w)
+	prepCommand(&sqe[0], 7, cmd)
 	if sqe[0].Opcode != uring.IORING_OP_URING_CMD || sqe[0].Fd != 7 || uint32(sqe[0].Off) != 0xc0207506 {
 		t.Errorf("entry %+v", sqe[0])
 	}
@@ -125,9 +125,9 @@ func TestControlQueuedLikeHung(t *testing.T) {
 	pipe := pipeOps(r)
 	var started atomic.Int64
 	begun := make(chan struct{})
-	c := pretend(t, func(sqe *uring.SQE, dev int, w *command) {
-		pipe(sqe, dev, w)
-		switch w.op {
+	c := pretend(t, func(sqe *uring.SQE, dev int, cmd *command) {
+		pipe(sqe, dev, cmd)
+		switch cmd.op {
 		case uapi.UBLK_U_CMD_GET_DEV_INFO:
 			close(begun)
 		case uapi.UBLK_U_CMD_START_DEV:
@@ -149,9 +149,9 @@ func TestControlQueuedLikeHung(t *testing.T) {
 		queued = len(c.queue)
 		c.mu.Unlock()
 	}
-	hung := &command{op: uapi.UBLK_U_CMD_START_DEV, cmd: uapi.UblksrvCtrlCmd{DevID: 3}}
+	hung := &command{op: uapi.UBLK_U_CMD_START_DEV, arg: uapi.UblksrvCtrlCmd{DevID: 3}}
 	c.mu.Lock()
-	c.hung[hung.key()] = hung
+	c.givenUp[hung.key()] = hung
 	c.mu.Unlock()
 	if _, err := unix.Write(w, []byte("done")); err != nil {
 		t.Fatal(err)
@@ -166,7 +166,7 @@ func TestControlQueuedLikeHung(t *testing.T) {
 		t.Errorf("%d commands followed one that hangs", n)
 	}
 	c.mu.Lock()
-	delete(c.hung, hung.key())
+	delete(c.givenUp, hung.key())
 	c.mu.Unlock()
 	c.notify()
 	for range alike {
@@ -181,13 +181,13 @@ func TestControlQueuedLikeHung(t *testing.T) {
 func TestAddGivesUp(t *testing.T) {
 	r, w := testPipe(t)
 	begun, deleted := make(chan struct{}, 1), make(chan uint32, 2)
-	c := pretend(t, func(sqe *uring.SQE, _ int, w *command) {
-		switch w.op {
+	c := pretend(t, func(sqe *uring.SQE, _ int, cmd *command) {
+		switch cmd.op {
 		case uapi.UBLK_U_CMD_ADD_DEV:
-			sqe.PrepRead(r, w.cmd.Addr, uint32(w.cmd.Len), 0, 0)
+			sqe.PrepRead(r, cmd.arg.Addr, uint32(cmd.arg.Len), 0, 0)
 			begun <- struct{}{}
 		case uapi.UBLK_U_CMD_DEL_DEV_ASYNC:
-			deleted <- w.cmd.DevID
+			deleted <- cmd.arg.DevID
 		}
 	})
 	add := func(ctx context.Context) error {
@@ -263,9 +263,9 @@ func TestControlClose(t *testing.T) {
 	r, w := testPipe(t)
 	begun := make(chan struct{})
 	pipe := pipeOps(r)
-	c := pretend(t, func(sqe *uring.SQE, slot int, w *command) {
-		pipe(sqe, slot, w)
-		if w.op == uapi.UBLK_U_CMD_START_DEV {
+	c := pretend(t, func(sqe *uring.SQE, slot int, cmd *command) {
+		pipe(sqe, slot, cmd)
+		if cmd.op == uapi.UBLK_U_CMD_START_DEV {
 			close(begun)
 		}
 	})
@@ -309,68 +309,5 @@ func TestControlClose(t *testing.T) {
 	}
 	if n := fds(); n > before+2 { // the pipe
 		t.Errorf("%d files open, %d before", n, before)
-	}
-}
-
-func TestNoDriver(t *testing.T) {
-	cases := []struct {
-		release string
-		exists  bool
-		out     string
-		want    string
-	}{
-		{"6.1.0-31-amd64", false, "", "kernel 6.1.0-31-amd64 is too old: Linux 6.5 or newer"},
-		{"5.10.0", false, "", "too old"},
-		{"6.12.9", false, "", "no module ublk_drv: install a kernel built with CONFIG_BLK_DEV_UBLK"},
-		{"6.12.9", true, "modprobe: ERROR: key was rejected", "key was rejected"},
-		{"6.12.9", true, "", "exit status 1"},
-	}
-	for _, c := range cases {
-		err := noDriver(c.release, c.exists, []byte(c.out), errors.New("exit status 1"))
-		if !errors.Is(err, ErrNoDriver) || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%s: %v, want %q in it", c.release, err, c.want)
-		}
-	}
-}
-
-func TestOlderThan(t *testing.T) {
-	for release, want := range map[string]bool{
-		"6.4.16": true, "5.19": true, "6.5.0-rc1": false, "6.12.117+deb12-cloud-amd64": false, "7.2.12": false, "strange": false,
-	} {
-		if got := olderThan(release, "6.5"); got != want {
-			t.Errorf("%s older than 6.5: %v", release, got)
-		}
-	}
-}
-
-func TestFeatures(t *testing.T) {
-	seen := uint64(0)
-	for i, f := range Features {
-		if f.Flag != 1<<i {
-			t.Errorf("%s is number %d in the list, flag %#x", f.Name, i, f.Flag)
-		}
-		if f.Since == "" || f.Means == "" || olderThan(f.Since, "6.0") {
-			t.Errorf("incomplete: %+v", f)
-		}
-		seen |= f.Flag
-	}
-	// The flags of a 6.12 kernel.
-	answers := map[Answer]int{}
-	for _, p := range probes(0x1fe, nil) {
-		answers[p.Answer]++
-		if want := 0x1fe&p.Flag != 0; want != (p.Answer == Yes) {
-			t.Errorf("%s: %s", p.Name, p.Answer)
-		}
-	}
-	if answers[Yes] != 8 || answers[No] != len(Features)-8 {
-		t.Errorf("answers %v", answers)
-	}
-	for _, p := range probes(^uint64(0), ErrNoDriver) {
-		if p.Answer != Unknown || !errors.Is(p.Err, ErrNoDriver) {
-			t.Errorf("%s: %s, %v without a driver", p.Name, p.Answer, p.Err)
-		}
-	}
-	if err := missing(uapi.UBLK_F_AUTO_BUF_REG); !errors.Is(err, ErrTooOld) || !strings.Contains(err.Error(), "AUTO_BUF_REG: Linux 6.16") {
-		t.Error(err)
 	}
 }

@@ -11,8 +11,11 @@
 // OpenControl loads the driver and says what is missing. Add makes a device:
 // its parameters come from a Geometry, its requests go to one Handler for each
 // queue, and a queue's thread is a blockdev.Queue on which the handler starts
-// its own operations. Device ends it again. A device made with recovery
-// outlives its process and is taken over by Recover.
+// its own operations. Device.TryStop and Device.Delete end it again. A device
+// made with recovery outlives its process and is taken over by Recover.
+//
+// The package knows devices by their numbers and nothing of what is on them. Who
+// uses a disk it is told: see Config.OpenedBy.
 //
 // # Requests
 //
@@ -39,4 +42,22 @@
 // GOMAXPROCS is kept above the number of queues as devices come and go. No
 // function of this package may be called on a queue's thread, for most wait
 // for the queues. A process that serves disks calls PrepareProcess first.
+//
+// A Control has one thread for the driver's commands. It and every Device may be
+// used from any goroutine at once. Lock order: Device.mu, then Control.mu, which is
+// never held while the kernel works.
+//
+// # Errors
+//
+// To be tested for with errors.Is:
+//
+//   - ErrNoDriver, ErrTooOld, ErrPermission: no device can be had, or not such a
+//     one. The message says what to do. So do uring.ErrDisabled and
+//     uring.ErrNotSupported.
+//   - ErrBusy: the device is in use, or another process serves it.
+//   - ErrZoned: a disk whose shape cannot be passed through.
+//   - ErrClosed: the Control has been closed.
+//   - the errno of a control command: unix.ENODEV if there is no such device.
+//   - the error of a context: the command or the wait was given up. What became of
+//     the device each function says.
 package ublk

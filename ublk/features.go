@@ -19,8 +19,8 @@ type Feature struct {
 	Means string // what it is good for, in a few words
 }
 
-// Features are all that this package knows of, by flag.
-var Features = []Feature{
+// features are all that this package knows of, by flag.
+var features = []Feature{
 	{uapi.UBLK_F_SUPPORT_ZERO_COPY, "SUPPORT_ZERO_COPY", "6.15", "payloads as registered buffers"},
 	{uapi.UBLK_F_URING_CMD_COMP_IN_TASK, "URING_CMD_COMP_IN_TASK", "6.0", "completion in the server's task"},
 	{uapi.UBLK_F_NEED_GET_DATA, "NEED_GET_DATA", "6.0", "late choice of the buffer"},
@@ -85,8 +85,8 @@ func ProbeFeatures() ([]Probe, error) {
 func (c *Control) Probes() []Probe { return probes(c.features, nil) }
 
 func probes(flags uint64, err error) []Probe {
-	out := make([]Probe, len(Features))
-	for i, f := range Features {
+	out := make([]Probe, len(features))
+	for i, f := range features {
 		out[i] = Probe{Feature: f, Answer: No, Err: err}
 		switch {
 		case err != nil:
@@ -105,7 +105,7 @@ func (c *Control) readFeatures(ctx context.Context) error {
 	var buf [uapi.UBLK_FEATURES_LEN]byte
 	err := c.do(ctx, uapi.UBLK_U_CMD_GET_FEATURES, uapi.UblksrvCtrlCmd{DevID: anyID, QueueID: noQueue}, buf[:])
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("%w: kernel %s cannot list its features: Linux %s or newer is needed", ErrTooOld, kernelRelease(), MinKernel)
+		return fmt.Errorf("%w: kernel %s cannot list its features: Linux %s or newer is needed", ErrTooOld, KernelRelease(), MinKernel)
 	}
 	if err != nil {
 		return err
@@ -114,9 +114,9 @@ func (c *Control) readFeatures(ctx context.Context) error {
 	return nil
 }
 
-// missing is the error for something that the driver cannot do.
-func missing(flag uint64) error {
-	for _, f := range Features {
+// unsupported is the error for something that the driver cannot do.
+func unsupported(flag uint64) error {
+	for _, f := range features {
 		if f.Flag == flag {
 			return fmt.Errorf("%w: no %s: Linux %s or newer is needed", ErrTooOld, f.Name, f.Since)
 		}

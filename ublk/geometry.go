@@ -61,11 +61,11 @@ func ReadGeometry(path string) (Geometry, error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return Geometry{}, fmt.Errorf("read geometry of %s: %w", path, unix.ENOTBLK)
 	}
-	return ReadGeometrySys("/sys", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+	return readGeometry("/sys", unix.Major(st.Rdev), unix.Minor(st.Rdev))
 }
 
-// ReadGeometrySys is ReadGeometry for a device number, from the sysfs at sys.
-func ReadGeometrySys(sys string, major, minor uint32) (Geometry, error) {
+// readGeometry is ReadGeometry for a device number, from the sysfs at sys.
+func readGeometry(sys string, major, minor uint32) (Geometry, error) {
 	name := fmt.Sprintf("%d:%d", major, minor)
 	dir, err := filepath.EvalSymlinks(filepath.Join(sys, "dev/block", name))
 	if err != nil {
@@ -77,8 +77,8 @@ func ReadGeometrySys(sys string, major, minor uint32) (Geometry, error) {
 		r.queue = filepath.Join(filepath.Dir(dir), "queue")
 	}
 	g := Geometry{
-		Size:               r.number(r.dir, "size", must) * sector.Size,
-		LogicalBlock:       int(r.number(r.queue, "logical_block_size", must)),
+		Size:               r.number(r.dir, "size", required) * sector.Size,
+		LogicalBlock:       int(r.number(r.queue, "logical_block_size", required)),
 		PhysicalBlock:      int(r.number(r.queue, "physical_block_size", 0)),
 		IOMin:              int(r.number(r.queue, "minimum_io_size", 0)),
 		IOOpt:              int(r.number(r.queue, "optimal_io_size", 0)),
@@ -88,7 +88,7 @@ func ReadGeometrySys(sys string, major, minor uint32) (Geometry, error) {
 		MaxWriteZeroes:     r.number(r.queue, "write_zeroes_max_bytes", 0),
 		Rotational:         r.number(r.queue, "rotational", 0) != 0,
 		FUA:                r.number(r.queue, "fua", 0) != 0,
-		ReadOnly:           r.number(r.dir, "ro", must) != 0,
+		ReadOnly:           r.number(r.dir, "ro", required) != 0,
 		DMAMask:            r.number(r.queue, "dma_alignment", sector.Size-1),
 		VirtBoundaryMask:   r.number(r.queue, "virt_boundary_mask", 0),
 		StableWrites:       r.number(r.queue, "stable_writes", 0) != 0,
@@ -103,8 +103,8 @@ func ReadGeometrySys(sys string, major, minor uint32) (Geometry, error) {
 	return g, nil
 }
 
-// must says that an attribute has no default.
-const must = -1
+// required says that an attribute has no default.
+const required = -1
 
 // sysReader reads attributes and keeps the first error.
 type sysReader struct {
@@ -123,7 +123,7 @@ func (r *sysReader) text(dir, name string) string {
 // number is an attribute; def if the kernel does not have it.
 func (r *sysReader) number(dir, name string, def int64) int64 {
 	s := r.text(dir, name)
-	if s == "" && def != must {
+	if s == "" && def != required {
 		return def
 	}
 	// Some drivers report limits of 2^63 and more.

@@ -68,16 +68,16 @@ func TestReadGeometry(t *testing.T) {
 		MaxDiscard: 2199023255040, DiscardGranularity: 512, MaxWriteZeroes: 131072,
 		VolatileCache: true, FUA: true, DMAMask: 3, VirtBoundaryMask: 4095, StableWrites: true,
 	}
-	got, err := ReadGeometrySys(sys, 259, 0)
+	got, err := readGeometry(sys, 259, 0)
 	if err != nil || got != want {
 		t.Errorf("disk: %+v, %v, want %+v", got, err, want)
 	}
 	want.Size, want.ReadOnly, want.DiscardAlignment = 1000*512, true, 256
-	got, err = ReadGeometrySys(sys, 259, 1)
+	got, err = readGeometry(sys, 259, 1)
 	if err != nil || got != want {
 		t.Errorf("partition: %+v, %v, want %+v", got, err, want)
 	}
-	if _, err := ReadGeometrySys(sys, 8, 0); !errors.Is(err, os.ErrNotExist) {
+	if _, err := readGeometry(sys, 8, 0); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no disk: %v", err)
 	}
 }
@@ -90,7 +90,7 @@ func TestReadGeometryOdd(t *testing.T) {
 				delete(files, "devices/pci/nvme0n1/"+name)
 			}
 		}
-		return ReadGeometrySys(fakeSys(t, files, links), 259, 0)
+		return readGeometry(fakeSys(t, files, links), 259, 0)
 	}
 	// What an old kernel or a simple driver lacks has a default.
 	g, err := read(map[string]string{

@@ -24,7 +24,7 @@ const (
 
 // State is what a device is doing.
 //
-//	        Add               Stop
+//	        Add              TryStop
 //	Dead ─────────> Live ──────────────> Dead ──Delete──> gone
 //	                │  ^
 //	 server's death │  │ Recover
@@ -102,7 +102,7 @@ func (c *Control) Info(ctx context.Context, id int) (Info, error) {
 }
 
 // Served: there is a process that serves the device. The driver notices the end
-// of one only after a while; see Settled.
+// of one only after a while; see SettledInfo.
 func (i Info) Served() bool {
 	if i.State != Live {
 		return false
@@ -118,16 +118,16 @@ func (i Info) Served() bool {
 
 // settleWait is how long the driver may take to notice the end of a server:
 // before Linux 6.9 it looks every 5 s, and the disk is synced first.
-const settleWait = 15 * time.Second
+const noticeTimeout = 15 * time.Second
 
-// Settled is Info once the driver has noticed that the server of device id has
+// SettledInfo is Info once the driver has noticed that the server of device id has
 // died, if it has. After some time without it gives up: the device is Live then.
-func (c *Control) Settled(ctx context.Context, id int) (Info, error) {
-	bounded, cancel := context.WithTimeout(ctx, settleWait)
+func (c *Control) SettledInfo(ctx context.Context, id int) (Info, error) {
+	bounded, cancel := context.WithTimeout(ctx, noticeTimeout)
 	defer cancel()
 	for {
 		i, err := c.Info(ctx, id)
-		if err != nil || i.State != Live || i.Served() || sleep(bounded, pause) != nil {
+		if err != nil || i.State != Live || i.Served() || sleep(bounded, pollInterval) != nil {
 			return i, err
 		}
 	}

@@ -35,10 +35,10 @@ type queue struct {
 	zeroCopy bool
 	payload  unsafe.Pointer // copy mode: the buffers, maxIO each, by tag
 
-	descMem    []byte
-	payloadMem []byte
-	fetchTask  blockdev.Task
-	failed     func(error) // a FETCH was refused; called on the ring's thread
+	descMem     []byte
+	payloadMem  []byte
+	fetchTask   blockdev.Task
+	fetchFailed func(error) // a FETCH was refused; called on the ring's thread
 
 	tries        []uint32      // by tag: registrations of the payload under way or done by command
 	unregistered atomic.Uint64 // payloads that could not be registered
@@ -82,11 +82,11 @@ func mapDescriptors(fd, q, depth int) ([]byte, error) {
 	return mem, nil
 }
 
-// newQueue maps what queue q needs; its ring is started by the device. desc is
+// newQueue maps what queue id needs; its ring is started by the device. desc is
 // the queue's from then on.
-func newQueue(q int, desc []byte, depth, maxIO int, zeroCopy bool) (*queue, error) {
-	u := &queue{
-		id:       uint16(q),
+func newQueue(id int, desc []byte, depth, maxIO int, zeroCopy bool) (*queue, error) {
+	q := &queue{
+		id:       uint16(id),
 		descMem:  desc,
 		desc:     unsafe.Slice((*uapi.UblksrvIODesc)(unsafe.Pointer(unsafe.SliceData(desc))), depth),
 		reqs:     make([]Request, depth),
@@ -95,133 +95,133 @@ func newQueue(q int, desc []byte, depth, maxIO int, zeroCopy bool) (*queue, erro
 		zeroCopy: zeroCopy,
 		tries:    make([]uint32, depth),
 	}
-	for tag := range u.reqs {
-		u.reqs[tag] = *NewRequest(tag, u)
+	for tag := range q.reqs {
+		q.reqs[tag] = *NewRequest(tag, q)
 	}
-	u.fetchTask.Run = u.fetchAll
+	q.fetchTask.Run = q.fetchAll
 	if zeroCopy {
-		return u, nil
+		return q, nil
 	}
 	mem, err := unix.Mmap(-1, 0, depth*maxIO, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
-		return nil, fmt.Errorf("map %d bytes of buffers for queue %d: %w", depth*maxIO, q, err)
+		return nil, fmt.Errorf("map %d bytes of buffers for queue %d: %w", depth*maxIO, id, err)
 	}
 	// Few large pages: the kernel pins them one by one. A refusal costs speed.
 	_ = unix.Madvise(mem, unix.MADV_HUGEPAGE)
 	_ = unix.Madvise(mem, unix.MADV_DONTFORK)
-	u.payloadMem = mem
-	u.payload = unsafe.Pointer(unsafe.SliceData(mem))
-	return u, nil
+	q.payloadMem = mem
+	q.payload = unsafe.Pointer(unsafe.SliceData(mem))
+	return q, nil
 }
 
 // buffers are the queue's buffers, by tag; without copying they are empty, for
 // the kernel to put the pages of each request there.
-func (u *queue) buffers() [][]byte {
-	bufs := make([][]byte, len(u.reqs))
+func (q *queue) buffers() [][]byte {
+	bufs := make([][]byte, len(q.reqs))
 	for tag := range bufs {
-		if u.zeroCopy {
+		if q.zeroCopy {
 			break
 		}
-		bufs[tag] = u.payloadMem[tag*int(u.maxIO) : (tag+1)*int(u.maxIO)]
+		bufs[tag] = q.payloadMem[tag*int(q.maxIO) : (tag+1)*int(q.maxIO)]
 	}
 	return bufs
 }
 
 // unmap gives the memory back, once the ring has ended.
-func (u *queue) unmap() {
-	for _, mem := range [][]byte{u.descMem, u.payloadMem} {
+func (q *queue) unmap() {
+	for _, mem := range [][]byte{q.descMem, q.payloadMem} {
 		if mem != nil {
 			_ = unix.Munmap(mem)
 		}
 	}
-	u.descMem, u.payloadMem, u.desc = nil, nil, nil
+	q.descMem, q.payloadMem, q.desc = nil, nil, nil
 }
 
 // fetchAll asks for the first request of every tag.
-func (u *queue) fetchAll() {
-	for tag := range u.reqs {
-		u.issue(uapi.UBLK_U_IO_FETCH_REQ, uint32(tag), 0)
+func (q *queue) fetchAll() {
+	for tag := range q.reqs {
+		q.issue(uapi.UBLK_U_IO_FETCH_REQ, uint32(tag), 0)
 	}
 }
 
 // issue makes the entry of a command for tag.
-func (u *queue) issue(op, tag uint32, result int32) {
-	u.fill(u.ring.Command(tag), op, tag, result)
+func (q *queue) issue(op, tag uint32, result int32) {
+	q.fill(q.ring.Command(tag), op, tag, result)
 }
 
-func (u *queue) fill(sqe *uring.SQE, op, tag uint32, result int32) {
-	cmd := u.command(sqe, op, tag)
+func (q *queue) fill(sqe *uring.SQE, op, tag uint32, result int32) {
+	cmd := q.command(sqe, op, tag)
 	cmd.Result = result
-	if u.zeroCopy {
+	if q.zeroCopy {
 		// Where the pages of the tag's next request are to be registered.
 		sqe.Addr = uapi.UblkAutoBufReg{Index: uint16(tag), Flags: uapi.UBLK_AUTO_BUF_REG_FALLBACK}.SqeAddr()
 	} else {
-		cmd.Addr = uint64(uintptr(u.payload)) + uint64(tag)*uint64(u.maxIO)
+		cmd.Addr = uint64(uintptr(q.payload)) + uint64(tag)*uint64(q.maxIO)
 	}
 }
 
 // command makes sqe a command for tag and returns its own part.
-func (u *queue) command(sqe *uring.SQE, op, tag uint32) *uapi.UblksrvIOCmd {
+func (q *queue) command(sqe *uring.SQE, op, tag uint32) *uapi.UblksrvIOCmd {
 	sqe.PrepCommand(cdevFile, op)
 	sqe.SetFixedFile()
 	cmd := (*uapi.UblksrvIOCmd)(unsafe.Pointer(sqe.Cmd()))
-	cmd.QID = u.id
+	cmd.QID = q.id
 	cmd.Tag = uint16(tag)
 	return cmd
 }
 
 // onCommand gets the kernel's answer to the command of tag.
-func (u *queue) onCommand(tag uint32, res int32) {
+func (q *queue) onCommand(tag uint32, res int32) {
 	switch {
 	case tag&forRegister != 0:
-		u.registered(tag&^forRegister, res)
+		q.registered(tag&^forRegister, res)
 		return
 	case tag&forPause != 0:
-		u.register(tag &^ forPause)
+		q.register(tag &^ forPause)
 		return
 	case tag&forUnregister != 0:
 		return // what it holds on to goes with the request's last use
 	}
-	state := u.tags[tag]
+	state := q.tags[tag]
 	switch {
 	case res == uapi.UBLK_IO_RES_OK && (state == tagFetching || state == tagCommitted):
-		u.tags[tag] = tagHandling
-		u.serve(tag)
+		q.tags[tag] = tagHandling
+		q.serve(tag)
 	case res == uapi.UBLK_IO_RES_ABORT:
-		u.tags[tag] = tagEnded
+		q.tags[tag] = tagEnded
 	case state == tagFetching:
-		u.tags[tag] = tagEnded
-		u.failed(fmt.Errorf("fetch tag %d of queue %d: %w", tag, u.id, unix.Errno(-res)))
+		q.tags[tag] = tagEnded
+		q.fetchFailed(fmt.Errorf("fetch tag %d of queue %d: %w", tag, q.id, unix.Errno(-res)))
 	default:
 		// The kernel refused the result of a request, which would wait for
 		// ever. Dying is what gets it an error, or a new server.
-		panic(fmt.Sprintf("ublk: queue %d tag %d state %d: kernel answered %d", u.id, tag, state, res))
+		panic(fmt.Sprintf("ublk: queue %d tag %d state %d: kernel answered %d", q.id, tag, state, res))
 	}
 }
 
 // serve hands the request of tag to the handler.
-func (u *queue) serve(tag uint32) {
-	r := &u.reqs[tag]
-	d := &u.desc[tag]
-	if errno := r.decode(d.OpFlags, d.NrSectors, d.StartSector, u.maxIO); errno != 0 {
-		u.Completed(r, errno)
+func (q *queue) serve(tag uint32) {
+	r := &q.reqs[tag]
+	d := &q.desc[tag]
+	if errno := r.decode(d.OpFlags, d.NrSectors, d.StartSector, q.maxIO); errno != 0 {
+		q.Completed(r, errno)
 		return
 	}
 	if d.OpFlags&uapi.UBLK_IO_F_NEED_REG_BUF != 0 && r.Op <= OpWrite {
-		u.tags[tag] = tagRegistering
-		u.register(tag)
+		q.tags[tag] = tagRegistering
+		q.register(tag)
 		return
 	}
-	u.handle(tag)
+	q.handle(tag)
 }
 
-func (u *queue) handle(tag uint32) {
-	r := &u.reqs[tag]
+func (q *queue) handle(tag uint32) {
+	r := &q.reqs[tag]
 	r.Buf = blockdev.Buf{Index: int32(tag)}
-	if !u.zeroCopy {
-		r.Buf.Mem = unsafe.Add(u.payload, int64(tag)*u.maxIO)
+	if !q.zeroCopy {
+		r.Buf.Mem = unsafe.Add(q.payload, int64(tag)*q.maxIO)
 	}
-	u.handler.Handle(r)
+	q.handler.Handle(r)
 }
 
 // A payload that the kernel could not register with the fetch, for want of
@@ -238,24 +238,24 @@ const (
 // registerPause is a millisecond. The kernel reads it: it lies off the heap.
 var registerPause = uring.Timespec{Nsec: 1e6}
 
-func (u *queue) register(tag uint32) {
-	u.tries[tag]++
-	u.command(u.ring.Command(tag|forRegister), uapi.UBLK_U_IO_REGISTER_IO_BUF, tag).Addr = uint64(tag)
+func (q *queue) register(tag uint32) {
+	q.tries[tag]++
+	q.command(q.ring.Command(tag|forRegister), uapi.UBLK_U_IO_REGISTER_IO_BUF, tag).Addr = uint64(tag)
 }
 
 // registered takes the kernel's answer to register.
-func (u *queue) registered(tag uint32, res int32) {
+func (q *queue) registered(tag uint32, res int32) {
 	switch {
 	case res == 0:
-		u.tags[tag] = tagHandling
-		u.handle(tag)
-	case (res == -int32(unix.ENOMEM) || res == -int32(unix.EBUSY)) && u.tries[tag] < maxTries:
-		u.ring.Command(tag|forPause).PrepTimeout(&registerPause, 0, 0)
+		q.tags[tag] = tagHandling
+		q.handle(tag)
+	case (res == -int32(unix.ENOMEM) || res == -int32(unix.EBUSY)) && q.tries[tag] < maxTries:
+		q.ring.Command(tag|forPause).PrepTimeout(&registerPause, 0, 0)
 	default:
-		u.unregistered.Add(1)
-		u.tries[tag] = 0
-		u.tags[tag] = tagHandling
-		u.Completed(&u.reqs[tag], unix.EIO)
+		q.unregistered.Add(1)
+		q.tries[tag] = 0
+		q.tags[tag] = tagHandling
+		q.Completed(&q.reqs[tag], unix.EIO)
 	}
 }
 
@@ -296,17 +296,17 @@ func (r *Request) decode(opFlags, sectors uint32, start uint64, maxIO int64) uni
 }
 
 // Completed commits a request with its result. Implements Completer.
-func (u *queue) Completed(r *Request, errno unix.Errno) {
+func (q *queue) Completed(r *Request, errno unix.Errno) {
 	tag := r.Tag
-	if u.tags[tag] != tagHandling {
-		panic(fmt.Sprintf("ublk: queue %d tag %d: %s completed twice", u.id, tag, r.Op))
+	if q.tags[tag] != tagHandling {
+		panic(fmt.Sprintf("ublk: queue %d tag %d: %s completed twice", q.id, tag, r.Op))
 	}
-	u.tags[tag] = tagCommitted
-	if u.tries[tag] > 0 {
-		u.tries[tag] = 0
-		u.command(u.ring.Command(uint32(tag)|forUnregister), uapi.UBLK_U_IO_UNREGISTER_IO_BUF, uint32(tag)).Addr = uint64(tag)
+	q.tags[tag] = tagCommitted
+	if q.tries[tag] > 0 {
+		q.tries[tag] = 0
+		q.command(q.ring.Command(uint32(tag)|forUnregister), uapi.UBLK_U_IO_UNREGISTER_IO_BUF, uint32(tag)).Addr = uint64(tag)
 	}
-	u.issue(uapi.UBLK_U_IO_COMMIT_AND_FETCH_REQ, uint32(tag), r.result(errno))
+	q.issue(uapi.UBLK_U_IO_COMMIT_AND_FETCH_REQ, uint32(tag), r.result(errno))
 }
 
 // result is what the kernel is told: the bytes of a payload, 0 for what has

@@ -132,7 +132,7 @@ func TestServe(t *testing.T) {
 
 func TestAbort(t *testing.T) {
 	u, k := testQueue(t, 2, false)
-	u.failed = func(err error) { t.Errorf("failed: %v", err) }
+	u.fetchFailed = func(err error) { t.Errorf("failed: %v", err) }
 	u.onCommand(0, uapi.UBLK_IO_RES_ABORT)
 	u.onCommand(1, uapi.UBLK_IO_RES_ABORT)
 	if len(k.got) != 0 || u.tags[0] != tagEnded || u.tags[1] != tagEnded {
@@ -143,7 +143,7 @@ func TestAbort(t *testing.T) {
 func TestFetchRefused(t *testing.T) {
 	u, _ := testQueue(t, 1, false)
 	var got error
-	u.failed = func(err error) { got = err }
+	u.fetchFailed = func(err error) { got = err }
 	u.onCommand(0, -int32(unix.EINVAL))
 	if got == nil || !strings.Contains(got.Error(), "fetch tag 0 of queue 3: invalid argument") {
 		t.Errorf("error %v", got)

@@ -81,7 +81,7 @@ func (p *program) markFile(c *cobra.Command, device, path string) error {
 		return fmt.Errorf("markdirtyblock: %w", err)
 	}
 	if device == "" {
-		device = d.Known()
+		device = d.DisplayPath()
 	}
 	var ranges []string
 	for _, x := range extents {

@@ -19,6 +19,25 @@ type OSFile struct {
 	closeErr error
 }
 
+// OpenExclusive opens the block device at path and claims it: until the file is
+// closed nobody can mount it, put another device on it, or claim it too. access is
+// how it is opened: unix.O_RDONLY or O_RDWR, with O_DIRECT or not. name is what
+// the file is called, see Name.
+//
+// The error is the errno of open(2): EBUSY if the device is claimed.
+func OpenExclusive(path, name string, access int) (*OSFile, error) {
+	for {
+		fd, err := unix.Open(path, access|unix.O_EXCL|unix.O_CLOEXEC, 0)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		return NewOSFile(fd, name), nil
+	}
+}
+
 // NewOSFile wraps an open file descriptor, which is the OSFile's from then on.
 // It should be close-on-exec.
 func NewOSFile(fd int, name string) *OSFile {
@@ -30,7 +49,7 @@ func NewOSFile(fd int, name string) *OSFile {
 	return f
 }
 
-// Name is what NewOSFile was told.
+// Name is what the file was called when it was opened.
 func (f *OSFile) Name() string { return f.name }
 
 // Fd is the file descriptor; it stays the OSFile's.

@@ -71,7 +71,7 @@ func loopDisk(t *testing.T, size int64) string {
 func TestRingOnBlockDevice(t *testing.T) {
 	const size = 6 << 30
 	disk := loopDisk(t, size)
-	f, err := openFile(disk, unix.O_RDWR|unix.O_EXCL|unix.O_DIRECT)
+	f, err := OpenExclusive(disk, disk, unix.O_RDWR|unix.O_DIRECT)
 	if err != nil {
 		t.Fatal(err)
 	}

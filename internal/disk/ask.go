@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 )
 
 // ErrNoAnswer: a file server or a disk does not answer. It arrives wrapped in an
@@ -33,8 +35,8 @@ var unanswered = struct {
 
 // ask runs f, which may hang, under a name by which the question is known again.
 // It waits until end, or for the grace, and fails with ErrNoAnswer then, or at
-// once if the same question hangs already. late takes back what a late f did.
-func ask[T any](end time.Time, question string, f func() T, late func(T)) (T, error) {
+// once if the same question hangs already. undo takes back what a late f did.
+func ask[T any](end time.Time, question string, f func() T, undo func(T)) (T, error) {
 	var none T
 	unanswered.Lock()
 	for q, ended := range unanswered.ended {
@@ -52,10 +54,10 @@ func ask[T any](end time.Time, question string, f func() T, late func(T)) (T, er
 	ctx, cancel := context.WithTimeout(context.Background(), max(time.Until(end), grace))
 	defer cancel()
 	ended := make(chan struct{})
-	x, err := Within(ctx, func() T {
+	x, err := bounded.Call(ctx, func() T {
 		defer close(ended)
 		return f()
-	}, late)
+	}, undo)
 	if err != nil {
 		unanswered.Lock()
 		unanswered.ended[question] = ended
@@ -66,12 +68,12 @@ func ask[T any](end time.Time, question string, f func() T, late func(T)) (T, er
 }
 
 // askPath is ask about a path.
-func askPath[T any](h *Host, what, path string, f func() T, late func(T)) (T, error) {
+func askPath[T any](h *Host, what, path string, f func() T, undo func(T)) (T, error) {
 	unanswered.Lock()
 	n := len(unanswered.ended)
 	unanswered.Unlock()
 	if n < maxUnanswered {
-		if x, err := ask(h.soon(), what+" "+filepath.Join(h.Root, path), f, late); err == nil {
+		if x, err := ask(h.soon(), what+" "+filepath.Join(h.Root, path), f, undo); err == nil {
 			return x, nil
 		}
 	}

@@ -2,6 +2,16 @@
 // device, how large, mounted where, held by which other device, and on which
 // devices a file finally lies.
 //
+//	"/data/diff"          Lookup, OpenPlace: what is it?
+//	      │
+//	 file ─> filesystem ─> /dev/dm-0 ─> /dev/vdb1 ─> /dev/vdb
+//	      │                                             ^
+//	      └──────────────── LiesOn: does it end there? ─┘
+//
+//	 who has /dev/vdb?    CheckFree: mounts, swap, devices stacked on it
+//	                      Openers: processes
+//	                      OpenExclusive: nobody, from now on
+//
 // It reads /proc and /sys and asks no disk anything, so that looking at one never
 // disturbs it. What it finds is true at the moment of looking; the final word on
 // "is this disk free" is the exclusive open of OpenExclusive.
@@ -10,7 +20,17 @@
 // loop device is asked about its file. Both are waited for within limits, and what
 // does not answer holds up nobody who asks about something else.
 //
-// A Host may be used from several goroutines at once.
+// What a disk holds (a filesystem, a partition table) is the one thing that has to
+// be read from it: a Prober is a process of its own that does that.
+//
+// A Host may be used from several goroutines at once, and so may a Prober.
+//
+// # Errors
+//
+// An *Error names the path, the finding and the way out, and wraps what to test for
+// with errors.Is: ErrNotFound, ErrNotBlock, ErrEmpty, ErrReadOnly, ErrInUse,
+// ErrForeign; ErrUnknown where it cannot tell; ErrNoAnswer where something hangs. A
+// Prober has ErrNoTool without blkid.
 package disk
 
 import (
@@ -25,6 +45,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
@@ -36,7 +57,7 @@ var (
 	ErrReadOnly = errors.New("read-only")
 	ErrInUse    = errors.New("in use")
 	ErrUnknown  = errors.New("cannot tell")
-	ErrForeign  = errors.New("somebody else's")
+	ErrForeign  = errors.New("somebody else's") // a path that another user leads anywhere
 )
 
 // Error says what is wrong with which path and what a person can do about it.
@@ -52,9 +73,7 @@ func (e *Error) Error() string { return e.Path + ": " + e.What }
 func (e *Error) Unwrap() error { return e.Kind }
 
 // Num is a block device's number.
-type Num struct{ Major, Minor uint32 }
-
-func (n Num) String() string { return fmt.Sprintf("%d:%d", n.Major, n.Minor) }
+type Num = blockdev.Num
 
 // ParseNum reads "8:16".
 func ParseNum(s string) (Num, error) {
@@ -64,10 +83,8 @@ func ParseNum(s string) (Num, error) {
 	if !ok || err1 != nil || err2 != nil {
 		return Num{}, fmt.Errorf("parse device number %q", s)
 	}
-	return Num{uint32(a), uint32(b)}, nil
+	return Num{Major: uint32(a), Minor: uint32(b)}, nil
 }
-
-func numOf(rdev uint64) Num { return Num{unix.Major(rdev), unix.Minor(rdev)} }
 
 // Disk is a block device: a whole disk or a partition.
 type Disk struct {
@@ -86,18 +103,18 @@ type Disk struct {
 	sys string // its directory in sysfs
 }
 
-// Title is the name a person knows the disk by: its device-mapper name, or the
+// DisplayName is the name a person knows the disk by: its device-mapper name, or the
 // kernel's name.
-func (d *Disk) Title() string {
+func (d *Disk) DisplayName() string {
 	if d.DMName != "" {
 		return d.DMName
 	}
 	return d.Name
 }
 
-// Known is the path that a person knows the disk by: a device-mapper device by
+// DisplayPath is the path that a person knows the disk by: a device-mapper device by
 // its name, as its number changes.
-func (d *Disk) Known() string {
+func (d *Disk) DisplayPath() string {
 	if d.DMName != "" {
 		return "/dev/mapper/" + d.DMName
 	}
@@ -224,8 +241,8 @@ func statFile(fd int, path string) (status, error) {
 	}
 	return status{
 		mode:  st.Mode & unix.S_IFMT,
-		rdev:  Num{st.Rdev_major, st.Rdev_minor},
-		dev:   Num{st.Dev_major, st.Dev_minor},
+		rdev:  Num{Major: st.Rdev_major, Minor: st.Rdev_minor},
+		dev:   Num{Major: st.Dev_major, Minor: st.Dev_minor},
 		ino:   st.Ino,
 		mount: st.Mnt_id,
 	}, nil
@@ -291,7 +308,7 @@ func (h *Host) named(name string) string {
 	}
 	dms, _ := filepath.Glob(filepath.Join(h.Sys, "class/block/dm-*/dm/name"))
 	for _, f := range dms {
-		if text(f) == name {
+		if readText(f) == name {
 			return filepath.Base(filepath.Dir(filepath.Dir(f)))
 		}
 	}
@@ -313,7 +330,7 @@ func (h *Host) byNumber(n Num) (*Disk, error) {
 		return nil, err
 	}
 	name := filepath.Base(sys)
-	sectors, err := strconv.ParseInt(text(filepath.Join(sys, "size")), 10, 64)
+	sectors, err := strconv.ParseInt(readText(filepath.Join(sys, "size")), 10, 64)
 	if err != nil {
 		return nil, fmt.Errorf("read size of %s: %w", name, err)
 	}
@@ -323,8 +340,8 @@ func (h *Host) byNumber(n Num) (*Disk, error) {
 		Node:     "/dev/" + strings.ReplaceAll(name, "!", "/"),
 		Num:      n,
 		Size:     sectors * sector.Size,
-		ReadOnly: text(filepath.Join(sys, "ro")) == "1",
-		DMName:   text(filepath.Join(sys, "dm/name")),
+		ReadOnly: readText(filepath.Join(sys, "ro")) == "1",
+		DMName:   readText(filepath.Join(sys, "dm/name")),
 		sys:      sys,
 	}
 	d.Path = d.Node
@@ -339,7 +356,7 @@ func (h *Host) partitions(d *Disk) []*Disk {
 	var parts []*Disk
 	files, _ := filepath.Glob(filepath.Join(d.sys, "*", "partition"))
 	for _, f := range files {
-		n, err := ParseNum(text(filepath.Join(filepath.Dir(f), "dev")))
+		n, err := ParseNum(readText(filepath.Join(filepath.Dir(f), "dev")))
 		if err != nil {
 			continue
 		}
@@ -356,7 +373,7 @@ func (h *Host) SamePartitions(a, b *Disk) bool {
 	table := func(d *Disk) []string {
 		var out []string
 		for _, p := range h.partitions(d) {
-			out = append(out, text(filepath.Join(p.sys, "partition"))+" "+text(filepath.Join(p.sys, "start"))+" "+text(filepath.Join(p.sys, "size")))
+			out = append(out, readText(filepath.Join(p.sys, "partition"))+" "+readText(filepath.Join(p.sys, "start"))+" "+readText(filepath.Join(p.sys, "size")))
 		}
 		slices.Sort(out)
 		return out
@@ -365,12 +382,12 @@ func (h *Host) SamePartitions(a, b *Disk) bool {
 }
 
 func (h *Host) sysText(elem ...string) string {
-	return text(filepath.Join(append([]string{h.Sys}, elem...)...))
+	return readText(filepath.Join(append([]string{h.Sys}, elem...)...))
 }
 
-// text is the content of a small file without its newline; empty when it
+// readText is the content of a small file without its newline; empty when it
 // cannot be read.
-func text(path string) string {
+func readText(path string) string {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return ""
@@ -383,7 +400,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-func names(dir string) []string {
+func dirNames(dir string) []string {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil

@@ -1,7 +1,6 @@
 package disk
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -128,7 +127,7 @@ func TestLookup(t *testing.T) {
 	m.nodes["/tmp/file"] = status{mode: unix.S_IFREG}
 	m.nodes["/tmp"] = status{mode: unix.S_IFDIR}
 	m.nodes["/dev/null"] = status{mode: unix.S_IFCHR}
-	m.nodes["/dev/gone"] = status{mode: unix.S_IFBLK, rdev: Num{9, 9}}
+	m.nodes["/dev/gone"] = status{mode: unix.S_IFBLK, rdev: Num{Major: 9, Minor: 9}}
 
 	for _, c := range []struct{ path, name, parent, title string }{
 		{"/dev/vdb", "vdb", "", "vdb"},
@@ -142,7 +141,7 @@ func TestLookup(t *testing.T) {
 			t.Errorf("Lookup(%q): %v", c.path, err)
 			continue
 		}
-		if d.Name != c.name || d.Parent != c.parent || d.Title() != c.title || d.Path != c.path || d.Size != 1<<20 {
+		if d.Name != c.name || d.Parent != c.parent || d.DisplayName() != c.title || d.Path != c.path || d.Size != 1<<20 {
 			t.Errorf("Lookup(%q) = %+v", c.path, d)
 		}
 	}
@@ -174,7 +173,7 @@ func TestKnown(t *testing.T) {
 	m.disk("dm-0", "253:0", "")
 	m.set("dm-0", "dm/name", "slow")
 	for path, want := range map[string]string{"/dev/vdb": "/dev/vdb", "/dev/dm-0": "/dev/mapper/slow", "slow": "/dev/mapper/slow"} {
-		if d, err := m.Lookup(path); err != nil || d.Known() != want {
+		if d, err := m.Lookup(path); err != nil || d.DisplayPath() != want {
 			t.Errorf("%s is known as %+v, %v; want %s", path, d, err, want)
 		}
 	}
@@ -303,10 +302,10 @@ func TestOpeners(t *testing.T) {
 			m.disk("vdb1", "1:4", "vdb")
 			m.disk("vdc", "1:5", "")
 			m.nodes["/jail/disk"] = m.nodes["/dev/vdb"]
-			m.nodes["/dev/null"] = status{mode: unix.S_IFCHR, rdev: Num{1, 3}}
+			m.nodes["/dev/null"] = status{mode: unix.S_IFCHR, rdev: Num{Major: 1, Minor: 3}}
 			m.write(m.Proc, "42/comm", "fio\n")
 			c.make(m)
-			ps := m.Openers(Num{1, 3})
+			ps := m.Openers(Num{Major: 1, Minor: 3})
 			if c.open != (len(ps) == 1) || len(ps) > 1 || c.open && ps[0].String() != "fio (process 42)" {
 				t.Errorf("openers %v", ps)
 			}
@@ -325,10 +324,10 @@ func TestRemoteMounts(t *testing.T) {
 	if got := remoteMounts(m.Proc + "/42"); !maps.Equal(got, map[string]bool{"22": true, "23": true}) {
 		t.Errorf("remote mounts %v", got)
 	}
-	if id := mountOf(m.Proc + "/42/fdinfo/3"); id != "22" {
+	if id := mountIDOf(m.Proc + "/42/fdinfo/3"); id != "22" {
 		t.Errorf("on mount %q", id)
 	}
-	if id := mountOf(m.Proc + "/42/fdinfo/4"); id != "" {
+	if id := mountIDOf(m.Proc + "/42/fdinfo/4"); id != "" {
 		t.Errorf("a closed file on mount %q", id)
 	}
 }
@@ -349,7 +348,7 @@ func TestSamePartitions(t *testing.T) {
 		}
 		return d
 	}
-	vdb, filter := num(Num{254, 16}), num(Num{259, 0})
+	vdb, filter := num(Num{Major: 254, Minor: 16}), num(Num{Major: 259, Minor: 0})
 	if m.SamePartitions(vdb, filter) {
 		t.Error("one partition is like none")
 	}
@@ -363,22 +362,18 @@ func TestSamePartitions(t *testing.T) {
 	}
 }
 
-// TestWithin: what comes late is taken back, once.
-func TestWithin(t *testing.T) {
-	ctx, cancel := context.WithCancel(context.Background())
-	never := func(int) { t.Error("taken back in time") }
-	if x, err := Within(ctx, func() int { return 7 }, never); x != 7 || err != nil {
-		t.Errorf("%d, %v", x, err)
+// liesOnPath is LiesOn for a path; what is not there yet lies where its directory
+// does.
+func (m *machine) liesOnPath(path string, target Num, below func(Num) []Num) (bool, error) {
+	st, err := m.statPath(path)
+	if errors.Is(err, unix.ENOENT) {
+		path = filepath.Dir(path)
+		st, err = m.statPath(path)
 	}
-	hang, late := make(chan int), make(chan int)
-	go func() { cancel() }()
-	if x, err := Within(ctx, func() int { return <-hang }, func(x int) { late <- x }); x != 0 || !errors.Is(err, context.Canceled) {
-		t.Errorf("%d, %v", x, err)
+	if err != nil {
+		return false, err
 	}
-	hang <- 8
-	if x := <-late; x != 8 {
-		t.Errorf("taken back: %d", x)
-	}
+	return m.liesOn(path, st, target, below)
 }
 
 // TestLiesOn builds one machine with every kind of stack over vdb.
@@ -425,12 +420,12 @@ func TestLiesOn(t *testing.T) {
 	file("/on-filter/f", "259:1", 57)
 
 	below := func(n Num) []Num {
-		if n == (Num{259, 0}) {
-			return []Num{{254, 18}}
+		if n == (Num{Major: 259, Minor: 0}) {
+			return []Num{{Major: 254, Minor: 18}}
 		}
 		return nil
 	}
-	vdb, vdb1, vdb2, vdc := Num{254, 16}, Num{254, 17}, Num{254, 18}, Num{254, 32}
+	vdb, vdb1, vdb2, vdc := Num{Major: 254, Minor: 16}, Num{Major: 254, Minor: 17}, Num{Major: 254, Minor: 18}, Num{Major: 254, Minor: 32}
 	for _, c := range []struct {
 		path   string
 		target Num
@@ -462,7 +457,7 @@ func TestLiesOn(t *testing.T) {
 		{"/on-filter/f", vdb, true},
 		{"/on-filter/f", vdb1, false},
 	} {
-		got, err := m.LiesOn(c.path, c.target, below)
+		got, err := m.liesOnPath(c.path, c.target, below)
 		if err != nil || got != c.want {
 			t.Errorf("LiesOn(%s, %v) = %v, %v; want %v", c.path, c.target, got, err, c.want)
 		}
@@ -479,13 +474,13 @@ func TestLiesOn(t *testing.T) {
 		t.Errorf("mounts over vdb: %s", got)
 	}
 	for path, want := range map[string]error{"/pool/f": ErrUnknown, "/no/such/file": unix.ENOENT} {
-		if on, err := m.LiesOn(path, vdb, below); on || !errors.Is(err, want) {
+		if on, err := m.liesOnPath(path, vdb, below); on || !errors.Is(err, want) {
 			t.Errorf("LiesOn(%s): %v, %v, want %v", path, on, err, want)
 		}
 	}
 	// No mount shows it: it may be any that is mounted.
 	for target, want := range map[Num]bool{vdb: true, vdb2: false} {
-		if on, err := m.LiesOn("/lost/f", target, nil); on != want || !errors.Is(err, ErrUnknown) {
+		if on, err := m.liesOnPath("/lost/f", target, nil); on != want || !errors.Is(err, ErrUnknown) {
 			t.Errorf("LiesOn(/lost/f, %v): %v, %v, want %v, %v", target, on, err, want, ErrUnknown)
 		}
 	}
@@ -497,14 +492,14 @@ func TestLiesOnHidden(t *testing.T) {
 	m := newMachine(t)
 	m.disk("vdb", "254:16", "")
 	m.disk("vdc", "254:32", "")
-	vdb, vdc := Num{254, 16}, Num{254, 32}
+	vdb, vdc := Num{Major: 254, Minor: 16}, Num{Major: 254, Minor: 32}
 	m.mount(1, 50, "254:16", "/data", "ext4", "/dev/vdb", "rw")
 	m.mount(1, 51, "0:30", "/data", "tmpfs", "tmpfs", "rw")
-	m.nodes["/data"] = status{mode: unix.S_IFDIR, dev: Num{0, 30}, mount: 51}
+	m.nodes["/data"] = status{mode: unix.S_IFDIR, dev: Num{Major: 0, Minor: 30}, mount: 51}
 	m.link("mnt:[2]", m.Proc, "77/ns/mnt")
 	m.mount(77, 90, "0:41", "/b", "btrfs", "/dev/vdc", "rw")
 	m.write(m.Sys, "fs/btrfs/uuid/devices/vdc", "")
-	m.nodes["/b/there"] = status{mode: unix.S_IFREG, dev: Num{0, 43}, ino: 8, mount: 90}
+	m.nodes["/b/there"] = status{mode: unix.S_IFREG, dev: Num{Major: 0, Minor: 43}, ino: 8, mount: 90}
 	for i, c := range []struct {
 		what string
 		name string
@@ -513,17 +508,17 @@ func TestLiesOnHidden(t *testing.T) {
 		err  error
 	}{
 		{"mounted over", "/data/img", status{mode: unix.S_IFREG, dev: vdb}, map[Num]bool{vdb: true, vdc: false}, nil},
-		{"a node of another name", "/nodes/x", status{mode: unix.S_IFBLK, dev: Num{0, 6}, rdev: vdc}, map[Num]bool{vdb: false, vdc: true}, nil},
-		{"another namespace", "/b/img", status{mode: unix.S_IFREG, dev: Num{0, 41}}, map[Num]bool{vdb: false, vdc: true}, nil},
-		{"its subvolume", "/b/there", status{mode: unix.S_IFREG, dev: Num{0, 43}, ino: 8}, map[Num]bool{vdb: false, vdc: true}, nil},
-		{"its subvolume, by another name", "/b/away", status{mode: unix.S_IFREG, dev: Num{0, 44}, ino: 8}, map[Num]bool{vdc: true}, ErrUnknown},
+		{"a node of another name", "/nodes/x", status{mode: unix.S_IFBLK, dev: Num{Major: 0, Minor: 6}, rdev: vdc}, map[Num]bool{vdb: false, vdc: true}, nil},
+		{"another namespace", "/b/img", status{mode: unix.S_IFREG, dev: Num{Major: 0, Minor: 41}}, map[Num]bool{vdb: false, vdc: true}, nil},
+		{"its subvolume", "/b/there", status{mode: unix.S_IFREG, dev: Num{Major: 0, Minor: 43}, ino: 8}, map[Num]bool{vdb: false, vdc: true}, nil},
+		{"its subvolume, by another name", "/b/away", status{mode: unix.S_IFREG, dev: Num{Major: 0, Minor: 44}, ino: 8}, map[Num]bool{vdc: true}, ErrUnknown},
 	} {
 		loop := fmt.Sprintf("loop%d", i)
 		m.disk(loop, fmt.Sprintf("7:%d", i), "")
 		m.set(loop, "loop/backing_file", c.name)
 		m.loops["/dev/"+loop] = c.st
 		for target, want := range c.on {
-			if on, err := m.LiesOn("/dev/"+loop, target, nil); on != want || !errors.Is(err, c.err) {
+			if on, err := m.liesOnPath("/dev/"+loop, target, nil); on != want || !errors.Is(err, c.err) {
 				t.Errorf("%s on %v: %v, %v; want %v, %v", c.what, target, on, err, want, c.err)
 			}
 		}
@@ -540,7 +535,7 @@ func TestLiesOnHidden(t *testing.T) {
 // TestLiesOnOverlay has an overlay whose upper directory cannot be seen by its
 // name, as on a live system.
 func TestLiesOnOverlay(t *testing.T) {
-	vdb := Num{254, 16}
+	vdb := Num{Major: 254, Minor: 16}
 	ours, others := capacity{4096, 1000}, capacity{4096, 2000}
 	for _, c := range []struct {
 		what  string
@@ -565,7 +560,7 @@ func TestLiesOnOverlay(t *testing.T) {
 			m.sizes["/rw/upper"] = others
 		}, false, ErrUnknown},
 		{"a directory of that name on the overlay", func(m *machine) {
-			m.nodes["/rw/upper"] = status{mode: unix.S_IFDIR, dev: Num{0, 26}, mount: 50}
+			m.nodes["/rw/upper"] = status{mode: unix.S_IFDIR, dev: Num{Major: 0, Minor: 26}, mount: 50}
 			m.sizes["/rw/upper"] = ours
 		}, false, ErrUnknown},
 		{"to be seen", func(m *machine) {
@@ -576,10 +571,10 @@ func TestLiesOnOverlay(t *testing.T) {
 		m := newMachine(t)
 		m.disk("vdb", "254:16", "")
 		m.mount(1, 50, "0:26", "/", "overlay", "root", "rw,lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work")
-		m.nodes["/var/tmp"] = status{mode: unix.S_IFDIR, dev: Num{0, 26}, mount: 50}
+		m.nodes["/var/tmp"] = status{mode: unix.S_IFDIR, dev: Num{Major: 0, Minor: 26}, mount: 50}
 		m.sizes["/"] = ours
 		c.setup(m)
-		if on, err := m.LiesOn("/var/tmp", vdb, nil); on != c.on || !errors.Is(err, c.err) {
+		if on, err := m.liesOnPath("/var/tmp", vdb, nil); on != c.on || !errors.Is(err, c.err) {
 			t.Errorf("%s: %v, %v; want %v, %v", c.what, on, err, c.on, c.err)
 		}
 	}
@@ -655,7 +650,7 @@ func TestOpenMount(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Close()
-	m.ID, m.Num = m.ID+1_000_000, Num{254, 1}
+	m.ID, m.Num = m.ID+1_000_000, Num{Major: 254, Minor: 1}
 	if f, err := h.OpenMount(m); !errors.Is(err, ErrUnknown) {
 		if err == nil {
 			f.Close()
@@ -678,7 +673,7 @@ func FuzzParseMount(f *testing.F) {
 		}
 		point = "/" + point
 		line = fmt.Sprintf("36 35 98:7 / %s rw,relatime master:1 shared:2 - ext4 %s rw,errors=x", kernel.Replace(point), kernel.Replace(source))
-		want := Mount{ID: 36, Num: Num{98, 7}, Point: point, FSType: "ext4", Source: source, Super: "rw,errors=x"}
+		want := Mount{ID: 36, Num: Num{Major: 98, Minor: 7}, Point: point, FSType: "ext4", Source: source, Super: "rw,errors=x"}
 		if m, ok := parseMount(line); !ok || m != want {
 			t.Errorf("%q gave %+v, want %+v", line, m, want)
 		}

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
@@ -47,7 +48,7 @@ func (h *Host) Extents(f *os.File) (*Disk, []Extent, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, nil, fmt.Errorf("look at %s: %w", f.Name(), err)
 	}
-	d, err := h.byNumber(numOf(st.Dev))
+	d, err := h.byNumber(blockdev.NumOf(st.Dev))
 	if err != nil {
 		return nil, nil, unknown("its filesystem is not on one disk")
 	}

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // backingName is the name of a loop device's file in sysfs, as the file was
@@ -14,10 +16,10 @@ import (
 // else may have that name: in another mount namespace, behind another mount.
 func backingName(attr string) string { return strings.TrimSuffix(attr, " (deleted)") }
 
-// backing is the status of the file below a loop device, by the device itself. Its
+// backingStatus is the status of the file below a loop device, by the device itself. Its
 // filesystem may have to ask its server for that. Where the device cannot be asked
 // it goes by the name that sysfs has for the file.
-func (h *Host) backing(name, file string, end time.Time) (status, error) {
+func (h *Host) backingStatus(name, file string, end time.Time) (status, error) {
 	node := "/dev/" + name
 	get := h.loop
 	if get == nil {
@@ -56,16 +58,16 @@ func loopStatus(node string) (status, error) {
 	if err != nil {
 		return status{}, err
 	}
-	st := status{mode: unix.S_IFREG, dev: numOf(info.Device), ino: info.Inode, rdev: numOf(info.Rdevice)}
+	st := status{mode: unix.S_IFREG, dev: blockdev.NumOf(info.Device), ino: info.Inode, rdev: blockdev.NumOf(info.Rdevice)}
 	if info.Rdevice != 0 {
 		st.mode = unix.S_IFBLK
 	}
 	return st, nil
 }
 
-// live are the names of the disks with a filesystem that is mounted, and may be
+// mountedDisks are the names of the disks with a filesystem that is mounted, and may be
 // where nobody sees it: the filesystems say so in sysfs.
-func (h *Host) live() []string {
+func (h *Host) mountedDisks() []string {
 	var out []string
 	for _, pattern := range []string{"fs/ext4/*", "fs/xfs/*", "fs/f2fs/*", "fs/btrfs/*/devices/*"} {
 		files, _ := filepath.Glob(filepath.Join(h.Sys, pattern))

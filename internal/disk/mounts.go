@@ -31,7 +31,7 @@ func (h *Host) Mounts() []Mount {
 	var out []Mount
 	seen := map[string]bool{}
 	pids := []int{1}
-	for _, name := range names(h.Proc) {
+	for _, name := range dirNames(h.Proc) {
 		if pid, err := strconv.Atoi(name); err == nil && pid != 1 {
 			pids = append(pids, pid)
 		}
@@ -177,9 +177,8 @@ func unescape(s string) string {
 	return b.String()
 }
 
-// MountsOf are the mounts of the disk itself, not of its partitions.
-func (h *Host) MountsOf(d *Disk) []Mount { return h.mountsOf(d, h.Mounts()) }
-
+// mountsOf are those of all mounts that are of the disk itself, not of its
+// partitions.
 func (h *Host) mountsOf(d *Disk, all []Mount) []Mount {
 	var out []Mount
 	for _, m := range all {

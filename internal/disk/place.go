@@ -212,9 +212,19 @@ func (h *Host) Where(p *Place) string {
 	return filepath.Join(h.Root, strings.TrimPrefix(real, h.Root), base)
 }
 
-// PlaceLiesOn is LiesOn for what has been opened: a block device, or else the
-// filesystem on which a file is, or would come to be.
-func (h *Host) PlaceLiesOn(p *Place, target Num, below func(Num) []Num) (bool, error) {
+// LiesOn says whether the bytes of a place (a block device, or else the filesystem
+// on which a file is, or would come to be) finally lie on the device target:
+// through partitions, device-mapper, md, bcache, loop devices and the filesystems
+// that their files are on. A partition and its whole disk count as the same.
+//
+// below tells what lies under a device that sysfs cannot look through (our own
+// filters and images); it may be nil.
+//
+// Where the stack cannot be followed to its end the error is an *Error with
+// ErrUnknown. The answer then is the more likely one: true if the target holds a
+// filesystem that may be the one in question. A loop device in the stack that does
+// not answer gives an *Error with ErrNoAnswer.
+func (h *Host) LiesOn(p *Place, target Num, below func(Num) []Num) (bool, error) {
 	st, err := p.status()
 	if err != nil {
 		return false, &Error{ErrUnknown, p.Path, err.Error(), ""}

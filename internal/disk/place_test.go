@@ -84,13 +84,13 @@ func TestOpenPlace(t *testing.T) {
 
 // TestOpenPlaceClosed counts descriptors.
 func TestOpenPlaceClosed(t *testing.T) {
-	before := len(names("/proc/self/fd"))
+	before := len(dirNames("/proc/self/fd"))
 	for _, path := range []string{"/proc/self/fd/../../self/status", "/etc/passwd/new", "/no/such/place", "/proc/self/new", "/"} {
 		if p, err := Machine().OpenPlace(path); err == nil {
 			p.Close()
 		}
 	}
-	if after := len(names("/proc/self/fd")); after != before {
+	if after := len(dirNames("/proc/self/fd")); after != before {
 		t.Errorf("%d descriptors, %d before", after, before)
 	}
 }

@@ -205,19 +205,19 @@ func Blkid(root string, f *os.File) (string, error) {
 	case err != nil:
 		return "", fmt.Errorf("run blkid: %w", err)
 	}
-	return understand(status, &out, strings.TrimSpace(said.String()))
+	return parseBlkid(status, &out, strings.TrimSpace(said.String()))
 }
 
-// understand is what blkid -p -o export has said.
-func understand(status int, out io.Reader, said string) (string, error) {
+// parseBlkid is what a device holds by the output of blkid -p -o export.
+func parseBlkid(status int, out io.Reader, stderr string) (string, error) {
 	text, _ := io.ReadAll(out)
 	switch {
-	case status == 2 && len(text) == 0 && said == "":
+	case status == 2 && len(text) == 0 && stderr == "":
 		return "", nil
 	case status == 8:
 		return "", errors.New("blkid finds several formats at once (wipefs lists them)")
-	case status != 0 || said != "":
-		return "", fmt.Errorf("blkid ended with status %d: %s", status, said)
+	case status != 0 || stderr != "":
+		return "", fmt.Errorf("blkid ended with status %d: %s", status, stderr)
 	}
 	found := map[string]string{}
 	other := ""

@@ -108,14 +108,14 @@ func TestProbeWithout(t *testing.T) {
 	}{
 		{0, "", ""}, {0, "TYPE=ext4\n", ""}, {2, "", "error: cannot open"}, {2, "DEVNAME=x\n", ""}, {1, "", ""}, {4, "", ""}, {8, "", ""}, {127, "", ""},
 	} {
-		if got, err := understand(c.status, strings.NewReader(c.out), c.said); err == nil {
+		if got, err := parseBlkid(c.status, strings.NewReader(c.out), c.said); err == nil {
 			t.Errorf("status %d, %q, %q was taken for %q", c.status, c.out, c.said, got)
 		}
 	}
-	if got, err := understand(0, strings.NewReader("DEVNAME=x\nPART_ENTRY_SCHEME=gpt\nPART_ENTRY_NUMBER=1\n"), ""); got != "" || err != nil {
+	if got, err := parseBlkid(0, strings.NewReader("DEVNAME=x\nPART_ENTRY_SCHEME=gpt\nPART_ENTRY_NUMBER=1\n"), ""); got != "" || err != nil {
 		t.Errorf("an empty partition is %q, %v", got, err)
 	}
-	if got, err := understand(0, strings.NewReader("DEVNAME=x\nNEWS=1\n"), ""); got != "NEWS=1" || err != nil {
+	if got, err := parseBlkid(0, strings.NewReader("DEVNAME=x\nNEWS=1\n"), ""); got != "NEWS=1" || err != nil {
 		t.Errorf("what is not known is %q, %v", got, err)
 	}
 }

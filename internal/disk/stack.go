@@ -9,33 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// LiesOn says whether the bytes of path (a block device, a file or a directory)
-// finally lie on the device target: through partitions, device-mapper, md,
-// bcache, loop devices and the filesystems that their files are on. A partition
-// and its whole disk count as the same. A path that is not there yet lies where
-// its directory does.
-//
-// below tells what lies under a device that sysfs cannot look through (our own
-// filters and images); it may be nil.
-//
-// Where the stack cannot be followed to its end the error is an *Error with
-// ErrUnknown. The answer then is the more likely one: true if the target holds a
-// filesystem that may be the one in question. A path, or a loop device in the stack,
-// that does not answer gives an *Error with ErrNoAnswer; any other error is of the
-// path.
-func (h *Host) LiesOn(path string, target Num, below func(Num) []Num) (bool, error) {
-	st, err := h.statPath(path)
-	if errors.Is(err, unix.ENOENT) {
-		path = filepath.Dir(path)
-		st, err = h.statPath(path)
-	}
-	if err != nil {
-		return false, err
-	}
-	return h.liesOn(path, st, target, below)
-}
-
-// liesOn is LiesOn for what has been looked at.
+// liesOn is LiesOn for a path of which the status is known.
 func (h *Host) liesOn(path string, st status, target Num, below func(Num) []Num) (bool, error) {
 	w := h.walkTo(target, below)
 	w.thorough = true
@@ -63,7 +37,7 @@ func (h *Host) MountsOver(target Num, below func(Num) []Num) []Mount {
 	mounts := h.Mounts()
 	seen := map[Num]bool{}
 	for _, m := range mounts {
-		if seen[m.Num] || local[m.FSType] || m.FSType == "overlay" {
+		if seen[m.Num] || noLocalDisk[m.FSType] || m.FSType == "overlay" {
 			continue
 		}
 		w := h.walkTo(target, below)
@@ -127,8 +101,8 @@ func (w *walk) file(path string, st status) bool {
 	return w.filesystem(path, st)
 }
 
-// local are filesystems without a disk of this machine below them.
-var local = map[string]bool{
+// noLocalDisk are filesystems without a disk of this machine below them.
+var noLocalDisk = map[string]bool{
 	"tmpfs": true, "ramfs": true, "devtmpfs": true, "hugetlbfs": true, "proc": true, "sysfs": true,
 	"nfs": true, "nfs4": true, "cifs": true, "smb3": true, "9p": true, "virtiofs": true,
 	"ceph": true, "glusterfs": true, "lustre": true, "afs": true, "vboxsf": true, "rootfs": true,
@@ -144,7 +118,7 @@ func (w *walk) filesystem(path string, st status) bool {
 	switch {
 	case m == nil:
 		return w.unseen(nil, &Error{ErrUnknown, path, "lies on a filesystem that no mount shows", "choose another place"})
-	case local[m.FSType]:
+	case noLocalDisk[m.FSType]:
 		return false
 	case m.FSType == "overlay":
 		return w.overlay(m)
@@ -177,7 +151,7 @@ func (w *walk) btrfs(m *Mount) bool {
 		}
 		dirs, _ := filepath.Glob(filepath.Join(w.Sys, "fs/btrfs/*/devices", d.Name))
 		for _, dir := range dirs {
-			if slices.ContainsFunc(names(filepath.Dir(dir)), w.byName) {
+			if slices.ContainsFunc(dirNames(filepath.Dir(dir)), w.byName) {
 				return true
 			}
 		}
@@ -233,7 +207,7 @@ func (w *walk) unseen(size *capacity, err *Error) bool {
 		v.mounts = w.mounts
 		return v.byName(name)
 	}
-	disks := w.live()
+	disks := w.mountedDisks()
 	for _, m := range w.mounts {
 		if d, err := w.byNumber(m.Num); err == nil && m.Num.Major != 0 {
 			disks = append(disks, d.Name)
@@ -332,11 +306,11 @@ func (w *walk) device(n Num) bool {
 		whole := w.wholeOf(d)
 		return whole == w.target || whole != w.targetWhole && w.device(whole)
 	}
-	if slices.ContainsFunc(names(filepath.Join(d.sys, "slaves")), w.byName) {
+	if slices.ContainsFunc(dirNames(filepath.Join(d.sys, "slaves")), w.byName) {
 		return true
 	}
-	if file := backingName(text(filepath.Join(d.sys, "loop/backing_file"))); file != "" {
-		st, err := w.backing(d.Name, file, w.soon())
+	if file := backingName(readText(filepath.Join(d.sys, "loop/backing_file"))); file != "" {
+		st, err := w.backingStatus(d.Name, file, w.soon())
 		if err != nil {
 			return w.unsure(file, err)
 		}

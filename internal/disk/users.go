@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // CheckUsable refuses a disk that nothing can be put over: empty, read-only or
@@ -21,7 +23,7 @@ func (h *Host) CheckUsable(d *Disk) error {
 		return &Error{ErrEmpty, d.Path, "has zero size", "put a medium in or set the device up first"}
 	}
 	if d.ReadOnly {
-		return &Error{ErrReadOnly, d.Path, "read-only", "make it writable first: blockdev --setrw " + d.Known()}
+		return &Error{ErrReadOnly, d.Path, "read-only", "make it writable first: blockdev --setrw " + d.DisplayPath()}
 	}
 	return h.CheckFree(d)
 }
@@ -32,29 +34,29 @@ func (h *Host) CheckUsable(d *Disk) error {
 func (h *Host) CheckFree(d *Disk) error {
 	mounts := h.Mounts()
 	for _, x := range append([]*Disk{d}, h.partitions(d)...) {
-		what, fix := h.user(x, mounts)
+		what, fix := h.findUser(x, mounts)
 		if what == "" {
 			continue
 		}
 		if x != d {
-			what = "its partition " + x.Known() + " is " + what
+			what = "its partition " + x.DisplayPath() + " is " + what
 		}
 		return &Error{ErrInUse, d.Path, what, fix}
 	}
 	return nil
 }
 
-// user names the first user found of the disk itself, and how to end the use;
+// findUser names the first user found of the disk itself, and how to end the use;
 // empty when there is none.
-func (h *Host) user(d *Disk, mounts []Mount) (what, fix string) {
+func (h *Host) findUser(d *Disk, mounts []Mount) (what, fix string) {
 	if ms := h.mountsOf(d, mounts); len(ms) > 0 {
 		return "mounted on " + ms[0].Point, "unmount it first"
 	}
-	for _, name := range names(filepath.Join(d.sys, "holders")) {
+	for _, name := range dirNames(filepath.Join(d.sys, "holders")) {
 		return h.describeHolder(name)
 	}
 	if h.isSwap(d) {
-		return "used as swap space", "swapoff " + d.Known() + " first"
+		return "used as swap space", "swapoff " + d.DisplayPath() + " first"
 	}
 	if fs, _ := filepath.Glob(filepath.Join(h.Sys, "fs/btrfs/*/devices", d.Name)); len(fs) > 0 {
 		return "part of a mounted btrfs filesystem", "unmount it first"
@@ -67,8 +69,8 @@ func (h *Host) user(d *Disk, mounts []Mount) (what, fix string) {
 
 func (h *Host) describeHolder(name string) (what, fix string) {
 	dir := filepath.Join(h.Sys, "class/block", name)
-	if dm := text(filepath.Join(dir, "dm/name")); dm != "" {
-		uuid := text(filepath.Join(dir, "dm/uuid"))
+	if dm := readText(filepath.Join(dir, "dm/name")); dm != "" {
+		uuid := readText(filepath.Join(dir, "dm/uuid"))
 		kind, _, _ := strings.Cut(uuid, "-")
 		switch kind {
 		case "LVM":
@@ -117,8 +119,8 @@ func (h *Host) loopOver(d *Disk) string {
 	end := h.soon() // of all
 	for _, f := range files {
 		name := filepath.Base(filepath.Dir(filepath.Dir(f)))
-		file := backingName(text(f))
-		st, err := h.backing(name, file, end)
+		file := backingName(readText(f))
+		st, err := h.backingStatus(name, file, end)
 		if err == nil && st.mode == unix.S_IFBLK && st.rdev == d.Num || err != nil && file == d.Node {
 			return name
 		}
@@ -129,11 +131,11 @@ func (h *Host) loopOver(d *Disk) string {
 // OpenExclusive opens the disk for direct reading and writing and claims it:
 // nobody can mount it or put another device on it until the file is closed.
 // A disk that somebody has claimed gives an *Error with ErrInUse.
-func (h *Host) OpenExclusive(d *Disk) (*os.File, error) {
-	f, err := os.OpenFile(d.Node, os.O_RDWR|unix.O_DIRECT|unix.O_EXCL|unix.O_CLOEXEC, 0)
+func (h *Host) OpenExclusive(d *Disk) (*blockdev.OSFile, error) {
+	f, err := blockdev.OpenExclusive(d.Node, d.DisplayPath(), unix.O_RDWR|unix.O_DIRECT)
 	if err == nil {
 		var st unix.Stat_t
-		if err := unix.Fstat(int(f.Fd()), &st); err != nil || numOf(st.Rdev) != d.Num {
+		if err := unix.Fstat(f.Fd(), &st); err != nil || blockdev.NumOf(st.Rdev) != d.Num {
 			f.Close()
 			return nil, &Error{ErrNotFound, d.Path, fmt.Sprintf("%s is not device %s any more", d.Node, d.Num), ""}
 		}
@@ -141,25 +143,25 @@ func (h *Host) OpenExclusive(d *Disk) (*os.File, error) {
 	}
 	switch {
 	case errors.Is(err, unix.EBUSY):
-		return nil, h.busy(d)
+		return nil, h.explainBusy(d)
 	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES):
 		return nil, &Error{ErrReadOnly, d.Path, "cannot be opened for writing", ""}
 	case errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENOENT):
 		return nil, &Error{ErrNotFound, d.Path, "no such device", ""}
 	}
-	return nil, &Error{err, d.Path, err.Error(), ""}
+	return nil, &Error{err, d.Path, "open " + d.Node + ": " + err.Error(), ""}
 }
 
-// busy explains EBUSY as well as it can.
-func (h *Host) busy(d *Disk) error {
+// explainBusy explains EBUSY as well as it can.
+func (h *Host) explainBusy(d *Disk) error {
 	if err := h.CheckFree(d); err != nil {
 		return err
 	}
 	if d.Parent != "" {
 		if n, err := ParseNum(h.sysText("class/block", d.Parent, "dev")); err == nil {
 			if whole, err := h.byNumber(n); err == nil {
-				if what, fix := h.user(whole, h.Mounts()); what != "" {
-					return &Error{ErrInUse, d.Path, "its disk " + whole.Known() + " is " + what, fix}
+				if what, fix := h.findUser(whole, h.Mounts()); what != "" {
+					return &Error{ErrInUse, d.Path, "its disk " + whole.DisplayPath() + " is " + what, fix}
 				}
 			}
 		}
@@ -167,7 +169,7 @@ func (h *Host) busy(d *Disk) error {
 	if ps := h.Openers(d.Num); len(ps) > 0 {
 		return &Error{ErrInUse, d.Path, "opened exclusively by " + ps[0].String(), "end that process first"}
 	}
-	return &Error{ErrInUse, d.Path, "claimed by the kernel or another program", "find the user first: lsblk, fuser -v " + d.Known()}
+	return &Error{ErrInUse, d.Path, "claimed by the kernel or another program", "find the user first: lsblk, fuser -v " + d.DisplayPath()}
 }
 
 // Process is a process that has something open.
@@ -206,28 +208,28 @@ const processWait = 5 * time.Second
 func (h *Host) processes(what string, f func(dir string) bool) (out []Process) {
 	self := strconv.Itoa(os.Getpid())
 	end := time.Now().Add(processWait)
-	for _, name := range names(h.Proc) {
+	for _, name := range dirNames(h.Proc) {
 		pid, err := strconv.Atoi(name)
 		if err != nil || name == self {
 			continue
 		}
 		dir := filepath.Join(h.Proc, name)
 		if has, err := ask(end, what+" of "+dir, func() bool { return f(dir) }, func(bool) {}); err == nil && has {
-			out = append(out, Process{pid, text(filepath.Join(dir, "comm"))})
+			out = append(out, Process{pid, readText(filepath.Join(dir, "comm"))})
 		}
 	}
 	return out
 }
 
-// isOneOf says whether the file that a link in /proc leads to is a wanted device.
-func (h *Host) isOneOf(link string, wanted map[Num]string) bool {
-	st, err := h.follow(link)
+// leadsToAny says whether the file that a link in /proc leads to is a wanted device.
+func (h *Host) leadsToAny(link string, wanted map[Num]string) bool {
+	st, err := h.statLink(link)
 	return err == nil && st.mode == unix.S_IFBLK && wanted[st.rdev] != ""
 }
 
-// follow is the status of what a link in /proc leads to, which need not have a
+// statLink is the status of what a link in /proc leads to, which need not have a
 // path.
-func (h *Host) follow(link string) (status, error) {
+func (h *Host) statLink(link string) (status, error) {
 	if h.stat != nil {
 		to, err := os.Readlink(link)
 		if err != nil {
@@ -241,7 +243,7 @@ func (h *Host) follow(link string) (status, error) {
 // hasOpen looks at the files of the process whose directory in /proc is dir.
 func (h *Host) hasOpen(dir string, wanted map[Num]string) bool {
 	var remote map[string]bool
-	for _, fd := range names(filepath.Join(dir, "fd")) {
+	for _, fd := range dirNames(filepath.Join(dir, "fd")) {
 		link := filepath.Join(dir, "fd", fd)
 		to, err := os.Readlink(link)
 		if err != nil || !strings.HasPrefix(to, "/") {
@@ -253,20 +255,20 @@ func (h *Host) hasOpen(dir string, wanted map[Num]string) bool {
 			if remote == nil {
 				remote = remoteMounts(dir)
 			}
-			if id := mountOf(filepath.Join(dir, "fdinfo", fd)); id == "" || remote[id] {
+			if id := mountIDOf(filepath.Join(dir, "fdinfo", fd)); id == "" || remote[id] {
 				continue
 			}
 		}
-		if h.isOneOf(link, wanted) {
+		if h.leadsToAny(link, wanted) {
 			return true
 		}
 	}
 	return false
 }
 
-// mountOf is the number of the mount that an open file lies on.
-func mountOf(fdinfo string) string {
-	for _, line := range strings.Split(text(fdinfo), "\n") {
+// mountIDOf is the number of the mount that an open file lies on.
+func mountIDOf(fdinfo string) string {
+	for _, line := range strings.Split(readText(fdinfo), "\n") {
 		if id, ok := strings.CutPrefix(line, "mnt_id:"); ok {
 			return strings.TrimSpace(id)
 		}
@@ -280,7 +282,7 @@ var remoteFS = []string{"nfs", "cifs", "smb", "ceph", "fuse", "9p", "virtiofs", 
 // remoteMounts are the numbers of a process's mounts that have a server.
 func remoteMounts(dir string) map[string]bool {
 	out := map[string]bool{}
-	for _, line := range strings.Split(text(filepath.Join(dir, "mountinfo")), "\n") {
+	for _, line := range strings.Split(readText(filepath.Join(dir, "mountinfo")), "\n") {
 		if m, ok := parseMount(line); ok && slices.ContainsFunc(remoteFS, func(s string) bool { return strings.HasPrefix(m.FSType, s) }) {
 			out[strconv.FormatUint(m.ID, 10)] = true
 		}
@@ -291,7 +293,7 @@ func remoteMounts(dir string) map[string]bool {
 // hasMapped looks for what a process has mapped and perhaps closed, by the names
 // that the kernel gives the devices.
 func (h *Host) hasMapped(dir string, wanted map[Num]string) bool {
-	for _, line := range strings.Split(text(filepath.Join(dir, "maps")), "\n") {
+	for _, line := range strings.Split(readText(filepath.Join(dir, "maps")), "\n") {
 		// address perms offset dev inode /path
 		at := strings.IndexByte(line, '/')
 		if at < 0 {
@@ -303,7 +305,7 @@ func (h *Host) hasMapped(dir string, wanted map[Num]string) bool {
 				continue
 			}
 			var from, to uint64
-			if n, _ := fmt.Sscanf(line, "%x-%x", &from, &to); n == 2 && h.isOneOf(fmt.Sprintf("%s/map_files/%x-%x", dir, from, to), wanted) {
+			if n, _ := fmt.Sscanf(line, "%x-%x", &from, &to); n == 2 && h.leadsToAny(fmt.Sprintf("%s/map_files/%x-%x", dir, from, to), wanted) {
 				return true
 			}
 		}

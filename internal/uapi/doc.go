@@ -3,6 +3,12 @@
 // the kernel's spelling, structs cite their C name and can be read beside the
 // header line by line.
 //
+//	linux/ublk_cmd.h ── ublk_cmd.go ─┐
+//	linux/fs.h ──────── fs.go ───────┼─> packages that talk to the kernel
+//	                                 │
+//	the host's headers, through a    │
+//	C program ── uapi_test.go ───────┘ every size, offset and number
+//
 // The encodings are those of the kernel's generic ioctl numbers (amd64, arm64,
 // riscv64, s390x, loong64), and the structs have the same layout on every
 // 64-bit machine.
@@ -10,6 +16,10 @@
 // A test compiles a C program against the headers of the host and compares
 // every size, offset and number that those headers have, and everything
 // against values written down in the test.
+//
+// There are constants, structs without pointers and pure functions here, and
+// nothing else: no system call is made, no error is returned, and any number of
+// goroutines may use it. Memory that the kernel is given belongs to the caller.
 package uapi
 
 // asm-generic/ioctl.h: the direction, size, type and number of a command.

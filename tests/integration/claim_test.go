@@ -22,17 +22,20 @@ import (
 const claimWrites = 4
 
 // claim opens a device or a file as storage is opened, if nobody has.
-func claim(path string) (*os.File, error) {
+func claim(path string) (*blockdev.OSFile, error) {
 	if strings.HasPrefix(path, "/dev/") {
-		return os.OpenFile(path, os.O_RDWR|unix.O_EXCL|unix.O_DIRECT, 0)
+		return blockdev.OpenExclusive(path, path, unix.O_RDWR|unix.O_DIRECT)
 	}
-	f, err := os.OpenFile(path, os.O_RDWR|unix.O_DIRECT, 0)
-	if err == nil {
-		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-			f.Close()
-		}
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
 	}
-	return f, err
+	f := blockdev.NewOSFile(fd, path)
+	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // TestClaimChild claims what it is told to, and writes to it until it is killed.
@@ -42,11 +45,10 @@ func TestClaimChild(t *testing.T) {
 	if len(args) != 2 {
 		return
 	}
-	f, err := claim(args[0])
+	file, err := claim(args[0])
 	if err != nil {
 		t.Fatal(err)
 	}
-	file := blockdev.NewOSFile(int(f.Fd()), args[0])
 	q, err := blockdev.NewRingQueue(blockdev.RingConfig{Name: "claim", Depth: claimWrites})
 	if err != nil {
 		t.Fatal(err)

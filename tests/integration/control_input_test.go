@@ -22,6 +22,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // refused calls the program and wants a status that the program has, nothing on
@@ -124,7 +126,7 @@ func TestBadDisks(t *testing.T) {
 		d.in(t).refused([]string{"the backing device of " + loop + ": losetup -d " + loop}, "add", disks[1])
 	})
 	t.Run("claimed by a process", func(t *testing.T) {
-		f, err := os.OpenFile(disks[1], os.O_RDWR|unix.O_EXCL, 0)
+		f, err := blockdev.OpenExclusive(disks[1], disks[1], unix.O_RDWR)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -185,11 +187,7 @@ func TestBadParameters(t *testing.T) {
 	d.refused([]string{"--queues 0: must be at least 1"}, "add", disk, "--queues", "0")
 	d.refused([]string{"queue depth 4097: want 1 to 4096"}, "add", disk, "--depth", "4097")
 	d.refused([]string{"--depth 0: must be at least 1"}, "add", disk, "--depth", "0")
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		t.Fatal(err)
-	}
-	if strings.HasPrefix(unix.ByteSliceToString(u.Release[:]), "6.12") {
+	if strings.HasPrefix(ublk.KernelRelease(), "6.12") {
 		d.refused([]string{"no AUTO_BUF_REG: Linux 6.16 or newer is needed"}, "add", disk, "--mode", "zerocopy")
 	}
 	d.refused([]string{`"fast" is not a mode`}, "add", disk, "--mode", "fast")
@@ -378,11 +376,7 @@ func TestMachineCannot(t *testing.T) {
 	})
 	t.Run("no ublk_drv", func(t *testing.T) {
 		unload(t, "ublk_drv")
-		var u unix.Utsname
-		if err := unix.Uname(&u); err != nil {
-			t.Fatal(err)
-		}
-		modules := filepath.Join("/lib/modules", unix.ByteSliceToString(u.Release[:]))
+		modules := filepath.Join("/lib/modules", ublk.KernelRelease())
 		run(t, "mount", "-t", "tmpfs", "none", modules)
 		defer run(t, "modprobe", "ublk_drv")
 		defer run(t, "umount", modules)

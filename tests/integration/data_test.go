@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // Data through a filter without snapshots.
@@ -574,11 +575,11 @@ func TestRemoveForced(t *testing.T) {
 			t.Errorf("%s is still there", dev.Link)
 		}
 		// Nobody holds the disk any more.
-		fd, err := unix.Open(ram, unix.O_RDWR|unix.O_EXCL|unix.O_CLOEXEC, 0)
+		f, err := blockdev.OpenExclusive(ram, ram, unix.O_RDWR)
 		if err != nil {
-			t.Errorf("open the original: %v", err)
+			t.Fatalf("open the original: %v", err)
 		}
-		unix.Close(fd)
+		f.Close()
 	}
 	round()
 	before := d.held()

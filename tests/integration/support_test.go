@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // Support for tests that run the real program on real disks: processes, the
@@ -48,15 +49,7 @@ func needKernel(t testing.TB, major, minor int, what string) {
 
 func kernelAtLeast(t testing.TB, major, minor int) bool {
 	t.Helper()
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		t.Fatal(err)
-	}
-	var a, b int
-	if _, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &a, &b); err != nil {
-		t.Fatal(err)
-	}
-	return a > major || a == major && b >= minor
+	return !ublk.OlderThan(ublk.KernelRelease(), fmt.Sprintf("%d.%d", major, minor))
 }
 
 // span is how long something runs that could run for ever.

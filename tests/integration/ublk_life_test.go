@@ -144,7 +144,7 @@ func TestUblkStopUnderIO(t *testing.T) {
 					}()
 				}
 				waitFor(t, "writes", func() bool { return done.Load() >= 100 })
-				if err := d.Stop(ublkContext(t)); err != nil {
+				if err := d.Delete(ublkContext(t)); err != nil {
 					t.Fatal(err)
 				}
 				// Every writer gets an error; none hangs.
@@ -152,12 +152,10 @@ func TestUblkStopUnderIO(t *testing.T) {
 				if failed.Load() != 8 {
 					t.Errorf("%d of 8 writers saw the end", failed.Load())
 				}
-				if err := d.Delete(ublkContext(t)); err != nil {
-					t.Fatal(err)
-				}
-				if _, err := ctl.Info(ublkContext(t), d.ID); !errors.Is(err, unix.ENODEV) {
-					t.Errorf("info of a deleted device: %v", err)
-				}
+				waitFor(t, "the end of the device", func() bool {
+					_, err := ctl.Info(ublkContext(t), d.ID)
+					return errors.Is(err, unix.ENODEV)
+				})
 			})
 		}
 	}
@@ -216,7 +214,7 @@ func TestUblkTryStop(t *testing.T) {
 	// Claimed, as by a mount.
 	d2cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 16)
 	d2 := ublkAdd(t, ctl, d2cfg)
-	held := ublkOpen(t, d2.Path, unix.O_EXCL)
+	held := ublkClaim(t, d2.Path)
 	if err := d2.TryStop(ublkContext(t)); !errors.Is(err, ublk.ErrBusy) {
 		t.Errorf("try stop of a claimed disk: %v", err)
 	}
@@ -515,8 +513,8 @@ func TestUblkStopWaits(t *testing.T) {
 	// Again and again, more often than there is room for commands that hang.
 	for range 30 {
 		short, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
-		if err := d.Stop(short); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("stop with a request in hand: %v", err)
+		if err := d.Delete(short); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("delete with a request in hand: %v", err)
 		}
 		cancel()
 	}
@@ -530,8 +528,9 @@ func TestUblkStopWaits(t *testing.T) {
 	if err := <-wrote; err != nil {
 		t.Errorf("the write in hand: %v", err)
 	}
-	if err := d.Stop(ublkContext(t)); err != nil {
-		t.Errorf("second stop: %v", err)
+	f.Close()
+	if err := d.Delete(ublkContext(t)); err != nil {
+		t.Errorf("the last delete: %v", err)
 	}
 }
 
@@ -555,7 +554,7 @@ func TestUblkPartitions(t *testing.T) {
 			found := func() bool { _, err := os.Stat(d.Path + "p1"); return err == nil }
 			if want {
 				waitFor(t, "the partition", found)
-				part := ublkOpen(t, d.Path+"p1", unix.O_EXCL)
+				part := ublkClaim(t, d.Path+"p1")
 				if err := d.TryStop(ublkContext(t)); !errors.Is(err, ublk.ErrBusy) {
 					t.Errorf("try stop with a partition in use: %v", err)
 				}

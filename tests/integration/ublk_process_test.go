@@ -184,11 +184,10 @@ func TestUblkDisk(t *testing.T) {
 	}
 	for _, mode := range ublkModes(ctl) {
 		t.Run(mode.String(), func(t *testing.T) {
-			fd, err := unix.Open(loop, unix.O_CLOEXEC|unix.O_RDWR|unix.O_EXCL|unix.O_DIRECT, 0)
+			file, err := blockdev.OpenExclusive(loop, loop, unix.O_RDWR|unix.O_DIRECT)
 			if err != nil {
 				t.Fatal(err)
 			}
-			file := blockdev.NewOSFile(fd, loop)
 			defer file.Close()
 			cfg, counts := ublkConfig(t, mode, 1, 16)
 			cfg.Geometry = want
@@ -258,24 +257,17 @@ func TestUblkResize(t *testing.T) {
 
 func TestUblkProbes(t *testing.T) {
 	ctl := ublkControl(t)
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		t.Fatal(err)
-	}
-	var major, minor int
-	fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	release := ublk.KernelRelease()
 	for _, p := range ctl.Probes() {
-		var a, b int
-		fmt.Sscanf(p.Since, "%d.%d", &a, &b)
-		since := major > a || major == a && minor >= b
+		since := !ublk.OlderThan(release, p.Since)
 		t.Logf("%-24s %-4s since %s", p.Name, p.Answer, p.Since)
 		// A feature may depend on the kernel's configuration, but none comes
 		// before its kernel.
 		if p.Answer == ublk.Yes && !since {
-			t.Errorf("%s on %d.%d, before %s", p.Name, major, minor, p.Since)
+			t.Errorf("%s on %s, before %s", p.Name, release, p.Since)
 		}
 		if p.Answer == ublk.No && since {
-			t.Errorf("no %s on %d.%d, after %s", p.Name, major, minor, p.Since)
+			t.Errorf("no %s on %s, after %s", p.Name, release, p.Since)
 		}
 		if p.Answer == ublk.Unknown {
 			t.Errorf("%s: could not tell", p.Name)

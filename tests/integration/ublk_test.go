@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -139,6 +140,12 @@ func ublkConfig(t testing.TB, mode ublk.Mode, queues, depth int) (ublk.Config, *
 		Queues: queues, Depth: depth, MaxIO: ublk.DefaultMaxIO, Mode: mode,
 		Geometry: ublkGeometry(ublkSize),
 		Files:    []*blockdev.OSFile{file},
+		OpenedBy: func(n blockdev.Num) string {
+			if who := disk.Machine().Openers(n); len(who) > 0 {
+				return who[0].String()
+			}
+			return ""
+		},
 		NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler {
 			return newUblkMemory(bq, file, depth, counts)
 		},
@@ -165,6 +172,17 @@ func ublkAdd(t testing.TB, ctl *ublk.Control, cfg ublk.Config) *ublk.Device {
 func ublkOpen(t testing.TB, path string, flags int) *os.File {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_DIRECT|flags, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// ublkClaim opens a disk as a mount or a device on it does.
+func ublkClaim(t testing.TB, path string) *blockdev.OSFile {
+	t.Helper()
+	f, err := blockdev.OpenExclusive(path, path, unix.O_RDWR|unix.O_DIRECT)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,149 @@
+package ublk
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
+)
+
+// Mode is how payloads travel between the kernel and the handler.
+type Mode int
+
+const (
+	// ModeAuto is ModeZeroCopy where the driver and the disk can do it, else
+	// ModeCopy.
+	ModeAuto Mode = iota
+	// ModeCopy: the kernel copies payloads to and from buffers of this
+	// process, which are registered with the queue's ring.
+	ModeCopy
+	// ModeZeroCopy: the kernel registers the request's own pages with the
+	// queue's ring. The process cannot see them; operations can use them.
+	ModeZeroCopy
+)
+
+func (m Mode) String() string {
+	switch m {
+	case ModeAuto:
+		return "auto"
+	case ModeCopy:
+		return "copy"
+	case ModeZeroCopy:
+		return "zero copy"
+	}
+	return "unknown"
+}
+
+// DefaultMaxIO is the MaxIO of a device of which nothing better is known.
+const DefaultMaxIO = 512 << 10
+
+// AnyID is the Config.ID of a device that takes the first free number.
+const AnyID = -1
+
+// MaxDepth is the largest queue depth.
+const MaxDepth = uapi.UBLK_MAX_QUEUE_DEPTH
+
+// MaxQueues is the largest number of queues: one for each CPU that the machine
+// may have, and no more than 64.
+func MaxQueues() int { return min(64, possibleCPUs("/sys")) }
+
+func possibleCPUs(sys string) int {
+	b, err := os.ReadFile(filepath.Join(sys, "devices/system/cpu/possible"))
+	if err == nil {
+		// "0-7": the kernel never leaves gaps in it.
+		s := strings.TrimSpace(string(b))
+		if n, err := strconv.Atoi(s[strings.LastIndexAny(s, "-,")+1:]); err == nil {
+			return n + 1
+		}
+	}
+	return runtime.NumCPU()
+}
+
+// Config describes a device.
+type Config struct {
+	Name   string // for people: part of the names of its threads
+	Tag    uint64 // kept by the driver and told by Info; see Tag
+	ID     int    // its number N in /dev/ublkbN, or AnyID
+	Queues int    // 1 to MaxQueues
+	Depth  int    // requests in flight per queue, 1 to MaxDepth
+	// MaxIO is the largest payload in bytes: a multiple of the page size, at
+	// most 32 MiB. ModeCopy takes Depth times as much memory for each queue,
+	// all of it at once.
+	MaxIO    int
+	Mode     Mode
+	Geometry Geometry
+	// Recovery: requests wait for a new server (Recover) when this one dies,
+	// and those in its hands are repeated. Otherwise they fail, and the disk
+	// goes with its server.
+	Recovery bool
+	// NoPartScan: the kernel shall not look for partitions. Before Linux 7.0
+	// it does all the same.
+	NoPartScan bool
+	// Files are registered with the ring of every queue, for the handler. They
+	// stay the caller's, and open until the device is deleted.
+	Files []*blockdev.OSFile
+	// Slots is how many operations a queue's handler has in flight at most
+	// before they wait; 0: twice Depth.
+	Slots int
+	// OpenedBy names a process that has the disk of this number or one of its
+	// partitions open, for ErrBusy; empty if there is none. Before Linux 7.0 the
+	// driver does not know, and TryStop goes by it. nil: nobody is looked for.
+	OpenedBy func(blockdev.Num) string
+	// NewHandler makes the handler of queue q, whose thread is that of bq. It
+	// is called before the queue's first request, on another thread.
+	NewHandler func(q int, bq blockdev.Queue) Handler
+}
+
+func (cfg *Config) check(ctl *Control) (zeroCopy bool, err error) {
+	switch {
+	case cfg.ID < AnyID || cfg.ID >= 1<<20:
+		return false, fmt.Errorf("device number %d: want 0 to %d", cfg.ID, 1<<20-1)
+	case cfg.Queues < 1 || cfg.Queues > MaxQueues():
+		return false, fmt.Errorf("%d queues: want 1 to %d", cfg.Queues, MaxQueues())
+	case cfg.Depth < 1 || cfg.Depth > MaxDepth:
+		return false, fmt.Errorf("queue depth of %d: want 1 to %d", cfg.Depth, MaxDepth)
+	case cfg.NewHandler == nil:
+		return false, errors.New("no handler")
+	}
+	const zeroCopyFlags = uapi.UBLK_F_SUPPORT_ZERO_COPY | uapi.UBLK_F_AUTO_BUF_REG
+	switch cfg.Mode {
+	case ModeAuto:
+		return ctl.Has(zeroCopyFlags) && !cfg.Geometry.StableWrites, nil
+	case ModeCopy:
+		return false, nil
+	case ModeZeroCopy:
+		if !ctl.Has(zeroCopyFlags) {
+			return false, unsupported(uapi.UBLK_F_AUTO_BUF_REG)
+		}
+		if cfg.Geometry.StableWrites {
+			return false, errors.New("zero copy: the disk makes checksums of what is written, which must not change meanwhile: use mode copy")
+		}
+		return true, nil
+	}
+	return false, fmt.Errorf("unknown payload mode %d", cfg.Mode)
+}
+
+// flags are the UBLK_F flags to ask for, and among them those that must be
+// granted.
+func (cfg *Config) flags(ctl *Control, zeroCopy bool) (ask, need uint64) {
+	need = uapi.UBLK_F_CMD_IOCTL_ENCODE
+	if zeroCopy {
+		need |= uapi.UBLK_F_SUPPORT_ZERO_COPY | uapi.UBLK_F_AUTO_BUF_REG
+	}
+	ask = need
+	if cfg.Recovery {
+		need |= uapi.UBLK_F_USER_RECOVERY | uapi.UBLK_F_USER_RECOVERY_REISSUE
+		ask |= need | uapi.UBLK_F_QUIESCE
+	}
+	if cfg.NoPartScan {
+		ask |= uapi.UBLK_F_NO_AUTO_PART_SCAN
+	}
+	// What the driver does not know it would clear without a word.
+	return ask & (ctl.features | need), need
+}

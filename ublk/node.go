@@ -1,0 +1,58 @@
+package ublk
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The nodes of a device come with it, through devtmpfs, and udev handles them after
+// that: who opens one has to be patient.
+
+// openNode opens a device's node for reading and writing. udev may be about to
+// make it, change its owner, or look at it.
+func openNode(ctx context.Context, path string) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
+	defer cancel()
+	for {
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		switch err {
+		case nil:
+			return fd, nil
+		case unix.ENOENT, unix.EBUSY, unix.ENXIO, unix.ENODEV, unix.EINTR:
+		default:
+			return -1, fmt.Errorf("open %s: %w", path, err)
+		}
+		if sleep(ctx, pollInterval) != nil {
+			return -1, fmt.Errorf("open %s: %w", path, err)
+		}
+	}
+}
+
+func waitNode(ctx context.Context, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
+	defer cancel()
+	for {
+		var st unix.Stat_t
+		err := unix.Stat(path, &st)
+		if err == nil {
+			return nil
+		}
+		if sleep(ctx, pollInterval) != nil {
+			return fmt.Errorf("wait for %s: %w: is devtmpfs mounted on /dev?", path, err)
+		}
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

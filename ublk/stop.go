@@ -1,0 +1,242 @@
+package ublk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
+)
+
+// The end of a device has three steps: the driver takes the disk away and aborts
+// every tag, the queues' rings end, and the driver deletes the device. TryStop does
+// the first two if nobody uses the disk, Delete does what is left of the three.
+
+// stop takes the disk away and ends the queues; see Delete.
+func (d *Device) stop(ctx context.Context) error {
+	if d.stopped {
+		return nil
+	}
+	d.ending = true
+	if err := d.ctl.command(ctx, uapi.UBLK_U_CMD_STOP_DEV, d.ID, 0); err != nil {
+		return err
+	}
+	return d.endQueues(ctx)
+}
+
+// endQueues waits for the end of the rings: the kernel has aborted all tags.
+func (d *Device) endQueues(ctx context.Context) error {
+	ended := make(chan struct{})
+	go func() {
+		for _, q := range d.queues {
+			q.ring.Stop()
+		}
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-ctx.Done():
+		return fmt.Errorf("end the queues of ublk device %d: %w", d.ID, ctx.Err())
+	}
+	d.stopped = true
+	return nil
+}
+
+// Ending: the driver was told to take the disk away, so that it may serve nobody
+// any more. Not for use beside a method that stops it.
+func (d *Device) Ending() bool { return d.ending }
+
+// TryStop takes the disk away and ends the queues if nobody uses the disk, else it
+// is ErrBusy. What was written to the disk is in the handler's hands, and synced,
+// when it returns. When ctx ends during the sync nothing has changed; later, see
+// Ending.
+//
+// Before Linux 7.0 the driver cannot do that in one step. Then the disk is
+// claimed first, so that nobody can mount it or put a device on it until it is
+// gone; but a process that opens it between the look at the openers and the
+// end (a few milliseconds) is not noticed and gets errors.
+func (d *Device) TryStop(ctx context.Context) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.stopped {
+		return nil
+	}
+	if d.ctl.Has(uapi.UBLK_F_SAFE_STOP_DEV) {
+		if err := d.claim(ctx, func() error { return nil }); err != nil {
+			return err
+		}
+		d.ending = true
+		err := d.ctl.command(ctx, uapi.UBLK_U_CMD_TRY_STOP_DEV, d.ID, 0)
+		if errors.Is(err, unix.EBUSY) {
+			d.ending = false
+			return d.busy()
+		}
+		if err != nil {
+			return err
+		}
+		return d.endQueues(ctx)
+	}
+	return d.claim(ctx, func() error {
+		if err := d.checkOpeners(); err != nil {
+			return err
+		}
+		return d.stop(ctx)
+	})
+}
+
+// Sync brings what was written to the disk into the handler's hands, if nobody has
+// claimed the disk, else it is ErrBusy. A TryStop that follows need not wait long.
+func (d *Device) Sync(ctx context.Context) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.stopped {
+		return nil
+	}
+	return d.claim(ctx, func() error { return nil })
+}
+
+// claim syncs the disk and runs f while nobody else can claim it.
+//
+// The sync takes as long as the disk below. When ctx ends before that it goes
+// on, holding the disk, and lets go of it in the end; the next claim waits for
+// that.
+func (d *Device) claim(ctx context.Context, f func() error) error {
+	timedOut := func() error { return fmt.Errorf("sync %s: %w", d.Path, ctx.Err()) }
+	select {
+	case <-d.claims:
+	case <-ctx.Done():
+		return timedOut()
+	}
+	ended := make(chan struct{})
+	d.claims = ended
+	type claim struct {
+		file         *blockdev.OSFile
+		opened, sync error
+	}
+	c, err := bounded.Call(ctx, func() (c claim) {
+		if c.file, c.opened = blockdev.OpenExclusive(d.Path, d.Path, unix.O_RDONLY); c.opened == nil {
+			c.sync = unix.Fsync(c.file.Fd())
+		}
+		return c
+	}, func(c claim) {
+		if c.opened == nil {
+			_ = c.file.Close()
+		}
+		close(ended)
+	})
+	if err != nil {
+		return timedOut()
+	}
+	close(ended)
+	switch {
+	case errors.Is(c.opened, unix.EBUSY):
+		return d.busy()
+	case errors.Is(c.opened, unix.ENXIO), errors.Is(c.opened, unix.ENODEV), errors.Is(c.opened, unix.ENOENT):
+		return f() // there is no disk any more
+	case c.opened != nil:
+		return fmt.Errorf("claim %s: %w", d.Path, c.opened)
+	}
+	defer c.file.Close()
+	if c.sync != nil {
+		return fmt.Errorf("sync %s: %w", d.Path, c.sync)
+	}
+	return f()
+}
+
+// busy is ErrBusy, with a process that has the disk open if there is one.
+func (d *Device) busy() error {
+	if err := d.checkOpeners(); err != nil {
+		return err
+	}
+	return fmt.Errorf("%s: %w", d.Path, ErrBusy)
+}
+
+// checkOpeners is ErrBusy if a process has the disk or one of its partitions open.
+func (d *Device) checkOpeners() error {
+	if d.openedBy == nil {
+		return nil
+	}
+	if who := d.openedBy(d.Num); who != "" {
+		return fmt.Errorf("%s: %w: opened by %s", d.Path, ErrBusy, who)
+	}
+	return nil
+}
+
+// Delete stops the device if need be and removes it. Its number is free again
+// when it returns, unless somebody still has the disk open: then as soon as
+// they close it; their requests fail.
+//
+// The kernel first writes back what the disk's page cache holds, but on a device
+// with recovery it fails those writes: sync before, and see that nobody writes, or
+// use TryStop before. It waits for the requests in the handlers' hands. When ctx
+// ends before that the device is neither alive nor deleted, and Delete may be
+// called again.
+func (d *Device) Delete(ctx context.Context) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.deleted {
+		return nil
+	}
+	// Even if nothing was started: it aborts what has been fetched.
+	if err := d.stop(ctx); err != nil && !errors.Is(err, unix.ENODEV) {
+		return err
+	}
+	// Before the deletion, which waits for the last one who has it open.
+	d.release()
+	if err := d.ctl.deleteDevice(ctx, d.ID); err != nil {
+		return err
+	}
+	d.deleted = true
+	return nil
+}
+
+// DeleteDevice removes a device that this process does not serve: one whose
+// server has died, say. Not one that is alive.
+func (c *Control) DeleteDevice(ctx context.Context, id int) error {
+	info, err := c.SettledInfo(ctx, id)
+	if err != nil {
+		return err
+	}
+	if info.State == Live {
+		return fmt.Errorf("delete ublk device %d: %w: served by process %d", id, ErrBusy, info.PID)
+	}
+	if err := c.command(ctx, uapi.UBLK_U_CMD_STOP_DEV, id, 0); err != nil {
+		return err
+	}
+	return c.deleteDevice(ctx, id)
+}
+
+// deleteDevice deletes and waits until the number is free, within reason.
+func (c *Control) deleteDevice(ctx context.Context, id int) error {
+	err := c.command(ctx, uapi.UBLK_U_CMD_DEL_DEV_ASYNC, id, 0)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		// Older than 6.9: this one waits by itself. Its end may have to be
+		// waited for by somebody else, the device is gone in any case.
+		bounded, cancel := context.WithTimeout(ctx, lastCloseTimeout)
+		defer cancel()
+		err = c.command(bounded, uapi.UBLK_U_CMD_DEL_DEV, id, 0)
+		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+			err = nil
+		}
+	}
+	if errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	bounded, cancel := context.WithTimeout(ctx, lastCloseTimeout)
+	defer cancel()
+	for {
+		if _, err := c.Info(bounded, id); errors.Is(err, unix.ENODEV) {
+			return nil
+		}
+		if sleep(bounded, pollInterval) != nil {
+			return nil
+		}
+	}
+}
