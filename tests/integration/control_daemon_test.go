@@ -444,23 +444,6 @@ func alignedBuf(n int) []byte {
 func TestTwoDaemons(t *testing.T) {
 	needVM(t)
 	disks := ramDisks(t, 2, 64<<20)
-	// Nor can any user come between them.
-	user := exec.Command("flock", "/dev", "sh", "-c", "echo locked; exec sleep infinity")
-	user.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}, Setpgid: true}
-	said, err := user.StdoutPipe()
-	if err == nil {
-		err = user.Start()
-	}
-	if err == nil {
-		_, err = said.Read(make([]byte, 1))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = unix.Kill(-user.Process.Pid, unix.SIGKILL)
-		_ = user.Wait()
-	})
 	a, b := startDaemon(t), startDaemon(t)
 	named := func(name string) func(*control.AddRequest) {
 		return func(r *control.AddRequest) { r.Name = name }
