@@ -16,10 +16,8 @@ type Image struct {
 	cbt  *cbtmap.Map
 }
 
-// Size is the image's size in bytes.
-func (im *Image) Size() int64 { return im.area.Size() }
-
-// Area is the difference area behind the image.
+// Area is the difference area behind the image, for who checks it: see
+// diffarea.Log.Check.
 func (im *Image) Area() *diffarea.Area { return im.area }
 
 // NewQueue makes the handler of one of the image device's queues, served by

@@ -1,4 +1,4 @@
-package snapimage
+package snapshots
 
 import (
 	"context"
@@ -23,17 +23,17 @@ const (
 // ErrFreezeTimeout: a filesystem took longer than allowed to stop.
 var ErrFreezeTimeout = errors.New("the filesystem did not freeze in time: try again, or take without freezing")
 
-// frozen is a set of filesystems that stand still.
-type frozen struct {
+// frozenMounts are the filesystems that a take holds frozen.
+type frozenMounts struct {
 	mounts []*os.File
 	since  time.Time // of the first
 	limit  time.Duration
 }
 
-// freeze stops the filesystems that the directories in mounts lie on, all or
+// freeze freezes the filesystems that the directories in mounts lie on, all or
 // none, within limit.
-func freeze(mounts []*os.File, limit time.Duration) (*frozen, error) {
-	z := &frozen{since: time.Now(), limit: limit}
+func freeze(mounts []*os.File, limit time.Duration) (*frozenMounts, error) {
+	f := &frozenMounts{since: time.Now(), limit: limit}
 	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
 	for _, m := range mounts {
@@ -42,9 +42,9 @@ func freeze(mounts []*os.File, limit time.Duration) (*frozen, error) {
 		select {
 		case err := <-done:
 			if err != nil {
-				return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), err), z.thaw())
+				return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), err), f.thaw())
 			}
-			z.mounts = append(z.mounts, m)
+			f.mounts = append(f.mounts, m)
 		case <-deadline.C:
 			// The request cannot be taken back. When it succeeds after all, it
 			// is undone at once.
@@ -57,19 +57,19 @@ func freeze(mounts []*os.File, limit time.Duration) (*frozen, error) {
 					late.Close()
 				}
 			}()
-			return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), ErrFreezeTimeout), err, z.thaw())
+			return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), ErrFreezeTimeout), err, f.thaw())
 		}
 	}
-	return z, nil
+	return f, nil
 }
 
 // thaw lets all of them go on, and says how it failed for any. The last one that
 // was frozen goes on first: the thawing of a filesystem in a file writes to the
 // one that the file is on.
-func (z *frozen) thaw() error {
+func (f *frozenMounts) thaw() error {
 	var errs []error
-	for _, m := range slices.Backward(z.mounts) {
-		switch err := Thaw(m, z.limit); {
+	for _, m := range slices.Backward(f.mounts) {
+		switch err := Thaw(m, f.limit); {
 		case err == nil:
 		case errors.Is(err, ErrStuck):
 			errs = append(errs, fmt.Errorf("%w: it goes on when its disk answers", err))
@@ -79,7 +79,7 @@ func (z *frozen) thaw() error {
 			errs = append(errs, fmt.Errorf("%w: thaw it with fsfreeze -u", err))
 		}
 	}
-	z.mounts = nil
+	f.mounts = nil
 	return errors.Join(errs...)
 }
 
