@@ -11,13 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
-)
-
-// Requests of <linux/fs.h> to a mounted filesystem: stop it with everything
-// written, and let it go on.
-const (
-	ioctlFreeze = 0xc0045877 // FIFREEZE, _IOWR('X', 119, int)
-	ioctlThaw   = 0xc0045878 // FITHAW, _IOWR('X', 120, int)
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
 // ErrFreezeTimeout: a filesystem took longer than allowed to stop.
@@ -38,7 +32,7 @@ func freeze(mounts []*os.File, limit time.Duration) (*frozenMounts, error) {
 	defer deadline.Stop()
 	for _, m := range mounts {
 		done := make(chan error, 1)
-		go func() { done <- ioctlMount(m, ioctlFreeze) }()
+		go func() { done <- ioctlMount(m, uapi.FIFREEZE) }()
 		select {
 		case err := <-done:
 			if err != nil {
@@ -51,7 +45,7 @@ func freeze(mounts []*os.File, limit time.Duration) (*frozenMounts, error) {
 			late, err := dup(m)
 			go func() {
 				if <-done == nil && late != nil {
-					_ = ioctlMount(late, ioctlThaw) // nobody is left to tell
+					_ = ioctlMount(late, uapi.FITHAW) // nobody is left to tell
 				}
 				if late != nil {
 					late.Close()
@@ -97,7 +91,7 @@ func Thaw(f *os.File, limit time.Duration) error {
 		if own != f {
 			defer own.Close()
 		}
-		return ioctlMount(own, ioctlThaw)
+		return ioctlMount(own, uapi.FITHAW)
 	}, func(error) {})
 	if err != nil {
 		thawed = ErrStuck
