@@ -34,15 +34,15 @@ type Config struct {
 
 // Snapshot is a set of devices frozen at one instant.
 type Snapshot struct {
-	log     *diffarea.Log
-	control blockdev.Queue
-	worker  *diffarea.Worker // of the control queue
-	memory  func(string, int64) ([]byte, error)
-	members []*member
-	storage int // pieces appended
-	cut     *filter.Cut
-	taken   bool
-	gone    bool
+	log        *diffarea.Log
+	control    blockdev.Queue
+	worker     *diffarea.Worker // of the control queue
+	memory     func(string, int64) ([]byte, error)
+	members    []*member
+	storage    int // pieces appended
+	cut        *filter.Cut
+	taken      bool
+	destroying bool
 }
 
 // member is one device of a snapshot.
@@ -93,7 +93,7 @@ func (s *Snapshot) Add(f *filter.Filter, device uint64) error {
 
 // Append gives the snapshot difference storage, before the take or after.
 func (s *Snapshot) Append(st diffarea.Storage, done func(error)) {
-	if s.gone {
+	if s.destroying {
 		done(ErrDestroyed)
 		return
 	}
@@ -112,7 +112,7 @@ func (s *Snapshot) Append(st diffarea.Storage, done func(error)) {
 // must not block and may be nil.
 func (s *Snapshot) Take(at func(), done func(error)) {
 	switch {
-	case s.gone:
+	case s.destroying:
 		done(ErrDestroyed)
 		return
 	case s.taken || s.cut != nil:
@@ -185,7 +185,7 @@ func (s *Snapshot) Abort() { s.log.Abort(s.worker) }
 // nothing of the snapshot is in use any more: its memory and storage can be
 // given back.
 func (s *Snapshot) Destroy(done func()) {
-	s.gone = true
+	s.destroying = true
 	closeLog := func() { s.log.Close(s.worker, func() { s.back(done) }) }
 	if !s.taken {
 		closeLog()

@@ -78,7 +78,7 @@ func (s *state) file(name string, size int64, allocate bool) (mem []byte, f *os.
 	return mem, f, nil
 }
 
-// memory is the Memory of a Config.
+// memory is the Memory of a snapimage.Config.
 func (s *state) memory(name string, size int64) ([]byte, error) {
 	mem, f, err := s.file(name, size, size <= smallTable)
 	if err != nil {
