@@ -15,7 +15,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
-	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -148,8 +148,8 @@ func (d *Daemon) clearAway() {
 		for _, e := range maps {
 			_ = os.RemoveAll(filepath.Join(d.cbtDir(), e.Name()))
 		}
-		snapshots, _ := os.ReadDir(d.snapshotsDir())
-		for _, e := range snapshots {
+		left, _ := os.ReadDir(d.snapshotsDir())
+		for _, e := range left {
 			d.clearSnapshot(ctx, e.Name())
 		}
 	}
@@ -170,7 +170,7 @@ func (d *Daemon) clearSnapshot(ctx context.Context, id string) {
 			d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", id, "error", asKnown(err.Error()))
 		}
 	}
-	err, late := bounded.Call(ctx, func() error { return snapimage.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)
+	err, late := bounded.Call(ctx, func() error { return snapshots.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)
 	if late != nil {
 		d.o.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", id)
 		return

@@ -18,7 +18,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
-	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -327,7 +327,7 @@ func (d *Daemon) makeMap(v *device, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := snapimage.Room(d.cbtDir(), n); err != nil {
+	if err := snapshots.Room(d.cbtDir(), n); err != nil {
 		return fmt.Errorf("make the change map: %w", err)
 	}
 	v.cbtAt = filepath.Join(d.cbtDir(), name)

@@ -1,7 +1,7 @@
 // Package control is the daemon and the way to it: HTTP and JSON over a UNIX
 // socket, and a Go client.
 //
-//	program ── Client ══ control.sock ══ Server ── Daemon ── filter, snapimage
+//	program ── Client ══ control.sock ══ Server ── Daemon ── filter, snapshots
 //	              └──────────── both are an API ─────┘
 //
 // Every call is "POST /v1/OBJECT/VERB" with a JSON object as its body and a JSON

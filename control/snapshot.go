@@ -21,13 +21,14 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // snapshot is a snapshot with its image devices.
 type snapshot struct {
 	id      string
-	live    *snapimage.Live
+	live    *snapshots.Snapshot
 	chunk   int64
 	created time.Time
 	// told carries events from the queue threads, which must not wait; over is
@@ -72,11 +73,11 @@ func snapshotError(err error, format string, args ...any) error {
 		set(NoSpace, unix.ENOSPC)
 	case errors.Is(err, snapimage.ErrTaken), errors.Is(err, snapimage.ErrAdded):
 		set(Exists, unix.EALREADY)
-	case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapimage.ErrFreezeTimeout), errors.Is(err, snapimage.ErrStuck):
+	case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapshots.ErrFreezeTimeout), errors.Is(err, snapshots.ErrStuck):
 		set(Timeout, unix.ETIMEDOUT)
-	case errors.Is(err, snapimage.ErrStorageInUse):
+	case errors.Is(err, snapshots.ErrStorageInUse):
 		set(Busy, unix.EBUSY)
-	case errors.Is(err, snapimage.ErrNoStorageThere):
+	case errors.Is(err, snapshots.ErrNoStorageThere):
 		set(Invalid, unix.EINVAL)
 	}
 	return e
@@ -132,8 +133,8 @@ func (d *Daemon) usable(id string) (*snapshot, error) {
 	if err == nil && s.leaving {
 		return nil, &Error{Code: Busy, Errno: unix.EBUSY, Message: "snapshot " + s.id + ": is being destroyed", Fix: "create another"}
 	}
-	if err == nil && s.live.Log().Err() != 0 {
-		errno := s.live.Log().Err()
+	if err == nil && s.live.Err() != 0 {
+		errno := s.live.Err()
 		return nil, &Error{Code: Corrupted, Errno: errno, Message: "snapshot " + s.id + ": is corrupted: " + errno.Error(), Fix: "destroy it, and take another"}
 	}
 	return s, err
@@ -185,7 +186,7 @@ func (d *Daemon) create(ctx context.Context, r CreateRequest) (s *snapshot, err 
 	if n := d.o.Config.ChunkMaximumInQueue; n > 0 {
 		pool = min(pool, n*chunk)
 	}
-	s.live, err = snapimage.NewLive(snapimage.LiveConfig{
+	s.live, err = snapshots.New(snapshots.Config{
 		ID: id, ChunkSize: chunk, PoolSize: pool,
 		Portion:  d.o.Config.DiffStorageMinimum * sector.Size,
 		StateDir: d.snapshotsDir(),
@@ -288,7 +289,7 @@ func (d *Daemon) addTo(s *snapshot, v *device) error {
 		return &Error{Code: Busy, Errno: unix.EBUSY, Message: "add " + v.Name + ": it is being removed",
 			Fix: "end that first: ublk-blksnap remove " + v.Name}
 	}
-	if err := s.live.AddDevice(v.filter, unix.Mkdev(v.disk.Num.Major, v.disk.Num.Minor), v.geo.LogicalBlock); err != nil {
+	if err := s.live.Add(v.filter, unix.Mkdev(v.disk.Num.Major, v.disk.Num.Minor), v.geo.LogicalBlock); err != nil {
 		return snapshotError(err, "add %s", v.Name)
 	}
 	d.mu.Lock()
@@ -355,7 +356,7 @@ func (d *Daemon) appendTo(s *snapshot, st Storage) error {
 	}
 	overwrite := st.Overwrite || st.OverwriteFile && place.Kind() == unix.S_IFREG
 	d.step("allocate storage in %s", st.Path)
-	if err := s.live.AppendStorage(snapimage.Storage{
+	if err := s.live.Append(snapshots.StorageConfig{
 		Place: place, Where: d.host.Where(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
 	}); err != nil {
 		if hanging := s.live.Returning(); len(hanging) > 0 {
@@ -426,7 +427,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
 	if s.live.Taken() {
 		return snapimage.ErrTaken
 	}
-	o := snapimage.TakeOptions{Limit: d.o.Config.FreezeTimeout}
+	o := snapshots.TakeOptions{Limit: d.o.Config.FreezeTimeout}
 	defer func() {
 		for _, f := range o.Freeze {
 			f.Close()
@@ -445,7 +446,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r TakeRequest) error {
 	if err := d.rememberFrozen(o.Freeze); err != nil {
 		return err
 	}
-	frozen, err := s.live.TakeDevices(ctx, o)
+	frozen, err := s.live.Take(ctx, o)
 	_ = os.Remove(d.frozenFile())
 	if err != nil {
 		if s.live.Taken() {
@@ -489,7 +490,7 @@ func (d *Daemon) thawLeftover() {
 	for _, point := range slices.Backward(strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")) {
 		f, err := d.host.Open(point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 		if err == nil {
-			err = snapimage.Thaw(f, d.o.Config.FreezeTimeout)
+			err = snapshots.Thaw(f, d.o.Config.FreezeTimeout)
 			f.Close()
 		}
 		if err != nil && !errors.Is(err, unix.EINVAL) {
@@ -600,7 +601,7 @@ func (d *Daemon) destroyBroken(id string, v *device) error {
 // undo destroys a snapshot with which something failed; needs change. What does
 // not answer has been waited for by then.
 func (d *Daemon) undo(s *snapshot, err error) error {
-	if errors.Is(err, snapimage.ErrStuck) {
+	if errors.Is(err, snapshots.ErrStuck) {
 		return errors.Join(err, d.end(s))
 	}
 	return errors.Join(err, d.destroy(s))
@@ -625,7 +626,7 @@ func (d *Daemon) end(s *snapshot) error {
 		return nil
 	}
 	// First of all, so that whatever hangs below, the original disks do not.
-	broken := s.live.Log().Err() == unix.EIO || s.live.Log().Err() == unix.ETIMEDOUT
+	broken := s.live.Err() == unix.EIO || s.live.Err() == unix.ETIMEDOUT
 	s.live.Abort()
 	for _, im := range s.images {
 		if im.dev == nil {
@@ -650,13 +651,13 @@ func (d *Daemon) end(s *snapshot) error {
 // giveBack gives memory and storage of a snapshot without images back, beside
 // all other work: a storage that does not answer is waited for without an end.
 func (d *Daemon) giveBack(s *snapshot, broken bool) {
-	s.live.End()
+	s.live.Destroy()
 	s.use.Lock()
 	d.mu.Lock()
 	s.gone = true
 	d.mu.Unlock()
 	s.use.Unlock()
-	if err := s.live.DestroyFiles(); err != nil {
+	if err := s.live.GiveBack(); err != nil {
 		// Nothing uses them any more: what is left is files.
 		d.o.Log.Error("storage or state not given back", "snapshot", s.id, "error", asKnown(err.Error()))
 		if !broken { // storage that does not work can not be emptied either
@@ -684,7 +685,7 @@ func (d *Daemon) awaitGone(ctx context.Context, s *snapshot) error {
 	hanging := s.hanging()
 	s.use.RUnlock()
 	d.o.Log.Warn("a disk of a destroyed snapshot does not answer: what is left is given back when it does", "snapshot", s.id, "disks", hanging)
-	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when it does", strings.Join(hanging, ", "), snapimage.ErrStuck)
+	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when it does", strings.Join(hanging, ", "), snapshots.ErrStuck)
 }
 
 // hanging are the disks that the log of a snapshot waits for, storage or
@@ -692,7 +693,7 @@ func (d *Daemon) awaitGone(ctx context.Context, s *snapshot) error {
 func (s *snapshot) hanging() []string {
 	names := s.live.Returning()
 	if !s.gone {
-		names = append(names, s.live.Log().UnderWay()...)
+		names = append(names, s.live.UnderWay()...)
 	}
 	if len(names) == 0 {
 		names = []string{"a disk"} // whose name is not known
@@ -716,9 +717,9 @@ func (d *Daemon) tell(s *snapshot) {
 		select {
 		case now := <-look.C:
 			s.use.RLock()
-			if waits, n := s.live.Log().Waiting(); !waits || n != done || moved.IsZero() {
+			if waits, n := s.live.Waiting(); !waits || n != done || moved.IsZero() {
 				moved, done = now, n
-			} else if now.Sub(moved) >= limit && !s.gone && s.live.Log().Err() == 0 {
+			} else if now.Sub(moved) >= limit && !s.gone && s.live.Err() == 0 {
 				d.o.Log.Error("writes wait for another disk than their own, which does not answer: the snapshot is given up", "snapshot", s.id, "for", limit, "disks", s.hanging())
 				s.live.GiveUp(unix.ETIMEDOUT)
 			}
@@ -768,13 +769,13 @@ func (d *Daemon) describeSnapshot(s *snapshot) Snapshot {
 	out := Snapshot{ID: s.id, State: SnapshotCreated, Created: s.created, ChunkSize: s.chunk, Images: []SnapshotImage{}, Storage: []Storage{}}
 	s.use.RLock()
 	if !s.gone {
-		u := s.live.Log().Usage()
+		u := s.live.Usage()
 		out.Usage = SnapshotUsage{
 			Copied:   u.Regions * u.ChunkSize,
 			Stored:   (u.Regions - u.Unstored) * u.ChunkSize,
 			Capacity: u.Capacity * u.ChunkSize,
 		}
-		out.Errno = -int(s.live.Log().Err())
+		out.Errno = -int(s.live.Err())
 	} else {
 		out.Errno = -int(unix.ESHUTDOWN)
 	}

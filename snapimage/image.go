@@ -16,10 +16,8 @@ type Image struct {
 	cbt  *cbtmap.Map
 }
 
-// Size is the image's size in bytes.
-func (im *Image) Size() int64 { return im.area.Size() }
-
-// Area is the difference area behind the image.
+// Area is the difference area behind the image, for who checks it: see
+// diffarea.Log.Check.
 func (im *Image) Area() *diffarea.Area { return im.area }
 
 // NewQueue makes the handler of one of the image device's queues, served by
@@ -39,12 +37,12 @@ func (im *Image) NewQueue(q blockdev.Queue) *Queue {
 //
 // On a broken snapshot every READ and WRITE fails with EIO.
 type Queue struct {
-	im    *Image
-	q     blockdev.Queue
-	w     *diffarea.Worker
-	reads []*read  // by tag, made when first needed
-	wrs   []*write // by tag
-	stock *piece
+	im     *Image
+	q      blockdev.Queue
+	w      *diffarea.Worker
+	reads  []*read  // by tag, made when first needed
+	writes []*write // by tag
+	stock  *piece
 }
 
 // Handle starts a request.
@@ -84,7 +82,7 @@ type read struct {
 
 // piece is one read of bytes that lie side by side.
 type piece struct {
-	t    *read
+	rd   *read
 	op   blockdev.Op
 	next *piece
 }
@@ -93,50 +91,50 @@ func (q *Queue) read(r *ublk.Request) {
 	for len(q.reads) <= r.Tag {
 		q.reads = append(q.reads, &read{q: q})
 	}
-	t := q.reads[r.Tag]
-	t.r, t.pos = r, r.Off
-	t.look()
+	rd := q.reads[r.Tag]
+	rd.r, rd.pos = r, r.Off
+	rd.look()
 }
 
 // look starts on the window at pos.
-func (t *read) look() {
-	a := t.q.im.area
-	first := a.Chunk(t.pos)
-	t.end = min(t.r.Off+t.r.Len, a.Start(first+window))
-	t.err = 0
-	t.pending = 1
+func (rd *read) look() {
+	a := rd.q.im.area
+	first := a.Chunk(rd.pos)
+	rd.end = min(rd.r.Off+rd.r.Len, a.Start(first+window))
+	rd.err = 0
+	rd.pending = 1
 	var s stretch
-	for i, off := 0, t.pos; off < t.end; i++ {
-		end := min(t.end, a.Start(first+diffarea.Chunk(i)+1))
-		t.words[i] = a.Load(first + diffarea.Chunk(i))
-		s.add(t, t.words[i], off, end)
+	for i, off := 0, rd.pos; off < rd.end; i++ {
+		end := min(rd.end, a.Start(first+diffarea.Chunk(i)+1))
+		rd.words[i] = a.Load(first + diffarea.Chunk(i))
+		s.add(rd, rd.words[i], off, end)
 		off = end
 	}
-	s.submit(t)
-	t.arrived()
+	s.submit(rd)
+	rd.arrived()
 }
 
 // again reads the chunks of the window that have moved since they were looked
 // at; it returns false if there are none.
-func (t *read) again() bool {
-	a := t.q.im.area
-	first := a.Chunk(t.pos)
-	t.pending = 1
+func (rd *read) again() bool {
+	a := rd.q.im.area
+	first := a.Chunk(rd.pos)
+	rd.pending = 1
 	var s stretch
 	moved := false
-	for i, off := 0, t.pos; off < t.end; i++ {
-		end := min(t.end, a.Start(first+diffarea.Chunk(i)+1))
-		if w := a.Load(first + diffarea.Chunk(i)); w != t.words[i] {
-			t.words[i], moved = w, true
-			s.add(t, w, off, end)
+	for i, off := 0, rd.pos; off < rd.end; i++ {
+		end := min(rd.end, a.Start(first+diffarea.Chunk(i)+1))
+		if w := a.Load(first + diffarea.Chunk(i)); w != rd.words[i] {
+			rd.words[i], moved = w, true
+			s.add(rd, w, off, end)
 		}
 		off = end
 	}
 	if !moved {
 		return false
 	}
-	s.submit(t)
-	t.arrived()
+	s.submit(rd)
+	rd.arrived()
 	return true
 }
 
@@ -149,25 +147,25 @@ type stretch struct {
 
 // add makes the chunk with word w, bytes [off, end) of the image, part of the
 // stretch, or submits what there is and begins anew.
-func (s *stretch) add(t *read, w diffarea.Word, off, end int64) {
+func (s *stretch) add(rd *read, w diffarea.Word, off, end int64) {
 	if w.State() == diffarea.Failed {
-		t.err = unix.EIO
+		rd.err = unix.EIO
 		return
 	}
-	f, at := t.q.im.area.Place(w, off)
+	f, at := rd.q.im.area.Place(w, off)
 	if s.file == f && s.end == off && s.at+(s.end-s.off) == at {
 		s.end = end
 		return
 	}
-	s.submit(t)
+	s.submit(rd)
 	*s = stretch{f, at, off, end}
 }
 
-func (s *stretch) submit(t *read) {
+func (s *stretch) submit(rd *read) {
 	if s.file == nil {
 		return
 	}
-	q := t.q
+	q := rd.q
 	p := q.stock
 	if p == nil {
 		p = &piece{}
@@ -176,48 +174,48 @@ func (s *stretch) submit(t *read) {
 	} else {
 		q.stock = p.next
 	}
-	p.t = t
+	p.rd = rd
 	p.op.File, p.op.Off, p.op.Len = s.file, s.at, s.end-s.off
-	p.op.Buf = t.r.Buf.At(s.off - t.r.Off)
-	t.pending++
+	p.op.Buf = rd.r.Buf.At(s.off - rd.r.Off)
+	rd.pending++
 	s.file = nil
 	q.q.Submit(&p.op)
 }
 
 func (p *piece) done(op *blockdev.Op) {
-	t := p.t
-	p.t = nil
-	p.next, t.q.stock = t.q.stock, p
+	rd := p.rd
+	p.rd = nil
+	p.next, rd.q.stock = rd.q.stock, p
 	if op.Err != 0 {
-		t.err = op.Err
-		t.q.im.area.Failed(t.q.w, op)
+		rd.err = op.Err
+		rd.q.im.area.Failed(rd.q.w, op)
 	}
-	t.arrived()
+	rd.arrived()
 }
 
 // arrived runs as each piece has arrived. After the last, the words say whether
 // it was read from the right place.
-func (t *read) arrived() {
-	if t.pending--; t.pending != 0 {
+func (rd *read) arrived() {
+	if rd.pending--; rd.pending != 0 {
 		return
 	}
-	r := t.r
-	if t.q.im.area.Err() != 0 {
-		t.err = unix.EIO
+	r := rd.r
+	if rd.q.im.area.Err() != 0 {
+		rd.err = unix.EIO
 	}
-	if t.err != 0 {
-		t.r = nil
-		r.Complete(t.err)
+	if rd.err != 0 {
+		rd.r = nil
+		r.Complete(rd.err)
 		return
 	}
-	if t.again() {
+	if rd.again() {
 		return
 	}
-	if t.pos = t.end; t.pos < r.Off+r.Len {
-		t.look()
+	if rd.pos = rd.end; rd.pos < r.Off+r.Len {
+		rd.look()
 		return
 	}
-	t.r = nil
+	rd.r = nil
 	r.Complete(0)
 }
 
@@ -243,129 +241,129 @@ type write struct {
 }
 
 func (q *Queue) write(r *ublk.Request) {
-	for len(q.wrs) <= r.Tag {
-		t := &write{q: q}
-		t.step, t.filling, t.oldRead = t.doStep, t.doFill, t.doOldRead
-		t.applied, t.stored = t.doApplied, t.doStored
-		q.wrs = append(q.wrs, t)
+	for len(q.writes) <= r.Tag {
+		wr := &write{q: q}
+		wr.step, wr.filling, wr.oldRead = wr.doStep, wr.doFill, wr.doOldRead
+		wr.applied, wr.stored = wr.doApplied, wr.doStored
+		q.writes = append(q.writes, wr)
 	}
-	t := q.wrs[r.Tag]
-	t.r, t.pos = r, r.Off
+	wr := q.writes[r.Tag]
+	wr.r, wr.pos = r, r.Off
 	if q.im.cbt != nil {
 		q.im.cbt.MarkBoth(r.Off, r.Len)
 	}
-	t.doStep()
+	wr.doStep()
 }
 
-func (t *write) finish(errno unix.Errno) {
-	r := t.r
-	t.r = nil
+func (wr *write) finish(errno unix.Errno) {
+	r := wr.r
+	wr.r = nil
 	r.Complete(errno)
 }
 
 // doStep looks at the chunk at pos and starts what it needs.
-func (t *write) doStep() {
-	a := t.q.im.area
+func (wr *write) doStep() {
+	a := wr.q.im.area
 	for {
 		if a.Err() != 0 {
-			t.finish(unix.EIO)
+			wr.finish(unix.EIO)
 			return
 		}
-		if t.pos >= t.r.Off+t.r.Len {
-			t.finish(0)
+		if wr.pos >= wr.r.Off+wr.r.Len {
+			wr.finish(0)
 			return
 		}
-		c := a.Chunk(t.pos)
-		t.n = min(t.r.Off+t.r.Len, a.Start(c+1)) - t.pos
+		c := a.Chunk(wr.pos)
+		wr.n = min(wr.r.Off+wr.r.Len, a.Start(c+1)) - wr.pos
 		switch w := a.Load(c); w.State() {
 		case diffarea.New:
-			if a.Fill(t.q.w, c, t.filling, t.step) {
+			if a.Fill(wr.q.w, c, wr.filling, wr.step) {
 				return
 			}
 		case diffarea.InMemory:
-			if !a.AwaitStored(t.q.w, c, t.step) {
+			if !a.AwaitStored(wr.q.w, c, wr.step) {
 				return
 			}
 		case diffarea.Stored:
-			f, at := a.Place(w, t.pos)
-			t.op.Reach = a.Reach(w)
-			t.submit(f, at, t.stored)
+			f, at := a.Place(w, wr.pos)
+			wr.op.Reach = a.Reach(w)
+			wr.submit(f, at, wr.stored)
 			return
 		case diffarea.Failed:
-			t.finish(unix.EIO)
+			wr.finish(unix.EIO)
 			return
 		}
 	}
 }
 
 // submit writes the payload for the chunk at pos to a file.
-func (t *write) submit(f blockdev.File, at int64, done func(*blockdev.Op)) {
-	t.op.Kind, t.op.File, t.op.Off, t.op.Len, t.op.Done = blockdev.Write, f, at, t.n, done
-	if t.r.Op == ublk.OpWriteZeroes {
+func (wr *write) submit(f blockdev.File, at int64, done func(*blockdev.Op)) {
+	wr.op.Kind, wr.op.File, wr.op.Off, wr.op.Len, wr.op.Done = blockdev.Write, f, at, wr.n, done
+	if wr.r.Op == ublk.OpWriteZeroes {
 		zeroes := blockdev.Zeroes()
-		t.n = min(t.n, int64(len(zeroes)))
-		t.op.Len = t.n
-		t.op.Buf = blockdev.MemBuf(zeroes)
+		wr.n = min(wr.n, int64(len(zeroes)))
+		wr.op.Len = wr.n
+		wr.op.Buf = blockdev.MemBuf(zeroes)
 	} else {
-		t.op.Buf = t.r.Buf.At(t.pos - t.r.Off)
+		wr.op.Buf = wr.r.Buf.At(wr.pos - wr.r.Off)
 	}
-	t.q.q.Submit(&t.op)
+	wr.q.q.Submit(&wr.op)
 }
 
-func (t *write) doStored(op *blockdev.Op) {
+func (wr *write) doStored(op *blockdev.Op) {
 	if op.Err != 0 {
-		t.q.im.area.Failed(t.q.w, op)
-		t.finish(op.Err)
+		wr.q.im.area.Failed(wr.q.w, op)
+		wr.finish(op.Err)
 		return
 	}
-	t.pos += t.n
-	t.doStep()
+	wr.pos += wr.n
+	wr.doStep()
 }
 
 // doFill runs when the new chunk has a slot.
-func (t *write) doFill(c *diffarea.Copy) {
-	t.fill = c
-	t.op.Reach = 0
+func (wr *write) doFill(c *diffarea.Copy) {
+	wr.fill = c
+	wr.op.Reach = 0
 	mem, _, _ := c.Slot()
-	if t.n == int64(len(mem)) {
-		t.apply()
+	if wr.n == int64(len(mem)) {
+		wr.apply()
 		return
 	}
-	t.op.Done = t.oldRead
-	c.ReadOld(&t.op)
+	wr.op.Done = wr.oldRead
+	c.ReadOld(&wr.op)
 }
 
-func (t *write) doOldRead(op *blockdev.Op) {
+func (wr *write) doOldRead(op *blockdev.Op) {
 	if op.Err != 0 {
-		t.fill.Filled(op.Err)
+		wr.fill.Filled(op.Err)
 		return
 	}
-	t.apply()
+	wr.apply()
 }
 
 // apply puts the payload over the old data in the slot.
-func (t *write) apply() {
-	a := t.q.im.area
-	mem, f, at := t.fill.Slot()
-	in := t.pos - a.Start(a.Chunk(t.pos))
-	if t.r.Op == ublk.OpWriteZeroes {
-		clear(mem[in : in+t.n])
-		t.filled()
+func (wr *write) apply() {
+	a := wr.q.im.area
+	mem, f, at := wr.fill.Slot()
+	in := wr.pos - a.Start(a.Chunk(wr.pos))
+	if wr.r.Op == ublk.OpWriteZeroes {
+		clear(mem[in : in+wr.n])
+		wr.filled()
 		return
 	}
-	t.submit(f, at+in, t.applied)
+	wr.submit(f, at+in, wr.applied)
 }
 
-func (t *write) doApplied(op *blockdev.Op) {
+func (wr *write) doApplied(op *blockdev.Op) {
 	if op.Err != 0 {
-		t.fill.Filled(op.Err)
+		wr.fill.Filled(op.Err)
 		return
 	}
-	t.filled()
+	wr.filled()
 }
 
 // filled goes on with the next chunk: Filled wakes the step.
-func (t *write) filled() {
-	t.pos += t.n
-	t.fill.Filled(0)
+func (wr *write) filled() {
+	wr.pos += wr.n
+	wr.fill.Filled(0)
 }

@@ -1,11 +1,3 @@
-// Package snapimage is a snapshot over several devices and its images.
-//
-//	New ──> Add, Append ──> Take ──> images ──> Destroy
-//
-// A Snapshot is control work: its methods are called on the thread of one
-// queue, the control queue, and call back on it; whoever calls waits for one to
-// call back before the next, but for Cancel. Images are the data path; see
-// Queue.
 package snapimage
 
 import (
@@ -42,16 +34,15 @@ type Config struct {
 
 // Snapshot is a set of devices frozen at one instant.
 type Snapshot struct {
-	id      uuid.UUID
-	log     *diffarea.Log
-	control blockdev.Queue
-	worker  *diffarea.Worker // of the control queue
-	memory  func(string, int64) ([]byte, error)
-	members []*member
-	storage int // pieces appended
-	cut     *filter.Cut
-	taken   bool
-	gone    bool
+	log        *diffarea.Log
+	control    blockdev.Queue
+	worker     *diffarea.Worker // of the control queue
+	memory     func(string, int64) ([]byte, error)
+	members    []*member
+	storage    int // pieces appended
+	cut        *filter.Cut
+	taken      bool
+	destroying bool
 }
 
 // member is one device of a snapshot.
@@ -69,67 +60,14 @@ func New(c Config, control blockdev.Queue) (*Snapshot, error) {
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %s: %w", c.ID, err)
 	}
-	return &Snapshot{id: c.ID, log: l, control: control, worker: diffarea.NewWorker(control), memory: c.Memory}, nil
+	return &Snapshot{log: l, control: control, worker: diffarea.NewWorker(control), memory: c.Memory}, nil
 }
 
 // back runs f on the control queue's thread.
 func (s *Snapshot) back(f func()) { s.control.Post(&blockdev.Task{Run: f}) }
 
-// Member is one device of a snapshot that Reopen takes over.
-type Member struct {
-	Filter *filter.Filter // its queues have not begun to serve
-	Device uint64
-	Words  []byte
-	// Data calls back with the ranges of Words that may be other than zero; nil
-	// means all of it.
-	Data func(yield func(from, to int64))
-	Take cbtmap.Info
-}
-
-// Reopen takes over a taken snapshot of a daemon that died, from what outlived
-// it: the memory of its log and tables, and its storage in the order of Append.
-// Its devices, all of them, are in the order of Add.
-func Reopen(c Config, control blockdev.Queue, members []Member, storage []diffarea.Storage) (*Snapshot, error) {
-	l, err := diffarea.OpenLog(c.Log, storage)
-	if err != nil {
-		return nil, fmt.Errorf("snapshot %s: %w", c.ID, err)
-	}
-	s := &Snapshot{
-		id: c.ID, log: l, control: control, worker: diffarea.NewWorker(control), memory: c.Memory,
-		storage: len(storage), taken: true,
-	}
-	for _, m := range members {
-		a, err := diffarea.OpenArea(diffarea.AreaConfig{
-			Log: l, Orig: m.Filter.Orig(), Size: m.Filter.Size(), Words: m.Words, Device: m.Device,
-		}, m.Data)
-		if err != nil {
-			return nil, fmt.Errorf("snapshot %s: %w", c.ID, err)
-		}
-		s.members = append(s.members, &member{
-			filter: m.Filter, device: m.Device, area: a, image: &Image{area: a, cbt: m.Filter.CBT()}, take: m.Take,
-		})
-	}
-	for _, m := range s.members {
-		m.filter.Install(m.area)
-	}
-	s.back(func() { l.Resume(s.worker) })
-	return s, nil
-}
-
-// ID is the snapshot's UUID.
-func (s *Snapshot) ID() uuid.UUID { return s.id }
-
 // Log is the snapshot's difference log.
 func (s *Snapshot) Log() *diffarea.Log { return s.log }
-
-// Taken says whether the images exist.
-func (s *Snapshot) Taken() bool { return s.taken }
-
-// Len is the number of devices.
-func (s *Snapshot) Len() int { return len(s.members) }
-
-// Filter is the filter of device i.
-func (s *Snapshot) Filter(i int) *filter.Filter { return s.members[i].filter }
 
 // Image is the image of device i, nil before the take.
 func (s *Snapshot) Image(i int) *Image { return s.members[i].image }
@@ -155,7 +93,7 @@ func (s *Snapshot) Add(f *filter.Filter, device uint64) error {
 
 // Append gives the snapshot difference storage, before the take or after.
 func (s *Snapshot) Append(st diffarea.Storage, done func(error)) {
-	if s.gone {
+	if s.destroying {
 		done(ErrDestroyed)
 		return
 	}
@@ -174,7 +112,7 @@ func (s *Snapshot) Append(st diffarea.Storage, done func(error)) {
 // must not block and may be nil.
 func (s *Snapshot) Take(at func(), done func(error)) {
 	switch {
-	case s.gone:
+	case s.destroying:
 		done(ErrDestroyed)
 		return
 	case s.taken || s.cut != nil:
@@ -247,7 +185,7 @@ func (s *Snapshot) Abort() { s.log.Abort(s.worker) }
 // nothing of the snapshot is in use any more: its memory and storage can be
 // given back.
 func (s *Snapshot) Destroy(done func()) {
-	s.gone = true
+	s.destroying = true
 	closeLog := func() { s.log.Close(s.worker, func() { s.back(done) }) }
 	if !s.taken {
 		closeLog()

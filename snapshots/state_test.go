@@ -1,4 +1,4 @@
-package snapimage
+package snapshots
 
 import (
 	"os"

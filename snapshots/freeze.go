@@ -1,4 +1,4 @@
-package snapimage
+package snapshots
 
 import (
 	"context"
@@ -11,65 +11,59 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
-)
-
-// Requests of <linux/fs.h> to a mounted filesystem: stop it with everything
-// written, and let it go on.
-const (
-	ioctlFreeze = 0xc0045877 // FIFREEZE, _IOWR('X', 119, int)
-	ioctlThaw   = 0xc0045878 // FITHAW, _IOWR('X', 120, int)
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
 // ErrFreezeTimeout: a filesystem took longer than allowed to stop.
 var ErrFreezeTimeout = errors.New("the filesystem did not freeze in time: try again, or take without freezing")
 
-// frozen is a set of filesystems that stand still.
-type frozen struct {
+// frozenMounts are the filesystems that a take holds frozen.
+type frozenMounts struct {
 	mounts []*os.File
 	since  time.Time // of the first
 	limit  time.Duration
 }
 
-// freeze stops the filesystems that the directories in mounts lie on, all or
+// freeze freezes the filesystems that the directories in mounts lie on, all or
 // none, within limit.
-func freeze(mounts []*os.File, limit time.Duration) (*frozen, error) {
-	z := &frozen{since: time.Now(), limit: limit}
+func freeze(mounts []*os.File, limit time.Duration) (*frozenMounts, error) {
+	f := &frozenMounts{since: time.Now(), limit: limit}
 	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
 	for _, m := range mounts {
 		done := make(chan error, 1)
-		go func() { done <- ioctlMount(m, ioctlFreeze) }()
+		go func() { done <- ioctlMount(m, uapi.FIFREEZE) }()
 		select {
 		case err := <-done:
 			if err != nil {
-				return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), err), z.thaw())
+				return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), err), f.thaw())
 			}
-			z.mounts = append(z.mounts, m)
+			f.mounts = append(f.mounts, m)
 		case <-deadline.C:
 			// The request cannot be taken back. When it succeeds after all, it
 			// is undone at once.
 			late, err := dup(m)
 			go func() {
 				if <-done == nil && late != nil {
-					_ = ioctlMount(late, ioctlThaw) // nobody is left to tell
+					_ = ioctlMount(late, uapi.FITHAW) // nobody is left to tell
 				}
 				if late != nil {
 					late.Close()
 				}
 			}()
-			return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), ErrFreezeTimeout), err, z.thaw())
+			return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), ErrFreezeTimeout), err, f.thaw())
 		}
 	}
-	return z, nil
+	return f, nil
 }
 
 // thaw lets all of them go on, and says how it failed for any. The last one that
 // was frozen goes on first: the thawing of a filesystem in a file writes to the
 // one that the file is on.
-func (z *frozen) thaw() error {
+func (f *frozenMounts) thaw() error {
 	var errs []error
-	for _, m := range slices.Backward(z.mounts) {
-		switch err := Thaw(m, z.limit); {
+	for _, m := range slices.Backward(f.mounts) {
+		switch err := Thaw(m, f.limit); {
 		case err == nil:
 		case errors.Is(err, ErrStuck):
 			errs = append(errs, fmt.Errorf("%w: it goes on when its disk answers", err))
@@ -79,7 +73,7 @@ func (z *frozen) thaw() error {
 			errs = append(errs, fmt.Errorf("%w: thaw it with fsfreeze -u", err))
 		}
 	}
-	z.mounts = nil
+	f.mounts = nil
 	return errors.Join(errs...)
 }
 
@@ -97,7 +91,7 @@ func Thaw(f *os.File, limit time.Duration) error {
 		if own != f {
 			defer own.Close()
 		}
-		return ioctlMount(own, ioctlThaw)
+		return ioctlMount(own, uapi.FITHAW)
 	}, func(error) {})
 	if err != nil {
 		thawed = ErrStuck

@@ -1,4 +1,4 @@
-package snapimage
+package snapshots
 
 import (
 	"bytes"
@@ -20,7 +20,7 @@ func openStorage(path string, overwrite bool) (*storage, error) {
 	if err != nil {
 		return nil, err
 	}
-	return Storage{Place: p, Overwrite: overwrite, Probe: func(*os.File) (string, error) { return "", nil }}.open(512)
+	return StorageConfig{Place: p, Overwrite: overwrite, Probe: func(*os.File) (string, error) { return "", nil }}.open(512)
 }
 
 func mustOpenStorage(t *testing.T, path string, overwrite bool) *storage {

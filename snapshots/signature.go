@@ -1,4 +1,4 @@
-package snapimage
+package snapshots
 
 import (
 	"bytes"
@@ -36,7 +36,7 @@ var signatures = []struct {
 
 // unused refuses a block device that holds something, as far as that can be
 // known. The list above is what blkid passes over when it finds it damaged.
-func (c Storage) unused() error {
+func (c StorageConfig) unused() error {
 	const way = "if it is not needed, wipe it (wipefs -a) or overwrite it (--overwrite)"
 	fd, err := reopen(c.Place.File, unix.O_RDONLY)
 	if err != nil {

@@ -1,0 +1,41 @@
+// Package snapshots is a snapshot on this machine: what gives the engine's
+// snapshot its memory, its storage and frozen filesystems, and lets the daemon
+// wait for it.
+//
+//	daemon ──> Snapshot ── tasks to the control queue ──> snapimage.Snapshot
+//	              ├ state:    a directory of mapped files on a tmpfs
+//	              ├ storage:  files and block devices, claimed
+//	              └ take:     freeze ──> the cut, within a limit ──> thaw
+//
+// # Concurrency
+//
+// The engine's snapshot belongs to the thread of the control queue. So every
+// method of [Snapshot] that needs it posts a task there, and waits until the task
+// has called back. The methods are for one owner, who calls one at a time. Those
+// that look, and GiveUp, may be called on any thread.
+//
+// Storage may hang for as long as a disk or a file server does not answer. It is
+// opened and given back on goroutines of its own, and who appends it waits no
+// longer than [Config].Patience. A filesystem that does not freeze in time is
+// thawed when it has frozen after all. One that does not thaw in time goes on when
+// its disk answers.
+//
+// # Storage
+//
+// What a storage holds is data of the original disks, which nobody else may read.
+// It goes to a file that was made for it, or to a block device that nobody else
+// holds, and it is emptied before it is given back. See storage.
+//
+// # What is on disk
+//
+//	StateDir/UUID/log       the log's state     diffarea
+//	StateDir/UUID/pool      its pool            diffarea
+//	StateDir/UUID/words-N   words of device N   diffarea
+//	StateDir/UUID/storage   what has to be put right when the daemon is killed:
+//	                        an object of JSON for each file that was made under a
+//	                        name, and for each that lent its space
+//
+// StateDir is on a tmpfs: all of this outlives the process, and goes with a power
+// failure. [ClearLeftover] removes it with the storage files that it names.
+// Storage itself has no format: without the state it cannot be read.
+package snapshots

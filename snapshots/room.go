@@ -1,0 +1,55 @@
+package snapshots
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// Room says whether the filesystem of dir could hold size bytes more if all its
+// sparse files were full. Whatever is put on the state's tmpfs asks first: a
+// page that is promised and not there kills the daemon when it is touched.
+func Room(dir string, size int64) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	total := int64(fs.Blocks) * fs.Bsize
+	if total == 0 {
+		return nil // a tmpfs without a limit
+	}
+	top := topOf(dir, fs)
+	pages := func(n int64) int64 { return (n + fs.Bsize - 1) / fs.Bsize * fs.Bsize }
+	promised := int64(0)
+	err := filepath.WalkDir(top, func(_ string, e os.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return nil //nolint:nilerr // a file that just went needs no room
+		}
+		if info, err := e.Info(); err == nil {
+			promised += pages(info.Size())
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %w", top, err)
+	}
+	if promised+pages(size) > total {
+		return fmt.Errorf("%s: %d MiB more are needed, %d of %d MiB are promised: enlarge state_size, or choose a larger chunk",
+			top, size>>20, promised>>20, total>>20)
+	}
+	return nil
+}
+
+// topOf is the uppermost directory above dir on the same filesystem.
+func topOf(dir string, fs unix.Statfs_t) string {
+	for {
+		up := filepath.Dir(dir)
+		var st unix.Statfs_t
+		if up == dir || unix.Statfs(up, &st) != nil || st.Fsid != fs.Fsid {
+			return dir
+		}
+		dir = up
+	}
+}

@@ -1,0 +1,77 @@
+package snapshots
+
+import (
+	"context"
+	"errors"
+	"os"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
+)
+
+// TakeOptions say how to take.
+type TakeOptions struct {
+	// Freeze are directories on the mounted filesystems to freeze around the
+	// cut, one per filesystem.
+	Freeze []*os.File
+	// Limit bounds the freezing and the wait for writes in flight, each.
+	Limit time.Duration
+}
+
+// Take makes the cut and returns for how long filesystems were frozen. With an
+// error nothing was taken, unless Taken says otherwise: then the images are not to
+// be trusted, and the snapshot is for destroying.
+func (s *Snapshot) Take(ctx context.Context, o TakeOptions) (frozen time.Duration, err error) {
+	if len(o.Freeze) == 0 {
+		return 0, s.cut(ctx, o.Limit)
+	}
+	f, err := freeze(o.Freeze, o.Limit)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { // even if the cut panics
+		// A filesystem that somebody thawed early was cut in use.
+		thawErr := f.thaw()
+		frozen = time.Since(f.since)
+		err = errors.Join(err, thawErr)
+	}()
+	return 0, s.cut(ctx, o.Limit)
+}
+
+// cut makes the cut, or cancels it when ctx or limit ends before the writes in
+// flight do.
+func (s *Snapshot) cut(ctx context.Context, limit time.Duration) error {
+	ctx, end := context.WithTimeout(ctx, limit)
+	defer end()
+	cancelled := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		s.post(s.engine.Cancel)
+		close(cancelled)
+	})
+	err := s.call(func(done func(error)) {
+		s.engine.Take(nil, func(err error) {
+			if err == nil {
+				for i := range s.devices {
+					s.taken = append(s.taken, &takenDevice{s.engine.Image(i), s.engine.TakeInfo(i)})
+				}
+			}
+			done(err)
+		})
+	})
+	if !stop() {
+		// A Cancel that came later would be for the next take.
+		<-cancelled
+	}
+	return err
+}
+
+// Taken says whether the images exist.
+func (s *Snapshot) Taken() bool { return len(s.taken) > 0 }
+
+// Image is the image of the device that was added as the i-th, from 0. There is
+// none before the take.
+func (s *Snapshot) Image(i int) *snapimage.Image { return s.taken[i].image }
+
+// TakeInfo is what the change map of that device says of this take.
+func (s *Snapshot) TakeInfo(i int) cbtmap.Info { return s.taken[i].info }
