@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -260,10 +261,16 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 			return err
 		}
 	}
+	var removed []string
 	for _, v := range all {
 		if err := d.removeIdle(context.WithoutCancel(ctx), v); err != nil {
-			return fail(err, "%s", v.Name)
+			e := fail(err, "%s", v.Name)
+			if len(removed) > 0 {
+				e.Message += "; already removed: " + strings.Join(removed, ", ")
+			}
+			return e
 		}
+		removed = append(removed, v.Name)
 	}
 	// It ends with nothing to be missed.
 	if d.recorded {
