@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// API is what the daemon can do. [Client] asks for it over the socket, [Daemon]
+// API is what the daemon can do. [Client] asks for it over the socket, the daemon
 // does it. Every error is an *[Error] that says what was being done to what.
 //
 // A device is named by the name it was added under, by the path of its original
@@ -84,16 +84,6 @@ type Info struct {
 	// have filters again.
 	Lost *Lost `json:"lost,omitempty"`
 }
-
-// Mode is how payloads travel between the kernel and the disk.
-type Mode string
-
-// The modes.
-const (
-	ModeAuto     Mode = "auto"     // zero copy where the kernel has it
-	ModeCopy     Mode = "copy"     // through buffers of the daemon
-	ModeZeroCopy Mode = "zerocopy" // by the kernel's own pages
-)
 
 // AddRequest asks for a filter. Zero values mean the configured ones.
 type AddRequest struct {
@@ -311,3 +301,6 @@ const (
 	EventNoSpace      = "no_space"
 	EventCorrupted    = "corrupted"
 )
+
+// Version is the program's version.
+const Version = "0.1.0"

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"path/filepath"
-
-	"golang.org/x/sys/unix"
 )
+
+// DefaultSocket is where the daemon of a machine listens.
+const DefaultSocket = "/run/ublk-blksnap/control.sock"
 
 // Client asks a daemon. It may be used from several goroutines at once.
 type Client struct {
@@ -61,18 +63,29 @@ func (c *Client) send(ctx context.Context, path string, req any) (*http.Response
 	return nil, &e
 }
 
+// refused is the error of a socket that nobody listens on.
+var refused = errnoNamed("ECONNREFUSED")
+
+// contextError says that ctx ended before what was done.
+func contextError(err error, what string) *Error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return &Error{Code: Timeout, Errno: errnoNamed("ETIMEDOUT"), Message: what + ": took too long"}
+	}
+	return &Error{Code: Interrupted, Errno: errnoNamed("EINTR"), Message: what + ": interrupted"}
+}
+
 // transportError says why the daemon could not be asked.
 func (c *Client) transportError(ctx context.Context, err error) error {
 	switch {
 	case ctx.Err() != nil:
-		return fail(ctx.Err(), "ask the daemon")
-	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
-		return &Error{Code: Denied, Errno: unix.EACCES, Message: "connect to " + c.socket + ": permission denied", Fix: "run this as root"}
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ECONNREFUSED):
-		return &Error{Code: Unavailable, Errno: unix.ECONNREFUSED, Message: "no daemon runs on " + filepath.Dir(c.socket),
+		return contextError(ctx.Err(), "ask the daemon")
+	case errors.Is(err, fs.ErrPermission):
+		return &Error{Code: Denied, Errno: errnoNamed("EACCES"), Message: "connect to " + c.socket + ": permission denied", Fix: "run this as root"}
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, refused):
+		return &Error{Code: Unavailable, Errno: refused, Message: "no daemon runs on " + filepath.Dir(c.socket),
 			Fix: "start it with systemctl start ublk-blksnap, ublk-blksnap add or ublk-blksnap daemon"}
 	}
-	return &Error{Code: Unavailable, Errno: unix.ECONNRESET, Message: "the daemon on " + c.socket + " broke off: " + err.Error(),
+	return &Error{Code: Unavailable, Errno: errnoNamed("ECONNRESET"), Message: "the daemon on " + c.socket + " broke off: " + err.Error(),
 		Fix: "see its log: journalctl -u ublk-blksnap, or daemon.log beside the socket"}
 }
 
@@ -92,27 +105,25 @@ func call[Resp any](ctx context.Context, c *Client, path string, req any) (Resp,
 // Info implements API.
 func (c *Client) Info(ctx context.Context) (Info, error) { return call[Info](ctx, c, "info", none{}) }
 
-// Stop implements API. It returns when the process has ended, so that another
-// daemon can be started at once.
+// Stop implements API. On Linux it returns when the process has ended, so that
+// another daemon can be started at once.
 func (c *Client) Stop(ctx context.Context) error {
 	i, err := c.Info(ctx)
 	if err != nil {
 		return err
 	}
-	pidfd, pidErr := unix.PidfdOpen(i.PID, 0)
-	if pidErr == nil {
-		defer unix.Close(pidfd)
+	// Before it is stopped: its number may soon be another process's.
+	p, ok := openProcess(i.PID)
+	if ok {
+		defer p.close()
 	}
-	if _, err := call[none](ctx, c, "stop", none{}); err != nil || pidErr != nil {
+	if _, err := call[none](ctx, c, "stop", none{}); err != nil || !ok {
 		return err
 	}
-	for ctx.Err() == nil {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 100)
-		if n > 0 || err != nil && err != unix.EINTR {
-			return nil //nolint:nilerr // it was stopped, and how it ends cannot be seen
-		}
+	if err := p.wait(ctx); err != nil {
+		return contextError(err, "wait for the end of the daemon")
 	}
-	return fail(ctx.Err(), "wait for the end of the daemon")
+	return nil
 }
 
 // AddDevice implements API.
@@ -133,36 +144,36 @@ func (c *Client) Devices(ctx context.Context) ([]Device, error) {
 
 // DeviceStatus implements API.
 func (c *Client) DeviceStatus(ctx context.Context, device string) (DeviceStatus, error) {
-	return call[DeviceStatus](ctx, c, "device/status", deviceRef{device})
+	return call[DeviceStatus](ctx, c, "device/status", DeviceRef{device})
 }
 
 // CBTInfo implements API.
 func (c *Client) CBTInfo(ctx context.Context, device string) (CBTInfo, error) {
-	return call[CBTInfo](ctx, c, "cbt/info", deviceRef{device})
+	return call[CBTInfo](ctx, c, "cbt/info", DeviceRef{device})
 }
 
 // CBTMap implements API.
 func (c *Client) CBTMap(ctx context.Context, device string, w io.Writer) (info CBTInfo, err error) {
-	err = lines(ctx, c, "cbt/map", deviceRef{device}, func(l mapLine) (*lastLine, error) {
+	err = lines(ctx, c, "cbt/map", DeviceRef{device}, func(l MapLine) (*LastLine, error) {
 		if l.Info != nil {
 			info = *l.Info
 		}
 		_, err := w.Write(l.Map)
-		return &l.lastLine, err
+		return &l.LastLine, err
 	})
 	return info, err
 }
 
 // CBTChanges implements API.
 func (c *Client) CBTChanges(ctx context.Context, r ChangesRequest, each func(Range) error) (info CBTInfo, err error) {
-	err = lines(ctx, c, "cbt/changes", r, func(l rangeLine) (*lastLine, error) {
+	err = lines(ctx, c, "cbt/changes", r, func(l RangeLine) (*LastLine, error) {
 		if l.Info != nil {
 			info = *l.Info
 		}
 		if l.Range == nil {
-			return &l.lastLine, nil
+			return &l.LastLine, nil
 		}
-		return &l.lastLine, each(*l.Range)
+		return &l.LastLine, each(*l.Range)
 	})
 	return info, err
 }
@@ -195,7 +206,7 @@ func (c *Client) TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, err
 
 // DestroySnapshot implements API.
 func (c *Client) DestroySnapshot(ctx context.Context, id string) error {
-	_, err := call[none](ctx, c, "snapshot/destroy", snapshotRef{id})
+	_, err := call[none](ctx, c, "snapshot/destroy", SnapshotRef{id})
 	return err
 }
 
@@ -206,7 +217,7 @@ func (c *Client) Snapshots(ctx context.Context) ([]Snapshot, error) {
 
 // Snapshot implements API.
 func (c *Client) Snapshot(ctx context.Context, id string) (Snapshot, error) {
-	return call[Snapshot](ctx, c, "snapshot/info", snapshotRef{id})
+	return call[Snapshot](ctx, c, "snapshot/info", SnapshotRef{id})
 }
 
 // WaitEvent implements API.
@@ -216,17 +227,17 @@ func (c *Client) WaitEvent(ctx context.Context, r WaitRequest) (Event, error) {
 
 // Watch implements API.
 func (c *Client) Watch(ctx context.Context, id string, each func(Event) error) error {
-	return lines(ctx, c, "snapshot/watch", snapshotRef{id}, func(l eventLine) (*lastLine, error) {
+	return lines(ctx, c, "snapshot/watch", SnapshotRef{id}, func(l EventLine) (*LastLine, error) {
 		if l.Event == nil {
-			return &l.lastLine, nil
+			return &l.LastLine, nil
 		}
-		return &l.lastLine, each(*l.Event)
+		return &l.LastLine, each(*l.Event)
 	})
 }
 
 // lines calls each for the lines of a long answer. It ends with each's error, or
 // the one that is in a line.
-func lines[Line any](ctx context.Context, c *Client, path string, req any, each func(Line) (*lastLine, error)) error {
+func lines[Line any](ctx context.Context, c *Client, path string, req any, each func(Line) (*LastLine, error)) error {
 	resp, err := c.send(ctx, path, req)
 	if err != nil {
 		return err

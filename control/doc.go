@@ -1,8 +1,10 @@
-// Package control is the daemon and the way to it: HTTP and JSON over a UNIX
-// socket, and a Go client.
+// Package control is the way to the daemon: its API, and a client that asks for
+// it with HTTP and JSON over a UNIX socket.
 //
-//	program ── Client ══ control.sock ══ Server ── Daemon ── filter, snapshots
-//	              └──────────── both are an API ─────┘
+//	program ── Client ══ control.sock ══ package daemon
+//	              └──── both are an API ─────┘
+//
+// It needs nothing of what the daemon is made of, and builds on every system.
 //
 // Every call is "POST /v1/OBJECT/VERB" with a JSON object as its body and a JSON
 // object, or an [Error], as its answer. Where the answer may be long, it is a line
@@ -15,43 +17,4 @@
 //
 // works as well as the client. The socket is 0600 in a directory 0700: who can
 // connect may do everything.
-//
-// # The run directory
-//
-//	/run/ublk-blksnap/
-//	  daemon.lock    held by flock(2) while a daemon lives; holds its process number
-//	  control.sock
-//	  daemon.log     of a daemon that was started by a command
-//	  record.json    what a daemon has while it lives, for those who miss it
-//	  state/         a tmpfs of its own, mounted in the namespace of whoever starts
-//	                 the daemon, so that it outlives the daemon
-//	  udev/          a file per kernel device name, for the udev rules
-//
-// Nobody but root may be able to write to it, or to a directory above it that
-// could have another one put in its place; and what is opened in it is never what
-// a link leads to. The names under /dev/ublk-blksnap are the machine's, whichever
-// run directory a daemon has: see link.go.
-//
-// # Concurrency
-//
-// The daemon does one change at a time: [Daemon] has one lock around every
-// operation that adds, removes or takes anything, from beginning to end. Looking
-// (list, status, info, events) waits only for a second mutex that guards the
-// tables and is never held during I/O. Lock order: the first, then the second.
-// The queue threads of the devices take neither.
-//
-// What callers can take of it is bounded: see server.go. A request is small, or
-// read piece by piece, and waits for nobody's: calls that look, that change, that
-// mark, that watch and that read long answers have places of their own. Nothing
-// of a device is held while a caller takes his time.
-//
-// # The end of a daemon
-//
-// SIGTERM, SIGINT and [API].Stop ask it to stop. If no device is mounted, open or
-// held by a snapshot, the daemon syncs and removes them all and ends with status
-// 0. Otherwise nothing at all is removed: the daemon says which device is used by
-// whom and keeps running, because ending would cut a mounted filesystem from its
-// disk. Unmount, then stop again. What comes after a SIGKILL depends on the
-// devices: those added with recovery wait with their I/O (state "quiesced") for
-// a daemon to take them over, the others fail all I/O and go.
 package control

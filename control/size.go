@@ -67,13 +67,14 @@ func ParseRange(s string) (Range, error) {
 		return Range{}, fmt.Errorf("%q is not a range: write SECTOR:COUNT", s)
 	}
 	r := Range{a, b}
-	if err := r.check(); err != nil {
+	if err := r.Check(); err != nil {
 		return Range{}, err
 	}
 	return r, nil
 }
 
-func (r Range) check() error {
+// Check refuses ranges that no device has.
+func (r Range) Check() error {
 	switch {
 	case r.Count == 0:
 		return fmt.Errorf("range %q is empty", r)

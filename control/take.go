@@ -2,6 +2,7 @@ package control
 
 import (
 	"encoding/json"
+	"fmt"
 	"strconv"
 	"strings"
 
@@ -29,9 +30,8 @@ func ParseTake(s string) (Take, error) {
 			return Take{g, n}, nil
 		}
 	}
-	e := invalid("%q names no take", s)
-	e.Fix = `write GENERATION:N, as "snapshot take", "snapshot info" and "cbt info" print it`
-	return Take{}, e
+	return Take{}, &Error{Code: Invalid, Errno: errnoNamed("EINVAL"), Message: fmt.Sprintf("%q names no take", s),
+		Fix: `write GENERATION:N, as "snapshot take", "snapshot info" and "cbt info" print it`}
 }
 
 // MarshalJSON writes the token.

@@ -8,7 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/daemon"
 )
 
 func (p *program) config() *cobra.Command {
@@ -64,16 +64,16 @@ func (p *program) configFile() string {
 	if p.configPath != "" {
 		return p.configPath
 	}
-	return control.DefaultConfigPath
+	return daemon.DefaultConfigPath
 }
 
-func readConfig(path string) (control.Config, error) {
-	cfg := control.DefaultConfig()
+func readConfig(path string) (daemon.Config, error) {
+	cfg := daemon.DefaultConfig()
 	return cfg, cfg.ReadConfig(path)
 }
 
 // writeConfig writes cfg as a configuration file that reads back as cfg.
-func writeConfig(w io.Writer, cfg *control.Config) {
+func writeConfig(w io.Writer, cfg *daemon.Config) {
 	for i, q := range cfg.Params() {
 		if i > 0 {
 			fmt.Fprintln(w)

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/daemon"
 )
 
 func TestConfigCommands(t *testing.T) {
@@ -59,7 +60,7 @@ func TestExampleIsWhatShowPrints(t *testing.T) {
 		t.Fatal(err)
 	}
 	var shown bytes.Buffer
-	cfg := control.DefaultConfig()
+	cfg := daemon.DefaultConfig()
 	writeConfig(&shown, &cfg)
 	if !strings.HasSuffix(string(example), "\n\n"+shown.String()) {
 		t.Error("dist/ublk-blksnap.conf does not end with what \"ublk-blksnap config show\" prints")
@@ -67,8 +68,8 @@ func TestExampleIsWhatShowPrints(t *testing.T) {
 }
 
 func TestDaemonFlags(t *testing.T) {
-	parse := func(args ...string) (control.Config, error) {
-		flags := control.DefaultConfig()
+	parse := func(args ...string) (daemon.Config, error) {
+		flags := daemon.DefaultConfig()
 		params := flags.Params()
 		c := &cobra.Command{}
 		for _, q := range params {
@@ -77,7 +78,7 @@ func TestDaemonFlags(t *testing.T) {
 		if err := c.ParseFlags(args); err != nil {
 			return flags, err
 		}
-		cfg := control.DefaultConfig()
+		cfg := daemon.DefaultConfig()
 		cfg.Queues, cfg.QueueDepth = 4, 16 // as from a file
 		return cfg, override(&cfg, c.Flags(), params)
 	}

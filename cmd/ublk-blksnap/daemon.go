@@ -13,13 +13,14 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/daemon"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 func (p *program) daemon() *cobra.Command {
 	// The flags have a configuration of their own: which of them were given is
 	// known only after the file has been read over the defaults.
-	flags := control.DefaultConfig()
+	flags := daemon.DefaultConfig()
 	var reportFD int
 	c := &cobra.Command{
 		Use:   "daemon [flags]",
@@ -47,10 +48,10 @@ Parameters come from the configuration file, and from flags, which win:`,
 		panic(err)
 	}
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		if control.ToJournal(os.Stderr) {
-			p.err = prefixed{p.err, control.Priority(slog.LevelError)}
+		if daemon.ToJournal(os.Stderr) {
+			p.err = prefixed{p.err, daemon.Priority(slog.LevelError)}
 		}
-		return p.runDaemon(c.Flags(), params, reportFD, func(err error) { control.ReportStart(reportFD, err) })
+		return p.runDaemon(c.Flags(), params, reportFD, func(err error) { daemon.ReportStart(reportFD, err) })
 	}
 	c.AddCommand(p.daemonStop())
 	return c
@@ -62,7 +63,7 @@ const flushTimeout = 5 * time.Second
 
 // runDaemon runs until the daemon ends; started is called once it runs, or with
 // the error that kept it from it.
-func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, reportFD int, started func(error)) (err error) {
+func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportFD int, started func(error)) (err error) {
 	reported := false
 	report := func(err error) {
 		if !reported {
@@ -88,12 +89,12 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, report
 		return usage("log_level: %v", err)
 	}
 	warn := func(err error) { p.tell("start the daemon: " + err.Error()) } // there is no log yet
-	if err := control.StartAnew(p.dir(), cfg, reportFD, warn); err != nil {
+	if err := daemon.StartAnew(p.dir(), cfg, reportFD, warn); err != nil {
 		return err
 	}
-	log := control.NewLog(control.Stderr(), level, control.ToJournal(os.Stderr))
+	log := daemon.NewLog(daemon.Stderr(), level, daemon.ToJournal(os.Stderr))
 	defer log.Flush(flushTimeout)
-	return control.Run(control.Options{
+	return daemon.Run(daemon.Options{
 		Dir: p.dir(), Config: cfg, ConfigPath: path, Log: log,
 		Ready: func() { report(nil) },
 	})
@@ -102,7 +103,7 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []control.Param, report
 // probe is the process that a daemon starts to look into block devices.
 func (p *program) probe() *cobra.Command {
 	return &cobra.Command{
-		Use:    control.ProbeCommand + " ROOT",
+		Use:    daemon.ProbeCommand + " ROOT",
 		Hidden: true,
 		Args:   args(1, 1),
 		RunE:   func(_ *cobra.Command, args []string) error { return disk.ServeProbes(3, args[0]) },
@@ -110,7 +111,7 @@ func (p *program) probe() *cobra.Command {
 }
 
 // override puts the parameters given as flags over those of the file.
-func override(cfg *control.Config, given *pflag.FlagSet, params []control.Param) error {
+func override(cfg *daemon.Config, given *pflag.FlagSet, params []daemon.Param) error {
 	for i, q := range cfg.Params() {
 		if given.Changed(q.Flag()) {
 			if err := q.Value.Set(params[i].Value.String()); err != nil {

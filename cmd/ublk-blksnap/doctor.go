@@ -6,7 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/daemon"
 )
 
 func (p *program) doctor() *cobra.Command {
@@ -19,10 +19,10 @@ but that the ublk driver is loaded if it can be. Status 1 if something that is
 needed is missing.`,
 		Args: args(0, 0),
 		RunE: func(*cobra.Command, []string) error {
-			checks := control.Examine()
+			checks := daemon.Examine()
 			well := true
 			for _, c := range checks {
-				well = well && c.Result != control.Missing
+				well = well && c.Result != daemon.Missing
 			}
 			err := p.print(map[string]any{"ok": well, "checks": checks}, func(w io.Writer) {
 				for _, c := range checks {

@@ -2,8 +2,8 @@
 // as a userspace driver on Linux ublk.
 //
 // One file holds one command. Every command only asks the daemon through
-// package control; doctor, config and daemon itself do their own work. Called
-// as "blksnap" the program offers blksnap's own commands alone.
+// package control; doctor, config and daemon are done here, with package daemon.
+// Called as "blksnap" the program offers blksnap's own commands alone.
 package main
 
 import (
@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/daemon"
 )
 
 // The main goroutine keeps the first thread, whose name is that of the process,
@@ -24,9 +25,9 @@ func init() { runtime.LockOSThread() }
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	p := &program{out: os.Stdout, err: os.Stderr, terminal: isTerminal, driver: control.Driver}
+	p := &program{out: os.Stdout, err: os.Stderr, terminal: isTerminal, driver: daemon.Driver}
 	p.connect = func(ctx context.Context, start bool) (control.API, error) {
-		s := control.Starter{Dir: p.dir(), ConfigPath: p.configPath, Starting: func(lost *control.Lost) {
+		s := daemon.Starter{Dir: p.dir(), ConfigPath: p.configPath, Starting: func(lost *control.Lost) {
 			p.sayLost(lost)
 			p.say("starting the daemon")
 		}}

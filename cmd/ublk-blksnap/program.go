@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/daemon"
 )
 
 // program is one run of the command line.
@@ -147,8 +148,8 @@ func (p *program) root() *cobra.Command {
 		RunE:          p.whichCommand,
 	}
 	root.PersistentFlags().BoolVarP(&p.json, "json", "j", false, "print JSON")
-	root.PersistentFlags().StringVar(&p.runDir, "run-dir", control.DefaultRunDir, "run directory of the daemon")
-	root.PersistentFlags().StringVar(&p.configPath, "config", "", "configuration of a daemon that is started (default "+control.DefaultConfigPath+")")
+	root.PersistentFlags().StringVar(&p.runDir, "run-dir", daemon.DefaultRunDir, "run directory of the daemon")
+	root.PersistentFlags().StringVar(&p.configPath, "config", "", "configuration of a daemon that is started (default "+daemon.DefaultConfigPath+")")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
 		// The daemon that a command starts works in another directory.
 		for _, path := range []*string{&p.runDir, &p.configPath} {
@@ -270,7 +271,7 @@ func args(least, most int) cobra.PositionalArgs {
 	}
 }
 
-func (p *program) dir() control.RunDir { return control.RunDir(p.runDir) }
+func (p *program) dir() daemon.RunDir { return daemon.RunDir(p.runDir) }
 
 // with runs f with the daemon that runs, and says what goes on if it takes long.
 func (p *program) with(c *cobra.Command, f func(ctx context.Context, api control.API) error) error {

@@ -149,7 +149,7 @@ func startDaemon(ctx context.Context, binary string) (*daemon, error) {
 		return nil, fmt.Errorf("start daemon: %w", err)
 	}
 	d := &daemon{
-		client: control.NewClient(control.RunDir(dir).Socket()),
+		client: control.NewClient(filepath.Join(dir, "control.sock")),
 		cmd:    exec.Command(binary, "daemon", "--run-dir", dir),
 		ended:  make(chan struct{}),
 		log:    filepath.Join(dir, "log"),
@@ -196,7 +196,7 @@ func (d *daemon) stop() error {
 	}
 	// The state's tmpfs outlives its daemon.
 	dir := filepath.Dir(d.log)
-	_ = exec.Command("umount", control.RunDir(dir).State()).Run()
+	_ = exec.Command("umount", filepath.Join(dir, "state")).Run()
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("stop daemon: %w", err)
 	}

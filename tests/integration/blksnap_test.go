@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	server "github.com/ublk-blksnap/ublk-blksnap/daemon"
 )
 
 // blksnap's notions, and a script for it.
@@ -194,7 +195,7 @@ func TestErrors(t *testing.T) {
 // incremental, restored and compared.
 func TestBackupScript(t *testing.T) {
 	needVM(t)
-	if _, err := os.Stat(string(control.RunDir(control.DefaultRunDir)) + "/control.sock"); err == nil {
+	if _, err := os.Stat(control.DefaultSocket); err == nil {
 		t.Fatal("a daemon runs on the default run directory")
 	}
 	disks := ramDisks(t, 2, 32<<20)
@@ -213,7 +214,7 @@ func TestBackupScript(t *testing.T) {
 		t.Error(err)
 	}
 	// The script's first command has started a daemon.
-	c := control.NewClient(control.RunDir(control.DefaultRunDir).Socket())
+	c := control.NewClient(control.DefaultSocket)
 	defer c.Close()
 	info, err := c.Info(ctx(t))
 	if err != nil {
@@ -223,6 +224,6 @@ func TestBackupScript(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, "the end of the daemon", func() bool { return !alive(info.PID) })
-	_ = unix.Unmount(control.DefaultRunDir+"/state", unix.MNT_DETACH)
+	_ = unix.Unmount(server.RunDir(server.DefaultRunDir).State(), unix.MNT_DETACH)
 	waitFor(t, "the end of the devices", func() bool { return len(ublkDevices()) == 0 })
 }

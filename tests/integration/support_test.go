@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	server "github.com/ublk-blksnap/ublk-blksnap/daemon"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -228,7 +229,7 @@ func program(t testing.TB) string {
 type daemon struct {
 	*control.Client
 	t   testing.TB
-	dir control.RunDir
+	dir server.RunDir
 	pid int
 	cmd *exec.Cmd
 	log string
@@ -256,7 +257,7 @@ func startDaemonLogging(t testing.TB, stderr *os.File, params ...string) *daemon
 	t.Helper()
 	needVM(t)
 	dir := t.TempDir()
-	d := &daemon{t: t, dir: control.RunDir(filepath.Join(dir, "run")), log: filepath.Join(dir, "log")}
+	d := &daemon{t: t, dir: server.RunDir(filepath.Join(dir, "run")), log: filepath.Join(dir, "log")}
 	config := filepath.Join(dir, "conf")
 	values := map[string]string{}
 	for _, p := range slices.Concat(testParams, params) {

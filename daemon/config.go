@@ -1,0 +1,337 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/BurntSushi/toml"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
+)
+
+// DefaultConfigPath is where a daemon looks for its configuration. There need
+// be none.
+const DefaultConfigPath = "/etc/ublk-blksnap.conf"
+
+// Config is the daemon's configuration. The names of the first nine are
+// blksnap's module parameters, or their counterparts.
+type Config struct {
+	TrackingBlockMinimumShift int64
+	TrackingBlockMaximumShift int64
+	TrackingBlockMaximumCount int64
+	ChunkMinimumShift         int64
+	ChunkMaximumShift         int64
+	ChunkMaximumCount         int64
+	ChunkMaximumInQueue       int64
+	DiffBufferPoolSize        int64 // bytes
+	DiffStorageMinimum        int64 // sectors of 512 bytes
+
+	Queues        int64
+	QueueDepth    int64
+	Mode          control.Mode
+	Recovery      bool
+	StateSize     int64 // bytes
+	FreezeTimeout time.Duration
+	// StorageTimeout is how long writes, and whoever appends or destroys, wait
+	// for difference storage.
+	StorageTimeout time.Duration
+	// DiskTimeout bounds the waiting for an original disk, the driver, or what a path
+	// leads to.
+	DiskTimeout time.Duration
+	LogLevel    string
+}
+
+// DefaultConfig is the configuration without a file.
+func DefaultConfig() Config {
+	cbt := cbtmap.DefaultParams()
+	return Config{
+		TrackingBlockMinimumShift: int64(cbt.MinimumShift),
+		TrackingBlockMaximumShift: int64(cbt.MaximumShift),
+		TrackingBlockMaximumCount: cbt.MaximumCount,
+		ChunkMinimumShift:         16,
+		ChunkMaximumShift:         26,
+		ChunkMaximumCount:         16 << 20,
+		ChunkMaximumInQueue:       0,
+		DiffBufferPoolSize:        64 << 20,
+		DiffStorageMinimum:        2097152,
+		Queues:                    1,
+		QueueDepth:                128,
+		Mode:                      control.ModeAuto,
+		StateSize:                 1 << 30,
+		FreezeTimeout:             10 * time.Second,
+		StorageTimeout:            30 * time.Second,
+		DiskTimeout:               30 * time.Second,
+		LogLevel:                  "info",
+	}
+}
+
+// Param is one parameter: a key of the configuration file, and with dashes a
+// flag of the daemon.
+type Param struct {
+	Key, Doc string
+	Value    ParamValue
+}
+
+// Flag is the parameter's name as a flag.
+func (p Param) Flag() string { return strings.ReplaceAll(p.Key, "_", "-") }
+
+// ParamValue reads and writes one field of a Config as text.
+type ParamValue interface {
+	String() string
+	Set(string) error
+	Type() string
+}
+
+// Params are the parameters of c, each bound to its field.
+func (c *Config) Params() []Param {
+	return []Param{
+		{"tracking_block_minimum_shift", "smallest block of change tracking, as a power of two of bytes", number{&c.TrackingBlockMinimumShift}},
+		{"tracking_block_maximum_shift", "largest block of change tracking, as a power of two of bytes", number{&c.TrackingBlockMaximumShift}},
+		{"tracking_block_maximum_count", "blocks of change tracking per device above which blocks get larger", number{&c.TrackingBlockMaximumCount}},
+		{"chunk_minimum_shift", "smallest chunk of a snapshot, as a power of two of bytes (12 to 26), unless --chunk-size says otherwise", number{&c.ChunkMinimumShift}},
+		{"chunk_maximum_shift", "largest chunk of a snapshot, as a power of two of bytes (12 to 26)", number{&c.ChunkMaximumShift}},
+		{"chunk_maximum_count", "chunks per device above which chunks get larger; each takes 8 bytes of memory per snapshot", number{&c.ChunkMaximumCount}},
+		{"chunk_maximum_in_queue", "chunks of a snapshot that wait in memory to be stored, at most; 0: as many as the pool holds", number{&c.ChunkMaximumInQueue}},
+		{"diff_buffer_pool_size", "memory of a snapshot for chunks not yet stored (blksnap's free_diff_buffer_pool_size counts buffers instead)", size{&c.DiffBufferPoolSize}},
+		{"diff_storage_minimum", "largest portion in which difference storage grows, in sectors of 512 bytes; low_free_space asks for no more", number{&c.DiffStorageMinimum}},
+		{"queues", "queues of a filter device, each with a thread of its own", number{&c.Queues}},
+		{"queue_depth", "requests in flight per queue (1 to 4096)", number{&c.QueueDepth}},
+		{"mode", "auto, copy or zerocopy", mode{&c.Mode}},
+		{"recovery", "devices survive their daemon: their I/O waits for the next one (experimental)", truth{&c.Recovery}},
+		{"state_size", "limit of the memory for change maps, chunk tables and pools", size{&c.StateSize}},
+		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
+		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
+		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
+		{"log_level", "debug, info, warn or error", level{&c.LogLevel}},
+	}
+}
+
+type number struct{ v *int64 }
+
+func (n number) String() string { return strconv.FormatInt(*n.v, 10) }
+func (n number) Type() string   { return "number" }
+func (n number) Set(s string) error {
+	v, err := strconv.ParseUint(s, 10, 63)
+	if err != nil {
+		return fmt.Errorf("%q is not a whole number", s)
+	}
+	*n.v = int64(v)
+	return nil
+}
+
+type size struct{ v *int64 }
+
+func (n size) String() string { return control.FormatSize(*n.v) }
+func (n size) Type() string   { return "size" }
+func (n size) Set(s string) (err error) {
+	v, err := control.ParseSize(s)
+	if err == nil {
+		*n.v = v
+	}
+	return err
+}
+
+type duration struct{ v *time.Duration }
+
+func (d duration) String() string { return d.v.String() }
+func (d duration) Type() string   { return "duration" }
+func (d duration) Set(s string) error {
+	v, err := time.ParseDuration(s)
+	if err != nil {
+		return fmt.Errorf("%q is not a duration: write 500ms or 10s", s)
+	}
+	*d.v = v
+	return nil
+}
+
+type truth struct{ v *bool }
+
+func (b truth) String() string { return strconv.FormatBool(*b.v) }
+func (b truth) Type() string   { return "bool" }
+
+// IsBoolFlag lets the flag stand without a value.
+func (b truth) IsBoolFlag() bool { return true }
+func (b truth) Set(s string) error {
+	if s != "true" && s != "false" {
+		return fmt.Errorf("%q is neither true nor false", s)
+	}
+	*b.v = s == "true"
+	return nil
+}
+
+type mode struct{ v *control.Mode }
+
+func (m mode) String() string { return string(*m.v) }
+func (m mode) Type() string   { return "mode" }
+func (m mode) Set(s string) error {
+	v, err := control.ParseMode(s)
+	if err == nil {
+		*m.v = v
+	}
+	return err
+}
+
+type level struct{ v *string }
+
+func (l level) String() string { return *l.v }
+func (l level) Type() string   { return "level" }
+func (l level) Set(s string) error {
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, s) {
+		return fmt.Errorf("%q is not a level: write debug, info, warn or error", s)
+	}
+	*l.v = s
+	return nil
+}
+
+// CBTParams are the parameters of change maps.
+func (c *Config) CBTParams() cbtmap.Params {
+	return cbtmap.Params{
+		MinimumShift: uint8(c.TrackingBlockMinimumShift),
+		MaximumShift: uint8(c.TrackingBlockMaximumShift),
+		MaximumCount: c.TrackingBlockMaximumCount,
+	}
+}
+
+// Limits of devices. The kernel takes queues of up to 4096 requests; its limit
+// on queues is the number of processors.
+const (
+	MaxQueueDepth = 4096
+	MaxQueues     = 256
+)
+
+// Validate refuses impossible values and combinations.
+func (c *Config) Validate() error {
+	for _, r := range []struct {
+		key         string
+		v, min, max int64
+	}{
+		{"tracking_block_minimum_shift", c.TrackingBlockMinimumShift, 9, 31},
+		{"tracking_block_maximum_shift", c.TrackingBlockMaximumShift, 9, 31},
+		{"tracking_block_maximum_count", c.TrackingBlockMaximumCount, 1, 1 << 32},
+		{"chunk_minimum_shift", c.ChunkMinimumShift, 12, 26},
+		{"chunk_maximum_shift", c.ChunkMaximumShift, 12, 26},
+		{"chunk_maximum_count", c.ChunkMaximumCount, 1, 1 << 32},
+		{"diff_buffer_pool_size", c.DiffBufferPoolSize, 1 << 20, 1 << 40},
+		{"diff_storage_minimum", c.DiffStorageMinimum, 8, 1 << 40},
+		{"queues", c.Queues, 1, MaxQueues},
+		{"queue_depth", c.QueueDepth, 1, MaxQueueDepth},
+		{"state_size", c.StateSize, 1 << 20, 1 << 45},
+		{"freeze_timeout", int64(c.FreezeTimeout), int64(100 * time.Millisecond), int64(time.Hour)},
+		{"storage_timeout", int64(c.StorageTimeout), int64(time.Second), int64(24 * time.Hour)},
+		{"disk_timeout", int64(c.DiskTimeout), int64(time.Second), int64(24 * time.Hour)},
+	} {
+		if r.v < r.min || r.v > r.max {
+			show := func(v int64) string { return strconv.FormatInt(v, 10) }
+			switch r.key {
+			case "freeze_timeout", "storage_timeout", "disk_timeout":
+				show = func(v int64) string { return time.Duration(v).String() }
+			case "diff_buffer_pool_size", "state_size":
+				show = control.FormatSize
+			}
+			return &paramError{r.key, fmt.Sprintf("%s is not within %s to %s", show(r.v), show(r.min), show(r.max))}
+		}
+	}
+	switch {
+	case c.TrackingBlockMaximumShift < c.TrackingBlockMinimumShift:
+		return &paramError{"tracking_block_maximum_shift", fmt.Sprintf("%d is below tracking_block_minimum_shift %d", c.TrackingBlockMaximumShift, c.TrackingBlockMinimumShift)}
+	case c.ChunkMaximumShift < c.ChunkMinimumShift:
+		return &paramError{"chunk_maximum_shift", fmt.Sprintf("%d is below chunk_minimum_shift %d", c.ChunkMaximumShift, c.ChunkMinimumShift)}
+	case c.DiffBufferPoolSize < 1<<c.ChunkMinimumShift:
+		return &paramError{"diff_buffer_pool_size", fmt.Sprintf("%s holds no chunk of chunk_minimum_shift %d", control.FormatSize(c.DiffBufferPoolSize), c.ChunkMinimumShift)}
+	case c.StateSize < 2*c.DiffBufferPoolSize:
+		return &paramError{"state_size", fmt.Sprintf("%s is less than twice diff_buffer_pool_size %s: no snapshot would fit beside the change maps", control.FormatSize(c.StateSize), control.FormatSize(c.DiffBufferPoolSize))}
+	case c.DiffStorageMinimum*sector.Size < 1<<c.ChunkMinimumShift:
+		return &paramError{"diff_storage_minimum", fmt.Sprintf("%d sectors hold no chunk of chunk_minimum_shift %d", c.DiffStorageMinimum, c.ChunkMinimumShift)}
+	}
+	return nil
+}
+
+// paramError is what is wrong with one parameter.
+type paramError struct{ key, what string }
+
+func (e *paramError) Error() string { return e.key + ": " + e.what }
+
+// ReadConfig reads the configuration file over c. A file that is not there is
+// no error if it is the default one. Errors name the file and the line.
+func (c *Config) ReadConfig(path string) error {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) && path == DefaultConfigPath {
+		return nil
+	}
+	if err != nil {
+		return fail(err, "read configuration")
+	}
+	return c.parse(path, string(b))
+}
+
+func (c *Config) parse(path, content string) error {
+	var file map[string]any
+	if _, err := toml.Decode(content, &file); err != nil {
+		var pe toml.ParseError
+		if errors.As(err, &pe) {
+			return &control.Error{Code: control.Invalid, Message: fmt.Sprintf("%s:%d: %s", path, pe.Position.Line, pe.Message)}
+		}
+		return &control.Error{Code: control.Invalid, Message: fmt.Sprintf("%s: %v", path, err)}
+	}
+	wrong := func(key, what string) error {
+		return &control.Error{Code: control.Invalid, Message: fmt.Sprintf("%s:%d: %s: %s", path, lineOf(content, key), key, what)}
+	}
+	params := map[string]Param{}
+	for _, p := range c.Params() {
+		params[p.Key] = p
+	}
+	keys := make([]string, 0, len(file))
+	for key := range file {
+		keys = append(keys, key)
+	}
+	slices.SortFunc(keys, func(a, b string) int { return lineOf(content, a) - lineOf(content, b) })
+	for _, key := range keys {
+		p, ok := params[key]
+		if !ok {
+			return wrong(key, "no such parameter")
+		}
+		switch v := file[key].(type) {
+		case string, int64, bool:
+			if err := p.Value.Set(fmt.Sprint(v)); err != nil {
+				return wrong(key, err.Error())
+			}
+		default:
+			return wrong(key, "not a "+p.Value.Type())
+		}
+	}
+	if err := c.Validate(); err != nil {
+		var pe *paramError
+		if errors.As(err, &pe) {
+			return wrong(pe.key, pe.what)
+		}
+		return err
+	}
+	return nil
+}
+
+// lineOf is the line that gives key a value; a key that stands nowhere is laid
+// to line 1.
+func lineOf(content, key string) int {
+	for i, line := range strings.Split(content, "\n") {
+		line = strings.TrimLeft(line, " \t[\"'")
+		if rest, ok := strings.CutPrefix(line, key); ok && !isKeyChar(rest) {
+			return i + 1
+		}
+	}
+	return 1
+}
+
+func isKeyChar(s string) bool {
+	if s == "" {
+		return false
+	}
+	c := s[0]
+	return c == '_' || c == '-' || '0' <= c && c <= '9' || 'a' <= c|0x20 && c|0x20 <= 'z'
+}

@@ -1,0 +1,320 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// Daemon does what the API says, on this machine.
+type Daemon struct {
+	o       Options
+	started time.Time
+	host    *disk.Host
+	ctl     *ublk.Control
+	queue   *blockdev.RingQueue // control work of snapshots
+	events  *eventLog
+	doing   atomic.Pointer[string]
+
+	// change is a lock, of one token, that is held through every operation that
+	// changes anything; one can stop waiting for it.
+	change chan struct{}
+
+	// mu guards the tables below. Never held during I/O; taken after change. The
+	// things in the tables change under both, so that either suffices to read.
+	mu        sync.Mutex
+	devices   map[string]*device // by name
+	snapshots map[string]*snapshot
+	lost      *control.Lost // with a daemon before this one
+
+	// Under change: what is on record of the above, if that is kept.
+	recorded bool
+	onRecord []byte
+}
+
+var _ control.API = (*Daemon)(nil)
+
+// The kinds of our ublk devices, as the driver keeps them for us.
+const (
+	filterKind = 'f'
+	imageKind  = 'i'
+)
+
+// NewDaemon opens the ublk driver and clears away what a dead daemon left. The
+// run directory is locked, with the state directory mounted.
+func NewDaemon(o Options) (*Daemon, error) {
+	d := &Daemon{
+		o: o, started: time.Now(), host: host(o.Config.DiskTimeout),
+		change: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
+	}
+	d.doing.Store(new(string))
+	err := errors.Join(o.Dir.subdir(stateName, 0o700), o.Dir.subdir(udevName, 0o755))
+	if err != nil {
+		return nil, fail(err, "make the state directory")
+	}
+	for _, dir := range []string{d.cbtDir(), d.snapshotsDir()} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fail(err, "make the state directory")
+		}
+	}
+	if d.ctl, err = ublk.OpenControl(); err != nil {
+		return nil, driverError(err, "start the daemon")
+	}
+	if d.queue, err = blockdev.NewRingQueue(blockdev.RingConfig{Name: "snapshots", Depth: 64}); err != nil {
+		d.ctl.Close()
+		return nil, driverError(err, "start the daemon")
+	}
+	d.clearAway()
+	d.takeStock()
+	return d, nil
+}
+
+// driverError gives the reasons why no device can be had their codes. The
+// messages say what to do themselves.
+func driverError(err error, what string) error {
+	var code control.Code
+	switch {
+	case errors.Is(err, ublk.ErrNoDriver), errors.Is(err, ublk.ErrTooOld), errors.Is(err, uring.ErrNotSupported):
+		code = control.Unsupported
+	case errors.Is(err, ublk.ErrPermission), errors.Is(err, uring.ErrDisabled):
+		code = control.Denied
+	default:
+		return fail(err, "%s: open the ublk driver", what)
+	}
+	return &control.Error{Code: code, Message: what + ": " + err.Error()}
+}
+
+// Driver says why the ublk driver is not to be had, if so. It is loaded if it can be.
+func Driver() error {
+	ctl, err := ublk.OpenControl()
+	if err != nil {
+		return driverError(err, "look for the driver")
+	}
+	ctl.Close()
+	return nil
+}
+
+// clearAway removes what a dead daemon left: ublk devices without a disk, and
+// links and notes of devices that are not there.
+func (d *Daemon) clearAway() {
+	d.thawLeftover()
+	ctx, cancel := d.bounded(context.Background())
+	defer cancel()
+	left, err := d.ctl.List(ctx)
+	if err != nil {
+		d.o.Log.Warn("cannot look for devices of a dead daemon", "error", err)
+		return
+	}
+	waiting := map[string]bool{} // the kernel's names of devices left alone
+	for _, i := range left {
+		if _, ours := ublk.IsOurs(i.Tag); !ours {
+			continue
+		}
+		if now, err := d.ctl.SettledInfo(ctx, i.ID); err == nil {
+			i = now
+		}
+		if i.State != ublk.Dead {
+			// Somebody may have it mounted: not ours to throw away.
+			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
+			d.o.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", i.ID), "state", i.State.String(), "pid", i.PID)
+			continue
+		}
+		if isOpen(fmt.Sprintf("/dev/ublkc%d", i.ID)) {
+			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
+			d.o.Log.Info("a device that another daemon makes or removes is left alone", "device", i.ID)
+			continue
+		}
+		if err := d.ctl.DeleteDevice(ctx, i.ID); err != nil {
+			d.o.Log.Warn("cannot remove the device of a dead daemon", "device", i.ID, "error", err)
+		}
+	}
+	d.clearLinks(ctx)
+	if len(waiting) == 0 {
+		// The memory of devices and snapshots that nobody can take over.
+		maps, _ := os.ReadDir(d.cbtDir())
+		for _, e := range maps {
+			_ = os.RemoveAll(filepath.Join(d.cbtDir(), e.Name()))
+		}
+		left, _ := os.ReadDir(d.snapshotsDir())
+		for _, e := range left {
+			d.clearSnapshot(ctx, e.Name())
+		}
+	}
+	notes, _ := os.ReadDir(d.o.Dir.udev())
+	for _, e := range notes {
+		if !waiting[e.Name()] {
+			d.forgetNote(e.Name())
+		}
+	}
+}
+
+// clearSnapshot removes the snapshot id of a dead daemon. Storage that does not
+// answer may hold that up for as long as it likes, but not beyond ctx whoever waits
+// for this daemon.
+func (d *Daemon) clearSnapshot(ctx context.Context, id string) {
+	say := func(err error) {
+		if err != nil {
+			d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", id, "error", asKnown(err.Error()))
+		}
+	}
+	err, late := bounded.Call(ctx, func() error { return snapshots.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)
+	if late != nil {
+		d.o.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", id)
+		return
+	}
+	say(err)
+}
+
+func (d *Daemon) cbtDir() string       { return filepath.Join(d.o.Dir.State(), "cbt") }
+func (d *Daemon) snapshotsDir() string { return filepath.Join(d.o.Dir.State(), "snapshots") }
+
+// begin starts a change: it waits for its turn and says what is going on. The
+// returned function ends it. A caller that has gone away while waiting gets
+// nothing done.
+func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end func(), err error) {
+	select {
+	case d.change <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fail(ctx.Err(), format, args...)
+	}
+	end = func() {
+		d.keepRecord()
+		d.doing.Store(new(string))
+		notify("STATUS=" + d.summary())
+		<-d.change
+	}
+	if ctx.Err() != nil {
+		end()
+		return nil, fail(ctx.Err(), format, args...)
+	}
+	d.step(format, args...)
+	return end, nil
+}
+
+// summary is what a daemon that does nothing in particular says of itself.
+func (d *Daemon) summary() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.devices) == 0 {
+		return "no filters"
+	}
+	return fmt.Sprintf("%d filters, %d snapshots; to be stopped with: ublk-blksnap daemon stop", len(d.devices), len(d.snapshots))
+}
+
+// step says what is going on now.
+func (d *Daemon) step(format string, args ...any) {
+	s := fmt.Sprintf(format, args...)
+	d.doing.Store(&s)
+}
+
+// Info implements control.API.
+func (d *Daemon) Info(context.Context) (control.Info, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return control.Info{
+		Version: control.Version, PID: os.Getpid(), Started: d.started,
+		RunDir: string(d.o.Dir), Config: d.o.ConfigPath, Doing: *d.doing.Load(), Lost: d.lost, LogLinesLost: d.o.Log.Lost(),
+	}, nil
+}
+
+// Stop implements control.API.
+func (d *Daemon) Stop(ctx context.Context) (err error) {
+	end, err := d.begin(ctx, "stop")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		// Once all is removed nothing can be added any more.
+		if err != nil {
+			end()
+			err = fail(err, "stop")
+		}
+	}()
+	all := d.sorted()
+	for _, v := range all {
+		if err := d.idle(v); err != nil {
+			return fail(err, "%s", v.Name)
+		}
+	}
+	// What takes long, and may not end, comes before anything is gone.
+	for _, v := range all {
+		if err := d.sync(ctx, v); err != nil {
+			return fail(err, "%s", v.Name)
+		}
+	}
+	for _, s := range d.sortedSnapshots() {
+		if err := d.destroy(s); err != nil {
+			return err
+		}
+	}
+	var removed []string
+	for _, v := range all {
+		if err := d.removeIdle(context.WithoutCancel(ctx), v); err != nil {
+			e := fail(err, "%s", v.Name)
+			if len(removed) > 0 {
+				e.Message += "; already removed: " + strings.Join(removed, ", ")
+			}
+			return e
+		}
+		removed = append(removed, v.Name)
+	}
+	// It ends with nothing to be missed.
+	if d.recorded {
+		d.recorded = false
+		if err := d.o.Dir.remove(recordName); err != nil {
+			d.o.Log.Warn("the record of what there was stays", "error", err)
+		}
+	}
+	return nil
+}
+
+// Close implements stopper.
+func (d *Daemon) Close() {
+	d.queue.Stop()
+	d.ctl.Close()
+}
+
+func (d *Daemon) sorted() []*device {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := make([]*device, 0, len(d.devices))
+	for _, v := range d.devices {
+		out = append(out, v)
+	}
+	slices.SortFunc(out, func(a, b *device) int { return a.Added.Compare(b.Added) })
+	return out
+}
+
+// below tells what lies under our own devices, for the search through stacks.
+func (d *Daemon) below(n disk.Num) []disk.Num {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, v := range d.devices {
+		if v.dev.Num == n {
+			return []disk.Num{v.disk.Num}
+		}
+	}
+	for _, s := range d.snapshots {
+		for _, im := range s.images {
+			if im.dev != nil && im.dev.Num == n {
+				return []disk.Num{im.of.disk.Num}
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,159 @@
+package daemon
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// The results of a check.
+const (
+	OK      = "ok"
+	Note    = "note"    // not there, not needed
+	Missing = "missing" // needed
+)
+
+// Check is one thing that was looked at.
+type Check struct {
+	Name   string `json:"name"`
+	Result string `json:"result"` // ok, note or missing
+	Text   string `json:"text"`
+	Fix    string `json:"fix,omitempty"`
+}
+
+// neededFeatures are the UBLK_F flags without which nothing works.
+var neededFeatures = map[string]bool{"CMD_IOCTL_ENCODE": true}
+
+// wantedFeatures are those that make something better here.
+var wantedFeatures = map[string]string{
+	"USER_RECOVERY":         "--recovery does not work",
+	"USER_RECOVERY_REISSUE": "--recovery does not work",
+	"AUTO_BUF_REG":          "payloads are copied: mode zerocopy does not work",
+	"SUPPORT_ZERO_COPY":     "payloads are copied: mode zerocopy does not work",
+	"SAFE_STOP_DEV":         "remove looks for users of a device itself",
+	"NO_AUTO_PART_SCAN":     "the kernel shows partitions of images",
+	"QUIESCE":               "a daemon can be replaced only after its end",
+	"UPDATE_SIZE":           "a grown disk has to be removed and added again",
+}
+
+// Examine looks at everything that the daemon needs of this machine.
+func Examine() []Check {
+	var out []Check
+	add := func(name, result, text, fix string) { out = append(out, Check{name, result, text, fix}) }
+
+	if release := ublk.KernelRelease(); ublk.OlderThan(release, ublk.MinKernel) {
+		add("kernel", Missing, release+" is older than "+ublk.MinKernel, "boot Linux "+ublk.MinKernel+" or newer")
+	} else {
+		add("kernel", OK, release, "")
+	}
+	if os.Geteuid() == 0 {
+		add("root", OK, "", "")
+	} else {
+		add("root", Missing, "not root", "run this as root")
+	}
+	out = append(out, examineRing())
+	out = append(out, examineUblk()...)
+	out = append(out, examineMemory()...)
+	switch runs, rules := udev(host(0)); {
+	case runs && rules:
+		add("udev", OK, "runs, with our rules", "")
+	case runs:
+		add("udev", Note, "runs without our rules: fstab cannot name a filter, and nothing keeps other programs away from images", "make install")
+	default:
+		add("udev", Note, "does not run: no by-uuid links, and nothing keeps other programs away from images", "")
+	}
+	if host(0).CanProbe() {
+		add("blkid", OK, "installed", "")
+	} else {
+		add("blkid", Note, "not installed: a block device is storage only with --overwrite", "install util-linux")
+	}
+	if host(0).ReadsMounts() {
+		add("mounts", OK, "the mounts of all processes can be read", "")
+	} else {
+		add("mounts", Note, "the mounts of process 1 cannot be read: messages may not name the user of a disk", "mount /proc without hidepid")
+	}
+	return out
+}
+
+// examineRing makes a ring, as every queue does.
+func examineRing() Check {
+	q, err := blockdev.NewRingQueue(blockdev.RingConfig{Name: "doctor", Depth: 4})
+	if err == nil {
+		q.Stop()
+		return Check{"io_uring", OK, "allowed", ""}
+	}
+	// The message says what to do.
+	return Check{"io_uring", Missing, err.Error(), ""}
+}
+
+func examineUblk() []Check {
+	probes, err := ublk.ProbeFeatures()
+	if err != nil {
+		// The message says what to do.
+		return []Check{{Name: "ublk_drv", Result: Missing, Text: err.Error()}}
+	}
+	out := []Check{{Name: "ublk_drv", Result: OK, Text: "loaded"}}
+	for _, p := range probes {
+		c := Check{Name: p.Name, Result: OK, Text: p.Means}
+		consequence, wanted := wantedFeatures[p.Name]
+		switch {
+		case p.Answer == ublk.Yes:
+		case neededFeatures[p.Name]:
+			c.Result, c.Fix = Missing, "boot Linux "+p.Since+" or newer"
+		default:
+			c.Result, c.Text = Note, fmt.Sprintf("%s: not there (Linux %s has it)", p.Means, p.Since)
+			if p.Answer == ublk.Unknown {
+				c.Text = fmt.Sprintf("%s: could not tell: %v", p.Means, p.Err)
+			}
+			if wanted {
+				c.Text += ": " + consequence
+			}
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+// enoughMemory is what a daemon with a few devices and one snapshot takes.
+const enoughMemory = 256 << 20
+
+func examineMemory() []Check {
+	var out []Check
+	var r unix.Rlimit
+	switch err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &r); {
+	case err != nil:
+		out = append(out, Check{"locked memory", Note, err.Error(), ""})
+	case os.Geteuid() == 0 || r.Cur == unix.RLIM_INFINITY || r.Cur >= enoughMemory:
+		// root may lock what it likes.
+		out = append(out, Check{"locked memory", OK, "may be locked", ""})
+	default:
+		out = append(out, Check{"locked memory", Note, "at most " + control.FormatSize(int64(r.Cur)), "raise it: ulimit -l unlimited"})
+	}
+	var s unix.Sysinfo_t
+	if err := unix.Sysinfo(&s); err != nil {
+		return append(out, Check{"memory", Note, err.Error(), ""})
+	}
+	free := availableMemory()
+	text := fmt.Sprintf("%d MiB available of %d MiB", free>>20, int64(s.Totalram)*int64(s.Unit)>>20)
+	if free < enoughMemory {
+		return append(out, Check{"memory", Note, text, "give the daemon at least " + control.HumanSize(enoughMemory)})
+	}
+	return append(out, Check{"memory", OK, text, ""})
+}
+
+func availableMemory() int64 {
+	b, _ := os.ReadFile("/proc/meminfo")
+	for _, line := range strings.Split(string(b), "\n") {
+		var kib int64
+		if n, _ := fmt.Sscanf(line, "MemAvailable: %d kB", &kib); n == 1 {
+			return kib << 10
+		}
+	}
+	return 0
+}

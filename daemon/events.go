@@ -1,0 +1,147 @@
+package daemon
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// maxEvents is how many events of one snapshot are kept; older ones are dropped.
+const maxEvents = 1024
+
+// eventLog keeps what happened to each snapshot for those who ask later.
+type eventLog struct {
+	mu        sync.Mutex
+	seq       uint64
+	snapshots map[string]*snapshotEvents
+	// more is closed and replaced with every event.
+	more chan struct{}
+	// recent are the latest events of all snapshots, for watchers of everything.
+	recent []control.Event
+}
+
+type snapshotEvents struct {
+	events []control.Event
+	waited uint64 // seq of the last event that WaitEvent returned
+	gone   bool   // destroyed: no more events will come
+}
+
+func newEventLog() *eventLog {
+	return &eventLog{snapshots: map[string]*snapshotEvents{}, more: make(chan struct{})}
+}
+
+// emit adds an event of a snapshot. It takes a lock for a moment, and no other.
+func (l *eventLog) emit(e control.Event) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.snapshots[e.Snapshot]
+	if s == nil {
+		s = &snapshotEvents{}
+		l.snapshots[e.Snapshot] = s
+	}
+	l.seq++
+	e.Seq, e.Time = l.seq, time.Now()
+	s.events = keep(append(s.events, e))
+	l.recent = keep(append(l.recent, e))
+	if e.Kind == control.EventDestroyed {
+		// Who watches holds s; new askers shall not find it.
+		s.gone = true
+		delete(l.snapshots, e.Snapshot)
+	}
+	close(l.more)
+	l.more = make(chan struct{})
+}
+
+func keep(e []control.Event) []control.Event {
+	if len(e) > maxEvents {
+		e = append(e[:0], e[len(e)-maxEvents:]...)
+	}
+	return e
+}
+
+func noSnapshot(id string) *control.Error {
+	return &control.Error{Code: control.NotFound, Errno: unix.ESRCH, Message: "snapshot " + id + ": no such snapshot"}
+}
+
+// wait implements control.API.WaitEvent. Creation, take and destruction are what callers
+// did themselves: they are for watchers only.
+func (l *eventLog) wait(ctx context.Context, r control.WaitRequest) (control.Event, error) {
+	ctx, cancel := context.WithTimeout(ctx, r.Timeout)
+	defer cancel()
+	l.mu.Lock()
+	s := l.snapshots[r.ID]
+	l.mu.Unlock()
+	if s == nil {
+		return control.Event{}, noSnapshot(r.ID)
+	}
+	for {
+		l.mu.Lock()
+		more, gone := l.more, s.gone
+		for _, e := range s.events {
+			if e.Seq > s.waited && forWaiters(e.Kind) {
+				s.waited = e.Seq
+				l.mu.Unlock()
+				return e, nil
+			}
+		}
+		l.mu.Unlock()
+		if gone {
+			return control.Event{}, noSnapshot(r.ID)
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return control.Event{}, fail(ctx.Err(), "wait for an event of snapshot %s", r.ID)
+		}
+	}
+}
+
+func forWaiters(kind string) bool {
+	return kind == control.EventLowFreeSpace || kind == control.EventNoSpace || kind == control.EventCorrupted
+}
+
+// watch implements control.API.Watch.
+func (l *eventLog) watch(ctx context.Context, id string, each func(control.Event) error) error {
+	l.mu.Lock()
+	s := l.snapshots[id]
+	seen := uint64(0)
+	if id == "" {
+		seen = l.seq
+	}
+	l.mu.Unlock()
+	if id != "" && s == nil {
+		return noSnapshot(id)
+	}
+	for {
+		var fresh []control.Event
+		l.mu.Lock()
+		from, more, gone := l.recent, l.more, false
+		if s != nil {
+			from, gone = s.events, s.gone
+		}
+		for _, e := range from {
+			if e.Seq > seen {
+				fresh = append(fresh, e)
+			}
+		}
+		l.mu.Unlock()
+		for _, e := range fresh {
+			if err := each(e); err != nil {
+				return err
+			}
+			seen = e.Seq
+		}
+		if gone {
+			return nil
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return fail(ctx.Err(), "watch")
+		}
+	}
+}

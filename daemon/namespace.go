@@ -1,0 +1,146 @@
+package daemon
+
+import (
+	"os"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// secondLifeEnv says to a daemon that it has been started anew, and in which
+// mount namespace.
+const secondLifeEnv = "UBLK_BLKSNAP_NAMESPACE"
+
+const (
+	ownNamespace    = "own"
+	sharedNamespace = "shared"
+)
+
+// StartAnew starts the program anew in the same process, so that it returns only
+// in the second life, or with an error. Of the first one it leaves behind what
+// the daemon shall not have of the one who started it, and the mounts. What of
+// that could not be done is told to warn. Before, it mounts the state directory
+// where everybody sees it.
+//
+// The second life has a mount namespace of its own. Why: a process whose
+// namespace is the last to hold a mount on a device that the process itself
+// serves can not exit: the kernel unmounts, writes to the device and waits for an
+// answer for ever. For the same reason the inherited mounts are let go; only what
+// the daemon needs stays: the root, /dev, /proc, /sys and the run directory.
+// Everything else it reaches through the root directory of process 1.
+//
+// Where process 1 does not see what this process sees, the namespace stays.
+func StartAnew(dir RunDir, c Config, reportFD int, warn func(error)) error {
+	if os.Geteuid() != 0 {
+		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
+	}
+	switch os.Getenv(secondLifeEnv) {
+	case ownNamespace:
+		return letGoOfMounts(string(dir))
+	case sharedNamespace:
+		return leaveDirectory()
+	}
+	// The thread that execs becomes the process, with all that is its own.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for _, err := range forget(reportFD) {
+		warn(err)
+	}
+	if err := dir.make(); err != nil {
+		return err
+	}
+	// A second daemon ends here, before it changes anything.
+	lock, err := dir.lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	// Now, for the module may be on a mount that is let go of; and before
+	// anything is left on a machine that cannot do it.
+	ctl, err := ublk.OpenControl()
+	if err != nil {
+		return driverError(err, "start the daemon")
+	}
+	ctl.Close()
+	if err := dir.mountState(c.StateSize); err != nil {
+		return err
+	}
+	namespace := sharedNamespace
+	if withInit() {
+		namespace = ownNamespace
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return fail(err, "make a mount namespace")
+		}
+		if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return fail(err, "make the mount namespace private")
+		}
+	}
+	env := append(os.Environ(), secondLifeEnv+"="+namespace)
+	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew")
+}
+
+// leaveDirectory lets go of the directory that the daemon was started in, and so
+// of the filesystem.
+func leaveDirectory() error {
+	if err := os.Chdir("/"); err != nil {
+		return fail(err, "go to the root directory")
+	}
+	return nil
+}
+
+// initRoot is the root directory of process 1.
+const initRoot = "/proc/1/root"
+
+// host is the machine as everybody sees it.
+func host(patience time.Duration) *disk.Host {
+	h := disk.Machine()
+	h.Patience = patience
+	if os.Getenv(secondLifeEnv) == ownNamespace {
+		h.Root = initRoot
+	}
+	return h
+}
+
+// withInit says whether process 1 sees the same mounts.
+func withInit() bool {
+	own, err1 := os.Readlink("/proc/self/ns/mnt")
+	init, err2 := os.Readlink("/proc/1/ns/mnt")
+	return err1 == nil && err2 == nil && own == init
+}
+
+func letGoOfMounts(dir string) error {
+	if err := leaveDirectory(); err != nil {
+		return err
+	}
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return fail(err, "read the mounts")
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	// The last mounted first: what is mounted inside another mount goes before.
+	for i := len(lines) - 1; i >= 0; i-- {
+		point, ok := disk.MountPoint(lines[i])
+		if ok && !needed(point, dir) {
+			// Detached whatever its use, and a mount that went with another is
+			// none to complain about.
+			_ = unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		}
+	}
+	return nil
+}
+
+// needed says whether the daemon keeps the mount at point.
+func needed(point, dir string) bool {
+	for _, keep := range []string{"/dev", "/proc", "/sys", dir} {
+		if point == keep || strings.HasPrefix(point, keep+"/") || strings.HasPrefix(keep, point+"/") {
+			return true
+		}
+	}
+	return point == "/"
+}

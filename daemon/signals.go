@@ -1,0 +1,28 @@
+package daemon
+
+import (
+	"os/signal"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// ignoreSignals ignores the signals that mean nothing to a daemon and would end
+// it, or stop it as Ctrl-Z does. Those of a fault stay what they are; so does
+// SIGABRT, for who wants its end and to know where it was.
+func ignoreSignals() {
+	signal.Ignore(unix.SIGHUP, unix.SIGPIPE, unix.SIGALRM, unix.SIGVTALRM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGXCPU, unix.SIGXFSZ,
+		unix.SIGSTKFLT, unix.SIGIO, unix.SIGPWR, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
+	for n := unix.Signal(32); n <= 64; n++ {
+		if n > 34 {
+			signal.Ignore(n)
+			continue
+		}
+		// Go leaves these to the C library, which is not there: they would kill.
+		ignore := struct {
+			handler, flags, restorer uintptr
+			mask                     uint64
+		}{handler: 1} // SIG_IGN
+		_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(n), uintptr(unsafe.Pointer(&ignore)), 0, unsafe.Sizeof(ignore.mask), 0, 0)
+	}
+}
