@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -14,10 +13,8 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
-	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -48,12 +45,6 @@ type Daemon struct {
 }
 
 var _ control.API = (*Daemon)(nil)
-
-// The kinds of our ublk devices, as the driver keeps them for us.
-const (
-	filterKind = 'f'
-	imageKind  = 'i'
-)
 
 // NewDaemon opens the ublk driver and clears away what a dead daemon left. The
 // run directory is locked, with the state directory mounted.
@@ -107,77 +98,6 @@ func Driver() error {
 	}
 	ctl.Close()
 	return nil
-}
-
-// clearAway removes what a dead daemon left: ublk devices without a disk, and
-// links and notes of devices that are not there.
-func (d *Daemon) clearAway() {
-	d.thawLeftover()
-	ctx, cancel := d.bounded(context.Background())
-	defer cancel()
-	left, err := d.ctl.List(ctx)
-	if err != nil {
-		d.o.Log.Warn("cannot look for devices of a dead daemon", "error", err)
-		return
-	}
-	waiting := map[string]bool{} // the kernel's names of devices left alone
-	for _, i := range left {
-		if _, ours := ublk.IsOurs(i.Tag); !ours {
-			continue
-		}
-		if now, err := d.ctl.SettledInfo(ctx, i.ID); err == nil {
-			i = now
-		}
-		if i.State != ublk.Dead {
-			// Somebody may have it mounted: not ours to throw away.
-			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
-			d.o.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", i.ID), "state", i.State.String(), "pid", i.PID)
-			continue
-		}
-		if isOpen(fmt.Sprintf("/dev/ublkc%d", i.ID)) {
-			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
-			d.o.Log.Info("a device that another daemon makes or removes is left alone", "device", i.ID)
-			continue
-		}
-		if err := d.ctl.DeleteDevice(ctx, i.ID); err != nil {
-			d.o.Log.Warn("cannot remove the device of a dead daemon", "device", i.ID, "error", err)
-		}
-	}
-	d.clearLinks(ctx)
-	if len(waiting) == 0 {
-		// The memory of devices and snapshots that nobody can take over.
-		maps, _ := os.ReadDir(d.cbtDir())
-		for _, e := range maps {
-			_ = os.RemoveAll(filepath.Join(d.cbtDir(), e.Name()))
-		}
-		left, _ := os.ReadDir(d.snapshotsDir())
-		for _, e := range left {
-			d.clearSnapshot(ctx, e.Name())
-		}
-	}
-	notes, _ := os.ReadDir(d.o.Dir.udev())
-	for _, e := range notes {
-		if !waiting[e.Name()] {
-			d.forgetNote(e.Name())
-		}
-	}
-}
-
-// clearSnapshot removes the snapshot id of a dead daemon. Storage that does not
-// answer may hold that up for as long as it likes, but not beyond ctx whoever waits
-// for this daemon.
-func (d *Daemon) clearSnapshot(ctx context.Context, id string) {
-	say := func(err error) {
-		if err != nil {
-			d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", id, "error", asKnown(err.Error()))
-		}
-	}
-	err, late := bounded.Call(ctx, func() error { return snapshots.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)
-	if late != nil {
-		d.o.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", id)
-		return
-	}
-	say(err)
 }
 
 func (d *Daemon) cbtDir() string       { return filepath.Join(d.o.Dir.State(), "cbt") }
@@ -289,17 +209,6 @@ func (d *Daemon) Close() {
 	d.ctl.Close()
 }
 
-func (d *Daemon) sorted() []*device {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	out := make([]*device, 0, len(d.devices))
-	for _, v := range d.devices {
-		out = append(out, v)
-	}
-	slices.SortFunc(out, func(a, b *device) int { return a.Added.Compare(b.Added) })
-	return out
-}
-
 // below tells what lies under our own devices, for the search through stacks.
 func (d *Daemon) below(n disk.Num) []disk.Num {
 	d.mu.Lock()
@@ -317,4 +226,10 @@ func (d *Daemon) below(n disk.Num) []disk.Num {
 		}
 	}
 	return nil
+}
+
+// bounded is ctx with an end by which a disk must have answered, and the driver
+// that waits for it.
+func (d *Daemon) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, d.o.Config.DiskTimeout)
 }

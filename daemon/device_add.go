@@ -1,0 +1,284 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// validName is what a device can be called: a file name that needs no quoting.
+var validName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$`)
+
+func checkName(name string) error {
+	if !validName.MatchString(name) {
+		return invalid("name %q: use up to 64 letters, digits and . _ + -", name)
+	}
+	if name == imageDir {
+		return invalid("name %q: is the folder of images", name)
+	}
+	return nil
+}
+
+// AddDevice implements control.API.
+func (d *Daemon) AddDevice(ctx context.Context, r control.AddRequest) (control.Device, error) {
+	end, err := d.begin(ctx, "add %s", r.Path)
+	if err != nil {
+		return control.Device{}, err
+	}
+	defer end()
+	v, err := d.add(ctx, r)
+	if err != nil {
+		return control.Device{}, fail(err, "add %s", r.Path)
+	}
+	d.o.Log.Info("added", "name", v.Name, "disk", v.Original, "device", v.Path, "queues", v.Queues, "depth", v.Depth, "mode", v.Mode)
+	return v.Device, nil
+}
+
+// add needs change.
+func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error) {
+	if err := d.fillIn(&r); err != nil {
+		return nil, err
+	}
+	v := &device{}
+	var err error
+	if v.disk, err = d.host.Lookup(r.Path); err != nil {
+		return nil, err
+	}
+	if err := d.notOurs(v.disk); err != nil {
+		return nil, err
+	}
+	if err := d.host.CheckUsable(v.disk); err != nil {
+		return nil, d.nameFilter(v.disk, err)
+	}
+	if r.Name == "" {
+		r.Name = v.disk.DisplayName()
+	}
+	if err := checkName(r.Name); err != nil {
+		return nil, err
+	}
+	if old := d.named(r.Name); old != nil {
+		return nil, &control.Error{Code: control.Exists, Errno: unix.EEXIST,
+			Message: fmt.Sprintf("the name %s is taken by the filter over %s", r.Name, old.Original), Fix: "choose another with --name"}
+	}
+	ctx, cancel := d.bounded(ctx)
+	defer cancel()
+	if err := d.checkFreeName(ctx, r.Name); err != nil {
+		return nil, err
+	}
+	err = d.open(ctx, v, r)
+	if err != nil && v.dev == nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	d.devices[v.Name] = v
+	d.mu.Unlock()
+	if err != nil {
+		return nil, &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer, and neither does its filter: %v", v.Original, err),
+			Fix: "when it does, remove what was begun: ublk-blksnap remove --force " + v.Name}
+	}
+	return v, nil
+}
+
+// fillIn gives a request the configured values and refuses impossible ones.
+func (d *Daemon) fillIn(r *control.AddRequest) error {
+	c := d.o.Config
+	if r.Queues == 0 {
+		r.Queues = int(c.Queues)
+	}
+	if r.Depth == 0 {
+		r.Depth = int(c.QueueDepth)
+	}
+	if r.Mode == "" {
+		r.Mode = c.Mode
+	}
+	if r.Recovery == nil {
+		r.Recovery = &c.Recovery
+	}
+	if n := ublk.MaxQueues(); r.Queues < 1 || r.Queues > n {
+		return invalid("%d queues: this machine has processors for 1 to %d", r.Queues, n)
+	}
+	if r.Depth < 1 || r.Depth > ublk.MaxDepth {
+		return invalid("queue depth %d: want 1 to %d", r.Depth, ublk.MaxDepth)
+	}
+	if _, err := control.ParseMode(string(r.Mode)); err != nil {
+		return invalid("%v", err)
+	}
+	return roomForQueues(*r, availableMemory())
+}
+
+// roomForQueues refuses queues whose buffers, were they needed, would take more
+// than half of the memory there is: they cannot be swapped, and nothing kills
+// this process for them. available is in bytes, 0 if it is not known.
+func roomForQueues(r control.AddRequest, available int64) error {
+	need := int64(r.Queues) * int64(r.Depth) * ublk.DefaultMaxIO
+	if r.Mode == control.ModeZeroCopy || available == 0 || need <= available/2 {
+		return nil
+	}
+	return &control.Error{Code: control.Invalid, Errno: unix.ENOMEM, Fix: "choose fewer or shorter queues with --queues and --depth",
+		Message: fmt.Sprintf("%d queues of depth %d may need %d MiB of memory, %d MiB are available", r.Queues, r.Depth, need>>20, available>>20)}
+}
+
+// notOurs refuses a disk that has a filter, or is one, or an image.
+func (d *Daemon) notOurs(x *disk.Disk) error {
+	for _, v := range d.sorted() {
+		if v.disk.Num == x.Num {
+			return &control.Error{Code: control.Exists, Errno: unix.EALREADY, Message: "already added as " + v.Name}
+		}
+		if v.dev.Num == x.Num || filepath.Base(v.Path) == x.Parent {
+			return &control.Error{Code: control.Invalid, Errno: unix.EINVAL, Message: "is itself the filter over " + v.Original}
+		}
+	}
+	for _, s := range d.sortedSnapshots() {
+		for _, im := range s.images {
+			if im.dev != nil && (im.dev.Num == x.Num || filepath.Base(im.dev.Path) == x.Parent) {
+				return &control.Error{Code: control.Invalid, Errno: unix.EINVAL, Message: "is an image of snapshot " + s.id}
+			}
+		}
+	}
+	return nil
+}
+
+// nameFilter explains an exclusive user that is ours: a filter over a partition
+// of the disk, or over the disk of the partition.
+func (d *Daemon) nameFilter(x *disk.Disk, err error) error {
+	if !errors.Is(err, disk.ErrInUse) {
+		return err
+	}
+	for _, v := range d.sorted() {
+		if v.disk.Parent == x.Name || x.Parent == v.disk.Name {
+			return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", v.disk.DisplayPath(), v.Name)}
+		}
+	}
+	return err
+}
+
+// open makes everything a filter is made of, or nothing. Only a device that the
+// driver does not let go stays, v.dev with all that it uses: it has to be taken
+// down.
+func (d *Daemon) open(ctx context.Context, v *device, r control.AddRequest) (err error) {
+	var undo []func()
+	defer func() {
+		if err != nil && v.dev == nil {
+			for _, f := range slices.Backward(undo) {
+				f()
+			}
+		}
+	}()
+
+	if v.orig, err = d.openOriginal(ctx, v.disk); err != nil {
+		return d.nameFilter(v.disk, err)
+	}
+	undo = append(undo, func() { d.closeOriginal(v, func() {}) })
+
+	if v.geo, err = readGeometry(ctx, v.disk); err != nil {
+		return err
+	}
+	if err = d.makeMap(v, r.Name); err != nil {
+		return err
+	}
+	undo = append(undo, v.closeCBT)
+	v.filter = filter.New(filter.Config{Orig: v.orig, Size: v.geo.Size, CBT: v.cbt, Queues: r.Queues})
+
+	v.dev, err = d.addUblk(ctx, filterKind, r.Name, ublk.Config{
+		Name: r.Name, Queues: r.Queues, Depth: r.Depth, MaxIO: ublk.DefaultMaxIO,
+		Mode: ublkMode(r.Mode), Geometry: v.geo, Recovery: *r.Recovery,
+		Files:      []*blockdev.OSFile{v.orig},
+		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return v.filter.NewQueue(q, bq) },
+	})
+	if v.dev == nil {
+		return err
+	}
+	v.Device = control.Device{
+		Name: r.Name, Original: v.disk.DisplayPath(), OriginalNumber: v.disk.Num.String(),
+		Path: v.dev.Path, Number: v.dev.Num.String(), ID: uint32(v.dev.ID),
+		Size: v.geo.Size, LogicalBlockSize: v.geo.LogicalBlock, PhysicalBlockSize: v.geo.PhysicalBlock,
+		Queues: v.dev.Queues, Depth: v.dev.Depth, Mode: modeOf(v.dev.Mode), Recovery: *r.Recovery,
+		Added: time.Now(), Snapshots: []string{},
+	}
+	if err == nil {
+		v.Link, err = d.link(ctx, r.Name, v.dev)
+	}
+	if err == nil {
+		err = d.note(v.disk.Name, "original", r.Name)
+	}
+	if err != nil {
+		v.leaving = true
+		if e := d.removeUblk(v.dev, v.Link); e == nil {
+			v.dev = nil
+		}
+		return err
+	}
+	rescan(v.disk.Name)
+	return nil
+}
+
+// openOriginal opens a disk for a filter, so that nobody else can claim it.
+func (d *Daemon) openOriginal(ctx context.Context, x *disk.Disk) (*blockdev.OSFile, error) {
+	type opened struct {
+		file *blockdev.OSFile
+		err  error
+	}
+	o, err := bounded.Call(ctx, func() opened {
+		f, err := d.host.OpenExclusive(x)
+		if err == nil {
+			// What readers of the disk have in the page cache is about to become old.
+			_ = unix.IoctlSetInt(f.Fd(), unix.BLKFLSBUF, 0)
+		}
+		return opened{f, err}
+	}, func(o opened) {
+		if o.err == nil {
+			_ = o.file.Close()
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open and flush %s: %w", x.DisplayPath(), err)
+	}
+	return o.file, o.err
+}
+
+// readGeometry asks the kernel, which answers only after whoever changes a
+// parameter of the disk, and who does that waits for the disk's I/O.
+func readGeometry(ctx context.Context, x *disk.Disk) (ublk.Geometry, error) {
+	type answer struct {
+		geo ublk.Geometry
+		err error
+	}
+	a, err := bounded.Call(ctx, func() (a answer) {
+		a.geo, a.err = ublk.ReadGeometry(x.Node)
+		return a
+	}, func(answer) {})
+	if err != nil {
+		return ublk.Geometry{}, fmt.Errorf("read geometry of %s: %w", x.DisplayPath(), err)
+	}
+	return a.geo, a.err
+}
+
+// makeMap makes the change map of a device. The tables of snapshots take their
+// memory as they come into use: a map may not take what they were promised.
+func (d *Daemon) makeMap(v *device, name string) error {
+	n, err := cbtmap.RegionSize(v.geo.Size, d.o.Config.CBTParams())
+	if err != nil {
+		return err
+	}
+	if err := snapshots.Room(d.cbtDir(), n); err != nil {
+		return fmt.Errorf("make the change map: %w", err)
+	}
+	v.cbtAt = filepath.Join(d.cbtDir(), name)
+	v.cbt, err = cbtmap.Create(v.cbtAt, v.geo.Size, d.o.Config.CBTParams())
+	return err
+}

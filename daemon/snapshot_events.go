@@ -1,0 +1,78 @@
+package daemon
+
+import (
+	"context"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+)
+
+// tell passes on the events of a snapshot until it is destroyed, and gives it
+// up when writes have to wait too long for its storage.
+func (d *Daemon) tell(s *snapshot) {
+	limit := d.o.Config.StorageTimeout
+	look := time.NewTicker(limit / 8)
+	defer look.Stop()
+	var moved time.Time // when the log last got on, or nobody waited
+	var done uint64     // as of the last look
+	for {
+		var e diffarea.Event
+		select {
+		case now := <-look.C:
+			s.use.RLock()
+			if waits, n := s.live.Waiting(); !waits || n != done || moved.IsZero() {
+				moved, done = now, n
+			} else if now.Sub(moved) >= limit && !s.gone && s.live.Err() == 0 {
+				d.o.Log.Error("writes wait for another disk than their own, which does not answer: the snapshot is given up", "snapshot", s.id, "for", limit, "disks", s.hanging())
+				s.live.GiveUp(unix.ETIMEDOUT)
+			}
+			s.use.RUnlock()
+			continue
+		case e = <-s.told:
+		case <-s.over:
+			select {
+			case e = <-s.told:
+			default:
+				d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventDestroyed})
+				return
+			}
+		}
+		ev := control.Event{Snapshot: s.id, Kind: e.Kind.String(), Sectors: e.Sectors, Errno: -int(e.Errno)}
+		if e.Device != 0 {
+			ev.Device = disk.Num{Major: unix.Major(e.Device), Minor: unix.Minor(e.Device)}.String()
+		}
+		said := []any{"snapshot", s.id, "event", ev.Kind, "device", ev.Device, "sectors", ev.Sectors}
+		if e.Errno != 0 {
+			said = append(said, "error", e.Errno)
+		}
+		d.o.Log.Warn("snapshot", said...)
+		d.events.emit(ev)
+	}
+}
+
+// WaitEvent implements control.API.
+func (d *Daemon) WaitEvent(ctx context.Context, r control.WaitRequest) (control.Event, error) {
+	u, err := uuid.Parse(r.ID)
+	if err != nil {
+		return control.Event{}, invalid("snapshot %q: not a UUID", r.ID)
+	}
+	r.ID = u.String()
+	return d.events.wait(ctx, r)
+}
+
+// Watch implements control.API.
+func (d *Daemon) Watch(ctx context.Context, id string, each func(control.Event) error) error {
+	if id != "" {
+		u, err := uuid.Parse(id)
+		if err != nil {
+			return invalid("snapshot %q: not a UUID", id)
+		}
+		id = u.String()
+	}
+	return d.events.watch(ctx, id, each)
+}

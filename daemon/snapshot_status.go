@@ -1,0 +1,66 @@
+package daemon
+
+import (
+	"context"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// Snapshots implements control.API.
+func (d *Daemon) Snapshots(context.Context) ([]control.Snapshot, error) {
+	out := []control.Snapshot{}
+	for _, s := range d.sortedSnapshots() {
+		out = append(out, d.describeSnapshot(s))
+	}
+	return out, nil
+}
+
+// Snapshot implements control.API.
+func (d *Daemon) Snapshot(_ context.Context, id string) (control.Snapshot, error) {
+	s, err := d.findSnapshot(id)
+	if err != nil {
+		return control.Snapshot{}, err
+	}
+	return d.describeSnapshot(s), nil
+}
+
+func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
+	out := control.Snapshot{ID: s.id, State: control.SnapshotCreated, Created: s.created, ChunkSize: s.chunk, Images: []control.SnapshotImage{}, Storage: []control.Storage{}}
+	s.use.RLock()
+	if !s.gone {
+		u := s.live.Usage()
+		out.Usage = control.SnapshotUsage{
+			Copied:   u.Regions * u.ChunkSize,
+			Stored:   (u.Regions - u.Unstored) * u.ChunkSize,
+			Capacity: u.Capacity * u.ChunkSize,
+		}
+		out.Errno = -int(s.live.Err())
+	} else {
+		out.Errno = -int(unix.ESHUTDOWN)
+	}
+	s.use.RUnlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out.Taken, out.Frozen = s.taken, s.frozen
+	out.Storage = append(out.Storage, s.storage...)
+	switch {
+	case s.leaving:
+		out.State = control.SnapshotDestroying
+	case out.Errno != 0:
+		out.State = control.SnapshotCorrupted
+	case s.taken != nil:
+		out.State = control.SnapshotTaken
+	}
+	for _, im := range s.images {
+		x := control.SnapshotImage{Device: im.of.Name, Original: im.of.Original, Errno: out.Errno}
+		if im.dev != nil {
+			x.Path, x.Link = im.dev.Path, im.link
+			take := takeOf(im.take)
+			x.Take = &take
+		}
+		out.Images = append(out.Images, x)
+	}
+	return out
+}

@@ -1,0 +1,101 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
+)
+
+// AppendStorage implements control.API.
+func (d *Daemon) AppendStorage(ctx context.Context, r control.StorageRequest) (control.Snapshot, error) {
+	end, err := d.begin(ctx, "append storage to snapshot %s", r.ID)
+	if err != nil {
+		return control.Snapshot{}, err
+	}
+	defer end()
+	s, err := d.usable(r.ID)
+	if err != nil {
+		return control.Snapshot{}, err
+	}
+	if err := d.appendTo(s, r.Storage); err != nil {
+		return control.Snapshot{}, fail(err, "snapshot %s", s.id)
+	}
+	return d.describeSnapshot(s), nil
+}
+
+// appendTo needs change.
+func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
+	if !filepath.IsAbs(st.Path) {
+		return invalid("storage %q: not an absolute path", st.Path)
+	}
+	if st.Limit < 0 || st.Limit > 0 && st.Limit < s.chunk {
+		return invalid("storage %s: a limit of %s holds no chunk of %s", st.Path, control.FormatSize(st.Limit), control.FormatSize(s.chunk))
+	}
+	place, err := d.host.OpenPlace(st.Path)
+	if err != nil {
+		return fail(err, "storage %s", st.Path)
+	}
+	if st.Warning, err = d.checkPlace(place); err != nil {
+		place.Close()
+		return fail(err, "storage %s", st.Path)
+	}
+	overwrite := st.Overwrite || st.OverwriteFile && place.Kind() == unix.S_IFREG
+	d.step("allocate storage in %s", st.Path)
+	if err := s.live.Append(snapshots.StorageConfig{
+		Place: place, Where: d.host.Where(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
+	}); err != nil {
+		if hanging := s.live.Returning(); len(hanging) > 0 {
+			d.o.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", asKnown(strings.Join(hanging, ", ")))
+		}
+		return snapshotError(err, "storage %s", st.Path)
+	}
+	d.mu.Lock()
+	s.storage = append(s.storage, st)
+	d.mu.Unlock()
+	return nil
+}
+
+// probe says what a block device holds, which may not answer.
+func (d *Daemon) probe(dev *os.File) (string, error) {
+	if d.o.Prober == nil {
+		return "", errors.New("the daemon could not start its prober")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), d.o.Config.StorageTimeout)
+	defer cancel()
+	return d.o.Prober.Probe(ctx, dev)
+}
+
+// checkPlace refuses storage on a disk with a filter: a write to the storage that
+// needed a copy to the storage would wait for itself. It returns what could not be
+// found out about the place.
+func (d *Daemon) checkPlace(p *disk.Place) (warning string, err error) {
+	for _, v := range d.sorted() {
+		on, err := d.host.LiesOn(p, v.disk.Num, d.below)
+		var doubt *disk.Error
+		switch {
+		case on && err == nil:
+			return "", &control.Error{Code: control.Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
+				Message: fmt.Sprintf("lies on %s, which has the filter %s", v.Original, v.Name)}
+		case on && errors.As(err, &doubt):
+			return "", &control.Error{Code: control.Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
+				Message: fmt.Sprintf("perhaps lies on %s, which has the filter %s: it %s", v.Original, v.Name, doubt.What)}
+		case errors.Is(err, disk.ErrUnknown) && errors.As(err, &doubt):
+			warning = "not known on which disk, and it must not be one with a filter: " + doubt.What
+		case err != nil:
+			return "", err
+		}
+	}
+	if warning != "" {
+		d.o.Log.Warn("storage may lie anywhere", "storage", p.Path, "warning", warning)
+	}
+	return warning, nil
+}

@@ -1,0 +1,147 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
+	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// TakeSnapshot implements control.API.
+func (d *Daemon) TakeSnapshot(ctx context.Context, r control.TakeRequest) (control.Snapshot, error) {
+	end, err := d.begin(ctx, "take snapshot %s", r.ID)
+	if err != nil {
+		return control.Snapshot{}, err
+	}
+	defer end()
+	s, err := d.usable(r.ID)
+	if err != nil {
+		return control.Snapshot{}, err
+	}
+	if err := d.take(ctx, s, r); err != nil {
+		return control.Snapshot{}, snapshotError(err, "take snapshot %s", s.id)
+	}
+	return d.describeSnapshot(s), nil
+}
+
+func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) error {
+	if s.live.Taken() {
+		return snapimage.ErrTaken
+	}
+	o := snapshots.TakeOptions{Limit: d.o.Config.FreezeTimeout}
+	defer func() {
+		for _, f := range o.Freeze {
+			f.Close()
+		}
+	}()
+	if !r.NoFreeze {
+		for _, m := range d.mountsOver(s) {
+			f, err := d.host.OpenMount(m)
+			if err != nil {
+				return fmt.Errorf("open the filesystem on %s: %w", m.Point, err)
+			}
+			o.Freeze = append(o.Freeze, f)
+		}
+	}
+	d.step("take snapshot %s: %d filesystems to freeze, writes to wait for", s.id, len(o.Freeze))
+	if err := d.rememberFrozen(o.Freeze); err != nil {
+		return err
+	}
+	frozen, err := s.live.Take(ctx, o)
+	_ = os.Remove(d.frozenFile())
+	if err != nil {
+		if s.live.Taken() {
+			return d.undo(s, err)
+		}
+		return err
+	}
+	if err := d.makeImages(ctx, s); err != nil {
+		return d.undo(s, fmt.Errorf("make images: %w: the snapshot is destroyed", err))
+	}
+	now := time.Now()
+	d.mu.Lock()
+	s.taken, s.frozen = &now, frozen
+	d.mu.Unlock()
+	d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventTaken})
+	d.o.Log.Info("snapshot taken", "snapshot", s.id, "frozen", frozen)
+	return nil
+}
+
+// maxImageDepth bounds the requests in flight per queue of an image: without
+// zero copy each has a buffer that is locked in memory, for every snapshot anew.
+const maxImageDepth = 64
+
+func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
+	for i, im := range s.images {
+		d.step("take snapshot %s: make the image of %s", s.id, im.of.Name)
+		name := filepath.Join(imageDir, im.of.Name+"-"+s.id)
+		geo := im.of.geo
+		// An image outlives no power failure, so there is nothing to flush; and
+		// a trim of it must not fill the storage with zeroes.
+		geo.ReadOnly, geo.VolatileCache, geo.FUA = false, false, false
+		geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
+		// Payloads go to the storage as well, whatever it is.
+		geo.DMAMask |= sector.Size - 1
+		dev, err := d.addUblk(ctx, imageKind, im.of.Name+"-"+s.id, ublk.Config{
+			Name: im.of.Name + "@", Queues: im.of.Queues, Depth: min(im.of.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
+			Mode: im.of.dev.Mode, Geometry: geo, NoPartScan: true,
+			Recovery:   im.of.Recovery,
+			Files:      []*blockdev.OSFile{im.of.orig},
+			NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.live.Image(i).NewQueue(bq) },
+		})
+		d.mu.Lock()
+		im.dev, im.take = dev, s.live.TakeInfo(i)
+		d.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		l, err := d.link(ctx, name, dev)
+		if err != nil {
+			return err
+		}
+		d.mu.Lock()
+		im.link = l
+		d.mu.Unlock()
+	}
+	return nil
+}
+
+// mountsOver are the filesystems on the snapshot's devices, each once.
+func (d *Daemon) mountsOver(s *snapshot) []disk.Mount {
+	var out []disk.Mount
+	seen := map[disk.Num]bool{}
+	for _, im := range s.images {
+		for _, m := range d.host.MountsOver(im.of.dev.Num, d.below) {
+			if !seen[m.Num] {
+				seen[m.Num] = true
+				out = append(out, m)
+			}
+		}
+	}
+	return out
+}
+
+// frozenFile names the filesystems that a take has frozen: one that is killed
+// before it can thaw them would leave them standing still for good.
+func (d *Daemon) frozenFile() string { return filepath.Join(d.o.Dir.State(), "frozen") }
+
+func (d *Daemon) rememberFrozen(mounts []*os.File) error {
+	if len(mounts) == 0 {
+		return nil
+	}
+	var b strings.Builder
+	for _, m := range mounts {
+		fmt.Fprintf(&b, "%s\x00", m.Name())
+	}
+	return os.WriteFile(d.frozenFile(), []byte(b.String()), 0o600)
+}

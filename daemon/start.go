@@ -1,0 +1,179 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// Starter knows how to reach the daemon of a run directory, and how to start it.
+type Starter struct {
+	Dir        RunDir
+	ConfigPath string // empty: the default
+	Program    string // empty: this one
+	// Starting is called when a daemon is about to be started, with what the one
+	// before lost if it died; may be nil.
+	Starting func(*control.Lost)
+}
+
+// startTimeout is how long a daemon may take to answer: loading the driver and
+// taking over devices included.
+const startTimeout = 60 * time.Second
+
+// Connect gives a client of the daemon that runs. It starts none: that would hide
+// that one died. [Unavailable] then says what was lost.
+func (s Starter) Connect(ctx context.Context) (*control.Client, error) {
+	c := control.NewClient(s.Dir.Socket())
+	_, err := c.Info(ctx)
+	if e := (*control.Error)(nil); errors.As(err, &e) && e.Code == control.Unavailable {
+		if os.Geteuid() != 0 {
+			return nil, &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "ask the daemon: not root", Fix: "run this as root"}
+		}
+		if l := s.Dir.lost(); l != nil {
+			e.Message += ": " + l.String()
+		}
+	}
+	return c, err
+}
+
+// Start gives a client of the daemon, which it starts if none runs.
+func (s Starter) Start(ctx context.Context) (*control.Client, error) {
+	c := control.NewClient(s.Dir.Socket())
+	_, err := c.Info(ctx)
+	if control.CodeOf(err) != control.Unavailable || err == nil {
+		return c, err
+	}
+	if os.Geteuid() != 0 {
+		return nil, &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
+	}
+	if s.Starting != nil {
+		s.Starting(s.Dir.lost())
+	}
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if err := s.start(ctx); err != nil && control.CodeOf(err) != control.Exists {
+		return nil, err
+	}
+	// Exists: another command has just started one, which may not listen yet.
+	for {
+		_, err := c.Info(ctx)
+		if control.CodeOf(err) != control.Unavailable || err == nil || ctx.Err() != nil {
+			return c, err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// unitName is the daemon's systemd unit, as dist/ has it.
+const unitName = "ublk-blksnap.service"
+
+// systemdRuns exists where systemd is process 1.
+var systemdRuns = "/run/systemd/system"
+
+// startUnit starts the daemon as the machine's service, if it is one: started
+// by us it would be part of the caller's login session and end with it. It
+// returns false if there is no such service.
+func (s Starter) startUnit(ctx context.Context) (bool, error) {
+	if _, err := os.Stat(systemdRuns); err != nil || s.Dir != DefaultRunDir || s.ConfigPath != "" {
+		return false, nil //nolint:nilerr // no systemd
+	}
+	if known := exec.CommandContext(ctx, "systemctl", "cat", unitName).Run() == nil; !known {
+		return false, nil
+	}
+	out, err := exec.CommandContext(ctx, "systemctl", "start", unitName).CombinedOutput()
+	if err != nil {
+		return true, &control.Error{Code: control.Unavailable, Errno: unix.ECONNREFUSED, Fix: "journalctl -u " + unitName,
+			Message: fmt.Sprintf("start the daemon: systemctl start %s: %v: %s", unitName, err, strings.TrimSpace(string(out)))}
+	}
+	return true, nil
+}
+
+func (s Starter) start(ctx context.Context) error {
+	if started, err := s.startUnit(ctx); started {
+		return err
+	}
+	if err := s.Dir.make(); err != nil {
+		return err
+	}
+	log, err := s.Dir.openLog()
+	if err != nil {
+		return fail(err, "start the daemon")
+	}
+	defer log.Close()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return fail(err, "start the daemon")
+	}
+	defer null.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fail(err, "start the daemon")
+	}
+	defer r.Close()
+
+	program := s.Program
+	if program == "" {
+		program = "/proc/self/exe"
+	}
+	args := []string{"ublk-blksnap", "daemon", "--run-dir", string(s.Dir), "--report-fd", "3"}
+	if s.ConfigPath != "" {
+		args = append(args, "--config", s.ConfigPath)
+	}
+	// A session of its own: neither the terminal's signals nor its end reach it.
+	p, err := os.StartProcess(program, args, &os.ProcAttr{
+		Dir:   "/",
+		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
+		Files: []*os.File{null, log, log, w},
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
+	w.Close()
+	if err != nil {
+		return fail(err, "start the daemon")
+	}
+	// Waited for, so that it leaves no zombie if it ends before us.
+	go func() { _, _ = p.Wait() }()
+
+	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Now()) })
+	defer stop()
+	var report startReport
+	switch err := json.NewDecoder(r).Decode(&report); {
+	case ctx.Err() != nil:
+		return fail(ctx.Err(), "start the daemon")
+	case err != nil:
+		return &control.Error{Code: control.Unavailable, Errno: unix.ECONNREFUSED, Message: "start the daemon: it ended at once", Fix: "see " + s.Dir.Log()}
+	case report.Error != nil:
+		return report.Error
+	}
+	return nil
+}
+
+// startReport is what a daemon started by a command says through the pipe that
+// it inherited, once: an error, or nothing wrong.
+type startReport struct {
+	Error *control.Error `json:"error,omitempty"`
+}
+
+// ReportStart tells the command that started this daemon, through the inherited
+// file descriptor fd, that it runs (err nil) or why not. It may be called once.
+func ReportStart(fd int, err error) {
+	if fd < 3 {
+		return
+	}
+	f := os.NewFile(uintptr(fd), "starter")
+	defer f.Close()
+	var r startReport
+	if err != nil && !errors.As(err, &r.Error) {
+		r.Error = &control.Error{Code: control.Internal, Message: err.Error()}
+	}
+	_ = json.NewEncoder(f).Encode(r)
+}

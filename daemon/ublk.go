@@ -1,0 +1,90 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// The kinds of our ublk devices, as the driver keeps them for us.
+const (
+	filterKind = 'f'
+	imageKind  = 'i'
+)
+
+// addUblk adds a ublk device of ours, with its note for udev written before it
+// appears: therefore its number is chosen here. A device returned with an error
+// is one that the driver does not let go.
+func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.Config) (*ublk.Device, error) {
+	ctx, cancel := d.bounded(ctx)
+	defer cancel()
+	cfg.Tag = ublk.Tag(kind)
+	cfg.OpenedBy = d.openedBy
+	noteKind := "filter"
+	if kind == imageKind {
+		noteKind = "image"
+	}
+	used, err := d.ctl.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for id := 0; ; id++ {
+		if slices.ContainsFunc(used, func(i ublk.Info) bool { return i.ID == id }) {
+			continue
+		}
+		cfg.ID = id
+		kernelName := fmt.Sprintf("ublkb%d", id)
+		if err := d.note(kernelName, noteKind, name); err != nil {
+			return nil, err
+		}
+		dev, err := ublk.Add(ctx, d.ctl, cfg)
+		if dev == nil {
+			d.forgetNote(kernelName)
+		}
+		if errors.Is(err, unix.EEXIST) {
+			// Another server took the number meanwhile.
+			continue
+		}
+		return dev, err
+	}
+}
+
+// removeUblk stops and deletes a ublk device under its users, with its link.
+func (d *Daemon) removeUblk(dev *ublk.Device, link string) error {
+	ctx, cancel := d.bounded(context.Background())
+	defer cancel()
+	// The name goes first: it must not lead to another device.
+	d.unlink(link, dev.Path)
+	err := dev.Delete(ctx)
+	if err == nil {
+		d.forgetNote(filepath.Base(dev.Path))
+		// udev may have looked at it once more, and is not done with its end.
+		d.unlink(link, dev.Path)
+	}
+	return err
+}
+
+func ublkMode(m control.Mode) ublk.Mode {
+	switch m {
+	case control.ModeCopy:
+		return ublk.ModeCopy
+	case control.ModeZeroCopy:
+		return ublk.ModeZeroCopy
+	case control.ModeAuto:
+	}
+	return ublk.ModeAuto
+}
+
+func modeOf(m ublk.Mode) control.Mode {
+	if m == ublk.ModeZeroCopy {
+		return control.ModeZeroCopy
+	}
+	return control.ModeCopy
+}
