@@ -76,8 +76,8 @@ type Info struct {
 	Started time.Time `json:"started"`
 	RunDir  string    `json:"run_dir"`
 	Config  string    `json:"config"` // the file it was configured from; empty: defaults
-	// Doing is what is going on at this moment, empty when nothing is.
-	Doing string `json:"doing,omitempty"`
+	// Activity is what is going on at this moment, empty when nothing is.
+	Activity string `json:"doing,omitempty"`
 	// LogLinesLost are the lines of the log that were dropped, as nobody took them.
 	LogLinesLost uint64 `json:"log_lines_lost,omitempty"`
 	// Lost is what a daemon before this one had, which died, until all its disks

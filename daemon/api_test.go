@@ -167,7 +167,7 @@ func listenFake(t *testing.T, api control.API) (socket string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := newServer(api, quiet().Logger, usualPatience)
+	s := newServer(api, quiet().Logger, defaultTimeouts)
 	go s.Serve(l)
 	t.Cleanup(func() { s.Close() })
 	return socket

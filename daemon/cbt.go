@@ -41,12 +41,12 @@ func cbtError(err error, format string, args ...any) error {
 
 // CBTInfo implements control.API.
 func (d *Daemon) CBTInfo(_ context.Context, ref string) (control.CBTInfo, error) {
-	v, release, err := d.hold(ref)
+	dev, release, err := d.hold(ref)
 	if err != nil {
 		return control.CBTInfo{}, fail(err, "change map of %s", ref)
 	}
 	defer release()
-	i, err := v.cbt.Info()
+	i, err := dev.cbt.Info()
 	if err != nil {
 		return control.CBTInfo{}, cbtError(err, "change map of %s", ref)
 	}
@@ -58,19 +58,19 @@ const mapPart = 32 << 10
 
 // CBTMap implements control.API.
 func (d *Daemon) CBTMap(_ context.Context, ref string, w io.Writer) (control.CBTInfo, error) {
-	v, release, err := d.hold(ref)
+	dev, release, err := d.hold(ref)
 	if err != nil {
 		return control.CBTInfo{}, fail(err, "read the change map of %s", ref)
 	}
-	i, err := v.cbt.Info()
+	i, err := dev.cbt.Info()
 	release()
 	part := make([]byte, min(i.BlockCount, mapPart))
 	for at := int64(0); err == nil && at < i.BlockCount; {
-		if release, err = v.hold(); err != nil {
+		if release, err = dev.hold(); err != nil {
 			break
 		}
 		var n int
-		n, err = v.cbt.ReadMap(i.GenerationID, part, at)
+		n, err = dev.cbt.ReadMap(i.GenerationID, part, at)
 		release()
 		if errors.Is(err, io.EOF) {
 			err = nil
@@ -99,18 +99,18 @@ func (d *Daemon) changes(r control.ChangesRequest, each func(control.Range) erro
 	if r.Since == (control.Take{}) {
 		return i, invalid("since which take?")
 	}
-	v, release, err := d.hold(r.Device)
+	dev, release, err := d.hold(r.Device)
 	if err != nil {
 		return i, err
 	}
 	defer func() { release() }()
-	seq, err := v.cbt.Changes(r.Since.Generation, r.Since.Number)
+	seq, err := dev.cbt.Changes(r.Since.Generation, r.Since.Number)
 	if err != nil {
 		return i, err
 	}
 	// Before any is read, so that what is told is at least as new; and if it is of
 	// another generation already, the sequence ends with that.
-	if i, err = v.cbt.Info(); err != nil {
+	if i, err = dev.cbt.Info(); err != nil {
 		return i, err
 	}
 	for x, err := range seq {
@@ -123,7 +123,7 @@ func (d *Daemon) changes(r control.ChangesRequest, each func(control.Range) erro
 		if err := each(control.Range{Sector: uint64(x.Offset / sector.Size), Count: uint64(x.Length / sector.Size)}); err != nil {
 			return i, err
 		}
-		again, err := v.hold()
+		again, err := dev.hold()
 		if err != nil {
 			return i, err
 		}
@@ -134,7 +134,7 @@ func (d *Daemon) changes(r control.ChangesRequest, each func(control.Range) erro
 
 // MarkDirty implements control.API.
 func (d *Daemon) MarkDirty(_ context.Context, r control.MarkRequest) error {
-	v, release, err := d.hold(r.Device)
+	dev, release, err := d.hold(r.Device)
 	if err != nil {
 		return fail(err, "mark blocks of %s", r.Device)
 	}
@@ -143,7 +143,7 @@ func (d *Daemon) MarkDirty(_ context.Context, r control.MarkRequest) error {
 	for i, x := range r.Ranges {
 		ranges[i] = cbtmap.Sectors{First: x.Sector, Count: x.Count}
 	}
-	if err := v.cbt.MarkDirty(ranges); err != nil {
+	if err := dev.cbt.MarkDirty(ranges); err != nil {
 		return cbtError(err, "mark blocks of %s", r.Device)
 	}
 	return nil

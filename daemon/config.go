@@ -99,13 +99,13 @@ func (c *Config) Params() []Param {
 		{"chunk_maximum_shift", "largest chunk of a snapshot, as a power of two of bytes (12 to 26)", number{&c.ChunkMaximumShift}},
 		{"chunk_maximum_count", "chunks per device above which chunks get larger; each takes 8 bytes of memory per snapshot", number{&c.ChunkMaximumCount}},
 		{"chunk_maximum_in_queue", "chunks of a snapshot that wait in memory to be stored, at most; 0: as many as the pool holds", number{&c.ChunkMaximumInQueue}},
-		{"diff_buffer_pool_size", "memory of a snapshot for chunks not yet stored (blksnap's free_diff_buffer_pool_size counts buffers instead)", size{&c.DiffBufferPoolSize}},
+		{"diff_buffer_pool_size", "memory of a snapshot for chunks not yet stored (blksnap's free_diff_buffer_pool_size counts buffers instead)", byteSize{&c.DiffBufferPoolSize}},
 		{"diff_storage_minimum", "largest portion in which difference storage grows, in sectors of 512 bytes; low_free_space asks for no more", number{&c.DiffStorageMinimum}},
 		{"queues", "queues of a filter device, each with a thread of its own", number{&c.Queues}},
 		{"queue_depth", "requests in flight per queue (1 to 4096)", number{&c.QueueDepth}},
 		{"mode", "auto, copy or zerocopy", mode{&c.Mode}},
-		{"recovery", "devices survive their daemon: their I/O waits for the next one (experimental)", truth{&c.Recovery}},
-		{"state_size", "limit of the memory for change maps, chunk tables and pools", size{&c.StateSize}},
+		{"recovery", "devices survive their daemon: their I/O waits for the next one (experimental)", boolean{&c.Recovery}},
+		{"state_size", "limit of the memory for change maps, chunk tables and pools", byteSize{&c.StateSize}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
@@ -126,14 +126,14 @@ func (n number) Set(s string) error {
 	return nil
 }
 
-type size struct{ v *int64 }
+type byteSize struct{ v *int64 }
 
-func (n size) String() string { return control.FormatSize(*n.v) }
-func (n size) Type() string   { return "size" }
-func (n size) Set(s string) (err error) {
+func (b byteSize) String() string { return control.FormatSize(*b.v) }
+func (b byteSize) Type() string   { return "size" }
+func (b byteSize) Set(s string) (err error) {
 	v, err := control.ParseSize(s)
 	if err == nil {
-		*n.v = v
+		*b.v = v
 	}
 	return err
 }
@@ -151,14 +151,14 @@ func (d duration) Set(s string) error {
 	return nil
 }
 
-type truth struct{ v *bool }
+type boolean struct{ v *bool }
 
-func (b truth) String() string { return strconv.FormatBool(*b.v) }
-func (b truth) Type() string   { return "bool" }
+func (b boolean) String() string { return strconv.FormatBool(*b.v) }
+func (b boolean) Type() string   { return "bool" }
 
 // IsBoolFlag lets the flag stand without a value.
-func (b truth) IsBoolFlag() bool { return true }
-func (b truth) Set(s string) error {
+func (b boolean) IsBoolFlag() bool { return true }
+func (b boolean) Set(s string) error {
 	if s != "true" && s != "false" {
 		return fmt.Errorf("%q is neither true nor false", s)
 	}

@@ -20,26 +20,26 @@ import (
 
 // Daemon does what the API says, on this machine.
 type Daemon struct {
-	o       Options
-	started time.Time
-	host    *disk.Host
-	ctl     *ublk.Control
-	queue   *blockdev.RingQueue // control work of snapshots
-	events  *eventLog
-	doing   atomic.Pointer[string]
+	opts     Options
+	started  time.Time
+	host     *disk.Host
+	ctl      *ublk.Control
+	queue    *blockdev.RingQueue // control work of snapshots
+	events   *eventLog
+	activity atomic.Pointer[string]
 
-	// change is a lock, of one token, that is held through every operation that
+	// opLock is a lock, of one token, that is held through every operation that
 	// changes anything; one can stop waiting for it.
-	change chan struct{}
+	opLock chan struct{}
 
-	// mu guards the tables below. Never held during I/O; taken after change. The
+	// mu guards the tables below. Never held during I/O; taken after opLock. The
 	// things in the tables change under both, so that either suffices to read.
 	mu        sync.Mutex
 	devices   map[string]*device // by name
 	snapshots map[string]*snapshot
 	lost      *control.Lost // with a daemon before this one
 
-	// Under change: what is on record of the above, if that is kept.
+	// Under opLock: what is on record of the above, if that is kept.
 	recorded bool
 	onRecord []byte
 }
@@ -50,10 +50,10 @@ var _ control.API = (*Daemon)(nil)
 // run directory is locked, with the state directory mounted.
 func NewDaemon(o Options) (*Daemon, error) {
 	d := &Daemon{
-		o: o, started: time.Now(), host: host(o.Config.DiskTimeout),
-		change: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
+		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
+		opLock: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 	}
-	d.doing.Store(new(string))
+	d.activity.Store(new(string))
 	err := errors.Join(o.Dir.subdir(stateName, 0o700), o.Dir.subdir(udevName, 0o755))
 	if err != nil {
 		return nil, fail(err, "make the state directory")
@@ -70,8 +70,8 @@ func NewDaemon(o Options) (*Daemon, error) {
 		d.ctl.Close()
 		return nil, driverError(err, "start the daemon")
 	}
-	d.clearAway()
-	d.takeStock()
+	d.removeLeftovers()
+	d.reportLost()
 	return d, nil
 }
 
@@ -100,23 +100,23 @@ func Driver() error {
 	return nil
 }
 
-func (d *Daemon) cbtDir() string       { return filepath.Join(d.o.Dir.State(), "cbt") }
-func (d *Daemon) snapshotsDir() string { return filepath.Join(d.o.Dir.State(), "snapshots") }
+func (d *Daemon) cbtDir() string       { return filepath.Join(d.opts.Dir.State(), "cbt") }
+func (d *Daemon) snapshotsDir() string { return filepath.Join(d.opts.Dir.State(), "snapshots") }
 
 // begin starts a change: it waits for its turn and says what is going on. The
 // returned function ends it. A caller that has gone away while waiting gets
 // nothing done.
 func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end func(), err error) {
 	select {
-	case d.change <- struct{}{}:
+	case d.opLock <- struct{}{}:
 	case <-ctx.Done():
 		return nil, fail(ctx.Err(), format, args...)
 	}
 	end = func() {
-		d.keepRecord()
-		d.doing.Store(new(string))
+		d.saveRecord()
+		d.activity.Store(new(string))
 		notify("STATUS=" + d.summary())
-		<-d.change
+		<-d.opLock
 	}
 	if ctx.Err() != nil {
 		end()
@@ -139,7 +139,7 @@ func (d *Daemon) summary() string {
 // step says what is going on now.
 func (d *Daemon) step(format string, args ...any) {
 	s := fmt.Sprintf(format, args...)
-	d.doing.Store(&s)
+	d.activity.Store(&s)
 }
 
 // Info implements control.API.
@@ -148,7 +148,7 @@ func (d *Daemon) Info(context.Context) (control.Info, error) {
 	defer d.mu.Unlock()
 	return control.Info{
 		Version: control.Version, PID: os.Getpid(), Started: d.started,
-		RunDir: string(d.o.Dir), Config: d.o.ConfigPath, Doing: *d.doing.Load(), Lost: d.lost, LogLinesLost: d.o.Log.Lost(),
+		RunDir: string(d.opts.Dir), Config: d.opts.ConfigPath, Activity: *d.activity.Load(), Lost: d.lost, LogLinesLost: d.opts.Log.Lost(),
 	}, nil
 }
 
@@ -166,15 +166,15 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		}
 	}()
 	all := d.sorted()
-	for _, v := range all {
-		if err := d.idle(v); err != nil {
-			return fail(err, "%s", v.Name)
+	for _, dev := range all {
+		if err := d.checkIdle(dev); err != nil {
+			return fail(err, "%s", dev.Name)
 		}
 	}
 	// What takes long, and may not end, comes before anything is gone.
-	for _, v := range all {
-		if err := d.sync(ctx, v); err != nil {
-			return fail(err, "%s", v.Name)
+	for _, dev := range all {
+		if err := d.sync(ctx, dev); err != nil {
+			return fail(err, "%s", dev.Name)
 		}
 	}
 	for _, s := range d.sortedSnapshots() {
@@ -183,21 +183,21 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		}
 	}
 	var removed []string
-	for _, v := range all {
-		if err := d.removeIdle(context.WithoutCancel(ctx), v); err != nil {
-			e := fail(err, "%s", v.Name)
+	for _, dev := range all {
+		if err := d.removeIdle(context.WithoutCancel(ctx), dev); err != nil {
+			e := fail(err, "%s", dev.Name)
 			if len(removed) > 0 {
 				e.Message += "; already removed: " + strings.Join(removed, ", ")
 			}
 			return e
 		}
-		removed = append(removed, v.Name)
+		removed = append(removed, dev.Name)
 	}
 	// It ends with nothing to be missed.
 	if d.recorded {
 		d.recorded = false
-		if err := d.o.Dir.remove(recordName); err != nil {
-			d.o.Log.Warn("the record of what there was stays", "error", err)
+		if err := d.opts.Dir.remove(recordName); err != nil {
+			d.opts.Log.Warn("the record of what there was stays", "error", err)
 		}
 	}
 	return nil
@@ -209,19 +209,19 @@ func (d *Daemon) Close() {
 	d.ctl.Close()
 }
 
-// below tells what lies under our own devices, for the search through stacks.
-func (d *Daemon) below(n disk.Num) []disk.Num {
+// lowerDisks tells what lies under our own devices, for the search through stacks.
+func (d *Daemon) lowerDisks(n disk.Num) []disk.Num {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, v := range d.devices {
-		if v.dev.Num == n {
-			return []disk.Num{v.disk.Num}
+	for _, dev := range d.devices {
+		if dev.ublk.Num == n {
+			return []disk.Num{dev.disk.Num}
 		}
 	}
 	for _, s := range d.snapshots {
 		for _, im := range s.images {
-			if im.dev != nil && im.dev.Num == n {
-				return []disk.Num{im.of.disk.Num}
+			if im.ublk != nil && im.ublk.Num == n {
+				return []disk.Num{im.device.disk.Num}
 			}
 		}
 	}
@@ -231,5 +231,5 @@ func (d *Daemon) below(n disk.Num) []disk.Num {
 // bounded is ctx with an end by which a disk must have answered, and the driver
 // that waits for it.
 func (d *Daemon) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(ctx, d.o.Config.DiskTimeout)
+	return context.WithTimeout(ctx, d.opts.Config.DiskTimeout)
 }

@@ -10,10 +10,10 @@ import (
 
 // TestTurns: changes go one at a time; who stops waiting for a turn gets none.
 func TestTurns(t *testing.T) {
-	d := &Daemon{change: make(chan struct{}, 1)}
+	d := &Daemon{opLock: make(chan struct{}, 1)}
 	ctx := context.Background()
 	end, err := d.begin(ctx, "first")
-	if err != nil || *d.doing.Load() != "first" {
+	if err != nil || *d.activity.Load() != "first" {
 		t.Fatal(err)
 	}
 	gone, cancel := context.WithTimeout(ctx, 10*time.Millisecond)
@@ -21,8 +21,8 @@ func TestTurns(t *testing.T) {
 	if _, err := d.begin(gone, "second %d", 2); control.CodeOf(err) != control.Timeout || err.Error() != "second 2: took too long" {
 		t.Errorf("%v", err)
 	}
-	if *d.doing.Load() != "first" {
-		t.Errorf("doing %s", *d.doing.Load())
+	if *d.activity.Load() != "first" {
+		t.Errorf("doing %s", *d.activity.Load())
 	}
 	end()
 	// A free turn is not for one that has gone away either.
@@ -36,8 +36,8 @@ func TestTurns(t *testing.T) {
 		t.Fatal(err)
 	}
 	end()
-	if *d.doing.Load() != "" {
-		t.Errorf("doing %s", *d.doing.Load())
+	if *d.activity.Load() != "" {
+		t.Errorf("doing %s", *d.activity.Load())
 	}
 }
 
@@ -45,7 +45,7 @@ func TestTurns(t *testing.T) {
 // has no queues that could make a cut.
 func TestNoSnapshotOfALeavingDevice(t *testing.T) {
 	d := &Daemon{}
-	err := d.addTo(&snapshot{}, &device{Device: control.Device{Name: "data"}, leaving: true})
+	err := d.addTo(&snapshot{}, &device{Device: control.Device{Name: "data"}, removing: true})
 	if control.CodeOf(err) != control.Busy {
 		t.Errorf("added to a snapshot: %v", err)
 	}

@@ -20,47 +20,47 @@ import (
 // device is a filter over a disk.
 type device struct {
 	control.Device
-	disk   *disk.Disk // the original
-	orig   *blockdev.OSFile
-	cbt    *cbtmap.Map
-	cbtAt  string // its file
-	filter *filter.Filter
-	dev    *ublk.Device
-	geo    ublk.Geometry
+	disk    *disk.Disk // the original
+	orig    *blockdev.OSFile
+	cbt     *cbtmap.Map
+	cbtPath string // its file
+	filter  *filter.Filter
+	ublk    *ublk.Device
+	geo     ublk.Geometry
 
 	// use is held by those who look into the above without holding
-	// Daemon.change, and by takeDown while it goes away.
+	// Daemon.opLock, and by takeDown while it goes away.
 	use  sync.RWMutex
 	gone bool
-	// leaving: its removal has begun, and may have to be tried again. Daemon.change
+	// removing: its removal has begun, and may have to be tried again. Daemon.opLock
 	// guards it. Its queues may have ended: nothing can be asked of them.
-	leaving bool
+	removing bool
 	// repartitioned: the partitions of the filter device were not those of the
 	// original as the kernel knows it, when last looked at. The same guards it.
 	repartitioned bool
 }
 
 // hold finds a device and keeps it from going away until release.
-func (d *Daemon) hold(ref string) (v *device, release func(), err error) {
-	if v, err = d.find(ref); err != nil {
+func (d *Daemon) hold(ref string) (dev *device, release func(), err error) {
+	if dev, err = d.find(ref); err != nil {
 		return nil, nil, err
 	}
-	release, err = v.hold()
-	return v, release, err
+	release, err = dev.hold()
+	return dev, release, err
 }
 
-func (v *device) hold() (release func(), err error) {
-	v.use.RLock()
-	if v.gone {
-		v.use.RUnlock()
+func (dev *device) hold() (release func(), err error) {
+	dev.use.RLock()
+	if dev.gone {
+		dev.use.RUnlock()
 		return nil, &control.Error{Code: control.NotFound, Errno: unix.ENODEV, Message: "has no filter any more"}
 	}
-	return v.use.RUnlock, nil
+	return dev.use.RUnlock, nil
 }
 
-func (v *device) closeCBT() {
-	_ = v.cbt.Close()
-	_ = os.Remove(v.cbtAt)
+func (dev *device) closeCBT() {
+	_ = dev.cbt.Close()
+	_ = os.Remove(dev.cbtPath)
 }
 
 // named is the device of that very name, nil if there is none.
@@ -73,16 +73,16 @@ func (d *Daemon) named(name string) *device {
 // find is the device that ref names: by its name, or as a path of the original
 // or of the filter device.
 func (d *Daemon) find(ref string) (*device, error) {
-	if v := d.named(ref); v != nil {
-		return v, nil
+	if dev := d.named(ref); dev != nil {
+		return dev, nil
 	}
 	all := d.sorted()
 	x, err := d.host.Lookup(ref)
 	if err != nil {
 		// The original may have been pulled out.
-		for _, v := range all {
-			if v.Original == ref || v.disk.Node == ref || v.Link == ref {
-				return v, nil
+		for _, dev := range all {
+			if dev.Original == ref || dev.disk.Node == ref || dev.Link == ref {
+				return dev, nil
 			}
 		}
 		e := &control.Error{Code: control.NotFound, Errno: unix.ENODEV, Message: "no filter of this name"}
@@ -93,9 +93,9 @@ func (d *Daemon) find(ref string) (*device, error) {
 		}
 		return nil, d.explainDevice(e, ref)
 	}
-	for _, v := range all {
-		if v.disk.Num == x.Num || v.dev.Num == x.Num {
-			return v, nil
+	for _, dev := range all {
+		if dev.disk.Num == x.Num || dev.ublk.Num == x.Num {
+			return dev, nil
 		}
 	}
 	return nil, d.explainDevice(&control.Error{Code: control.NotFound, Errno: unix.ENODEV, Message: "has no filter", Fix: "add it first: ublk-blksnap add " + ref}, ref)
@@ -113,8 +113,8 @@ func (d *Daemon) sorted() []*device {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	out := make([]*device, 0, len(d.devices))
-	for _, v := range d.devices {
-		out = append(out, v)
+	for _, dev := range d.devices {
+		out = append(out, dev)
 	}
 	slices.SortFunc(out, func(a, b *device) int { return a.Added.Compare(b.Added) })
 	return out

@@ -41,32 +41,32 @@ func (d *Daemon) AddDevice(ctx context.Context, r control.AddRequest) (control.D
 		return control.Device{}, err
 	}
 	defer end()
-	v, err := d.add(ctx, r)
+	dev, err := d.add(ctx, r)
 	if err != nil {
 		return control.Device{}, fail(err, "add %s", r.Path)
 	}
-	d.o.Log.Info("added", "name", v.Name, "disk", v.Original, "device", v.Path, "queues", v.Queues, "depth", v.Depth, "mode", v.Mode)
-	return v.Device, nil
+	d.opts.Log.Info("added", "name", dev.Name, "disk", dev.Original, "device", dev.Path, "queues", dev.Queues, "depth", dev.Depth, "mode", dev.Mode)
+	return dev.Device, nil
 }
 
-// add needs change.
+// add needs opLock.
 func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error) {
-	if err := d.fillIn(&r); err != nil {
+	if err := d.applyDefaults(&r); err != nil {
 		return nil, err
 	}
-	v := &device{}
+	dev := &device{}
 	var err error
-	if v.disk, err = d.host.Lookup(r.Path); err != nil {
+	if dev.disk, err = d.host.Lookup(r.Path); err != nil {
 		return nil, err
 	}
-	if err := d.notOurs(v.disk); err != nil {
+	if err := d.checkNotOurs(dev.disk); err != nil {
 		return nil, err
 	}
-	if err := d.host.CheckUsable(v.disk); err != nil {
-		return nil, d.nameFilter(v.disk, err)
+	if err := d.host.CheckUsable(dev.disk); err != nil {
+		return nil, d.explainUser(dev.disk, err)
 	}
 	if r.Name == "" {
-		r.Name = v.disk.DisplayName()
+		r.Name = dev.disk.DisplayName()
 	}
 	if err := checkName(r.Name); err != nil {
 		return nil, err
@@ -80,23 +80,23 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	if err := d.checkFreeName(ctx, r.Name); err != nil {
 		return nil, err
 	}
-	err = d.open(ctx, v, r)
-	if err != nil && v.dev == nil {
+	err = d.open(ctx, dev, r)
+	if err != nil && dev.ublk == nil {
 		return nil, err
 	}
 	d.mu.Lock()
-	d.devices[v.Name] = v
+	d.devices[dev.Name] = dev
 	d.mu.Unlock()
 	if err != nil {
-		return nil, &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer, and neither does its filter: %v", v.Original, err),
-			Fix: "when it does, remove what was begun: ublk-blksnap remove --force " + v.Name}
+		return nil, &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer, and neither does its filter: %v", dev.Original, err),
+			Fix: "when it does, remove what was begun: ublk-blksnap remove --force " + dev.Name}
 	}
-	return v, nil
+	return dev, nil
 }
 
-// fillIn gives a request the configured values and refuses impossible ones.
-func (d *Daemon) fillIn(r *control.AddRequest) error {
-	c := d.o.Config
+// applyDefaults gives a request the configured values and refuses impossible ones.
+func (d *Daemon) applyDefaults(r *control.AddRequest) error {
+	c := d.opts.Config
 	if r.Queues == 0 {
 		r.Queues = int(c.Queues)
 	}
@@ -133,19 +133,19 @@ func roomForQueues(r control.AddRequest, available int64) error {
 		Message: fmt.Sprintf("%d queues of depth %d may need %d MiB of memory, %d MiB are available", r.Queues, r.Depth, need>>20, available>>20)}
 }
 
-// notOurs refuses a disk that has a filter, or is one, or an image.
-func (d *Daemon) notOurs(x *disk.Disk) error {
-	for _, v := range d.sorted() {
-		if v.disk.Num == x.Num {
-			return &control.Error{Code: control.Exists, Errno: unix.EALREADY, Message: "already added as " + v.Name}
+// checkNotOurs refuses a disk that has a filter, or is one, or an image.
+func (d *Daemon) checkNotOurs(x *disk.Disk) error {
+	for _, dev := range d.sorted() {
+		if dev.disk.Num == x.Num {
+			return &control.Error{Code: control.Exists, Errno: unix.EALREADY, Message: "already added as " + dev.Name}
 		}
-		if v.dev.Num == x.Num || filepath.Base(v.Path) == x.Parent {
-			return &control.Error{Code: control.Invalid, Errno: unix.EINVAL, Message: "is itself the filter over " + v.Original}
+		if dev.ublk.Num == x.Num || filepath.Base(dev.Path) == x.Parent {
+			return &control.Error{Code: control.Invalid, Errno: unix.EINVAL, Message: "is itself the filter over " + dev.Original}
 		}
 	}
 	for _, s := range d.sortedSnapshots() {
 		for _, im := range s.images {
-			if im.dev != nil && (im.dev.Num == x.Num || filepath.Base(im.dev.Path) == x.Parent) {
+			if im.ublk != nil && (im.ublk.Num == x.Num || filepath.Base(im.ublk.Path) == x.Parent) {
 				return &control.Error{Code: control.Invalid, Errno: unix.EINVAL, Message: "is an image of snapshot " + s.id}
 			}
 		}
@@ -153,15 +153,15 @@ func (d *Daemon) notOurs(x *disk.Disk) error {
 	return nil
 }
 
-// nameFilter explains an exclusive user that is ours: a filter over a partition
+// explainUser explains an exclusive user that is ours: a filter over a partition
 // of the disk, or over the disk of the partition.
-func (d *Daemon) nameFilter(x *disk.Disk, err error) error {
+func (d *Daemon) explainUser(x *disk.Disk, err error) error {
 	if !errors.Is(err, disk.ErrInUse) {
 		return err
 	}
-	for _, v := range d.sorted() {
-		if v.disk.Parent == x.Name || x.Parent == v.disk.Name {
-			return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", v.disk.DisplayPath(), v.Name)}
+	for _, dev := range d.sorted() {
+		if dev.disk.Parent == x.Name || x.Parent == dev.disk.Name {
+			return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", dev.disk.DisplayPath(), dev.Name)}
 		}
 	}
 	return err
@@ -170,60 +170,60 @@ func (d *Daemon) nameFilter(x *disk.Disk, err error) error {
 // open makes everything a filter is made of, or nothing. Only a device that the
 // driver does not let go stays, v.dev with all that it uses: it has to be taken
 // down.
-func (d *Daemon) open(ctx context.Context, v *device, r control.AddRequest) (err error) {
+func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (err error) {
 	var undo []func()
 	defer func() {
-		if err != nil && v.dev == nil {
+		if err != nil && dev.ublk == nil {
 			for _, f := range slices.Backward(undo) {
 				f()
 			}
 		}
 	}()
 
-	if v.orig, err = d.openOriginal(ctx, v.disk); err != nil {
-		return d.nameFilter(v.disk, err)
+	if dev.orig, err = d.openOriginal(ctx, dev.disk); err != nil {
+		return d.explainUser(dev.disk, err)
 	}
-	undo = append(undo, func() { d.closeOriginal(v, func() {}) })
+	undo = append(undo, func() { d.closeOriginal(dev, func() {}) })
 
-	if v.geo, err = readGeometry(ctx, v.disk); err != nil {
+	if dev.geo, err = readGeometry(ctx, dev.disk); err != nil {
 		return err
 	}
-	if err = d.makeMap(v, r.Name); err != nil {
+	if err = d.createChangeMap(dev, r.Name); err != nil {
 		return err
 	}
-	undo = append(undo, v.closeCBT)
-	v.filter = filter.New(filter.Config{Orig: v.orig, Size: v.geo.Size, CBT: v.cbt, Queues: r.Queues})
+	undo = append(undo, dev.closeCBT)
+	dev.filter = filter.New(filter.Config{Orig: dev.orig, Size: dev.geo.Size, CBT: dev.cbt, Queues: r.Queues})
 
-	v.dev, err = d.addUblk(ctx, filterKind, r.Name, ublk.Config{
+	dev.ublk, err = d.addUblk(ctx, filterKind, r.Name, ublk.Config{
 		Name: r.Name, Queues: r.Queues, Depth: r.Depth, MaxIO: ublk.DefaultMaxIO,
-		Mode: ublkMode(r.Mode), Geometry: v.geo, Recovery: *r.Recovery,
-		Files:      []*blockdev.OSFile{v.orig},
-		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return v.filter.NewQueue(q, bq) },
+		Mode: ublkMode(r.Mode), Geometry: dev.geo, Recovery: *r.Recovery,
+		Files:      []*blockdev.OSFile{dev.orig},
+		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
 	})
-	if v.dev == nil {
+	if dev.ublk == nil {
 		return err
 	}
-	v.Device = control.Device{
-		Name: r.Name, Original: v.disk.DisplayPath(), OriginalNumber: v.disk.Num.String(),
-		Path: v.dev.Path, Number: v.dev.Num.String(), ID: uint32(v.dev.ID),
-		Size: v.geo.Size, LogicalBlockSize: v.geo.LogicalBlock, PhysicalBlockSize: v.geo.PhysicalBlock,
-		Queues: v.dev.Queues, Depth: v.dev.Depth, Mode: modeOf(v.dev.Mode), Recovery: *r.Recovery,
+	dev.Device = control.Device{
+		Name: r.Name, Original: dev.disk.DisplayPath(), OriginalNumber: dev.disk.Num.String(),
+		Path: dev.ublk.Path, Number: dev.ublk.Num.String(), ID: uint32(dev.ublk.ID),
+		Size: dev.geo.Size, LogicalBlockSize: dev.geo.LogicalBlock, PhysicalBlockSize: dev.geo.PhysicalBlock,
+		Queues: dev.ublk.Queues, Depth: dev.ublk.Depth, Mode: modeOf(dev.ublk.Mode), Recovery: *r.Recovery,
 		Added: time.Now(), Snapshots: []string{},
 	}
 	if err == nil {
-		v.Link, err = d.link(ctx, r.Name, v.dev)
+		dev.Link, err = d.link(ctx, r.Name, dev.ublk)
 	}
 	if err == nil {
-		err = d.note(v.disk.Name, "original", r.Name)
+		err = d.note(dev.disk.Name, "original", r.Name)
 	}
 	if err != nil {
-		v.leaving = true
-		if e := d.removeUblk(v.dev, v.Link); e == nil {
-			v.dev = nil
+		dev.removing = true
+		if e := d.removeUblk(dev.ublk, dev.Link); e == nil {
+			dev.ublk = nil
 		}
 		return err
 	}
-	rescan(v.disk.Name)
+	rescan(dev.disk.Name)
 	return nil
 }
 
@@ -268,17 +268,17 @@ func readGeometry(ctx context.Context, x *disk.Disk) (ublk.Geometry, error) {
 	return a.geo, a.err
 }
 
-// makeMap makes the change map of a device. The tables of snapshots take their
+// createChangeMap makes the change map of a device. The tables of snapshots take their
 // memory as they come into use: a map may not take what they were promised.
-func (d *Daemon) makeMap(v *device, name string) error {
-	n, err := cbtmap.RegionSize(v.geo.Size, d.o.Config.CBTParams())
+func (d *Daemon) createChangeMap(dev *device, name string) error {
+	n, err := cbtmap.RegionSize(dev.geo.Size, d.opts.Config.CBTParams())
 	if err != nil {
 		return err
 	}
 	if err := snapshots.Room(d.cbtDir(), n); err != nil {
 		return fmt.Errorf("make the change map: %w", err)
 	}
-	v.cbtAt = filepath.Join(d.cbtDir(), name)
-	v.cbt, err = cbtmap.Create(v.cbtAt, v.geo.Size, d.o.Config.CBTParams())
+	dev.cbtPath = filepath.Join(d.cbtDir(), name)
+	dev.cbt, err = cbtmap.Create(dev.cbtPath, dev.geo.Size, d.opts.Config.CBTParams())
 	return err
 }

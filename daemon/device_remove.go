@@ -22,7 +22,7 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 		return err
 	}
 	defer end()
-	v, err := d.find(r.Device)
+	dev, err := d.find(r.Device)
 	if err != nil {
 		// By the name it had, or by a path.
 		for _, path := range []string{filepath.Join(linkDir, r.Device), r.Device} {
@@ -33,14 +33,14 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 		return fail(err, "remove %s", r.Device)
 	}
 	if r.Force {
-		err = d.removeForced(v)
+		err = d.removeForced(dev)
 	} else {
-		err = d.removeIdle(ctx, v)
+		err = d.removeIdle(ctx, dev)
 	}
 	if err != nil {
 		return fail(err, "remove %s", r.Device)
 	}
-	d.o.Log.Info("removed", "name", v.Name, "disk", v.Original, "forced", r.Force)
+	d.opts.Log.Info("removed", "name", dev.Name, "disk", dev.Original, "forced", r.Force)
 	return nil
 }
 
@@ -80,172 +80,172 @@ func (d *Daemon) removeOrphan(r control.RemoveRequest, id int) error {
 	d.lost = waitEnded(d.lost, fmt.Sprintf("/dev/ublkb%d", id))
 	d.mu.Unlock()
 	d.clearLinks(ctx)
-	d.o.Log.Info("device of a dead daemon removed", "device", r.Device)
+	d.opts.Log.Info("device of a dead daemon removed", "device", r.Device)
 	return nil
 }
 
-// idle says who uses the device, if anybody does.
-func (d *Daemon) idle(v *device) error {
-	if ids := d.holding(v); len(ids) > 0 {
+// checkIdle says who uses the device, if anybody does.
+func (d *Daemon) checkIdle(dev *device) error {
+	if ids := d.holders(dev); len(ids) > 0 {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "held by snapshot " + ids[0],
 			Fix: "destroy it first: ublk-blksnap snapshot destroy " + ids[0]}
 	}
-	if err := d.free(v); err != nil {
+	if err := d.checkFree(dev); err != nil {
 		return err
 	}
-	if who := d.openedBy(v.dev.Num); who != "" {
+	if who := d.openedBy(dev.ublk.Num); who != "" {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "opened by " + who, Fix: "end that process first"}
 	}
 	return nil
 }
 
-// free refuses a filter device that is mounted or has a device on it. One whose
+// checkFree refuses a filter device that is mounted or has a device on it. One whose
 // disk is gone is free.
-func (d *Daemon) free(v *device) error {
-	x, err := d.host.ByNumber(v.dev.Num)
+func (d *Daemon) checkFree(dev *device) error {
+	x, err := d.host.ByNumber(dev.ublk.Num)
 	if errors.Is(err, disk.ErrNotFound) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	x.Path = v.Path
+	x.Path = dev.Path
 	return d.host.CheckFree(x)
 }
 
-// removeIdle removes a device that nobody uses; needs change.
-func (d *Daemon) removeIdle(ctx context.Context, v *device) error {
-	if ids := d.holding(v); len(ids) > 0 {
-		return d.idle(v)
+// removeIdle removes a device that nobody uses; needs opLock.
+func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
+	if ids := d.holders(dev); len(ids) > 0 {
+		return d.checkIdle(dev)
 	}
-	d.step("remove %s: sync", v.Name)
+	d.step("remove %s: sync", dev.Name)
 	until := time.Now().Add(settleLimit)
 	for {
 		// Before Linux 7.0 the driver does not know of users that do not claim the
 		// device, such as a loop device over it.
-		if err := d.free(v); err != nil {
+		if err := d.checkFree(dev); err != nil {
 			return err
 		}
-		d.lookAtPartitions(v)
+		d.comparePartitions(dev)
 		// Once begun it is not given up half-way.
 		c, cancel := d.bounded(context.WithoutCancel(ctx))
-		err := v.dev.TryStop(c)
+		err := dev.ublk.TryStop(c)
 		cancel()
 		if err == nil {
 			break
 		}
 		if !errors.Is(err, ublk.ErrBusy) {
 			// Given up half-way, it serves nobody any more.
-			v.leaving = v.leaving || v.dev.Ending()
-			return d.late(v, err)
+			dev.removing = dev.removing || dev.ublk.Ending()
+			return d.removalError(dev, err)
 		}
 		// It may be udev, soon done with it.
 		if time.Now().After(until) || ctx.Err() != nil {
-			return d.inUse(v)
+			return d.busyError(dev)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	return d.takeDown(v)
+	return d.takeDown(dev)
 }
 
 // sync changes nothing, and says whether the device could be removed now.
-func (d *Daemon) sync(ctx context.Context, v *device) error {
-	d.step("sync %s", v.Name)
+func (d *Daemon) sync(ctx context.Context, dev *device) error {
+	d.step("sync %s", dev.Name)
 	ctx, cancel := d.bounded(ctx)
 	defer cancel()
-	err := v.dev.Sync(ctx)
+	err := dev.ublk.Sync(ctx)
 	if errors.Is(err, ublk.ErrBusy) {
-		return d.inUse(v)
+		return d.busyError(dev)
 	}
 	if err != nil {
-		return d.late(v, err)
+		return d.removalError(dev, err)
 	}
 	return nil
 }
 
-// late explains a removal that took too long, or for which the disk does no work
-// any more.
-func (d *Daemon) late(v *device, err error) error {
+// removalError explains a removal that took too long, or for which the disk does
+// no work any more.
+func (d *Daemon) removalError(dev *device, err error) error {
 	if errors.Is(err, unix.EIO) {
-		return &control.Error{Code: control.Internal, Errno: unix.EIO, Message: fmt.Sprintf("what is written cannot reach %s: %v", v.Original, err),
-			Fix: "give that up: ublk-blksnap remove --force " + v.Name}
+		return &control.Error{Code: control.Internal, Errno: unix.EIO, Message: fmt.Sprintf("what is written cannot reach %s: %v", dev.Original, err),
+			Fix: "give that up: ublk-blksnap remove --force " + dev.Name}
 	}
 	if !errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	e := &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer: %v", v.Original, err),
+	e := &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer: %v", dev.Original, err),
 		Fix: "nothing has changed; remove it when the disk answers"}
-	if v.leaving {
-		e.Fix = "I/O under way has to end first; remove it again when the disk answers: ublk-blksnap remove --force " + v.Name
+	if dev.removing {
+		e.Fix = "I/O under way has to end first; remove it again when the disk answers: ublk-blksnap remove --force " + dev.Name
 	}
 	return e
 }
 
-// inUse tells who uses the device, as far as can be found out.
-func (d *Daemon) inUse(v *device) error {
-	if who := d.idle(v); who != nil {
+// busyError tells who uses the device, as far as can be found out.
+func (d *Daemon) busyError(dev *device) error {
+	if who := d.checkIdle(dev); who != nil {
 		return who
 	}
-	return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "in use", Fix: "find the user first: fuser -v " + v.Path}
+	return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "in use", Fix: "find the user first: fuser -v " + dev.Path}
 }
 
-// removeForced removes a device under its users; needs change.
-func (d *Daemon) removeForced(v *device) error {
-	for _, id := range d.holding(v) {
-		if err := d.destroyBroken(id, v); err != nil {
+// removeForced removes a device under its users; needs opLock.
+func (d *Daemon) removeForced(dev *device) error {
+	for _, id := range d.holders(dev) {
+		if err := d.destroyBroken(id, dev); err != nil {
 			return snapshotError(err, "destroy snapshot %s", id)
 		}
 	}
-	d.lookAtPartitions(v)
-	return d.takeDown(v)
+	d.comparePartitions(dev)
+	return d.takeDown(dev)
 }
 
 // takeDown frees what a device is made of.
-func (d *Daemon) takeDown(v *device) error {
-	d.step("remove %s", v.Name)
-	v.leaving = true
-	if err := d.removeUblk(v.dev, v.Link); err != nil {
-		return d.late(v, err)
+func (d *Daemon) takeDown(dev *device) error {
+	d.step("remove %s", dev.Name)
+	dev.removing = true
+	if err := d.removeUblk(dev.ublk, dev.Link); err != nil {
+		return d.removalError(dev, err)
 	}
-	reread := v.repartitioned
-	d.closeOriginal(v, func() {
+	reread := dev.repartitioned
+	d.closeOriginal(dev, func() {
 		// Who reads the disk from now on shall not see what its page cache had kept
 		// from before.
-		_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKFLSBUF, 0)
+		_ = unix.IoctlSetInt(dev.orig.Fd(), unix.BLKFLSBUF, 0)
 		if reread {
-			_ = unix.IoctlSetInt(v.orig.Fd(), unix.BLKRRPART, 0)
+			_ = unix.IoctlSetInt(dev.orig.Fd(), unix.BLKRRPART, 0)
 		}
 	})
-	v.use.Lock()
-	v.gone = true
-	v.closeCBT()
-	v.use.Unlock()
-	d.forgetNote(v.disk.Name)
-	rescan(v.disk.Name)
+	dev.use.Lock()
+	dev.gone = true
+	dev.closeCBT()
+	dev.use.Unlock()
+	d.forgetNote(dev.disk.Name)
+	rescan(dev.disk.Name)
 	d.mu.Lock()
-	delete(d.devices, v.Name)
+	delete(d.devices, dev.Name)
 	d.mu.Unlock()
 	return nil
 }
 
 // closeOriginal closes the original, after a last act on it. Both may have to wait
 // for it, the closing to write what its page cache holds.
-func (d *Daemon) closeOriginal(v *device, last func()) {
+func (d *Daemon) closeOriginal(dev *device, last func()) {
 	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
 	_, err := bounded.Call(ctx, func() error {
 		last()
-		return v.orig.Close()
+		return dev.orig.Close()
 	}, func(error) {})
 	if err != nil {
-		d.o.Log.Warn("the disk does not answer: it is closed when it does", "disk", v.disk.DisplayPath())
+		d.opts.Log.Warn("the disk does not answer: it is closed when it does", "disk", dev.disk.DisplayPath())
 	}
 }
 
-// lookAtPartitions notes whether the kernel has to read the partitions of the
-// original again when the filter device is gone; needs change.
-func (d *Daemon) lookAtPartitions(v *device) {
-	if x, err := d.host.ByNumber(v.dev.Num); err == nil && v.disk.Parent == "" {
-		v.repartitioned = !d.host.SamePartitions(x, v.disk)
+// comparePartitions notes whether the kernel has to read the partitions of the
+// original again when the filter device is gone; needs opLock.
+func (d *Daemon) comparePartitions(dev *device) {
+	if x, err := d.host.ByNumber(dev.ublk.Num); err == nil && dev.disk.Parent == "" {
+		dev.repartitioned = !d.host.SamePartitions(x, dev.disk)
 	}
 }

@@ -10,31 +10,31 @@ import (
 // Devices implements control.API.
 func (d *Daemon) Devices(context.Context) ([]control.Device, error) {
 	out := []control.Device{}
-	for _, v := range d.sorted() {
-		out = append(out, d.describe(v))
+	for _, dev := range d.sorted() {
+		out = append(out, d.describe(dev))
 	}
 	return out, nil
 }
 
-func (d *Daemon) describe(v *device) control.Device {
-	x := v.Device
-	x.Snapshots = d.holding(v)
+func (d *Daemon) describe(dev *device) control.Device {
+	x := dev.Device
+	x.Snapshots = d.holders(dev)
 	return x
 }
 
 // DeviceStatus implements control.API.
 func (d *Daemon) DeviceStatus(ctx context.Context, ref string) (control.DeviceStatus, error) {
-	v, release, err := d.hold(ref)
+	dev, release, err := d.hold(ref)
 	if err != nil {
 		return control.DeviceStatus{}, fail(err, "status of %s", ref)
 	}
 	defer release()
-	s := control.DeviceStatus{Device: d.describe(v), State: "unknown", Operations: map[string]control.Operation{}, Unregistered: v.dev.Unregistered()}
-	if i, err := v.dev.Info(ctx); err == nil {
+	s := control.DeviceStatus{Device: d.describe(dev), State: "unknown", Operations: map[string]control.Operation{}, Unregistered: dev.ublk.Unregistered()}
+	if i, err := dev.ublk.Info(ctx); err == nil {
 		s.State = i.State.String()
 	}
-	for q := range v.Queues {
-		c := v.filter.Counters(q)
+	for q := range dev.Queues {
+		c := dev.filter.Counters(q)
 		for op := ublk.OpRead; op <= ublk.OpWriteZeroes; op++ {
 			o := s.Operations[op.String()]
 			o.Requests += c.Requests[op].Load()
@@ -45,7 +45,7 @@ func (d *Daemon) DeviceStatus(ctx context.Context, ref string) (control.DeviceSt
 		s.InFlight += c.InFlight.Load()
 		s.DiscardsSkipped += c.Skipped.Load()
 	}
-	if i, err := v.cbt.Info(); err == nil {
+	if i, err := dev.cbt.Info(); err == nil {
 		c := cbtInfo(i)
 		s.CBT = &c
 	}

@@ -10,11 +10,11 @@ import (
 
 // TestNoteFails: of a note for which there is no room nothing is left.
 func TestNoteFails(t *testing.T) {
-	d := &Daemon{o: Options{Dir: RunDir(t.TempDir())}}
-	if err := os.Mkdir(d.o.Dir.udev(), 0o755); err != nil {
+	d := &Daemon{opts: Options{Dir: RunDir(t.TempDir())}}
+	if err := os.Mkdir(d.opts.Dir.udev(), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	note := filepath.Join(d.o.Dir.udev(), "ublkb0")
+	note := filepath.Join(d.opts.Dir.udev(), "ublkb0")
 	if err := os.Symlink("/dev/full", note); err != nil {
 		t.Fatal(err)
 	}

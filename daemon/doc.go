@@ -34,8 +34,8 @@
 //
 // # The end of a daemon
 //
-// SIGTERM, SIGINT and [control.API].Stop ask it to stop. If no device is mounted, open or
-// held by a snapshot, the daemon syncs and removes them all and ends with status
+// SIGTERM, SIGINT and [control.API].Stop ask it to stop. If no device is mounted,
+// open or held by a snapshot, the daemon syncs and removes them all and ends with status
 // 0. Otherwise nothing at all is removed: the daemon says which device is used by
 // whom and keeps running, because ending would cut a mounted filesystem from its
 // disk. Unmount, then stop again. What comes after a SIGKILL depends on the

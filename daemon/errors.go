@@ -25,36 +25,36 @@ func fail(err error, format string, args ...any) *control.Error {
 	switch {
 	case errors.As(err, &e):
 		c := *e
-		c.Message = said(what, err.Error())
+		c.Message = joinMessage(what, err.Error())
 		if e.Fix != "" {
-			c.Message = said(what, e.Message)
+			c.Message = joinMessage(what, e.Message)
 		}
 		return &c
 	case errors.As(err, &d):
 		c := diskError(d)
-		c.Message = said(what, d.What)
+		c.Message = joinMessage(what, d.What)
 		return c
 	case errors.Is(err, ublk.ErrTooOld), errors.Is(err, ublk.ErrZoned):
-		return &control.Error{Code: control.Unsupported, Errno: unix.EOPNOTSUPP, Message: said(what, err.Error())}
+		return &control.Error{Code: control.Unsupported, Errno: unix.EOPNOTSUPP, Message: joinMessage(what, err.Error())}
 	case errors.Is(err, context.DeadlineExceeded):
 		return &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: what + ": took too long"}
 	case errors.Is(err, context.Canceled):
 		return &control.Error{Code: control.Interrupted, Errno: unix.EINTR, Message: what + ": interrupted"}
 	case errors.As(err, &errno):
-		return &control.Error{Code: codeOfErrno(errno), Errno: errno, Message: said(what, err.Error())}
+		return &control.Error{Code: codeOfErrno(errno), Errno: errno, Message: joinMessage(what, err.Error())}
 	case errors.Is(err, os.ErrNotExist):
-		return &control.Error{Code: control.NotFound, Errno: unix.ENOENT, Message: said(what, err.Error())}
+		return &control.Error{Code: control.NotFound, Errno: unix.ENOENT, Message: joinMessage(what, err.Error())}
 	}
-	return &control.Error{Code: control.Internal, Message: said(what, err.Error())}
+	return &control.Error{Code: control.Internal, Message: joinMessage(what, err.Error())}
 }
 
-// asKnown names the files that this process reaches through the root of process
+// publicPaths names the files that this process reaches through the root of process
 // 1 as everybody knows them.
-func asKnown(text string) string { return strings.ReplaceAll(text, initRoot+"/", "/") }
+func publicPaths(text string) string { return strings.ReplaceAll(text, initRoot+"/", "/") }
 
-// said puts what was being done before what came of it, naming the object once.
-func said(what, came string) string {
-	came = asKnown(came)
+// joinMessage puts what was being done before what came of it, naming the object once.
+func joinMessage(what, came string) string {
+	came = publicPaths(came)
 	object := what[strings.LastIndexByte(what, ' ')+1:]
 	return what + ": " + strings.TrimPrefix(came, object+": ")
 }

@@ -25,9 +25,9 @@ type eventLog struct {
 }
 
 type snapshotEvents struct {
-	events []control.Event
-	waited uint64 // seq of the last event that WaitEvent returned
-	gone   bool   // destroyed: no more events will come
+	events     []control.Event
+	lastWaited uint64 // seq of the last event that WaitEvent returned
+	gone       bool   // destroyed: no more events will come
 }
 
 func newEventLog() *eventLog {
@@ -45,8 +45,8 @@ func (l *eventLog) emit(e control.Event) {
 	}
 	l.seq++
 	e.Seq, e.Time = l.seq, time.Now()
-	s.events = keep(append(s.events, e))
-	l.recent = keep(append(l.recent, e))
+	s.events = latest(append(s.events, e))
+	l.recent = latest(append(l.recent, e))
 	if e.Kind == control.EventDestroyed {
 		// Who watches holds s; new askers shall not find it.
 		s.gone = true
@@ -56,7 +56,7 @@ func (l *eventLog) emit(e control.Event) {
 	l.more = make(chan struct{})
 }
 
-func keep(e []control.Event) []control.Event {
+func latest(e []control.Event) []control.Event {
 	if len(e) > maxEvents {
 		e = append(e[:0], e[len(e)-maxEvents:]...)
 	}
@@ -82,8 +82,8 @@ func (l *eventLog) wait(ctx context.Context, r control.WaitRequest) (control.Eve
 		l.mu.Lock()
 		more, gone := l.more, s.gone
 		for _, e := range s.events {
-			if e.Seq > s.waited && forWaiters(e.Kind) {
-				s.waited = e.Seq
+			if e.Seq > s.lastWaited && forWaiters(e.Kind) {
+				s.lastWaited = e.Seq
 				l.mu.Unlock()
 				return e, nil
 			}

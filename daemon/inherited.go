@@ -13,7 +13,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// forget rids this thread, and the program that it is about to exec, of what the
+// dropInherited rids this thread, and the program that it is about to exec, of what the
 // one who started it handed on. A daemon outlives that one, and serves others.
 //
 // Always: limits, the mask of signals, open files, and the file mode mask. If a
@@ -21,7 +21,7 @@ import (
 // the scheduling and the control groups: who runs the daemon in the foreground,
 // or as a service, has chosen them for it. What needs no exec is done by
 // [ublk.PrepareProcess].
-func forget(reportFD int) []error {
+func dropInherited(reportFD int) []error {
 	var failed []error
 	try := func(what string, err error) {
 		if err != nil {
@@ -45,13 +45,13 @@ func forget(reportFD int) []error {
 	}
 	try("run on every processor", unix.SchedSetaffinity(0, &all))
 	const whoProcess = 1 // IOPRIO_WHO_PROCESS; a priority of 0 is none of its own
-	try("reset the I/O priority", call3(unix.SYS_IOPRIO_SET, whoProcess, 0, 0))
+	try("reset the I/O priority", rawSyscall(unix.SYS_IOPRIO_SET, whoProcess, 0, 0))
 	const defaultPolicy = 0 // MPOL_DEFAULT
-	try("reset the memory policy", call3(unix.SYS_SET_MEMPOLICY, defaultPolicy, 0, 0))
+	try("reset the memory policy", rawSyscall(unix.SYS_SET_MEMPOLICY, defaultPolicy, 0, 0))
 	return failed
 }
 
-func call3(trap, a, b, c uintptr) error {
+func rawSyscall(trap, a, b, c uintptr) error {
 	if _, _, errno := unix.RawSyscall(trap, a, b, c); errno != 0 && errno != unix.ENOSYS {
 		return errno
 	}

@@ -16,15 +16,15 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// clearAway removes what a dead daemon left: ublk devices without a disk, and
+// removeLeftovers removes what a dead daemon left: ublk devices without a disk, and
 // links and notes of devices that are not there.
-func (d *Daemon) clearAway() {
+func (d *Daemon) removeLeftovers() {
 	d.thawLeftover()
 	ctx, cancel := d.bounded(context.Background())
 	defer cancel()
 	left, err := d.ctl.List(ctx)
 	if err != nil {
-		d.o.Log.Warn("cannot look for devices of a dead daemon", "error", err)
+		d.opts.Log.Warn("cannot look for devices of a dead daemon", "error", err)
 		return
 	}
 	waiting := map[string]bool{} // the kernel's names of devices left alone
@@ -38,16 +38,16 @@ func (d *Daemon) clearAway() {
 		if i.State != ublk.Dead {
 			// Somebody may have it mounted: not ours to throw away.
 			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
-			d.o.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", i.ID), "state", i.State.String(), "pid", i.PID)
+			d.opts.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", i.ID), "state", i.State.String(), "pid", i.PID)
 			continue
 		}
 		if isOpen(fmt.Sprintf("/dev/ublkc%d", i.ID)) {
 			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
-			d.o.Log.Info("a device that another daemon makes or removes is left alone", "device", i.ID)
+			d.opts.Log.Info("a device that another daemon makes or removes is left alone", "device", i.ID)
 			continue
 		}
 		if err := d.ctl.DeleteDevice(ctx, i.ID); err != nil {
-			d.o.Log.Warn("cannot remove the device of a dead daemon", "device", i.ID, "error", err)
+			d.opts.Log.Warn("cannot remove the device of a dead daemon", "device", i.ID, "error", err)
 		}
 	}
 	d.clearLinks(ctx)
@@ -62,7 +62,7 @@ func (d *Daemon) clearAway() {
 			d.clearSnapshot(ctx, e.Name())
 		}
 	}
-	notes, _ := os.ReadDir(d.o.Dir.udev())
+	notes, _ := os.ReadDir(d.opts.Dir.udev())
 	for _, e := range notes {
 		if !waiting[e.Name()] {
 			d.forgetNote(e.Name())
@@ -76,12 +76,12 @@ func (d *Daemon) clearAway() {
 func (d *Daemon) clearSnapshot(ctx context.Context, id string) {
 	say := func(err error) {
 		if err != nil {
-			d.o.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", id, "error", asKnown(err.Error()))
+			d.opts.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", id, "error", publicPaths(err.Error()))
 		}
 	}
 	err, late := bounded.Call(ctx, func() error { return snapshots.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)
 	if late != nil {
-		d.o.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", id)
+		d.opts.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", id)
 		return
 	}
 	say(err)
@@ -96,14 +96,14 @@ func (d *Daemon) thawLeftover() {
 	for _, point := range slices.Backward(strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")) {
 		f, err := d.host.Open(point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 		if err == nil {
-			err = snapshots.Thaw(f, d.o.Config.FreezeTimeout)
+			err = snapshots.Thaw(f, d.opts.Config.FreezeTimeout)
 			f.Close()
 		}
 		if err != nil && !errors.Is(err, unix.EINVAL) {
-			d.o.Log.Warn("cannot thaw what a dead daemon froze", "filesystem", point, "error", err)
+			d.opts.Log.Warn("cannot thaw what a dead daemon froze", "filesystem", point, "error", err)
 			continue
 		}
-		d.o.Log.Warn("a filesystem that a dead daemon froze goes on", "filesystem", point)
+		d.opts.Log.Warn("a filesystem that a dead daemon froze goes on", "filesystem", point)
 	}
 	_ = os.Remove(d.frozenFile())
 }

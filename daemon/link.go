@@ -43,7 +43,7 @@ func (d *Daemon) link(ctx context.Context, name string, dev *ublk.Device) (strin
 	if d.udevLinks() {
 		d.step("wait for udev to make %s", path)
 		if !d.udevMade(ctx, path, dev.Num) {
-			d.o.Log.Warn("udev does not make the link: it is made without", "link", path, "waited", udevTimeout)
+			d.opts.Log.Warn("udev does not make the link: it is made without", "link", path, "waited", udevTimeout)
 		}
 	}
 	ctx, cancel := d.bounded(ctx)
@@ -74,7 +74,7 @@ func (d *Daemon) link(ctx context.Context, name string, dev *ublk.Device) (strin
 // know the usual run directory alone.
 func (d *Daemon) udevLinks() bool {
 	runs, rules := udev(d.host)
-	return runs && rules && d.o.Dir == DefaultRunDir
+	return runs && rules && d.opts.Dir == DefaultRunDir
 }
 
 // udev says whether udev runs, and whether it has our rules.
@@ -214,7 +214,7 @@ func isOpen(path string) bool {
 // be there before the device is.
 func (d *Daemon) note(kernelName, kind, name string) error {
 	text := fmt.Sprintf("UBLK_BLKSNAP_KIND=%s\nUBLK_BLKSNAP_NAME=%s\n", kind, name)
-	if err := d.o.Dir.write(filepath.Join(udevName, kernelName), []byte(text), 0o644); err != nil {
+	if err := d.opts.Dir.write(filepath.Join(udevName, kernelName), []byte(text), 0o644); err != nil {
 		d.forgetNote(kernelName) // the part of it that there was room for
 		return fmt.Errorf("write the note for udev: %w", err)
 	}
@@ -222,7 +222,7 @@ func (d *Daemon) note(kernelName, kind, name string) error {
 }
 
 func (d *Daemon) forgetNote(kernelName string) {
-	_ = os.Remove(filepath.Join(d.o.Dir.udev(), kernelName))
+	_ = os.Remove(filepath.Join(d.opts.Dir.udev(), kernelName))
 }
 
 // rescan has udev look at a device again. Without udev nothing happens.

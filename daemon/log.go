@@ -24,24 +24,24 @@ type Log struct {
 	*slog.Logger
 	out io.Writer
 
-	mu    sync.Mutex
-	more  sync.Cond // a line to write, or the end
-	lines [][]byte  // to be written; the one that is being written stays until it is
-	lost  uint64    // since the log last said so
-	ever  uint64
-	over  bool
-	idle  chan struct{} // closed once all is written after over
+	mu        sync.Mutex
+	more      sync.Cond // a line to write, or the end
+	lines     [][]byte  // to be written; the one that is being written stays until it is
+	lost      uint64    // since the log last said so
+	totalLost uint64
+	closed    bool
+	flushed   chan struct{} // closed once all is written after closed
 
-	form   sync.Mutex // guards line, in which text writes
-	line   bytes.Buffer
-	text   slog.Handler
-	prefix func(slog.Level) string
+	formatMu sync.Mutex // guards line, in which text writes
+	line     bytes.Buffer
+	text     slog.Handler
+	prefix   func(slog.Level) string
 }
 
 // NewLog makes a log of what is at least as grave as level. Lines for the journal
 // carry their priority (sd-daemon(3)) in place of what it notes by itself.
 func NewLog(out io.Writer, level slog.Level, journal bool) *Log {
-	l := &Log{out: out, idle: make(chan struct{}), prefix: func(slog.Level) string { return "" }}
+	l := &Log{out: out, flushed: make(chan struct{}), prefix: func(slog.Level) string { return "" }}
 	l.more.L = &l.mu
 	o := &slog.HandlerOptions{Level: level}
 	if journal {
@@ -111,18 +111,18 @@ func Stderr() *os.File {
 func (l *Log) Lost() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.ever
+	return l.totalLost
 }
 
 // Flush ends the log: it waits until the output has taken the last line, or for
 // the time given. What is logged after that is dropped.
 func (l *Log) Flush(limit time.Duration) {
 	l.mu.Lock()
-	l.over = true
+	l.closed = true
 	l.mu.Unlock()
 	l.more.Signal()
 	select {
-	case <-l.idle:
+	case <-l.flushed:
 	case <-time.After(limit):
 	}
 }
@@ -153,9 +153,9 @@ func (h logHandler) Handle(ctx context.Context, r slog.Record) error {
 	l := h.l
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.over || len(l.lines) >= logLines || l.lost > 0 {
+	if l.closed || len(l.lines) >= logLines || l.lost > 0 {
 		l.lost++
-		l.ever++
+		l.totalLost++
 		return nil
 	}
 	l.lines = append(l.lines, line)
@@ -164,17 +164,17 @@ func (h logHandler) Handle(ctx context.Context, r slog.Record) error {
 }
 
 func (l *Log) format(ctx context.Context, text slog.Handler, r slog.Record) ([]byte, error) {
-	l.form.Lock()
-	defer l.form.Unlock()
+	l.formatMu.Lock()
+	defer l.formatMu.Unlock()
 	l.line.Reset()
 	l.line.WriteString(l.prefix(r.Level))
 	err := text.Handle(ctx, r)
 	return bytes.Clone(l.line.Bytes()), err
 }
 
-// sayLostLocked adds the line that tells of those that were dropped, in their
+// logLostLocked adds the line that tells of those that were dropped, in their
 // place, once the output has taken enough.
-func (l *Log) sayLostLocked() {
+func (l *Log) logLostLocked() {
 	if l.lost == 0 || len(l.lines) > logLines/2 {
 		return
 	}
@@ -192,8 +192,8 @@ func (l *Log) write() {
 	defer l.mu.Unlock()
 	for {
 		for len(l.lines) == 0 {
-			if l.over {
-				close(l.idle)
+			if l.closed {
+				close(l.flushed)
 				return
 			}
 			l.more.Wait()
@@ -203,6 +203,6 @@ func (l *Log) write() {
 		_, _ = l.out.Write(line) // there is no other place to say it
 		l.mu.Lock()
 		l.lines = l.lines[1:]
-		l.sayLostLocked()
+		l.logLostLocked()
 	}
 }

@@ -13,16 +13,16 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// secondLifeEnv says to a daemon that it has been started anew, and in which
+// namespaceEnv says to a daemon that it has been started anew, and in which
 // mount namespace.
-const secondLifeEnv = "UBLK_BLKSNAP_NAMESPACE"
+const namespaceEnv = "UBLK_BLKSNAP_NAMESPACE"
 
 const (
 	ownNamespace    = "own"
 	sharedNamespace = "shared"
 )
 
-// StartAnew starts the program anew in the same process, so that it returns only
+// Reexec starts the program anew in the same process, so that it returns only
 // in the second life, or with an error. Of the first one it leaves behind what
 // the daemon shall not have of the one who started it, and the mounts. What of
 // that could not be done is told to warn. Before, it mounts the state directory
@@ -36,20 +36,20 @@ const (
 // Everything else it reaches through the root directory of process 1.
 //
 // Where process 1 does not see what this process sees, the namespace stays.
-func StartAnew(dir RunDir, c Config, reportFD int, warn func(error)) error {
+func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 	if os.Geteuid() != 0 {
 		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
 	}
-	switch os.Getenv(secondLifeEnv) {
+	switch os.Getenv(namespaceEnv) {
 	case ownNamespace:
-		return letGoOfMounts(string(dir))
+		return detachMounts(string(dir))
 	case sharedNamespace:
 		return leaveDirectory()
 	}
 	// The thread that execs becomes the process, with all that is its own.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	for _, err := range forget(reportFD) {
+	for _, err := range dropInherited(reportFD) {
 		warn(err)
 	}
 	if err := dir.make(); err != nil {
@@ -72,7 +72,7 @@ func StartAnew(dir RunDir, c Config, reportFD int, warn func(error)) error {
 		return err
 	}
 	namespace := sharedNamespace
-	if withInit() {
+	if sharesMountsWithInit() {
 		namespace = ownNamespace
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return fail(err, "make a mount namespace")
@@ -81,7 +81,7 @@ func StartAnew(dir RunDir, c Config, reportFD int, warn func(error)) error {
 			return fail(err, "make the mount namespace private")
 		}
 	}
-	env := append(os.Environ(), secondLifeEnv+"="+namespace)
+	env := append(os.Environ(), namespaceEnv+"="+namespace)
 	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew")
 }
 
@@ -101,20 +101,20 @@ const initRoot = "/proc/1/root"
 func host(patience time.Duration) *disk.Host {
 	h := disk.Machine()
 	h.Patience = patience
-	if os.Getenv(secondLifeEnv) == ownNamespace {
+	if os.Getenv(namespaceEnv) == ownNamespace {
 		h.Root = initRoot
 	}
 	return h
 }
 
-// withInit says whether process 1 sees the same mounts.
-func withInit() bool {
+// sharesMountsWithInit says whether process 1 sees the same mounts.
+func sharesMountsWithInit() bool {
 	own, err1 := os.Readlink("/proc/self/ns/mnt")
 	init, err2 := os.Readlink("/proc/1/ns/mnt")
 	return err1 == nil && err2 == nil && own == init
 }
 
-func letGoOfMounts(dir string) error {
+func detachMounts(dir string) error {
 	if err := leaveDirectory(); err != nil {
 		return err
 	}
@@ -126,7 +126,7 @@ func letGoOfMounts(dir string) error {
 	// The last mounted first: what is mounted inside another mount goes before.
 	for i := len(lines) - 1; i >= 0; i-- {
 		point, ok := disk.MountPoint(lines[i])
-		if ok && !needed(point, dir) {
+		if ok && !keepsMount(point, dir) {
 			// Detached whatever its use, and a mount that went with another is
 			// none to complain about.
 			_ = unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
@@ -135,8 +135,8 @@ func letGoOfMounts(dir string) error {
 	return nil
 }
 
-// needed says whether the daemon keeps the mount at point.
-func needed(point, dir string) bool {
+// keepsMount says whether the daemon keeps the mount at point.
+func keepsMount(point, dir string) bool {
 	for _, keep := range []string{"/dev", "/proc", "/sys", dir} {
 		if point == keep || strings.HasPrefix(point, keep+"/") || strings.HasPrefix(keep, point+"/") {
 			return true

@@ -61,24 +61,24 @@ func (d RunDir) lost() *control.Lost {
 	return &r.Lost
 }
 
-// keepRecord writes the record if it has changed; needs change.
-func (d *Daemon) keepRecord() {
+// saveRecord writes the record if it has changed; needs opLock.
+func (d *Daemon) saveRecord() {
 	if !d.recorded {
 		return
 	}
 	r := record{Version: recordVersion, Birth: birthOf(os.Getpid()), Lost: control.Lost{PID: os.Getpid()}}
-	for _, v := range d.sorted() {
-		r.Devices = append(r.Devices, control.LostDevice{Name: v.Name, Original: v.Original, Path: v.Path, Waits: v.Recovery})
+	for _, dev := range d.sorted() {
+		r.Devices = append(r.Devices, control.LostDevice{Name: dev.Name, Original: dev.Original, Path: dev.Path, Waits: dev.Recovery})
 	}
 	for _, s := range d.sortedSnapshots() {
 		x := control.LostSnapshot{ID: s.id}
 		d.mu.Lock()
-		if s.ending { // was destroyed: nobody will miss it
+		if s.releasing { // was destroyed: nobody will miss it
 			d.mu.Unlock()
 			continue
 		}
 		for _, im := range s.images {
-			x.Devices = append(x.Devices, im.of.Name)
+			x.Devices = append(x.Devices, im.device.Name)
 		}
 		for _, st := range s.storage {
 			x.Storage = append(x.Storage, st.Path)
@@ -92,11 +92,11 @@ func (d *Daemon) keepRecord() {
 	d.mu.Unlock()
 	text, err := json.Marshal(r)
 	if err == nil && !bytes.Equal(text, d.onRecord) {
-		err = d.o.Dir.replace(recordName, text)
+		err = d.opts.Dir.replace(recordName, text)
 		d.onRecord = text
 	}
 	if err != nil {
-		d.o.Log.Warn("cannot keep on record what there is", "error", err)
+		d.opts.Log.Warn("cannot keep on record what there is", "error", err)
 	}
 }
 
@@ -131,21 +131,21 @@ func waitEnded(l *control.Lost, path string) *control.Lost {
 	return &rest
 }
 
-// takeStock says what a daemon before this one lost, and puts this one on record.
-func (d *Daemon) takeStock() {
-	if l := d.o.Dir.lost(); l != nil {
+// reportLost says what a daemon before this one lost, and puts this one on record.
+func (d *Daemon) reportLost() {
+	if l := d.opts.Dir.lost(); l != nil {
 		for _, v := range l.Devices {
-			d.o.Log.Warn("lost with a daemon that died: a filter", "pid", l.PID, "name", v.Name, "disk", v.Original, "device", v.Path, "waits", v.Waits)
+			d.opts.Log.Warn("lost with a daemon that died: a filter", "pid", l.PID, "name", v.Name, "disk", v.Original, "device", v.Path, "waits", v.Waits)
 		}
 		for _, s := range l.Snapshots {
-			d.o.Log.Warn("lost with a daemon that died: a snapshot", "pid", l.PID, "snapshot", s.ID, "devices", s.Devices, "storage", s.Storage)
+			d.opts.Log.Warn("lost with a daemon that died: a snapshot", "pid", l.PID, "snapshot", s.ID, "devices", s.Devices, "storage", s.Storage)
 		}
 		if len(l.Devices)+len(l.Snapshots) > 0 {
 			d.lost = l
 		}
 	}
 	d.recorded = true
-	d.keepRecord()
+	d.saveRecord()
 }
 
 // explain adds to an error about what is not found that it was lost.

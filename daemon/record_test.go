@@ -19,9 +19,9 @@ func TestRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	daemon := func() *Daemon {
-		d := &Daemon{o: Options{Dir: dir, Log: quiet()}, change: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{}}
-		d.doing.Store(new(string))
-		d.takeStock()
+		d := &Daemon{opts: Options{Dir: dir, Log: quiet()}, opLock: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{}}
+		d.activity.Store(new(string))
+		d.reportLost()
 		return d
 	}
 	ctx := context.Background()
@@ -47,14 +47,14 @@ func TestRecord(t *testing.T) {
 	}
 	a := &device{Device: control.Device{Name: "a", Original: "/dev/vda", Path: "/dev/ublkb0"}}
 	b := &device{Device: control.Device{Name: "b", Original: "/dev/vdb", Path: "/dev/ublkb1", Recovery: true}}
-	s := &snapshot{id: "02e091ec-dae8-41ba-9dae-4e66f1473dd6", images: []*image{{of: a}}, storage: []control.Storage{{Path: "/s"}}}
+	s := &snapshot{id: "02e091ec-dae8-41ba-9dae-4e66f1473dd6", images: []*image{{device: a}}, storage: []control.Storage{{Path: "/s"}}}
 	first := daemon()
 	change(first, func() { first.devices["a"], first.devices["b"], first.snapshots[s.id] = a, b, s })
 	if l := dir.lost(); l != nil {
 		t.Errorf("lost with a daemon that lives: %v", l)
 	}
 	// Destroyed, but for its storage, which is on its way back.
-	gone := &snapshot{id: "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8", ending: true}
+	gone := &snapshot{id: "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8", releasing: true}
 	change(first, func() { first.snapshots[gone.id] = gone })
 	die()
 	second := daemon()

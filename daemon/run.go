@@ -41,17 +41,17 @@ type stopper interface {
 	Close()
 }
 
-// ending is the API of a daemon that ends when it has been stopped.
-type ending struct {
+// stopNotifier is the API of a daemon that ends when it has been stopped.
+type stopNotifier struct {
 	stopper
 	stopped chan struct{}
 }
 
 // Stop implements control.API.
-func (e ending) Stop(ctx context.Context) error {
-	err := e.stopper.Stop(ctx)
+func (n stopNotifier) Stop(ctx context.Context) error {
+	err := n.stopper.Stop(ctx)
 	if err == nil {
-		close(e.stopped) // a second one finds nothing that it may stop
+		close(n.stopped) // a second one finds nothing that it may stop
 		return nil
 	}
 	notify("STATUS=asked to stop, but " + err.Error())
@@ -95,7 +95,7 @@ func run(o Options, open func() (stopper, error)) error {
 		return err
 	}
 	defer opened.Close()
-	api := ending{opened, make(chan struct{})}
+	api := stopNotifier{opened, make(chan struct{})}
 
 	l, err := o.Dir.listen()
 	if err != nil {
@@ -103,10 +103,10 @@ func run(o Options, open func() (stopper, error)) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	srv := newServer(api, o.Log.Logger, usualPatience)
+	srv := newServer(api, o.Log.Logger, defaultTimeouts)
 	srv.BaseContext = func(net.Listener) context.Context { return ctx }
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(&crowd{Listener: l, places: make(chan struct{}, maxConnections)}) }()
+	go func() { served <- srv.Serve(&limitListener{Listener: l, places: make(chan struct{}, maxConnections)}) }()
 	o.Log.Info("daemon started", "version", control.Version, "pid", os.Getpid(), "socket", o.Dir.Socket())
 	if o.Ready != nil {
 		o.Ready()

@@ -150,7 +150,7 @@ func TestStartErrorFreesTheLock(t *testing.T) {
 // TestNothingAfterStop: what waited for its turn while the daemon removed all
 // gets none.
 func TestNothingAfterStop(t *testing.T) {
-	d := &Daemon{change: make(chan struct{}, 1)}
+	d := &Daemon{opLock: make(chan struct{}, 1)}
 	if err := d.Stop(context.Background()); err != nil {
 		t.Fatal(err)
 	}

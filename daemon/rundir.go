@@ -71,7 +71,7 @@ func (d RunDir) make() error {
 
 func (d RunDir) makeDir() error {
 	// First, so that nothing is made at a place that is somebody's.
-	if err := trusted(string(d)); err != nil {
+	if err := checkTrusted(string(d)); err != nil {
 		return err
 	}
 	return os.MkdirAll(string(d), 0o700)
@@ -83,17 +83,17 @@ func (d RunDir) open() (*os.File, error) {
 	path, err := filepath.EvalSymlinks(string(d))
 	// Both the links on the way and what they lead to.
 	if err == nil {
-		err = trusted(string(d))
+		err = checkTrusted(string(d))
 	}
 	if err == nil {
-		err = trusted(path)
+		err = checkTrusted(path)
 	}
 	var dir *os.File
 	if err == nil {
 		dir, err = os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	}
 	if err == nil {
-		if err = ours(dir, unix.S_IFDIR); err != nil {
+		if err = checkOwn(dir, unix.S_IFDIR); err != nil {
 			dir.Close()
 		}
 	}
@@ -103,9 +103,9 @@ func (d RunDir) open() (*os.File, error) {
 	return dir, nil
 }
 
-// trusted says who else than root, or the user that we are, decides where path
+// checkTrusted says who else than root, or the user that we are, decides where path
 // leads, as far as it is there.
-func trusted(path string) error {
+func checkTrusted(path string) error {
 	for at := path; ; at = filepath.Dir(at) {
 		var st unix.Stat_t
 		if err := unix.Lstat(at, &st); err == unix.ENOENT {
@@ -117,7 +117,7 @@ func trusted(path string) error {
 		if st.Mode&unix.S_IFMT == unix.S_IFLNK || at != path && st.Mode&unix.S_ISVTX != 0 {
 			st.Mode &^= 0o022
 		}
-		if err := closed(at, &st); err != nil {
+		if err := checkClosed(at, &st); err != nil {
 			return err
 		}
 		if at == "/" || at == "." {
@@ -126,7 +126,7 @@ func trusted(path string) error {
 	}
 }
 
-func closed(path string, st *unix.Stat_t) error {
+func checkClosed(path string, st *unix.Stat_t) error {
 	e := &control.Error{Code: control.Denied, Errno: unix.EPERM, Fix: "choose one that nobody else can change, in /run for one"}
 	switch {
 	case st.Uid != 0 && int(st.Uid) != os.Geteuid():
@@ -139,8 +139,8 @@ func closed(path string, st *unix.Stat_t) error {
 	return e
 }
 
-// ours makes sure that f is of that kind, and has no other owner or name.
-func ours(f *os.File, kind uint32) error {
+// checkOwn makes sure that f is of that kind, and has no other owner or name.
+func checkOwn(f *os.File, kind uint32) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return err
@@ -148,14 +148,14 @@ func ours(f *os.File, kind uint32) error {
 	if st.Mode&unix.S_IFMT != kind || kind == unix.S_IFREG && st.Nlink != 1 {
 		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: f.Name() + " is not what the daemon made", Fix: "remove it"}
 	}
-	return closed(f.Name(), &st)
+	return checkClosed(f.Name(), &st)
 }
 
 // file opens a file in the directory, and no other that a link leads to.
 func (d RunDir) file(name string, flags int, mode uint64) (*os.File, error) {
-	f, err := d.at(name, flags, mode)
+	f, err := d.openAt(name, flags, mode)
 	if err == nil {
-		if err = ours(f, unix.S_IFREG); err == nil {
+		if err = checkOwn(f, unix.S_IFREG); err == nil {
 			return f, nil
 		}
 		f.Close()
@@ -163,7 +163,7 @@ func (d RunDir) file(name string, flags int, mode uint64) (*os.File, error) {
 	return nil, err
 }
 
-func (d RunDir) at(name string, flags int, mode uint64) (*os.File, error) {
+func (d RunDir) openAt(name string, flags int, mode uint64) (*os.File, error) {
 	dir, err := d.open()
 	if err != nil {
 		return nil, err
@@ -208,12 +208,12 @@ func (d RunDir) subdir(name string, mode os.FileMode) error {
 	if err := unix.Mkdirat(int(dir.Fd()), name, uint32(mode)); err != nil && err != unix.EEXIST {
 		return fmt.Errorf("make %s: %w", d.path(name), err)
 	}
-	sub, err := d.at(name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	sub, err := d.openAt(name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
 	}
 	defer sub.Close()
-	return errors.Join(ours(sub, unix.S_IFDIR), sub.Chmod(mode))
+	return errors.Join(checkOwn(sub, unix.S_IFDIR), sub.Chmod(mode))
 }
 
 // openLog opens the log for a daemon that is started by a command.

@@ -50,17 +50,17 @@ func TestStateMemory(t *testing.T) {
 				t.Errorf("the tmpfs has %d bytes, %v; want %d", int64(fs.Blocks)*fs.Bsize, err, want)
 			}
 		}
-		d := &Daemon{o: Options{Dir: dir, Config: DefaultConfig()}}
+		d := &Daemon{opts: Options{Dir: dir, Config: DefaultConfig()}}
 		if err := os.MkdirAll(d.cbtDir(), 0o700); err != nil {
 			t.Error(err)
 			return
 		}
-		v := &device{geo: ublk.Geometry{Size: 64 << 30}} // a map of 2 MiB
-		if err := d.makeMap(v, "a"); err != nil {
+		dev := &device{geo: ublk.Geometry{Size: 64 << 30}} // a map of 2 MiB
+		if err := d.createChangeMap(dev, "a"); err != nil {
 			t.Errorf("with room: %v", err)
 			return
 		}
-		v.closeCBT()
+		dev.closeCBT()
 		// A table of which nothing has been used yet.
 		table := filepath.Join(dir.State(), "words")
 		if err := os.WriteFile(table, nil, 0o600); err != nil {
@@ -69,7 +69,7 @@ func TestStateMemory(t *testing.T) {
 		if err := os.Truncate(table, 15<<20); err != nil {
 			t.Error(err)
 		}
-		if err := d.makeMap(v, "b"); err == nil || !strings.Contains(err.Error(), "state_size") {
+		if err := d.createChangeMap(dev, "b"); err == nil || !strings.Contains(err.Error(), "state_size") {
 			t.Errorf("a map was made of memory that a table was promised: %v", err)
 		}
 	})

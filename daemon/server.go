@@ -34,8 +34,8 @@ const (
 	maxRanges = 128 << 10
 )
 
-// patience is how long the daemon waits for a caller, in each of these.
-type patience struct {
+// timeouts is how long the daemon waits for a caller, in each of these.
+type timeouts struct {
 	header time.Duration // to send a request's header
 	body   time.Duration // and its body
 	ranges time.Duration // and the ranges to mark
@@ -43,10 +43,10 @@ type patience struct {
 	idle   time.Duration // to call again
 }
 
-var usualPatience = patience{header: 10 * time.Second, body: 10 * time.Second, ranges: time.Minute, answer: 30 * time.Second, idle: 30 * time.Second}
+var defaultTimeouts = timeouts{header: 10 * time.Second, body: 10 * time.Second, ranges: time.Minute, answer: 30 * time.Second, idle: 30 * time.Second}
 
 // newServer serves an API over HTTP.
-func newServer(api control.API, log *slog.Logger, p patience) *http.Server {
+func newServer(api control.API, log *slog.Logger, p timeouts) *http.Server {
 	return &http.Server{
 		Handler:           newHandler(api, log, p),
 		ReadHeaderTimeout: p.header,
@@ -90,11 +90,11 @@ func places(n int) *class { return &class{places: make(chan struct{}, n)} }
 type server struct {
 	api      control.API
 	mux      *http.ServeMux
-	patience patience
+	timeouts timeouts
 }
 
-func newHandler(api control.API, log *slog.Logger, p patience) http.Handler {
-	s := &server{api: api, mux: http.NewServeMux(), patience: p}
+func newHandler(api control.API, log *slog.Logger, p timeouts) http.Handler {
+	s := &server{api: api, mux: http.NewServeMux(), timeouts: p}
 	quick, streams, marks := places(maxQuick), places(maxStreams), places(maxMarks)
 	turns := &class{make(chan struct{}, maxTurns), "too many changes wait for their turn"}
 	watchers := &class{make(chan struct{}, maxWatchers), "too many wait for events"}
@@ -171,7 +171,7 @@ func (s *server) serve(c *class, path string, body time.Duration, f func(w http.
 
 // handle answers the calls of a path with what f returns.
 func handle[Req, Resp any](s *server, c *class, path string, f func(context.Context, Req) (Resp, error)) {
-	s.serve(c, path, s.patience.body, func(w http.ResponseWriter, r *http.Request) error {
+	s.serve(c, path, s.timeouts.body, func(w http.ResponseWriter, r *http.Request) error {
 		var req Req
 		if err := readBody(r, &req); err != nil {
 			return err
@@ -189,7 +189,7 @@ func handle[Req, Resp any](s *server, c *class, path string, f func(context.Cont
 
 // stream answers the calls of a path with the lines that f puts.
 func stream[Req any](s *server, c *class, path string, f func(ctx context.Context, req Req, put func(line any, flush bool) error) error) {
-	s.serve(c, path, s.patience.body, func(w http.ResponseWriter, r *http.Request) error {
+	s.serve(c, path, s.timeouts.body, func(w http.ResponseWriter, r *http.Request) error {
 		var req Req
 		if err := readBody(r, &req); err != nil {
 			return err
@@ -221,7 +221,7 @@ func stream[Req any](s *server, c *class, path string, f func(ctx context.Contex
 
 // begin gives the caller time to take the next piece of an answer.
 func (s *server) begin(w http.ResponseWriter, contentType string) {
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(s.patience.answer))
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(s.timeouts.answer))
 	w.Header().Set("Content-Type", contentType)
 }
 
@@ -405,31 +405,31 @@ func (s *server) answerError(w http.ResponseWriter, status int, e *control.Error
 	_ = json.NewEncoder(w).Encode(e)
 }
 
-// crowd lets so many connections in at a time.
-type crowd struct {
+// limitListener lets so many connections in at a time.
+type limitListener struct {
 	net.Listener
 	places chan struct{}
 }
 
-func (c *crowd) Accept() (net.Conn, error) {
-	c.places <- struct{}{}
-	conn, err := c.Listener.Accept()
+func (l *limitListener) Accept() (net.Conn, error) {
+	l.places <- struct{}{}
+	conn, err := l.Listener.Accept()
 	if err != nil {
-		<-c.places
+		<-l.places
 		return nil, err
 	}
-	return &guest{Conn: conn, crowd: c}, nil
+	return &limitConn{Conn: conn, listener: l}, nil
 }
 
-type guest struct {
+type limitConn struct {
 	net.Conn
-	crowd *crowd
-	left  sync.Once
+	listener *limitListener
+	released sync.Once
 }
 
-func (g *guest) Close() error {
-	defer g.left.Do(func() { <-g.crowd.places })
-	return g.Conn.Close()
+func (c *limitConn) Close() error {
+	defer c.released.Do(func() { <-c.listener.places })
+	return c.Conn.Close()
 }
 
 func httpStatus(c control.Code) int {

@@ -166,9 +166,9 @@ func TestSlowCallers(t *testing.T) {
 		t.Fatal(err)
 	}
 	short := 50 * time.Millisecond
-	s := newServer(api, quiet().Logger, patience{short, short, short, short, short})
+	s := newServer(api, quiet().Logger, timeouts{short, short, short, short, short})
 	// Two of them at a time: the rest waits.
-	go s.Serve(&crowd{Listener: l, places: make(chan struct{}, 2)})
+	go s.Serve(&limitListener{Listener: l, places: make(chan struct{}, 2)})
 	t.Cleanup(func() { s.Close() })
 	dial := func(text string) net.Conn {
 		t.Helper()
@@ -223,7 +223,7 @@ func TestNotCutShort(t *testing.T) {
 		t.Fatal(err)
 	}
 	short := 10 * time.Millisecond
-	s := newServer(api, quiet().Logger, patience{short, short, short, short, short})
+	s := newServer(api, quiet().Logger, timeouts{short, short, short, short, short})
 	go s.Serve(l)
 	t.Cleanup(func() { s.Close() })
 	for _, body := range []string{"", "{}", `{"path":"/dev/vdb"}`} {

@@ -23,32 +23,32 @@ type snapshot struct {
 	live    *snapshots.Snapshot
 	chunk   int64
 	created time.Time
-	// told carries events from the queue threads, which must not wait; over is
-	// closed when all is gone, and failed says then what is left of it.
-	told   chan diffarea.Event
-	over   chan struct{}
-	failed error
+	// engineEvents carries events from the queue threads, which must not wait;
+	// destroyed is closed when all is gone, and destroyErr says then what is left of it.
+	engineEvents chan diffarea.Event
+	destroyed    chan struct{}
+	destroyErr   error
 
-	// use is held by those who look into live without holding Daemon.change, and
-	// by giveBack while it goes away. gone changes under Daemon.mu too.
+	// use is held by those who look into live without holding Daemon.opLock, and
+	// by release while it goes away. gone changes under Daemon.mu too.
 	use  sync.RWMutex
 	gone bool
 
 	// Daemon.mu guards what follows.
-	leaving bool // its end has begun; nothing can be asked of it any more
-	ending  bool // all of it but the images is on its way back
-	images  []*image
-	storage []control.Storage
-	taken   *time.Time
-	frozen  time.Duration
+	destroying bool // its end has begun; nothing can be asked of it any more
+	releasing  bool // all of it but the images is on its way back
+	images     []*image
+	storage    []control.Storage
+	taken      *time.Time
+	frozen     time.Duration
 }
 
 // image is one device of a snapshot.
 type image struct {
-	of   *device
-	dev  *ublk.Device // nil until taken
-	link string
-	take cbtmap.Info
+	device *device
+	ublk   *ublk.Device // nil until taken
+	link   string
+	take   cbtmap.Info
 }
 
 // snapshotError gives the engine's errors their codes.
@@ -86,22 +86,22 @@ func (d *Daemon) sortedSnapshots() []*snapshot {
 	return out
 }
 
-// holding are the UUIDs of the snapshots that hold the device.
-func (d *Daemon) holding(v *device) []string {
+// holders are the UUIDs of the snapshots that hold the device.
+func (d *Daemon) holders(dev *device) []string {
 	ids := []string{}
 	for _, s := range d.sortedSnapshots() {
-		if d.has(s, v) {
+		if d.holds(s, dev) {
 			ids = append(ids, s.id)
 		}
 	}
 	return ids
 }
 
-func (d *Daemon) has(s *snapshot, v *device) bool {
+func (d *Daemon) holds(s *snapshot, dev *device) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	// Whose storage alone is still on its way back needs the disk no more.
-	return !s.gone && slices.ContainsFunc(s.images, func(im *image) bool { return im.of == v })
+	return !s.gone && slices.ContainsFunc(s.images, func(im *image) bool { return im.device == dev })
 }
 
 // findSnapshot is the snapshot of that UUID.
@@ -119,10 +119,10 @@ func (d *Daemon) findSnapshot(id string) (*snapshot, error) {
 	return s, nil
 }
 
-// usable is findSnapshot for those who want something of it; needs change.
+// usable is findSnapshot for those who want something of it; needs opLock.
 func (d *Daemon) usable(id string) (*snapshot, error) {
 	s, err := d.findSnapshot(id)
-	if err == nil && s.leaving {
+	if err == nil && s.destroying {
 		return nil, &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "snapshot " + s.id + ": is being destroyed", Fix: "create another"}
 	}
 	if err == nil && s.live.Err() != 0 {

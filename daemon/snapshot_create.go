@@ -29,7 +29,7 @@ func (d *Daemon) CreateSnapshot(ctx context.Context, r control.CreateRequest) (c
 	if err != nil {
 		return control.Snapshot{}, snapshotError(err, "create snapshot")
 	}
-	d.o.Log.Info("snapshot created", "snapshot", s.id, "chunk", s.chunk)
+	d.opts.Log.Info("snapshot created", "snapshot", s.id, "chunk", s.chunk)
 	return d.describeSnapshot(s), nil
 }
 
@@ -41,38 +41,38 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		}
 	}()
 	for _, ref := range r.Devices {
-		v, fresh, err := d.findOrAttach(ctx, ref, r.Attach)
+		dev, fresh, err := d.findOrAttach(ctx, ref, r.Attach)
 		if err != nil {
 			return nil, err
 		}
 		if fresh {
-			attached = append(attached, v)
+			attached = append(attached, dev)
 		}
-		if slices.Contains(devices, v) {
-			return nil, fail(snapshotError(snapimage.ErrAdded, "%s", v.Name), "add a device")
+		if slices.Contains(devices, dev) {
+			return nil, fail(snapshotError(snapimage.ErrAdded, "%s", dev.Name), "add a device")
 		}
-		devices = append(devices, v)
+		devices = append(devices, dev)
 	}
 	chunk, err := d.chunkSize(r.ChunkSize, devices)
 	if err != nil {
 		return nil, err
 	}
-	s = &snapshot{chunk: chunk, created: time.Now(), told: make(chan diffarea.Event, 256), over: make(chan struct{})}
+	s = &snapshot{chunk: chunk, created: time.Now(), engineEvents: make(chan diffarea.Event, 256), destroyed: make(chan struct{})}
 	id := uuid.New()
 	s.id = id.String()
-	pool := d.o.Config.DiffBufferPoolSize
-	if n := d.o.Config.ChunkMaximumInQueue; n > 0 {
+	pool := d.opts.Config.DiffBufferPoolSize
+	if n := d.opts.Config.ChunkMaximumInQueue; n > 0 {
 		pool = min(pool, n*chunk)
 	}
 	s.live, err = snapshots.New(snapshots.Config{
 		ID: id, ChunkSize: chunk, PoolSize: pool,
-		Portion:  d.o.Config.DiffStorageMinimum * sector.Size,
+		Portion:  d.opts.Config.DiffStorageMinimum * sector.Size,
 		StateDir: d.snapshotsDir(),
-		Patience: d.o.Config.StorageTimeout,
+		Patience: d.opts.Config.StorageTimeout,
 		Control:  d.queue,
 		OnEvent: func(e diffarea.Event) {
 			select {
-			case s.told <- e:
+			case s.engineEvents <- e:
 			default: // a queue thread does not wait; what broke is in the state too
 			}
 		},
@@ -81,61 +81,61 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		return nil, err
 	}
 	d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCreated})
-	go d.tell(s)
+	go d.forwardEvents(s)
 	d.mu.Lock()
 	d.snapshots[s.id] = s
 	d.mu.Unlock()
-	for _, v := range devices {
-		if err := d.addTo(s, v); err != nil {
-			return nil, d.undo(s, err)
+	for _, dev := range devices {
+		if err := d.addTo(s, dev); err != nil {
+			return nil, d.abandon(s, err)
 		}
 	}
 	for _, st := range r.Storage {
 		if err := d.appendTo(s, st); err != nil {
-			return nil, d.undo(s, err)
+			return nil, d.abandon(s, err)
 		}
 	}
 	if r.Take {
 		if err := d.take(ctx, s, control.TakeRequest{ID: s.id, NoFreeze: r.NoFreeze}); err != nil {
-			if !s.leaving { // take has not begun to destroy it
-				err = d.undo(s, err)
+			if !s.destroying { // take has not begun to destroy it
+				err = d.abandon(s, err)
 			}
 			return nil, err
 		}
 	}
 	if err := ctx.Err(); err != nil {
 		// Nobody will learn its UUID.
-		return nil, d.undo(s, err)
+		return nil, d.abandon(s, err)
 	}
 	return s, nil
 }
 
 // findOrAttach is the device that ref names, with a filter put over it if it has
 // none and attach allows it: a fresh one.
-func (d *Daemon) findOrAttach(ctx context.Context, ref string, attach bool) (v *device, fresh bool, err error) {
-	v, err = d.find(ref)
+func (d *Daemon) findOrAttach(ctx context.Context, ref string, attach bool) (dev *device, fresh bool, err error) {
+	dev, err = d.find(ref)
 	if err == nil || !attach || control.CodeOf(err) != control.NotFound {
 		if err != nil {
 			return nil, false, fail(err, "%s", ref)
 		}
-		return v, false, nil
+		return dev, false, nil
 	}
-	if v, err = d.add(ctx, control.AddRequest{Path: ref}); err != nil {
+	if dev, err = d.add(ctx, control.AddRequest{Path: ref}); err != nil {
 		return nil, false, fail(err, "attach %s", ref)
 	}
-	d.o.Log.Info("added", "name", v.Name, "disk", v.Original, "device", v.Path)
-	return v, true, nil
+	d.opts.Log.Info("added", "name", dev.Name, "disk", dev.Original, "device", dev.Path)
+	return dev, true, nil
 }
 
 // detach takes back the filters of a change that failed. One that somebody has
 // begun to use stays.
 func (d *Daemon) detach(attached []*device) error {
 	var errs []error
-	for _, v := range attached {
-		if err := d.removeIdle(context.Background(), v); err != nil {
-			errs = append(errs, fmt.Errorf("%s keeps its filter: %w", v.Original, err))
+	for _, dev := range attached {
+		if err := d.removeIdle(context.Background(), dev); err != nil {
+			errs = append(errs, fmt.Errorf("%s keeps its filter: %w", dev.Original, err))
 		} else {
-			d.o.Log.Info("removed", "name", v.Name, "disk", v.Original)
+			d.opts.Log.Info("removed", "name", dev.Name, "disk", dev.Original)
 		}
 	}
 	return errors.Join(errs...)
@@ -144,7 +144,7 @@ func (d *Daemon) detach(attached []*device) error {
 // chunkSize chooses the chunk size for devices: as asked for, or the smallest
 // that needs no more than the configured number of chunks.
 func (d *Daemon) chunkSize(asked int64, devices []*device) (int64, error) {
-	c := d.o.Config
+	c := d.opts.Config
 	if asked != 0 {
 		if err := diffarea.CheckChunkSize(asked); err != nil {
 			return 0, invalid("%v", err)
@@ -152,9 +152,9 @@ func (d *Daemon) chunkSize(asked int64, devices []*device) (int64, error) {
 		return asked, nil
 	}
 	shift := c.ChunkMinimumShift
-	for _, v := range devices {
-		if v.Size > 0 {
-			n := (v.Size + c.ChunkMaximumCount - 1) / c.ChunkMaximumCount // bytes a chunk has to have
+	for _, dev := range devices {
+		if dev.Size > 0 {
+			n := (dev.Size + c.ChunkMaximumCount - 1) / c.ChunkMaximumCount // bytes a chunk has to have
 			shift = max(shift, int64(bits.Len64(uint64(n-1))))
 		}
 	}
@@ -172,10 +172,10 @@ func (d *Daemon) AddToSnapshot(ctx context.Context, r control.SnapshotDeviceRequ
 	if err != nil {
 		return control.Snapshot{}, err
 	}
-	v, fresh, err := d.findOrAttach(ctx, r.Device, r.Attach)
+	dev, fresh, err := d.findOrAttach(ctx, r.Device, r.Attach)
 	if err == nil {
-		if err = d.addTo(s, v); err != nil && fresh {
-			err = errors.Join(err, d.detach([]*device{v}))
+		if err = d.addTo(s, dev); err != nil && fresh {
+			err = errors.Join(err, d.detach([]*device{dev}))
 		}
 	}
 	if err != nil {
@@ -184,17 +184,17 @@ func (d *Daemon) AddToSnapshot(ctx context.Context, r control.SnapshotDeviceRequ
 	return d.describeSnapshot(s), nil
 }
 
-// addTo needs change.
-func (d *Daemon) addTo(s *snapshot, v *device) error {
-	if v.leaving {
-		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add " + v.Name + ": it is being removed",
-			Fix: "end that first: ublk-blksnap remove " + v.Name}
+// addTo needs opLock.
+func (d *Daemon) addTo(s *snapshot, dev *device) error {
+	if dev.removing {
+		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add " + dev.Name + ": it is being removed",
+			Fix: "end that first: ublk-blksnap remove " + dev.Name}
 	}
-	if err := s.live.Add(v.filter, unix.Mkdev(v.disk.Num.Major, v.disk.Num.Minor), v.geo.LogicalBlock); err != nil {
-		return snapshotError(err, "add %s", v.Name)
+	if err := s.live.Add(dev.filter, unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor), dev.geo.LogicalBlock); err != nil {
+		return snapshotError(err, "add %s", dev.Name)
 	}
 	d.mu.Lock()
-	s.images = append(s.images, &image{of: v})
+	s.images = append(s.images, &image{device: dev})
 	d.mu.Unlock()
 	return nil
 }

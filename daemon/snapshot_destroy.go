@@ -20,7 +20,7 @@ func (d *Daemon) DestroySnapshot(ctx context.Context, id string) error {
 		return err
 	}
 	// Nobody else has to wait for its storage.
-	if err := d.awaitGone(ctx, s); err != nil {
+	if err := d.awaitDestroyed(ctx, s); err != nil {
 		return snapshotError(err, "destroy snapshot %s", s.id)
 	}
 	return nil
@@ -36,78 +36,78 @@ func (d *Daemon) beginDestroy(ctx context.Context, id string) (*snapshot, error)
 	if err != nil {
 		return nil, err
 	}
-	if err := d.end(s); err != nil {
+	if err := d.startDestroy(s); err != nil {
 		return nil, snapshotError(err, "destroy snapshot %s", s.id)
 	}
 	return s, nil
 }
 
 // destroyBroken destroys a snapshot because its device v is removed by force.
-func (d *Daemon) destroyBroken(id string, v *device) error {
+func (d *Daemon) destroyBroken(id string, dev *device) error {
 	s, err := d.findSnapshot(id)
 	if err != nil {
 		return err
 	}
-	if s.taken != nil && !s.leaving {
-		d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCorrupted, Device: v.OriginalNumber, Errno: -int(unix.ENODEV)})
-		d.o.Log.Warn("snapshot broken by the removal of its device", "snapshot", s.id, "name", v.Name)
+	if s.taken != nil && !s.destroying {
+		d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCorrupted, Device: dev.OriginalNumber, Errno: -int(unix.ENODEV)})
+		d.opts.Log.Warn("snapshot broken by the removal of its device", "snapshot", s.id, "name", dev.Name)
 	}
 	return d.destroy(s)
 }
 
-// undo destroys a snapshot with which something failed; needs change. What does
+// abandon destroys a snapshot with which something failed; needs opLock. What does
 // not answer has been waited for by then.
-func (d *Daemon) undo(s *snapshot, err error) error {
+func (d *Daemon) abandon(s *snapshot, err error) error {
 	if errors.Is(err, snapshots.ErrStuck) {
-		return errors.Join(err, d.end(s))
+		return errors.Join(err, d.startDestroy(s))
 	}
 	return errors.Join(err, d.destroy(s))
 }
 
-// destroy ends a snapshot and waits for it, with an end; needs change.
+// destroy ends a snapshot and waits for it, with an end; needs opLock.
 func (d *Daemon) destroy(s *snapshot) error {
-	if err := d.end(s); err != nil {
+	if err := d.startDestroy(s); err != nil {
 		return err
 	}
-	return d.awaitGone(context.Background(), s)
+	return d.awaitDestroyed(context.Background(), s)
 }
 
-// end removes the images of a snapshot and begins to give the rest back; needs
-// change. With an error the snapshot is still there, less what of it could be
+// startDestroy removes the images of a snapshot and begins to give the rest back;
+// needs opLock. With an error the snapshot is still there, less what of it could be
 // removed.
-func (d *Daemon) end(s *snapshot) error {
+func (d *Daemon) startDestroy(s *snapshot) error {
 	d.mu.Lock()
-	s.leaving = true
+	s.destroying = true
 	d.mu.Unlock()
-	if s.ending {
+	if s.releasing {
 		return nil
 	}
 	// First of all, so that whatever hangs below, the original disks do not.
 	broken := s.live.Err() == unix.EIO || s.live.Err() == unix.ETIMEDOUT
 	s.live.Abort()
 	for _, im := range s.images {
-		if im.dev == nil {
+		if im.ublk == nil {
 			continue
 		}
-		d.step("destroy snapshot %s: remove the image of %s", s.id, im.of.Name)
-		if err := d.removeUblk(im.dev, im.link); err != nil {
+		d.step("destroy snapshot %s: remove the image of %s", s.id, im.device.Name)
+		if err := d.removeUblk(im.ublk, im.link); err != nil {
 			return err
 		}
 		d.mu.Lock()
-		im.dev = nil
+		im.ublk = nil
 		d.mu.Unlock()
 	}
 	d.step("destroy snapshot %s: give the storage back", s.id)
 	d.mu.Lock()
-	s.ending = true
+	s.releasing = true
 	d.mu.Unlock()
-	go d.giveBack(s, broken)
+	go d.release(s, broken)
 	return nil
 }
 
-// giveBack gives memory and storage of a snapshot without images back, beside
+// release gives memory and storage of a snapshot without images back, beside
 // all other work: a storage that does not answer is waited for without an end.
-func (d *Daemon) giveBack(s *snapshot, broken bool) {
+func (d *Daemon) release(s *snapshot, broken bool) {
 	s.live.Destroy()
 	s.use.Lock()
 	d.mu.Lock()
@@ -116,32 +116,32 @@ func (d *Daemon) giveBack(s *snapshot, broken bool) {
 	s.use.Unlock()
 	if err := s.live.GiveBack(); err != nil {
 		// Nothing uses them any more: what is left is files.
-		d.o.Log.Error("storage or state not given back", "snapshot", s.id, "error", asKnown(err.Error()))
+		d.opts.Log.Error("storage or state not given back", "snapshot", s.id, "error", publicPaths(err.Error()))
 		if !broken { // storage that does not work can not be emptied either
-			s.failed = err
+			s.destroyErr = err
 		}
 	}
 	d.mu.Lock()
 	delete(d.snapshots, s.id)
 	d.mu.Unlock()
-	d.o.Log.Info("snapshot destroyed", "snapshot", s.id)
-	close(s.over)
+	d.opts.Log.Info("snapshot destroyed", "snapshot", s.id)
+	close(s.destroyed)
 }
 
-// awaitGone waits until nothing is left of a snapshot that ends, within the
-// limit for storage; change is not needed.
-func (d *Daemon) awaitGone(ctx context.Context, s *snapshot) error {
+// awaitDestroyed waits until nothing is left of a snapshot that ends, within the
+// limit for storage; opLock is not needed.
+func (d *Daemon) awaitDestroyed(ctx context.Context, s *snapshot) error {
 	select {
-	case <-s.over:
-		return s.failed
+	case <-s.destroyed:
+		return s.destroyErr
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-time.After(d.o.Config.StorageTimeout):
+	case <-time.After(d.opts.Config.StorageTimeout):
 	}
 	s.use.RLock()
 	hanging := s.hanging()
 	s.use.RUnlock()
-	d.o.Log.Warn("a disk of a destroyed snapshot does not answer: what is left is given back when it does", "snapshot", s.id, "disks", hanging)
+	d.opts.Log.Warn("a disk of a destroyed snapshot does not answer: what is left is given back when it does", "snapshot", s.id, "disks", hanging)
 	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when it does", strings.Join(hanging, ", "), snapshots.ErrStuck)
 }
 
@@ -156,7 +156,7 @@ func (s *snapshot) hanging() []string {
 		names = []string{"a disk"} // whose name is not known
 	}
 	for i, name := range names {
-		names[i] = asKnown(name)
+		names[i] = publicPaths(name)
 	}
 	return names
 }

@@ -12,10 +12,10 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
-// tell passes on the events of a snapshot until it is destroyed, and gives it
+// forwardEvents passes on the events of a snapshot until it is destroyed, and gives it
 // up when writes have to wait too long for its storage.
-func (d *Daemon) tell(s *snapshot) {
-	limit := d.o.Config.StorageTimeout
+func (d *Daemon) forwardEvents(s *snapshot) {
+	limit := d.opts.Config.StorageTimeout
 	look := time.NewTicker(limit / 8)
 	defer look.Stop()
 	var moved time.Time // when the log last got on, or nobody waited
@@ -28,15 +28,15 @@ func (d *Daemon) tell(s *snapshot) {
 			if waits, n := s.live.Waiting(); !waits || n != done || moved.IsZero() {
 				moved, done = now, n
 			} else if now.Sub(moved) >= limit && !s.gone && s.live.Err() == 0 {
-				d.o.Log.Error("writes wait for another disk than their own, which does not answer: the snapshot is given up", "snapshot", s.id, "for", limit, "disks", s.hanging())
+				d.opts.Log.Error("writes wait for another disk than their own, which does not answer: the snapshot is given up", "snapshot", s.id, "for", limit, "disks", s.hanging())
 				s.live.GiveUp(unix.ETIMEDOUT)
 			}
 			s.use.RUnlock()
 			continue
-		case e = <-s.told:
-		case <-s.over:
+		case e = <-s.engineEvents:
+		case <-s.destroyed:
 			select {
-			case e = <-s.told:
+			case e = <-s.engineEvents:
 			default:
 				d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventDestroyed})
 				return
@@ -50,7 +50,7 @@ func (d *Daemon) tell(s *snapshot) {
 		if e.Errno != 0 {
 			said = append(said, "error", e.Errno)
 		}
-		d.o.Log.Warn("snapshot", said...)
+		d.opts.Log.Warn("snapshot", said...)
 		d.events.emit(ev)
 	}
 }

@@ -46,7 +46,7 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 	out.Taken, out.Frozen = s.taken, s.frozen
 	out.Storage = append(out.Storage, s.storage...)
 	switch {
-	case s.leaving:
+	case s.destroying:
 		out.State = control.SnapshotDestroying
 	case out.Errno != 0:
 		out.State = control.SnapshotCorrupted
@@ -54,9 +54,9 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 		out.State = control.SnapshotTaken
 	}
 	for _, im := range s.images {
-		x := control.SnapshotImage{Device: im.of.Name, Original: im.of.Original, Errno: out.Errno}
-		if im.dev != nil {
-			x.Path, x.Link = im.dev.Path, im.link
+		x := control.SnapshotImage{Device: im.device.Name, Original: im.device.Original, Errno: out.Errno}
+		if im.ublk != nil {
+			x.Path, x.Link = im.ublk.Path, im.link
 			take := takeOf(im.take)
 			x.Take = &take
 		}

@@ -32,7 +32,7 @@ func (d *Daemon) AppendStorage(ctx context.Context, r control.StorageRequest) (c
 	return d.describeSnapshot(s), nil
 }
 
-// appendTo needs change.
+// appendTo needs opLock.
 func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 	if !filepath.IsAbs(st.Path) {
 		return invalid("storage %q: not an absolute path", st.Path)
@@ -54,7 +54,7 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 		Place: place, Where: d.host.Where(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
 	}); err != nil {
 		if hanging := s.live.Returning(); len(hanging) > 0 {
-			d.o.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", asKnown(strings.Join(hanging, ", ")))
+			d.opts.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", publicPaths(strings.Join(hanging, ", ")))
 		}
 		return snapshotError(err, "storage %s", st.Path)
 	}
@@ -66,28 +66,28 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 
 // probe says what a block device holds, which may not answer.
 func (d *Daemon) probe(dev *os.File) (string, error) {
-	if d.o.Prober == nil {
+	if d.opts.Prober == nil {
 		return "", errors.New("the daemon could not start its prober")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), d.o.Config.StorageTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), d.opts.Config.StorageTimeout)
 	defer cancel()
-	return d.o.Prober.Probe(ctx, dev)
+	return d.opts.Prober.Probe(ctx, dev)
 }
 
 // checkPlace refuses storage on a disk with a filter: a write to the storage that
 // needed a copy to the storage would wait for itself. It returns what could not be
 // found out about the place.
 func (d *Daemon) checkPlace(p *disk.Place) (warning string, err error) {
-	for _, v := range d.sorted() {
-		on, err := d.host.LiesOn(p, v.disk.Num, d.below)
+	for _, dev := range d.sorted() {
+		on, err := d.host.LiesOn(p, dev.disk.Num, d.lowerDisks)
 		var doubt *disk.Error
 		switch {
 		case on && err == nil:
 			return "", &control.Error{Code: control.Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
-				Message: fmt.Sprintf("lies on %s, which has the filter %s", v.Original, v.Name)}
+				Message: fmt.Sprintf("lies on %s, which has the filter %s", dev.Original, dev.Name)}
 		case on && errors.As(err, &doubt):
 			return "", &control.Error{Code: control.Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
-				Message: fmt.Sprintf("perhaps lies on %s, which has the filter %s: it %s", v.Original, v.Name, doubt.What)}
+				Message: fmt.Sprintf("perhaps lies on %s, which has the filter %s: it %s", dev.Original, dev.Name, doubt.What)}
 		case errors.Is(err, disk.ErrUnknown) && errors.As(err, &doubt):
 			warning = "not known on which disk, and it must not be one with a filter: " + doubt.What
 		case err != nil:
@@ -95,7 +95,7 @@ func (d *Daemon) checkPlace(p *disk.Place) (warning string, err error) {
 		}
 	}
 	if warning != "" {
-		d.o.Log.Warn("storage may lie anywhere", "storage", p.Path, "warning", warning)
+		d.opts.Log.Warn("storage may lie anywhere", "storage", p.Path, "warning", warning)
 	}
 	return warning, nil
 }

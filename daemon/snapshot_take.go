@@ -38,7 +38,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	if s.live.Taken() {
 		return snapimage.ErrTaken
 	}
-	o := snapshots.TakeOptions{Limit: d.o.Config.FreezeTimeout}
+	o := snapshots.TakeOptions{Limit: d.opts.Config.FreezeTimeout}
 	defer func() {
 		for _, f := range o.Freeze {
 			f.Close()
@@ -61,19 +61,19 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	_ = os.Remove(d.frozenFile())
 	if err != nil {
 		if s.live.Taken() {
-			return d.undo(s, err)
+			return d.abandon(s, err)
 		}
 		return err
 	}
 	if err := d.makeImages(ctx, s); err != nil {
-		return d.undo(s, fmt.Errorf("make images: %w: the snapshot is destroyed", err))
+		return d.abandon(s, fmt.Errorf("make images: %w: the snapshot is destroyed", err))
 	}
 	now := time.Now()
 	d.mu.Lock()
 	s.taken, s.frozen = &now, frozen
 	d.mu.Unlock()
 	d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventTaken})
-	d.o.Log.Info("snapshot taken", "snapshot", s.id, "frozen", frozen)
+	d.opts.Log.Info("snapshot taken", "snapshot", s.id, "frozen", frozen)
 	return nil
 }
 
@@ -83,24 +83,24 @@ const maxImageDepth = 64
 
 func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 	for i, im := range s.images {
-		d.step("take snapshot %s: make the image of %s", s.id, im.of.Name)
-		name := filepath.Join(imageDir, im.of.Name+"-"+s.id)
-		geo := im.of.geo
+		d.step("take snapshot %s: make the image of %s", s.id, im.device.Name)
+		name := filepath.Join(imageDir, im.device.Name+"-"+s.id)
+		geo := im.device.geo
 		// An image outlives no power failure, so there is nothing to flush; and
 		// a trim of it must not fill the storage with zeroes.
 		geo.ReadOnly, geo.VolatileCache, geo.FUA = false, false, false
 		geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
 		// Payloads go to the storage as well, whatever it is.
 		geo.DMAMask |= sector.Size - 1
-		dev, err := d.addUblk(ctx, imageKind, im.of.Name+"-"+s.id, ublk.Config{
-			Name: im.of.Name + "@", Queues: im.of.Queues, Depth: min(im.of.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
-			Mode: im.of.dev.Mode, Geometry: geo, NoPartScan: true,
-			Recovery:   im.of.Recovery,
-			Files:      []*blockdev.OSFile{im.of.orig},
+		dev, err := d.addUblk(ctx, imageKind, im.device.Name+"-"+s.id, ublk.Config{
+			Name: im.device.Name + "@", Queues: im.device.Queues, Depth: min(im.device.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
+			Mode: im.device.ublk.Mode, Geometry: geo, NoPartScan: true,
+			Recovery:   im.device.Recovery,
+			Files:      []*blockdev.OSFile{im.device.orig},
 			NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.live.Image(i).NewQueue(bq) },
 		})
 		d.mu.Lock()
-		im.dev, im.take = dev, s.live.TakeInfo(i)
+		im.ublk, im.take = dev, s.live.TakeInfo(i)
 		d.mu.Unlock()
 		if err != nil {
 			return err
@@ -121,7 +121,7 @@ func (d *Daemon) mountsOver(s *snapshot) []disk.Mount {
 	var out []disk.Mount
 	seen := map[disk.Num]bool{}
 	for _, im := range s.images {
-		for _, m := range d.host.MountsOver(im.of.dev.Num, d.below) {
+		for _, m := range d.host.MountsOver(im.device.ublk.Num, d.lowerDisks) {
 			if !seen[m.Num] {
 				seen[m.Num] = true
 				out = append(out, m)
@@ -133,7 +133,7 @@ func (d *Daemon) mountsOver(s *snapshot) []disk.Mount {
 
 // frozenFile names the filesystems that a take has frozen: one that is killed
 // before it can thaw them would leave them standing still for good.
-func (d *Daemon) frozenFile() string { return filepath.Join(d.o.Dir.State(), "frozen") }
+func (d *Daemon) frozenFile() string { return filepath.Join(d.opts.Dir.State(), "frozen") }
 
 func (d *Daemon) rememberFrozen(mounts []*os.File) error {
 	if len(mounts) == 0 {

@@ -89,7 +89,7 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportF
 		return usage("log_level: %v", err)
 	}
 	warn := func(err error) { p.tell("start the daemon: " + err.Error()) } // there is no log yet
-	if err := daemon.StartAnew(p.dir(), cfg, reportFD, warn); err != nil {
+	if err := daemon.Reexec(p.dir(), cfg, reportFD, warn); err != nil {
 		return err
 	}
 	log := daemon.NewLog(daemon.Stderr(), level, daemon.ToJournal(os.Stderr))

@@ -341,8 +341,8 @@ func (p *program) tellWhatGoesOn(ctx context.Context, what string, api control.A
 			case <-time.After(pause):
 			}
 			doing := what
-			if info, err := api.Info(ctx); err == nil && info.Doing != "" {
-				doing = info.Doing
+			if info, err := api.Info(ctx); err == nil && info.Activity != "" {
+				doing = info.Activity
 			}
 			if ctx.Err() == nil {
 				p.say(fmt.Sprintf("%s … %ds", doing, int(time.Since(began).Seconds())))

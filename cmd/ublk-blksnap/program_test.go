@@ -45,7 +45,7 @@ func (f *fakeDaemon) ask(r any) error {
 }
 
 func (f *fakeDaemon) Info(context.Context) (control.Info, error) {
-	return control.Info{Lost: f.lost, Doing: f.doing, Config: f.config}, nil
+	return control.Info{Lost: f.lost, Activity: f.doing, Config: f.config}, nil
 }
 func (f *fakeDaemon) AddDevice(_ context.Context, r control.AddRequest) (control.Device, error) {
 	return f.device, f.ask(r)

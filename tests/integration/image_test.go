@@ -292,7 +292,7 @@ func TestHungOriginal(t *testing.T) {
 	}
 	waitFor(t, "the take", func() bool {
 		i, err := d.Info(ctx(t))
-		return err == nil && strings.HasPrefix(i.Doing, "take snapshot")
+		return err == nil && strings.HasPrefix(i.Activity, "take snapshot")
 	})
 	_ = create.Process.Kill()
 	_ = create.Wait()
