@@ -7,11 +7,11 @@
 // It needs nothing of what the daemon is made of, and builds on every system.
 //
 // Every call is "POST /v1/OBJECT/VERB" with a JSON object as its body and a JSON
-// object, or an [Error], as its answer. Where the answer may be long, it is a line
-// of JSON per piece: /v1/snapshot/watch has one per event until the caller goes
-// away, /v1/cbt/changes one per range and /v1/cbt/map some of the map in base 64,
-// both with "info" in the last one. A line with "error" ends an answer that is not
-// whole. So
+// object, or an [Error], as its answer. A long answer is several lines, one JSON
+// object each. /v1/snapshot/watch sends a line for each event until the caller
+// goes away. /v1/cbt/changes sends a line for each range, and /v1/cbt/map a line
+// for each piece of the map, in base 64. The last line of these two has "info". A
+// line with "error" ends an answer, and means that it is not whole. So
 //
 //	curl --unix-socket /run/ublk-blksnap/control.sock -d '{}' http://d/v1/device/list
 //

@@ -233,6 +233,9 @@ func TestClientIsTheAPI(t *testing.T) {
 	fake := &fakeAPI{events: []control.Event{{Seq: 1, Kind: control.EventLowFreeSpace, Sectors: 8}, {Seq: 2, Kind: control.EventCorrupted, Errno: -28}}}
 	c := serveFake(t, fake)
 	direct := calls(ctx, fake)
+	if n := reflect.TypeFor[control.API]().NumMethod(); len(direct)+1 != n { // Stop has a test of its own
+		t.Errorf("%d calls besides Stop are tried, the API has %d", len(direct), n)
+	}
 	for name, over := range calls(ctx, c) {
 		fake.asked, fake.err = nil, nil
 		got, err := over.do()

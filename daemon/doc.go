@@ -23,14 +23,15 @@
 //
 // The daemon does one change at a time: [Daemon] has one lock around every
 // operation that adds, removes or takes anything, from beginning to end. Looking
-// (list, status, info, events) waits only for a second mutex that guards the
-// tables and is never held during I/O. Lock order: the first, then the second.
-// The queue threads of the devices take neither.
+// (list, status, info, events) takes the lock "use" of the device or snapshot for
+// reading, and the mutex of the tables, which is never held during I/O. Lock
+// order: opLock, use, mu. The queue threads of the devices take none of them.
 //
-// What callers can take of it is bounded: see server.go. A request is small, or
-// read piece by piece, and waits for nobody's: calls that look, that change, that
-// mark, that watch and that read long answers have places of their own. Nothing
-// of a device is held while a caller takes his time.
+// What callers can use of the daemon is bounded: see server.go. A request is
+// small, or the daemon reads it piece by piece. There are five classes of calls:
+// those that look, change, mark, watch, and read long answers. Each class has its
+// own places, so that no class waits for another. Nothing of a device is held
+// while a caller takes his time.
 //
 // # The end of a daemon
 //

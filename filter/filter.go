@@ -18,10 +18,11 @@
 //
 // # Concurrency
 //
-// Each Queue belongs to its thread and shares nothing with the others on the
-// way of a request but atomic loads of chunk words. What a queue must know of
-// the world outside, the gate and the list of areas, is told to it by tasks
-// posted to its thread (Cut, Forget), so that reading it costs nothing.
+// Each Queue belongs to one thread. While it serves a request whose chunks have
+// been copied, it shares nothing with other queues but the chunk words, which it
+// loads atomically. A queue has its own gate and its own list of areas. Cut and
+// Forget change them by tasks that they post to the queue's thread, so that the
+// queue reads them without a lock.
 package filter
 
 import (

@@ -21,9 +21,9 @@
 // log behind them.
 //
 // Like all of the engine this package knows no files, no time and no goroutines.
-// Memory and storage are given to it, and how long a disk may take is for its
-// caller to say. Package snapshots is that caller in the daemon, tests/sim in the
-// simulator.
+// Its caller gives it memory and storage, and decides how long a disk may take.
+// In the daemon the caller is package snapshots. In the simulator it is
+// tests/sim.
 //
 // # What survives
 //

@@ -1,6 +1,6 @@
-// Package snapshots is a snapshot on this machine: what gives the engine's
-// snapshot its memory, its storage and frozen filesystems, and lets the daemon
-// wait for it.
+// Package snapshots puts the engine's snapshot on this machine. It gives that
+// snapshot its memory and its storage, freezes filesystems for it, and lets the
+// daemon wait for it.
 //
 //	daemon ──> Snapshot ── tasks to the control queue ──> snapimage.Snapshot
 //	              ├ state:    a directory of mapped files on a tmpfs
@@ -14,11 +14,11 @@
 // has called back. The methods are for one owner, who calls one at a time. Those
 // that look, and GiveUp, may be called on any thread.
 //
-// Storage may hang for as long as a disk or a file server does not answer. It is
-// opened and given back on goroutines of its own, and who appends it waits no
-// longer than [Config].Patience. A filesystem that does not freeze in time is
-// thawed when it has frozen after all. One that does not thaw in time goes on when
-// its disk answers.
+// Storage may hang for as long as a disk or a file server does not answer.
+// Goroutines of their own open storage and give it back. A caller that appends
+// storage waits no longer than [Config].Patience. A filesystem that freezes too
+// late is thawed at once. If one does not thaw in time, nobody waits for it any
+// longer: it thaws when its disk answers.
 //
 // # Storage
 //

@@ -14,8 +14,8 @@
 // its own operations. Device.TryStop and Device.Delete end it again. A device
 // made with recovery outlives its process and is taken over by Recover.
 //
-// The package knows devices by their numbers and nothing of what is on them. Who
-// uses a disk it is told: see Config.OpenedBy.
+// The package knows devices by their numbers and nothing of what is on them. Its
+// caller tells it who uses a disk: see Config.OpenedBy.
 //
 // # Requests
 //
@@ -39,9 +39,9 @@
 // # Threads
 //
 // A queue's thread waits for the kernel without telling the Go scheduler, so
-// GOMAXPROCS is kept above the number of queues as devices come and go. No
-// function of this package may be called on a queue's thread, for most wait
-// for the queues. A process that serves disks calls PrepareProcess first.
+// GOMAXPROCS is kept above the number of queues as devices come and go. Call no
+// function of this package on a queue's thread, because most of them wait for the
+// queues. A process that serves disks calls PrepareProcess first.
 //
 // A Control has one thread for the driver's commands. It and every Device may be
 // used from any goroutine at once. Lock order: Device.mu, then Control.mu, which is

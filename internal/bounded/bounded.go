@@ -1,4 +1,4 @@
-// Package bounded waits only so long for what may hang.
+// Package bounded puts a time limit on calls that may hang.
 //
 // A system call on a disk that does not answer cannot be interrupted: not by a
 // signal, not by a context. Whoever must not hang with it makes the call on a

@@ -35,7 +35,7 @@ type Config struct {
 	Limit    int // sectors of each storage
 	Portion  int // sectors by which storage grows
 
-	// One fault: see blockdev.Fault. FaultOn is 0 for none, 1 for anything but
+	// One fault: see blockdevtest.Fault. FaultOn is 0 for none, 1 for anything but
 	// the originals, 2 for the originals, 3 for anything.
 	FaultOn     int
 	FaultKinds  int // bits by blockdev.Kind, 0: any
