@@ -1,0 +1,14 @@
+// Package sim runs the engine (cbtmap, diffarea, filter, snapimage), unchanged, in a
+// world of simulated disks, and checks everything that its clients see against a
+// plain model.
+//
+//	seed ──> Config, steps ──> world: clients ──> filter, images ──> disks, storage
+//	                             │                                     (blockdevtest)
+//	                             └ model: what each sector may hold, what must be marked
+//
+// One thread does everything: a seed decides which completion comes next, which
+// operation fails, when power goes and between which two stores the process dies.
+// So a run that failed is run again by its seed, and shrunk. README.md tells which
+// check proves what, and how the deliberate bugs of tests/sim/bugs prove that the
+// checks can fail.
+package sim
