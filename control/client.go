@@ -66,19 +66,11 @@ func (c *Client) send(ctx context.Context, path string, req any) (*http.Response
 // refused is the error of a socket that nobody listens on.
 var refused = errnoNamed("ECONNREFUSED")
 
-// contextError says that ctx ended before what was done.
-func contextError(err error, what string) *Error {
-	if errors.Is(err, context.DeadlineExceeded) {
-		return &Error{Code: Timeout, Errno: errnoNamed("ETIMEDOUT"), Message: what + ": took too long"}
-	}
-	return &Error{Code: Interrupted, Errno: errnoNamed("EINTR"), Message: what + ": interrupted"}
-}
-
 // transportError says why the daemon could not be asked.
 func (c *Client) transportError(ctx context.Context, err error) error {
 	switch {
 	case ctx.Err() != nil:
-		return contextError(ctx.Err(), "ask the daemon")
+		return ContextError(ctx.Err(), "ask the daemon")
 	case errors.Is(err, fs.ErrPermission):
 		return &Error{Code: Denied, Errno: errnoNamed("EACCES"), Message: "connect to " + c.socket + ": permission denied", Fix: "run this as root"}
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, refused):
@@ -121,7 +113,7 @@ func (c *Client) Stop(ctx context.Context) error {
 		return err
 	}
 	if err := p.wait(ctx); err != nil {
-		return contextError(err, "wait for the end of the daemon")
+		return ContextError(err, "wait for the end of the daemon")
 	}
 	return nil
 }

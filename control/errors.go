@@ -1,6 +1,7 @@
 package control
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 )
@@ -48,6 +49,15 @@ func (e *Error) Unwrap() error {
 		return nil
 	}
 	return e.Errno
+}
+
+// ContextError says that what was being done did not end before its context, which
+// ended with err.
+func ContextError(err error, what string) *Error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return &Error{Code: Timeout, Errno: errnoNamed("ETIMEDOUT"), Message: what + ": took too long"}
+	}
+	return &Error{Code: Interrupted, Errno: errnoNamed("EINTR"), Message: what + ": interrupted"}
 }
 
 // noErrno is what an error without an errno has.

@@ -12,15 +12,15 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
-func cbtInfo(i cbtmap.Info) control.CBTInfo {
+func cbtInfo(info cbtmap.Info) control.CBTInfo {
 	return control.CBTInfo{
-		DeviceCapacity: i.DeviceCapacity, BlockSize: i.BlockSize, BlockCount: i.BlockCount,
-		GenerationID: i.GenerationID.String(), ChangesNumber: i.ChangesNumber, Take: takeOf(i),
+		DeviceCapacity: info.DeviceCapacity, BlockSize: info.BlockSize, BlockCount: info.BlockCount,
+		GenerationID: info.GenerationID.String(), ChangesNumber: info.ChangesNumber, Take: takeOf(info),
 	}
 }
 
-func takeOf(i cbtmap.Info) control.Take {
-	return control.Take{Generation: i.GenerationID, Number: uint64(i.ChangesNumber)}
+func takeOf(info cbtmap.Info) control.Take {
+	return control.Take{Generation: info.GenerationID, Number: uint64(info.ChangesNumber)}
 }
 
 // cbtError gives the change map's errors their codes.
@@ -46,11 +46,11 @@ func (d *Daemon) CBTInfo(_ context.Context, ref string) (control.CBTInfo, error)
 		return control.CBTInfo{}, fail(err, "change map of %s", ref)
 	}
 	defer release()
-	i, err := dev.cbt.Info()
+	info, err := dev.cbt.Info()
 	if err != nil {
 		return control.CBTInfo{}, cbtError(err, "change map of %s", ref)
 	}
-	return cbtInfo(i), nil
+	return cbtInfo(info), nil
 }
 
 // mapPart is how many blocks of a map are read at a time for an answer.
@@ -62,15 +62,15 @@ func (d *Daemon) CBTMap(_ context.Context, ref string, w io.Writer) (control.CBT
 	if err != nil {
 		return control.CBTInfo{}, fail(err, "read the change map of %s", ref)
 	}
-	i, err := dev.cbt.Info()
+	info, err := dev.cbt.Info()
 	release()
-	part := make([]byte, min(i.BlockCount, mapPart))
-	for at := int64(0); err == nil && at < i.BlockCount; {
+	part := make([]byte, min(info.BlockCount, mapPart))
+	for at := int64(0); err == nil && at < info.BlockCount; {
 		if release, err = dev.hold(); err != nil {
 			break
 		}
 		var n int
-		n, err = dev.cbt.ReadMap(i.GenerationID, part, at)
+		n, err = dev.cbt.ReadMap(info.GenerationID, part, at)
 		release()
 		if errors.Is(err, io.EOF) {
 			err = nil
@@ -83,53 +83,53 @@ func (d *Daemon) CBTMap(_ context.Context, ref string, w io.Writer) (control.CBT
 	if err != nil {
 		return control.CBTInfo{}, cbtError(err, "read the change map of %s", ref)
 	}
-	return cbtInfo(i), nil
+	return cbtInfo(info), nil
 }
 
 // CBTChanges implements control.API.
 func (d *Daemon) CBTChanges(_ context.Context, r control.ChangesRequest, each func(control.Range) error) (control.CBTInfo, error) {
-	i, err := d.changes(r, each)
+	info, err := d.changes(r, each)
 	if err != nil {
 		return control.CBTInfo{}, cbtError(err, "changes of %s", r.Device)
 	}
-	return cbtInfo(i), nil
+	return cbtInfo(info), nil
 }
 
-func (d *Daemon) changes(r control.ChangesRequest, each func(control.Range) error) (i cbtmap.Info, err error) {
+func (d *Daemon) changes(r control.ChangesRequest, each func(control.Range) error) (info cbtmap.Info, err error) {
 	if r.Since == (control.Take{}) {
-		return i, invalid("since which take?")
+		return info, invalid("since which take?")
 	}
 	dev, release, err := d.hold(r.Device)
 	if err != nil {
-		return i, err
+		return info, err
 	}
 	defer func() { release() }()
 	seq, err := dev.cbt.Changes(r.Since.Generation, r.Since.Number)
 	if err != nil {
-		return i, err
+		return info, err
 	}
 	// Before any is read, so that what is told is at least as new; and if it is of
 	// another generation already, the sequence ends with that.
-	if i, err = dev.cbt.Info(); err != nil {
-		return i, err
+	if info, err = dev.cbt.Info(); err != nil {
+		return info, err
 	}
-	for x, err := range seq {
+	for changed, err := range seq {
 		if err != nil {
-			return i, err
+			return info, err
 		}
 		// Whom this is for may be slow: nobody else is to wait for that.
 		release()
 		release = func() {}
-		if err := each(control.Range{Sector: uint64(x.Offset / sector.Size), Count: uint64(x.Length / sector.Size)}); err != nil {
-			return i, err
+		if err := each(control.Range{Sector: uint64(changed.Offset / sector.Size), Count: uint64(changed.Length / sector.Size)}); err != nil {
+			return info, err
 		}
 		again, err := dev.hold()
 		if err != nil {
-			return i, err
+			return info, err
 		}
 		release = again
 	}
-	return i, nil
+	return info, nil
 }
 
 // MarkDirty implements control.API.
@@ -140,8 +140,8 @@ func (d *Daemon) MarkDirty(_ context.Context, r control.MarkRequest) error {
 	}
 	defer release()
 	ranges := make([]cbtmap.Sectors, len(r.Ranges))
-	for i, x := range r.Ranges {
-		ranges[i] = cbtmap.Sectors{First: x.Sector, Count: x.Count}
+	for n, r := range r.Ranges {
+		ranges[n] = cbtmap.Sectors{First: r.Sector, Count: r.Count}
 	}
 	if err := dev.cbt.MarkDirty(ranges); err != nil {
 		return cbtError(err, "mark blocks of %s", r.Device)

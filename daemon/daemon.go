@@ -46,9 +46,9 @@ type Daemon struct {
 
 var _ control.API = (*Daemon)(nil)
 
-// NewDaemon opens the ublk driver and clears away what a dead daemon left. The
+// New opens the ublk driver and clears away what a dead daemon left. The
 // run directory is locked, with the state directory mounted.
-func NewDaemon(o Options) (*Daemon, error) {
+func New(o Options) (*Daemon, error) {
 	d := &Daemon{
 		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
 		opLock: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
@@ -90,8 +90,8 @@ func driverError(err error, what string) error {
 	return &control.Error{Code: code, Message: what + ": " + err.Error()}
 }
 
-// Driver says why the ublk driver is not to be had, if so. It is loaded if it can be.
-func Driver() error {
+// CheckDriver says why the ublk driver is not to be had, if so. It is loaded if it can be.
+func CheckDriver() error {
 	ctl, err := ublk.OpenControl()
 	if err != nil {
 		return driverError(err, "look for the driver")
@@ -165,7 +165,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 			err = fail(err, "stop")
 		}
 	}()
-	all := d.sorted()
+	all := d.sortedDevices()
 	for _, dev := range all {
 		if err := d.checkIdle(dev); err != nil {
 			return fail(err, "%s", dev.Name)
@@ -228,8 +228,8 @@ func (d *Daemon) lowerDisks(n disk.Num) []disk.Num {
 	return nil
 }
 
-// bounded is ctx with an end by which a disk must have answered, and the driver
-// that waits for it.
-func (d *Daemon) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+// withDiskTimeout ends ctx when a disk must have answered, and the driver that waits for
+// it.
+func (d *Daemon) withDiskTimeout(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, d.opts.Config.DiskTimeout)
 }

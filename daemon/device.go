@@ -42,7 +42,7 @@ type device struct {
 
 // hold finds a device and keeps it from going away until release.
 func (d *Daemon) hold(ref string) (dev *device, release func(), err error) {
-	if dev, err = d.find(ref); err != nil {
+	if dev, err = d.findDevice(ref); err != nil {
 		return nil, nil, err
 	}
 	release, err = dev.hold()
@@ -63,21 +63,21 @@ func (dev *device) closeCBT() {
 	_ = os.Remove(dev.cbtPath)
 }
 
-// named is the device of that very name, nil if there is none.
-func (d *Daemon) named(name string) *device {
+// deviceNamed is the device of that very name, nil if there is none.
+func (d *Daemon) deviceNamed(name string) *device {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.devices[name]
 }
 
-// find is the device that ref names: by its name, or as a path of the original
+// findDevice is the device that ref names: by its name, or as a path of the original
 // or of the filter device.
-func (d *Daemon) find(ref string) (*device, error) {
-	if dev := d.named(ref); dev != nil {
+func (d *Daemon) findDevice(ref string) (*device, error) {
+	if dev := d.deviceNamed(ref); dev != nil {
 		return dev, nil
 	}
-	all := d.sorted()
-	x, err := d.host.Lookup(ref)
+	all := d.sortedDevices()
+	bdev, err := d.host.Lookup(ref)
 	if err != nil {
 		// The original may have been pulled out.
 		for _, dev := range all {
@@ -94,7 +94,7 @@ func (d *Daemon) find(ref string) (*device, error) {
 		return nil, d.explainDevice(e, ref)
 	}
 	for _, dev := range all {
-		if dev.disk.Num == x.Num || dev.ublk.Num == x.Num {
+		if dev.disk.Num == bdev.Num || dev.ublk.Num == bdev.Num {
 			return dev, nil
 		}
 	}
@@ -109,7 +109,7 @@ func (d *Daemon) openedBy(n blockdev.Num) string {
 	return ""
 }
 
-func (d *Daemon) sorted() []*device {
+func (d *Daemon) sortedDevices() []*device {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	out := make([]*device, 0, len(d.devices))

@@ -71,11 +71,11 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	if err := checkName(r.Name); err != nil {
 		return nil, err
 	}
-	if old := d.named(r.Name); old != nil {
+	if old := d.deviceNamed(r.Name); old != nil {
 		return nil, &control.Error{Code: control.Exists, Errno: unix.EEXIST,
 			Message: fmt.Sprintf("the name %s is taken by the filter over %s", r.Name, old.Original), Fix: "choose another with --name"}
 	}
-	ctx, cancel := d.bounded(ctx)
+	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	if err := d.checkFreeName(ctx, r.Name); err != nil {
 		return nil, err
@@ -134,18 +134,18 @@ func roomForQueues(r control.AddRequest, available int64) error {
 }
 
 // checkNotOurs refuses a disk that has a filter, or is one, or an image.
-func (d *Daemon) checkNotOurs(x *disk.Disk) error {
-	for _, dev := range d.sorted() {
-		if dev.disk.Num == x.Num {
+func (d *Daemon) checkNotOurs(bdev *disk.Disk) error {
+	for _, dev := range d.sortedDevices() {
+		if dev.disk.Num == bdev.Num {
 			return &control.Error{Code: control.Exists, Errno: unix.EALREADY, Message: "already added as " + dev.Name}
 		}
-		if dev.ublk.Num == x.Num || filepath.Base(dev.Path) == x.Parent {
+		if dev.ublk.Num == bdev.Num || filepath.Base(dev.Path) == bdev.Parent {
 			return &control.Error{Code: control.Invalid, Errno: unix.EINVAL, Message: "is itself the filter over " + dev.Original}
 		}
 	}
 	for _, s := range d.sortedSnapshots() {
 		for _, im := range s.images {
-			if im.ublk != nil && (im.ublk.Num == x.Num || filepath.Base(im.ublk.Path) == x.Parent) {
+			if im.ublk != nil && (im.ublk.Num == bdev.Num || filepath.Base(im.ublk.Path) == bdev.Parent) {
 				return &control.Error{Code: control.Invalid, Errno: unix.EINVAL, Message: "is an image of snapshot " + s.id}
 			}
 		}
@@ -155,12 +155,12 @@ func (d *Daemon) checkNotOurs(x *disk.Disk) error {
 
 // explainUser explains an exclusive user that is ours: a filter over a partition
 // of the disk, or over the disk of the partition.
-func (d *Daemon) explainUser(x *disk.Disk, err error) error {
+func (d *Daemon) explainUser(bdev *disk.Disk, err error) error {
 	if !errors.Is(err, disk.ErrInUse) {
 		return err
 	}
-	for _, dev := range d.sorted() {
-		if dev.disk.Parent == x.Name || x.Parent == dev.disk.Name {
+	for _, dev := range d.sortedDevices() {
+		if dev.disk.Parent == bdev.Name || bdev.Parent == dev.disk.Name {
 			return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s, on the same disk, has the filter %s", dev.disk.DisplayPath(), dev.Name)}
 		}
 	}
@@ -168,7 +168,7 @@ func (d *Daemon) explainUser(x *disk.Disk, err error) error {
 }
 
 // open makes everything a filter is made of, or nothing. Only a device that the
-// driver does not let go stays, v.dev with all that it uses: it has to be taken
+// driver does not let go stays, dev.ublk with all that it uses: it has to be taken
 // down.
 func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (err error) {
 	var undo []func()
@@ -228,13 +228,13 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 }
 
 // openOriginal opens a disk for a filter, so that nobody else can claim it.
-func (d *Daemon) openOriginal(ctx context.Context, x *disk.Disk) (*blockdev.OSFile, error) {
+func (d *Daemon) openOriginal(ctx context.Context, bdev *disk.Disk) (*blockdev.OSFile, error) {
 	type opened struct {
 		file *blockdev.OSFile
 		err  error
 	}
 	o, err := bounded.Call(ctx, func() opened {
-		f, err := d.host.OpenExclusive(x)
+		f, err := d.host.OpenExclusive(bdev)
 		if err == nil {
 			// What readers of the disk have in the page cache is about to become old.
 			_ = unix.IoctlSetInt(f.Fd(), unix.BLKFLSBUF, 0)
@@ -246,24 +246,24 @@ func (d *Daemon) openOriginal(ctx context.Context, x *disk.Disk) (*blockdev.OSFi
 		}
 	})
 	if err != nil {
-		return nil, fmt.Errorf("open and flush %s: %w", x.DisplayPath(), err)
+		return nil, fmt.Errorf("open and flush %s: %w", bdev.DisplayPath(), err)
 	}
 	return o.file, o.err
 }
 
 // readGeometry asks the kernel, which answers only after whoever changes a
 // parameter of the disk, and who does that waits for the disk's I/O.
-func readGeometry(ctx context.Context, x *disk.Disk) (ublk.Geometry, error) {
+func readGeometry(ctx context.Context, bdev *disk.Disk) (ublk.Geometry, error) {
 	type answer struct {
 		geo ublk.Geometry
 		err error
 	}
 	a, err := bounded.Call(ctx, func() (a answer) {
-		a.geo, a.err = ublk.ReadGeometry(x.Node)
+		a.geo, a.err = ublk.ReadGeometry(bdev.Node)
 		return a
 	}, func(answer) {})
 	if err != nil {
-		return ublk.Geometry{}, fmt.Errorf("read geometry of %s: %w", x.DisplayPath(), err)
+		return ublk.Geometry{}, fmt.Errorf("read geometry of %s: %w", bdev.DisplayPath(), err)
 	}
 	return a.geo, a.err
 }

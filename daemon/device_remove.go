@@ -22,7 +22,7 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 		return err
 	}
 	defer end()
-	dev, err := d.find(r.Device)
+	dev, err := d.findDevice(r.Device)
 	if err != nil {
 		// By the name it had, or by a path.
 		for _, path := range []string{filepath.Join(linkDir, r.Device), r.Device} {
@@ -51,19 +51,19 @@ const settleLimit = 2 * time.Second
 // orphan is the number of the ublk device at path, if a dead daemon of ours has
 // left it behind.
 func (d *Daemon) orphan(ctx context.Context, path string) (id int, ok bool) {
-	x, err := d.host.Lookup(path)
+	bdev, err := d.host.Lookup(path)
 	if err != nil {
 		return 0, false
 	}
-	if n, err := fmt.Sscanf(x.Name, "ublkb%d", &id); n != 1 || err != nil {
+	if n, err := fmt.Sscanf(bdev.Name, "ublkb%d", &id); n != 1 || err != nil {
 		return 0, false
 	}
-	i, err := d.ctl.Info(ctx, id)
+	info, err := d.ctl.Info(ctx, id)
 	if err != nil {
 		return 0, false
 	}
-	_, ours := ublk.IsOurs(i.Tag)
-	return id, ours && !i.Served()
+	_, ours := ublk.IsOurs(info.Tag)
+	return id, ours && !info.Served()
 }
 
 func (d *Daemon) removeOrphan(r control.RemoveRequest, id int) error {
@@ -71,7 +71,7 @@ func (d *Daemon) removeOrphan(r control.RemoveRequest, id int) error {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "remove " + r.Device + ": left by a daemon that died, its I/O waits",
 			Fix: "let the I/O fail and remove it: ublk-blksnap remove --force " + r.Device}
 	}
-	ctx, cancel := d.bounded(context.Background())
+	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
 	if err := d.ctl.DeleteDevice(ctx, id); err != nil {
 		return fail(err, "remove %s", r.Device)
@@ -102,15 +102,15 @@ func (d *Daemon) checkIdle(dev *device) error {
 // checkFree refuses a filter device that is mounted or has a device on it. One whose
 // disk is gone is free.
 func (d *Daemon) checkFree(dev *device) error {
-	x, err := d.host.ByNumber(dev.ublk.Num)
+	bdev, err := d.host.ByNumber(dev.ublk.Num)
 	if errors.Is(err, disk.ErrNotFound) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	x.Path = dev.Path
-	return d.host.CheckFree(x)
+	bdev.Path = dev.Path
+	return d.host.CheckFree(bdev)
 }
 
 // removeIdle removes a device that nobody uses; needs opLock.
@@ -128,7 +128,7 @@ func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 		}
 		d.comparePartitions(dev)
 		// Once begun it is not given up half-way.
-		c, cancel := d.bounded(context.WithoutCancel(ctx))
+		c, cancel := d.withDiskTimeout(context.WithoutCancel(ctx))
 		err := dev.ublk.TryStop(c)
 		cancel()
 		if err == nil {
@@ -151,7 +151,7 @@ func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 // sync changes nothing, and says whether the device could be removed now.
 func (d *Daemon) sync(ctx context.Context, dev *device) error {
 	d.step("sync %s", dev.Name)
-	ctx, cancel := d.bounded(ctx)
+	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	err := dev.ublk.Sync(ctx)
 	if errors.Is(err, ublk.ErrBusy) {
@@ -231,7 +231,7 @@ func (d *Daemon) takeDown(dev *device) error {
 // closeOriginal closes the original, after a last act on it. Both may have to wait
 // for it, the closing to write what its page cache holds.
 func (d *Daemon) closeOriginal(dev *device, last func()) {
-	ctx, cancel := d.bounded(context.Background())
+	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
 	_, err := bounded.Call(ctx, func() error {
 		last()
@@ -245,7 +245,7 @@ func (d *Daemon) closeOriginal(dev *device, last func()) {
 // comparePartitions notes whether the kernel has to read the partitions of the
 // original again when the filter device is gone; needs opLock.
 func (d *Daemon) comparePartitions(dev *device) {
-	if x, err := d.host.ByNumber(dev.ublk.Num); err == nil && dev.disk.Parent == "" {
-		dev.repartitioned = !d.host.SamePartitions(x, dev.disk)
+	if bdev, err := d.host.ByNumber(dev.ublk.Num); err == nil && dev.disk.Parent == "" {
+		dev.repartitioned = !d.host.SamePartitions(bdev, dev.disk)
 	}
 }

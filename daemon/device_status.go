@@ -10,16 +10,16 @@ import (
 // Devices implements control.API.
 func (d *Daemon) Devices(context.Context) ([]control.Device, error) {
 	out := []control.Device{}
-	for _, dev := range d.sorted() {
+	for _, dev := range d.sortedDevices() {
 		out = append(out, d.describe(dev))
 	}
 	return out, nil
 }
 
 func (d *Daemon) describe(dev *device) control.Device {
-	x := dev.Device
-	x.Snapshots = d.holders(dev)
-	return x
+	out := dev.Device
+	out.Snapshots = d.holders(dev)
+	return out
 }
 
 // DeviceStatus implements control.API.
@@ -30,8 +30,8 @@ func (d *Daemon) DeviceStatus(ctx context.Context, ref string) (control.DeviceSt
 	}
 	defer release()
 	s := control.DeviceStatus{Device: d.describe(dev), State: "unknown", Operations: map[string]control.Operation{}, Unregistered: dev.ublk.Unregistered()}
-	if i, err := dev.ublk.Info(ctx); err == nil {
-		s.State = i.State.String()
+	if info, err := dev.ublk.Info(ctx); err == nil {
+		s.State = info.State.String()
 	}
 	for q := range dev.Queues {
 		c := dev.filter.Counters(q)
@@ -45,8 +45,8 @@ func (d *Daemon) DeviceStatus(ctx context.Context, ref string) (control.DeviceSt
 		s.InFlight += c.InFlight.Load()
 		s.DiscardsSkipped += c.Skipped.Load()
 	}
-	if i, err := dev.cbt.Info(); err == nil {
-		c := cbtInfo(i)
+	if info, err := dev.cbt.Info(); err == nil {
+		c := cbtInfo(info)
 		s.CBT = &c
 	}
 	return s, nil

@@ -36,10 +36,8 @@ func fail(err error, format string, args ...any) *control.Error {
 		return c
 	case errors.Is(err, ublk.ErrTooOld), errors.Is(err, ublk.ErrZoned):
 		return &control.Error{Code: control.Unsupported, Errno: unix.EOPNOTSUPP, Message: joinMessage(what, err.Error())}
-	case errors.Is(err, context.DeadlineExceeded):
-		return &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: what + ": took too long"}
-	case errors.Is(err, context.Canceled):
-		return &control.Error{Code: control.Interrupted, Errno: unix.EINTR, Message: what + ": interrupted"}
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return control.ContextError(err, what)
 	case errors.As(err, &errno):
 		return &control.Error{Code: codeOfErrno(errno), Errno: errno, Message: joinMessage(what, err.Error())}
 	case errors.Is(err, os.ErrNotExist):

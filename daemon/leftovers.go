@@ -20,7 +20,7 @@ import (
 // links and notes of devices that are not there.
 func (d *Daemon) removeLeftovers() {
 	d.thawLeftover()
-	ctx, cancel := d.bounded(context.Background())
+	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
 	left, err := d.ctl.List(ctx)
 	if err != nil {
@@ -28,26 +28,26 @@ func (d *Daemon) removeLeftovers() {
 		return
 	}
 	waiting := map[string]bool{} // the kernel's names of devices left alone
-	for _, i := range left {
-		if _, ours := ublk.IsOurs(i.Tag); !ours {
+	for _, info := range left {
+		if _, ours := ublk.IsOurs(info.Tag); !ours {
 			continue
 		}
-		if now, err := d.ctl.SettledInfo(ctx, i.ID); err == nil {
-			i = now
+		if now, err := d.ctl.SettledInfo(ctx, info.ID); err == nil {
+			info = now
 		}
-		if i.State != ublk.Dead {
+		if info.State != ublk.Dead {
 			// Somebody may have it mounted: not ours to throw away.
-			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
-			d.opts.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", i.ID), "state", i.State.String(), "pid", i.PID)
+			waiting[fmt.Sprintf("ublkb%d", info.ID)] = true
+			d.opts.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", info.ID), "state", info.State.String(), "pid", info.PID)
 			continue
 		}
-		if isOpen(fmt.Sprintf("/dev/ublkc%d", i.ID)) {
-			waiting[fmt.Sprintf("ublkb%d", i.ID)] = true
-			d.opts.Log.Info("a device that another daemon makes or removes is left alone", "device", i.ID)
+		if isOpen(fmt.Sprintf("/dev/ublkc%d", info.ID)) {
+			waiting[fmt.Sprintf("ublkb%d", info.ID)] = true
+			d.opts.Log.Info("a device that another daemon makes or removes is left alone", "device", info.ID)
 			continue
 		}
-		if err := d.ctl.DeleteDevice(ctx, i.ID); err != nil {
-			d.opts.Log.Warn("cannot remove the device of a dead daemon", "device", i.ID, "error", err)
+		if err := d.ctl.DeleteDevice(ctx, info.ID); err != nil {
+			d.opts.Log.Warn("cannot remove the device of a dead daemon", "device", info.ID, "error", err)
 		}
 	}
 	d.clearLinks(ctx)

@@ -46,7 +46,7 @@ func (d *Daemon) link(ctx context.Context, name string, dev *ublk.Device) (strin
 			d.opts.Log.Warn("udev does not make the link: it is made without", "link", path, "waited", udevTimeout)
 		}
 	}
-	ctx, cancel := d.bounded(ctx)
+	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	unlock, err := lockLinks(ctx)
 	if err != nil {
@@ -107,36 +107,36 @@ func (d *Daemon) udevMade(ctx context.Context, path string, n disk.Num) bool {
 }
 
 // owner is the device that the name at path belongs to, if it belongs to one.
-func (d *Daemon) owner(ctx context.Context, path string) (i ublk.Info, ok bool) {
+func (d *Daemon) owner(ctx context.Context, path string) (info ublk.Info, ok bool) {
 	to, err := os.Readlink(path)
 	if err != nil {
-		return i, false
+		return info, false
 	}
 	var id int
 	if n, err := fmt.Sscanf(filepath.Base(to), "ublkb%d", &id); n != 1 || err != nil {
-		return i, false
+		return info, false
 	}
-	if i, err = d.ctl.Info(ctx, id); err != nil {
+	if info, err = d.ctl.Info(ctx, id); err != nil {
 		// Who does not answer has not given its name up.
-		return i, !errors.Is(err, unix.ENODEV)
+		return info, !errors.Is(err, unix.ENODEV)
 	}
-	_, ours := ublk.IsOurs(i.Tag)
-	return i, ours && i.State != ublk.Dead
+	_, ours := ublk.IsOurs(info.Tag)
+	return info, ours && info.State != ublk.Dead
 }
 
 // checkFreeName refuses a name that belongs to a device.
 func (d *Daemon) checkFreeName(ctx context.Context, name string) error {
-	i, taken := d.owner(ctx, filepath.Join(linkDir, name))
+	info, taken := d.owner(ctx, filepath.Join(linkDir, name))
 	switch {
 	case !taken:
 		return nil
-	case i.Served():
+	case info.Served():
 		return &control.Error{Code: control.Exists, Errno: unix.EEXIST, Fix: "choose another with --name",
-			Message: fmt.Sprintf("the name %s is taken by /dev/ublkb%d, which another daemon serves (process %d)", name, i.ID, i.PID)}
+			Message: fmt.Sprintf("the name %s is taken by /dev/ublkb%d, which another daemon serves (process %d)", name, info.ID, info.PID)}
 	}
 	return &control.Error{Code: control.Exists, Errno: unix.EEXIST,
-		Message: fmt.Sprintf("the name %s is taken by /dev/ublkb%d, left by a daemon that died", name, i.ID),
-		Fix:     fmt.Sprintf("choose another with --name, or remove that one first: ublk-blksnap remove --force /dev/ublkb%d", i.ID)}
+		Message: fmt.Sprintf("the name %s is taken by /dev/ublkb%d, left by a daemon that died", name, info.ID),
+		Fix:     fmt.Sprintf("choose another with --name, or remove that one first: ublk-blksnap remove --force /dev/ublkb%d", info.ID)}
 }
 
 // unlink takes its stable name from a ublk device, if it still has it.
@@ -144,7 +144,7 @@ func (d *Daemon) unlink(path, target string) {
 	if path == "" {
 		return
 	}
-	ctx, cancel := d.bounded(context.Background())
+	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
 	unlock, err := lockLinks(ctx)
 	if err != nil {

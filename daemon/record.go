@@ -18,7 +18,7 @@ import (
 // lives, so that after its death it can be told what was lost.
 type record struct {
 	Version      int    `json:"version"` // recordVersion
-	Birth        string `json:"birth"`   // tells the process from another of its number
+	Process      string `json:"birth"`   // tells the process from another of its number
 	control.Lost        // what will be, if it dies
 	// Before is what was lost already, and has not been made again.
 	Before *control.Lost `json:"before,omitempty"`
@@ -26,9 +26,9 @@ type record struct {
 
 const recordVersion = 1
 
-// birthOf tells a process from all others of its number; empty if it does not
-// live.
-func birthOf(pid int) string {
+// processIdentity tells a process from all others of its number, by the boot and the
+// time when it began; empty if it does not live.
+func processIdentity(pid int) string {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return ""
@@ -51,7 +51,7 @@ func (d RunDir) lost() *control.Lost {
 	}
 	defer f.Close()
 	var r record
-	if json.NewDecoder(io.LimitReader(f, 16<<20)).Decode(&r) != nil || r.Version != recordVersion || birthOf(r.PID) == r.Birth {
+	if json.NewDecoder(io.LimitReader(f, 16<<20)).Decode(&r) != nil || r.Version != recordVersion || processIdentity(r.PID) == r.Process {
 		return nil
 	}
 	if r.Before != nil {
@@ -66,25 +66,25 @@ func (d *Daemon) saveRecord() {
 	if !d.recorded {
 		return
 	}
-	r := record{Version: recordVersion, Birth: birthOf(os.Getpid()), Lost: control.Lost{PID: os.Getpid()}}
-	for _, dev := range d.sorted() {
+	r := record{Version: recordVersion, Process: processIdentity(os.Getpid()), Lost: control.Lost{PID: os.Getpid()}}
+	for _, dev := range d.sortedDevices() {
 		r.Devices = append(r.Devices, control.LostDevice{Name: dev.Name, Original: dev.Original, Path: dev.Path, Waits: dev.Recovery})
 	}
 	for _, s := range d.sortedSnapshots() {
-		x := control.LostSnapshot{ID: s.id}
+		lost := control.LostSnapshot{ID: s.id}
 		d.mu.Lock()
 		if s.releasing { // was destroyed: nobody will miss it
 			d.mu.Unlock()
 			continue
 		}
 		for _, im := range s.images {
-			x.Devices = append(x.Devices, im.device.Name)
+			lost.Devices = append(lost.Devices, im.device.Name)
 		}
 		for _, st := range s.storage {
-			x.Storage = append(x.Storage, st.Path)
+			lost.Storage = append(lost.Storage, st.Path)
 		}
 		d.mu.Unlock()
-		r.Snapshots = append(r.Snapshots, x)
+		r.Snapshots = append(r.Snapshots, lost)
 	}
 	d.mu.Lock()
 	d.lost = stillLost(d.lost, r.Devices)
@@ -107,8 +107,8 @@ func stillLost(l *control.Lost, there []control.LostDevice) *control.Lost {
 		return nil
 	}
 	rest := *l
-	rest.Devices = slices.DeleteFunc(slices.Clone(l.Devices), func(v control.LostDevice) bool {
-		return slices.ContainsFunc(there, func(x control.LostDevice) bool { return x.Name == v.Name || x.Original == v.Original })
+	rest.Devices = slices.DeleteFunc(slices.Clone(l.Devices), func(lost control.LostDevice) bool {
+		return slices.ContainsFunc(there, func(dev control.LostDevice) bool { return dev.Name == lost.Name || dev.Original == lost.Original })
 	})
 	if len(rest.Devices) == 0 && len(there) > 0 {
 		return nil
@@ -134,8 +134,8 @@ func waitEnded(l *control.Lost, path string) *control.Lost {
 // reportLost says what a daemon before this one lost, and puts this one on record.
 func (d *Daemon) reportLost() {
 	if l := d.opts.Dir.lost(); l != nil {
-		for _, v := range l.Devices {
-			d.opts.Log.Warn("lost with a daemon that died: a filter", "pid", l.PID, "name", v.Name, "disk", v.Original, "device", v.Path, "waits", v.Waits)
+		for _, dev := range l.Devices {
+			d.opts.Log.Warn("lost with a daemon that died: a filter", "pid", l.PID, "name", dev.Name, "disk", dev.Original, "device", dev.Path, "waits", dev.Waits)
 		}
 		for _, s := range l.Snapshots {
 			d.opts.Log.Warn("lost with a daemon that died: a snapshot", "pid", l.PID, "snapshot", s.ID, "devices", s.Devices, "storage", s.Storage)
@@ -164,9 +164,9 @@ func (d *Daemon) explain(e *control.Error, has func(*control.Lost) (fix string, 
 
 func (d *Daemon) explainDevice(e *control.Error, ref string) *control.Error {
 	return d.explain(e, func(l *control.Lost) (string, bool) {
-		for _, v := range l.Devices {
-			if ref == v.Name || ref == v.Original || ref == v.Path || ref == linkDir+"/"+v.Name {
-				return fmt.Sprintf("add it again: ublk-blksnap add %s --name %s", v.Original, v.Name), true
+		for _, dev := range l.Devices {
+			if ref == dev.Name || ref == dev.Original || ref == dev.Path || ref == linkDir+"/"+dev.Name {
+				return fmt.Sprintf("add it again: ublk-blksnap add %s --name %s", dev.Original, dev.Name), true
 			}
 		}
 		return "", false

@@ -41,7 +41,7 @@ func TestRecord(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := dir.replace(recordName, []byte(strings.ReplaceAll(string(b), birthOf(os.Getpid()), "long ago"))); err != nil {
+		if err := dir.replace(recordName, []byte(strings.ReplaceAll(string(b), processIdentity(os.Getpid()), "long ago"))); err != nil {
 			t.Fatal(err)
 		}
 	}

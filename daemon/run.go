@@ -71,7 +71,7 @@ func Run(o Options) error {
 	for _, err := range ublk.PrepareProcess() {
 		o.Log.Warn("the process is not as it should be", "error", err)
 	}
-	return run(o, func() (stopper, error) { return NewDaemon(o) })
+	return run(o, func() (stopper, error) { return New(o) })
 }
 
 func run(o Options, open func() (stopper, error)) error {

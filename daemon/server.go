@@ -238,7 +238,7 @@ type putter func([]byte) error
 func (f putter) Write(p []byte) (int, error) { return len(p), f(p) }
 
 func (s *server) cbtChanges(ctx context.Context, r control.ChangesRequest, put func(any, bool) error) error {
-	i, err := s.api.CBTChanges(ctx, r, func(x control.Range) error { return put(control.RangeLine{Range: &x}, false) })
+	i, err := s.api.CBTChanges(ctx, r, func(changed control.Range) error { return put(control.RangeLine{Range: &changed}, false) })
 	if err != nil {
 		return err
 	}
@@ -298,9 +298,9 @@ func readMark(body io.Reader) (r control.MarkRequest, err error) {
 				err = errors.New("ranges are not a list")
 			}
 			for err == nil && d.More() {
-				var x control.Range
-				if err = next(&x); err == nil {
-					ranges, err = addRange(ranges, x)
+				var added control.Range
+				if err = next(&added); err == nil {
+					ranges, err = addRange(ranges, added)
 				}
 			}
 			if err == nil {
@@ -322,14 +322,14 @@ func readMark(body io.Reader) (r control.MarkRequest, err error) {
 	if err != nil {
 		return r, bodyError(err)
 	}
-	for _, x := range cbtmap.Merge(ranges) {
-		r.Ranges = append(r.Ranges, control.Range{Sector: x.First, Count: x.Count})
+	for _, merged := range cbtmap.Merge(ranges) {
+		r.Ranges = append(r.Ranges, control.Range{Sector: merged.First, Count: merged.Count})
 	}
 	return r, nil
 }
 
-func addRange(ranges []cbtmap.Sectors, x control.Range) ([]cbtmap.Sectors, error) {
-	if err := x.Check(); err != nil {
+func addRange(ranges []cbtmap.Sectors, r control.Range) ([]cbtmap.Sectors, error) {
+	if err := r.Check(); err != nil {
 		return nil, err
 	}
 	if len(ranges) == maxRanges {
@@ -338,7 +338,7 @@ func addRange(ranges []cbtmap.Sectors, x control.Range) ([]cbtmap.Sectors, error
 			return nil, invalid("more than %d separate ranges: mark them with several requests", maxRanges/2)
 		}
 	}
-	return append(ranges, cbtmap.Sectors{First: x.Sector, Count: x.Count}), nil
+	return append(ranges, cbtmap.Sectors{First: r.Sector, Count: r.Count}), nil
 }
 
 func readBody(r *http.Request, req any) error {

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"sync"
@@ -20,7 +21,7 @@ import (
 // snapshot is a snapshot with its image devices.
 type snapshot struct {
 	id      string
-	live    *snapshots.Snapshot
+	snap    *snapshots.Snapshot
 	chunk   int64
 	created time.Time
 	// engineEvents carries events from the queue threads, which must not wait;
@@ -29,7 +30,7 @@ type snapshot struct {
 	destroyed    chan struct{}
 	destroyErr   error
 
-	// use is held by those who look into live without holding Daemon.opLock, and
+	// use is held by those who look into snap without holding Daemon.opLock, and
 	// by release while it goes away. gone changes under Daemon.mu too.
 	use  sync.RWMutex
 	gone bool
@@ -119,14 +120,27 @@ func (d *Daemon) findSnapshot(id string) (*snapshot, error) {
 	return s, nil
 }
 
+// beginOnSnapshot is begin for a change to the snapshot of that UUID, which has to be
+// whole.
+func (d *Daemon) beginOnSnapshot(ctx context.Context, id, format string, args ...any) (s *snapshot, end func(), err error) {
+	if end, err = d.begin(ctx, format, args...); err != nil {
+		return nil, nil, err
+	}
+	if s, err = d.usable(id); err != nil {
+		end()
+		return nil, nil, err
+	}
+	return s, end, nil
+}
+
 // usable is findSnapshot for those who want something of it; needs opLock.
 func (d *Daemon) usable(id string) (*snapshot, error) {
 	s, err := d.findSnapshot(id)
 	if err == nil && s.destroying {
 		return nil, &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "snapshot " + s.id + ": is being destroyed", Fix: "create another"}
 	}
-	if err == nil && s.live.Err() != 0 {
-		errno := s.live.Err()
+	if err == nil && s.snap.Err() != 0 {
+		errno := s.snap.Err()
 		return nil, &control.Error{Code: control.Corrupted, Errno: errno, Message: "snapshot " + s.id + ": is corrupted: " + errno.Error(), Fix: "destroy it, and take another"}
 	}
 	return s, err

@@ -64,7 +64,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	if n := d.opts.Config.ChunkMaximumInQueue; n > 0 {
 		pool = min(pool, n*chunk)
 	}
-	s.live, err = snapshots.New(snapshots.Config{
+	s.snap, err = snapshots.New(snapshots.Config{
 		ID: id, ChunkSize: chunk, PoolSize: pool,
 		Portion:  d.opts.Config.DiffStorageMinimum * sector.Size,
 		StateDir: d.snapshotsDir(),
@@ -113,7 +113,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 // findOrAttach is the device that ref names, with a filter put over it if it has
 // none and attach allows it: a fresh one.
 func (d *Daemon) findOrAttach(ctx context.Context, ref string, attach bool) (dev *device, fresh bool, err error) {
-	dev, err = d.find(ref)
+	dev, err = d.findDevice(ref)
 	if err == nil || !attach || control.CodeOf(err) != control.NotFound {
 		if err != nil {
 			return nil, false, fail(err, "%s", ref)
@@ -163,15 +163,11 @@ func (d *Daemon) chunkSize(asked int64, devices []*device) (int64, error) {
 
 // AddToSnapshot implements control.API.
 func (d *Daemon) AddToSnapshot(ctx context.Context, r control.SnapshotDeviceRequest) (control.Snapshot, error) {
-	end, err := d.begin(ctx, "add %s to snapshot %s", r.Device, r.ID)
+	s, end, err := d.beginOnSnapshot(ctx, r.ID, "add %s to snapshot %s", r.Device, r.ID)
 	if err != nil {
 		return control.Snapshot{}, err
 	}
 	defer end()
-	s, err := d.usable(r.ID)
-	if err != nil {
-		return control.Snapshot{}, err
-	}
 	dev, fresh, err := d.findOrAttach(ctx, r.Device, r.Attach)
 	if err == nil {
 		if err = d.addTo(s, dev); err != nil && fresh {
@@ -190,7 +186,7 @@ func (d *Daemon) addTo(s *snapshot, dev *device) error {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add " + dev.Name + ": it is being removed",
 			Fix: "end that first: ublk-blksnap remove " + dev.Name}
 	}
-	if err := s.live.Add(dev.filter, unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor), dev.geo.LogicalBlock); err != nil {
+	if err := s.snap.Add(dev.filter, unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor), dev.geo.LogicalBlock); err != nil {
 		return snapshotError(err, "add %s", dev.Name)
 	}
 	d.mu.Lock()

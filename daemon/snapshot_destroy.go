@@ -42,7 +42,7 @@ func (d *Daemon) beginDestroy(ctx context.Context, id string) (*snapshot, error)
 	return s, nil
 }
 
-// destroyBroken destroys a snapshot because its device v is removed by force.
+// destroyBroken destroys a snapshot because its device dev is removed by force.
 func (d *Daemon) destroyBroken(id string, dev *device) error {
 	s, err := d.findSnapshot(id)
 	if err != nil {
@@ -83,8 +83,8 @@ func (d *Daemon) startDestroy(s *snapshot) error {
 		return nil
 	}
 	// First of all, so that whatever hangs below, the original disks do not.
-	broken := s.live.Err() == unix.EIO || s.live.Err() == unix.ETIMEDOUT
-	s.live.Abort()
+	broken := s.snap.Err() == unix.EIO || s.snap.Err() == unix.ETIMEDOUT
+	s.snap.Abort()
 	for _, im := range s.images {
 		if im.ublk == nil {
 			continue
@@ -108,13 +108,13 @@ func (d *Daemon) startDestroy(s *snapshot) error {
 // release gives memory and storage of a snapshot without images back, beside
 // all other work: a storage that does not answer is waited for without an end.
 func (d *Daemon) release(s *snapshot, broken bool) {
-	s.live.Destroy()
+	s.snap.Destroy()
 	s.use.Lock()
 	d.mu.Lock()
 	s.gone = true
 	d.mu.Unlock()
 	s.use.Unlock()
-	if err := s.live.GiveBack(); err != nil {
+	if err := s.snap.GiveBack(); err != nil {
 		// Nothing uses them any more: what is left is files.
 		d.opts.Log.Error("storage or state not given back", "snapshot", s.id, "error", publicPaths(err.Error()))
 		if !broken { // storage that does not work can not be emptied either
@@ -148,9 +148,9 @@ func (d *Daemon) awaitDestroyed(ctx context.Context, s *snapshot) error {
 // hanging are the disks that the log of a snapshot waits for, storage or
 // originals, and storage that does not come back; needs use.
 func (s *snapshot) hanging() []string {
-	names := s.live.Returning()
+	names := s.snap.Returning()
 	if !s.gone {
-		names = append(names, s.live.UnderWay()...)
+		names = append(names, s.snap.UnderWay()...)
 	}
 	if len(names) == 0 {
 		names = []string{"a disk"} // whose name is not known

@@ -25,11 +25,11 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 		select {
 		case now := <-look.C:
 			s.use.RLock()
-			if waits, n := s.live.Waiting(); !waits || n != done || moved.IsZero() {
+			if waits, n := s.snap.Waiting(); !waits || n != done || moved.IsZero() {
 				moved, done = now, n
-			} else if now.Sub(moved) >= limit && !s.gone && s.live.Err() == 0 {
+			} else if now.Sub(moved) >= limit && !s.gone && s.snap.Err() == 0 {
 				d.opts.Log.Error("writes wait for another disk than their own, which does not answer: the snapshot is given up", "snapshot", s.id, "for", limit, "disks", s.hanging())
-				s.live.GiveUp(unix.ETIMEDOUT)
+				s.snap.GiveUp(unix.ETIMEDOUT)
 			}
 			s.use.RUnlock()
 			continue

@@ -30,13 +30,13 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 	out := control.Snapshot{ID: s.id, State: control.SnapshotCreated, Created: s.created, ChunkSize: s.chunk, Images: []control.SnapshotImage{}, Storage: []control.Storage{}}
 	s.use.RLock()
 	if !s.gone {
-		u := s.live.Usage()
+		u := s.snap.Usage()
 		out.Usage = control.SnapshotUsage{
 			Copied:   u.Regions * u.ChunkSize,
 			Stored:   (u.Regions - u.Unstored) * u.ChunkSize,
 			Capacity: u.Capacity * u.ChunkSize,
 		}
-		out.Errno = -int(s.live.Err())
+		out.Errno = -int(s.snap.Err())
 	} else {
 		out.Errno = -int(unix.ESHUTDOWN)
 	}
@@ -54,13 +54,13 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 		out.State = control.SnapshotTaken
 	}
 	for _, im := range s.images {
-		x := control.SnapshotImage{Device: im.device.Name, Original: im.device.Original, Errno: out.Errno}
+		img := control.SnapshotImage{Device: im.device.Name, Original: im.device.Original, Errno: out.Errno}
 		if im.ublk != nil {
-			x.Path, x.Link = im.ublk.Path, im.link
+			img.Path, img.Link = im.ublk.Path, im.link
 			take := takeOf(im.take)
-			x.Take = &take
+			img.Take = &take
 		}
-		out.Images = append(out.Images, x)
+		out.Images = append(out.Images, img)
 	}
 	return out
 }

@@ -17,15 +17,11 @@ import (
 
 // AppendStorage implements control.API.
 func (d *Daemon) AppendStorage(ctx context.Context, r control.StorageRequest) (control.Snapshot, error) {
-	end, err := d.begin(ctx, "append storage to snapshot %s", r.ID)
+	s, end, err := d.beginOnSnapshot(ctx, r.ID, "append storage to snapshot %s", r.ID)
 	if err != nil {
 		return control.Snapshot{}, err
 	}
 	defer end()
-	s, err := d.usable(r.ID)
-	if err != nil {
-		return control.Snapshot{}, err
-	}
 	if err := d.appendTo(s, r.Storage); err != nil {
 		return control.Snapshot{}, fail(err, "snapshot %s", s.id)
 	}
@@ -50,10 +46,10 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 	}
 	overwrite := st.Overwrite || st.OverwriteFile && place.Kind() == unix.S_IFREG
 	d.step("allocate storage in %s", st.Path)
-	if err := s.live.Append(snapshots.StorageConfig{
+	if err := s.snap.Append(snapshots.StorageConfig{
 		Place: place, Where: d.host.Where(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
 	}); err != nil {
-		if hanging := s.live.Returning(); len(hanging) > 0 {
+		if hanging := s.snap.Returning(); len(hanging) > 0 {
 			d.opts.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", publicPaths(strings.Join(hanging, ", ")))
 		}
 		return snapshotError(err, "storage %s", st.Path)
@@ -78,7 +74,7 @@ func (d *Daemon) probe(dev *os.File) (string, error) {
 // needed a copy to the storage would wait for itself. It returns what could not be
 // found out about the place.
 func (d *Daemon) checkPlace(p *disk.Place) (warning string, err error) {
-	for _, dev := range d.sorted() {
+	for _, dev := range d.sortedDevices() {
 		on, err := d.host.LiesOn(p, dev.disk.Num, d.lowerDisks)
 		var doubt *disk.Error
 		switch {

@@ -19,15 +19,11 @@ import (
 
 // TakeSnapshot implements control.API.
 func (d *Daemon) TakeSnapshot(ctx context.Context, r control.TakeRequest) (control.Snapshot, error) {
-	end, err := d.begin(ctx, "take snapshot %s", r.ID)
+	s, end, err := d.beginOnSnapshot(ctx, r.ID, "take snapshot %s", r.ID)
 	if err != nil {
 		return control.Snapshot{}, err
 	}
 	defer end()
-	s, err := d.usable(r.ID)
-	if err != nil {
-		return control.Snapshot{}, err
-	}
 	if err := d.take(ctx, s, r); err != nil {
 		return control.Snapshot{}, snapshotError(err, "take snapshot %s", s.id)
 	}
@@ -35,7 +31,7 @@ func (d *Daemon) TakeSnapshot(ctx context.Context, r control.TakeRequest) (contr
 }
 
 func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) error {
-	if s.live.Taken() {
+	if s.snap.Taken() {
 		return snapimage.ErrTaken
 	}
 	o := snapshots.TakeOptions{Limit: d.opts.Config.FreezeTimeout}
@@ -57,10 +53,10 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	if err := d.rememberFrozen(o.Freeze); err != nil {
 		return err
 	}
-	frozen, err := s.live.Take(ctx, o)
+	frozen, err := s.snap.Take(ctx, o)
 	_ = os.Remove(d.frozenFile())
 	if err != nil {
-		if s.live.Taken() {
+		if s.snap.Taken() {
 			return d.abandon(s, err)
 		}
 		return err
@@ -97,10 +93,10 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 			Mode: im.device.ublk.Mode, Geometry: geo, NoPartScan: true,
 			Recovery:   im.device.Recovery,
 			Files:      []*blockdev.OSFile{im.device.orig},
-			NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.live.Image(i).NewQueue(bq) },
+			NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.snap.Image(i).NewQueue(bq) },
 		})
 		d.mu.Lock()
-		im.ublk, im.take = dev, s.live.TakeInfo(i)
+		im.ublk, im.take = dev, s.snap.TakeInfo(i)
 		d.mu.Unlock()
 		if err != nil {
 			return err

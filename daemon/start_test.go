@@ -225,7 +225,7 @@ func TestConnectStartsNothing(t *testing.T) {
 	says("the filter data over", "the server of the filter, whose I/O waits, old over /dev/vdc")
 
 	// This process lives: nothing is lost.
-	record(os.Getpid(), birthOf(os.Getpid()), "")
+	record(os.Getpid(), processIdentity(os.Getpid()), "")
 	if l := s.Dir.lost(); l != nil {
 		t.Errorf("lost with a daemon that lives: %v", l)
 	}

@@ -23,7 +23,7 @@ const (
 // appears: therefore its number is chosen here. A device returned with an error
 // is one that the driver does not let go.
 func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.Config) (*ublk.Device, error) {
-	ctx, cancel := d.bounded(ctx)
+	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	cfg.Tag = ublk.Tag(kind)
 	cfg.OpenedBy = d.openedBy
@@ -58,7 +58,7 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 
 // removeUblk stops and deletes a ublk device under its users, with its link.
 func (d *Daemon) removeUblk(dev *ublk.Device, link string) error {
-	ctx, cancel := d.bounded(context.Background())
+	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
 	// The name goes first: it must not lead to another device.
 	d.unlink(link, dev.Path)

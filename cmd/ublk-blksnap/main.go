@@ -25,7 +25,7 @@ func init() { runtime.LockOSThread() }
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	p := &program{out: os.Stdout, err: os.Stderr, terminal: isTerminal, driver: daemon.Driver}
+	p := &program{out: os.Stdout, err: os.Stderr, terminal: isTerminal, driver: daemon.CheckDriver}
 	p.connect = func(ctx context.Context, start bool) (control.API, error) {
 		s := daemon.Starter{Dir: p.dir(), ConfigPath: p.configPath, Starting: func(lost *control.Lost) {
 			p.sayLost(lost)
