@@ -118,13 +118,13 @@ func (d *Daemon) applyDefaults(r *control.AddRequest) error {
 	if _, err := control.ParseMode(string(r.Mode)); err != nil {
 		return invalid("%v", err)
 	}
-	return roomForQueues(*r, availableMemory())
+	return checkQueueMemory(*r, availableMemory())
 }
 
-// roomForQueues refuses queues whose buffers, were they needed, would take more
+// checkQueueMemory refuses queues whose buffers, were they needed, would take more
 // than half of the memory there is: they cannot be swapped, and nothing kills
 // this process for them. available is in bytes, 0 if it is not known.
-func roomForQueues(r control.AddRequest, available int64) error {
+func checkQueueMemory(r control.AddRequest, available int64) error {
 	need := int64(r.Queues) * int64(r.Depth) * ublk.DefaultMaxIO
 	if r.Mode == control.ModeZeroCopy || available == 0 || need <= available/2 {
 		return nil
@@ -275,7 +275,7 @@ func (d *Daemon) createChangeMap(dev *device, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := snapshots.Room(d.cbtDir(), n); err != nil {
+	if err := snapshots.CheckSpace(d.cbtDir(), n); err != nil {
 		return fmt.Errorf("make the change map: %w", err)
 	}
 	dev.cbtPath = filepath.Join(d.cbtDir(), name)

@@ -40,7 +40,7 @@ func TestRoomForQueues(t *testing.T) {
 		{4, 4096, control.ModeZeroCopy, gib, true}, // has no buffers
 		{4, 4096, control.ModeCopy, 0, true},       // nobody knows
 	} {
-		err := roomForQueues(control.AddRequest{Queues: c.queues, Depth: c.depth, Mode: c.mode}, c.available)
+		err := checkQueueMemory(control.AddRequest{Queues: c.queues, Depth: c.depth, Mode: c.mode}, c.available)
 		if (err == nil) != c.ok {
 			t.Errorf("%d queues of %d, %s, %d GiB: %v", c.queues, c.depth, c.mode, c.available>>30, err)
 		}

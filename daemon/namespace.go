@@ -100,7 +100,7 @@ const initRoot = "/proc/1/root"
 // host is the machine as everybody sees it.
 func host(patience time.Duration) *disk.Host {
 	h := disk.Machine()
-	h.Patience = patience
+	h.Timeout = patience
 	if os.Getenv(namespaceEnv) == ownNamespace {
 		h.Root = initRoot
 	}

@@ -66,10 +66,10 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	}
 	s.snap, err = snapshots.New(snapshots.Config{
 		ID: id, ChunkSize: chunk, PoolSize: pool,
-		Portion:  d.opts.Config.DiffStorageMinimum * sector.Size,
-		StateDir: d.snapshotsDir(),
-		Patience: d.opts.Config.StorageTimeout,
-		Control:  d.queue,
+		Portion:        d.opts.Config.DiffStorageMinimum * sector.Size,
+		StateDir:       d.snapshotsDir(),
+		StorageTimeout: d.opts.Config.StorageTimeout,
+		Control:        d.queue,
 		OnEvent: func(e diffarea.Event) {
 			select {
 			case s.engineEvents <- e:

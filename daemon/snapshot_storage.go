@@ -47,7 +47,7 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 	overwrite := st.Overwrite || st.OverwriteFile && place.Kind() == unix.S_IFREG
 	d.step("allocate storage in %s", st.Path)
 	if err := s.snap.Append(snapshots.StorageConfig{
-		Place: place, Where: d.host.Where(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
+		Place: place, RealPath: d.host.RealPath(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
 	}); err != nil {
 		if hanging := s.snap.Returning(); len(hanging) > 0 {
 			d.opts.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", publicPaths(strings.Join(hanging, ", ")))

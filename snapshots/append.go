@@ -1,9 +1,11 @@
 package snapshots
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 )
 
 // ErrStuck: a disk of the snapshot, of its storage or an original, does not
@@ -11,65 +13,63 @@ import (
 var ErrStuck = errors.New("does not answer")
 
 // Append gives the snapshot storage. It returns when the first portion is
-// allocated, or with ErrStuck when that takes longer than Config.Patience, all in
-// all: the storage is used then if it answers after all, and given back with the
+// allocated, or with ErrStuck when that takes longer than Config.StorageTimeout, all
+// in all: the storage is used then if it answers after all, and given back with the
 // others.
 func (s *Snapshot) Append(c StorageConfig) error {
 	path := c.Place.Path
-	late := time.After(s.cfg.Patience)
-	st, err := s.openStorage(c, late)
+	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.StorageTimeout)
+	defer cancel()
+	st, err := s.openStorage(ctx, c)
 	if err != nil {
 		return err
 	}
 	s.storage = append(s.storage, st)
 	select {
 	case err = <-s.start(func(done func(error)) { s.engine.Append(st.engine(), done) }):
-	case <-late:
+	case <-ctx.Done():
 		return fmt.Errorf("%s: %w", path, ErrStuck)
 	}
 	if err == nil {
 		return nil
 	}
 	s.storage = s.storage[:len(s.storage)-1]
-	r := s.giveBack(path, func() error { return st.discard(0) })
+	r := s.giveBack(path, func() error { return st.wipe(0) })
 	select {
 	case <-r.done:
 		err, r.err = errors.Join(err, r.err), nil // told once
-	case <-late:
+	case <-ctx.Done():
 		err = fmt.Errorf("%w; and %s does not answer: it is given back when it does", err, path)
 	}
 	return err
 }
 
 // openStorage is for what may hang itself: a file of a dead file server.
-func (s *Snapshot) openStorage(c StorageConfig, late <-chan time.Time) (*storage, error) {
-	type result struct {
+func (s *Snapshot) openStorage(ctx context.Context, c StorageConfig) (*storage, error) {
+	type opened struct {
 		st  *storage
 		err error
 	}
 	align := s.align
-	opened := make(chan result, 1)
-	go func() {
-		st, err := c.open(align)
-		if err == nil {
-			if err = s.state.remember(st, c.Where); err != nil {
-				err = errors.Join(err, st.discard(0))
+	back := &returning{path: c.Place.Path, done: make(chan struct{})}
+	o, late := bounded.Call(ctx, func() (o opened) {
+		if o.st, o.err = c.open(align); o.err == nil {
+			if o.err = s.state.remember(o.st, c.RealPath); o.err != nil {
+				o.err = errors.Join(o.err, o.st.wipe(0))
 			}
 		}
-		opened <- result{st, err}
-	}()
-	select {
-	case r := <-opened:
-		return r.st, r.err
-	case <-late:
-		s.giveBack(c.Place.Path, func() error {
-			if r := <-opened; r.err == nil {
-				return r.st.discard(0)
-			}
-			return nil
-		})
+		return o
+	}, func(o opened) {
+		if o.err == nil {
+			back.err = o.st.wipe(0)
+		}
+		close(back.done)
+	})
+	if late != nil {
+		s.awaitLater(back)
 		return nil, fmt.Errorf("%s: %w", c.Place.Path, ErrStuck)
 	}
+	return o.st, o.err
 }
 
 // returning is a storage on its way back. What it takes may hang for as long as
@@ -83,14 +83,19 @@ type returning struct {
 // giveBack runs f, which gives the storage at path back, beside the caller.
 func (s *Snapshot) giveBack(path string, f func() error) *returning {
 	r := &returning{path: path, done: make(chan struct{})}
-	s.mu.Lock()
-	s.returning = append(s.returning, r)
-	s.mu.Unlock()
+	s.awaitLater(r)
 	go func() {
 		r.err = f()
 		close(r.done)
 	}()
 	return r
+}
+
+// awaitLater leaves the wait for a storage on its way back to GiveBack.
+func (s *Snapshot) awaitLater(r *returning) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.returning = append(s.returning, r)
 }
 
 // Returning are the paths of storage that is being given back and has not

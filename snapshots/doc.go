@@ -16,8 +16,8 @@
 //
 // Storage may hang for as long as a disk or a file server does not answer.
 // Goroutines of their own open storage and give it back. A caller that appends
-// storage waits no longer than [Config].Patience. A filesystem that freezes too
-// late is thawed at once. If one does not thaw in time, nobody waits for it any
+// storage waits no longer than [Config].StorageTimeout. A filesystem that freezes
+// too late is thawed at once. If one does not thaw in time, nobody waits for it any
 // longer: it thaws when its disk answers.
 //
 // # Storage

@@ -28,33 +28,35 @@ type frozenMounts struct {
 // none, within limit.
 func freeze(mounts []*os.File, limit time.Duration) (*frozenMounts, error) {
 	f := &frozenMounts{since: time.Now(), limit: limit}
-	deadline := time.NewTimer(limit)
-	defer deadline.Stop()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
 	for _, m := range mounts {
-		done := make(chan error, 1)
-		go func() { done <- ioctlMount(m, uapi.FIFREEZE) }()
-		select {
-		case err := <-done:
-			if err != nil {
-				return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), err), f.thaw())
-			}
-			f.mounts = append(f.mounts, m)
-		case <-deadline.C:
-			// The request cannot be taken back. When it succeeds after all, it
-			// is undone at once.
-			late, err := dup(m)
-			go func() {
-				if <-done == nil && late != nil {
-					_ = ioctlMount(late, uapi.FITHAW) // nobody is left to tell
-				}
-				if late != nil {
-					late.Close()
-				}
-			}()
-			return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), ErrFreezeTimeout), err, f.thaw())
+		if err := freezeMount(ctx, m); err != nil {
+			return nil, errors.Join(fmt.Errorf("freeze %s: %w", m.Name(), err), f.thaw())
 		}
+		f.mounts = append(f.mounts, m)
 	}
 	return f, nil
+}
+
+// freezeMount freezes the filesystem that m lies on. A request that takes too long
+// cannot be taken back: if it succeeds after all, it is undone at once.
+func freezeMount(ctx context.Context, m *os.File) error {
+	own, err := dup(m) // m may be closed while the request is under way
+	if err != nil {
+		return err
+	}
+	err, late := bounded.Call(ctx, func() error { return ioctlMount(own, uapi.FIFREEZE) }, func(err error) {
+		if err == nil {
+			_ = ioctlMount(own, uapi.FITHAW) // nobody is left to tell
+		}
+		own.Close()
+	})
+	if late != nil {
+		return ErrFreezeTimeout
+	}
+	own.Close()
+	return err
 }
 
 // thaw lets all of them go on, and says how it failed for any. The last one that

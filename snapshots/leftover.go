@@ -81,7 +81,7 @@ func ClearLeftover(dir string) error {
 	return errors.Join(append(errs, os.RemoveAll(dir))...)
 }
 
-// clear does what discard would have done.
+// clear does what storage.wipe would have done.
 func (r record) clear() error {
 	if r.Path == "" {
 		return nil

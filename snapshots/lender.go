@@ -63,7 +63,7 @@ func (s *storage) openBeside(c StorageConfig, align int) (err error) {
 	if mountOf(fd) != mountOf(int(p.Dir.Fd())) {
 		return errors.New("the file is on another filesystem than its directory: name a directory there")
 	}
-	if err := s.openNameless(p.Dir, align); err != nil {
+	if err := s.openTmpfile(p.Dir, align); err != nil {
 		return err
 	}
 	s.lender = &lender{fd: fd}

@@ -45,17 +45,17 @@ func (n *name) remove(fd int) error {
 
 const newFile = unix.O_RDWR | unix.O_EXCL | unix.O_CLOEXEC
 
-// nameless makes a file without a name in a directory.
-func nameless(dir *os.File) (fd int, err error) {
+// tmpfile makes a file without a name in a directory, with O_TMPFILE.
+func tmpfile(dir *os.File) (fd int, err error) {
 	fd, err = unix.Openat(int(dir.Fd()), ".", newFile|unix.O_TMPFILE, ownMode)
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) {
-		return namedNameless(dir)
+		return unlinkedFile(dir)
 	}
 	return fd, err
 }
 
-// namedNameless is nameless on a filesystem that wants a name to begin with.
-func namedNameless(dir *os.File) (fd int, err error) {
+// unlinkedFile is tmpfile on a filesystem that has no O_TMPFILE.
+func unlinkedFile(dir *os.File) (fd int, err error) {
 	n := &name{&disk.Place{Dir: dir, Base: ".ublk-blksnap-" + uuid.NewString()}}
 	fd, err = unix.Openat(int(dir.Fd()), n.Base, newFile|unix.O_CREAT|unix.O_NOFOLLOW, ownMode)
 	if err != nil {

@@ -34,9 +34,9 @@ var signatures = []struct {
 	{"a partition table or a boot sector", 510, "\x55\xaa"},
 }
 
-// unused refuses a block device that holds something, as far as that can be
+// checkUnused refuses a block device that holds something, as far as that can be
 // known. The list above is what blkid passes over when it finds it damaged.
-func (c StorageConfig) unused() error {
+func (c StorageConfig) checkUnused() error {
 	const way = "if it is not needed, wipe it (wipefs -a) or overwrite it (--overwrite)"
 	fd, err := reopen(c.Place.File, unix.O_RDONLY)
 	if err != nil {

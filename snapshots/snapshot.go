@@ -27,8 +27,8 @@ type Config struct {
 	// StateDir is a directory on a tmpfs that outlives the daemon. The snapshot
 	// makes a directory of its own in it.
 	StateDir string
-	// Patience is how long storage may take to answer who appends it.
-	Patience time.Duration
+	// StorageTimeout is how long storage may take to answer who appends it.
+	StorageTimeout time.Duration
 	// Control is the queue for control work; its thread is not the caller's.
 	Control blockdev.Queue
 	// OnEvent is called on queue threads and must not block.
@@ -100,7 +100,7 @@ func (s *Snapshot) Add(f *filter.Filter, device uint64, block int) error {
 	}
 	block = int(min(int64(block), s.cfg.ChunkSize))
 	for _, st := range s.storage {
-		if err := st.suit(block); err != nil {
+		if err := st.fitAlign(block); err != nil {
 			return fmt.Errorf("storage %s: %w", st.path, err)
 		}
 	}
@@ -152,7 +152,7 @@ func (s *Snapshot) Destroy() {
 func (s *Snapshot) GiveBack() error {
 	for _, st := range s.storage {
 		used := s.log.Used(st.file)
-		s.giveBack(st.path, func() error { return st.discard(used) })
+		s.giveBack(st.path, func() error { return st.wipe(used) })
 	}
 	s.state.free()
 	var errs []error

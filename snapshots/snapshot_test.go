@@ -118,7 +118,7 @@ func newSnapshot(t *testing.T) (s *Snapshot, state string) {
 	t.Cleanup(func() { os.RemoveAll(state) })
 	s, err = New(Config{
 		ID: uuid.New(), ChunkSize: 4 << 10, PoolSize: 64 << 10, Portion: 64 << 10,
-		StateDir: state, Patience: time.Minute, Control: ring(t, "snapshots"),
+		StateDir: state, StorageTimeout: time.Minute, Control: ring(t, "snapshots"),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -132,7 +132,7 @@ func appendDir(t *testing.T, s *Snapshot, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Append(StorageConfig{Place: p, Where: dir}); err != nil {
+	if err := s.Append(StorageConfig{Place: p, RealPath: dir}); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -43,7 +43,7 @@ func newState(dir string) (*state, error) {
 // file makes a file of zeroes and maps it.
 func (s *state) file(name string, size int64, allocate bool) (mem []byte, f *os.File, err error) {
 	path := filepath.Join(s.dir, name)
-	if err := Room(s.dir, size); err != nil {
+	if err := CheckSpace(s.dir, size); err != nil {
 		return nil, nil, err
 	}
 	f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)

@@ -36,8 +36,8 @@ type storage struct {
 type StorageConfig struct {
 	// Place is where it is to be; whoever it is given to closes it.
 	Place *disk.Place
-	// Where is a path of the place by which another process finds it.
-	Where string
+	// RealPath is a path of the place by which another process finds it.
+	RealPath string
 	// Limit is the most that may be taken, in bytes; 0 is all there is.
 	Limit int64
 	// Overwrite uses a file or a device whatever it holds.
@@ -66,7 +66,7 @@ func (c StorageConfig) open(align int) (s *storage, err error) {
 	case 0:
 		return s, s.openNew(p, align)
 	case unix.S_IFDIR:
-		return s, s.openNameless(p.File, align)
+		return s, s.openTmpfile(p.File, align)
 	case unix.S_IFREG:
 		return s, s.openBeside(c, align)
 	case unix.S_IFBLK:
@@ -91,8 +91,8 @@ func (s *storage) openNew(p *disk.Place, align int) error {
 	return nil
 }
 
-func (s *storage) openNameless(dir *os.File, align int) error {
-	fd, err := nameless(dir)
+func (s *storage) openTmpfile(dir *os.File, align int) error {
+	fd, err := tmpfile(dir)
 	if err != nil {
 		return err
 	}
@@ -128,14 +128,14 @@ func (s *storage) claim(align int) error {
 		return fmt.Errorf("a file here has the mode %o, and others could read what is stored: choose another place", st.Mode&0o777)
 	}
 	// Not at the opening: some filesystems make the file before they refuse.
-	if s.direct(true) == nil {
+	if s.setDirect(true) == nil {
 		s.align = directAlign(fd)
 	}
-	return s.suit(align)
+	return s.fitAlign(align)
 }
 
-// direct changes whether the page cache is passed by.
-func (s *storage) direct(on bool) error {
+// setDirect changes whether the page cache is passed by.
+func (s *storage) setDirect(on bool) error {
 	fd := uintptr(s.file.Fd())
 	flags, err := unix.FcntlInt(fd, unix.F_GETFL, 0)
 	if err != nil {
@@ -150,15 +150,15 @@ func (s *storage) direct(on bool) error {
 	return err
 }
 
-// suit makes the storage fit for a snapshot whose images are read and written
+// fitAlign makes the storage fit for a snapshot whose images are read and written
 // in pieces of align bytes. If that is less than it can do directly: through
 // the page cache, then, and all of it.
-func (s *storage) suit(align int) error {
+func (s *storage) fitAlign(align int) error {
 	if s.align <= align {
 		return nil
 	}
 	s.align = 0
-	return s.direct(false)
+	return s.setDirect(false)
 }
 
 // reopen opens what was opened as a place, whatever its names lead to by now.
@@ -184,7 +184,7 @@ func (s *storage) openDevice(c StorageConfig, align int) (err error) {
 		}
 	}()
 	if !c.Overwrite {
-		if err := c.unused(); err != nil {
+		if err := c.checkUnused(); err != nil {
 			return err
 		}
 	}
@@ -198,7 +198,7 @@ func (s *storage) openDevice(c StorageConfig, align int) (err error) {
 	if s.align, err = unix.IoctlGetInt(s.file.Fd(), unix.BLKSSZGET); err != nil {
 		return err
 	}
-	return s.suit(align)
+	return s.fitAlign(align)
 }
 
 // directAlign is the alignment that direct I/O on fd needs, 0 if the kernel
@@ -216,9 +216,9 @@ func (s *storage) engine() diffarea.Storage {
 	return diffarea.Storage{File: s.file, Size: s.size, Fixed: s.fixed}
 }
 
-// discard gives the storage back with nothing left to read in it: a file is
+// wipe gives the storage back with nothing left to read in it: a file is
 // emptied and loses its name, a device is zeroed as far as it was used.
-func (s *storage) discard(used int64) error {
+func (s *storage) wipe(used int64) error {
 	fd := s.file.Fd()
 	var errs []error
 	if s.fixed {

@@ -48,7 +48,7 @@ var secret = bytes.Repeat([]byte("secret!!"), 8<<10)
 // store writes the secret to the storage, as the log does.
 func store(t *testing.T, s *storage) {
 	t.Helper()
-	if err := s.direct(false); err != nil {
+	if err := s.setDirect(false); err != nil {
 		t.Fatal(err)
 	}
 	if err := unix.Fallocate(s.file.Fd(), 0, 0, 1<<20); err != nil {
@@ -130,7 +130,7 @@ func TestStorageOfOthers(t *testing.T) {
 				t.Errorf("%s for a second snapshot: %v", path, err)
 			}
 		}
-		if err := s.discard(0); err != nil {
+		if err := s.wipe(0); err != nil {
 			t.Error(err)
 		}
 	}
@@ -194,7 +194,7 @@ func TestStorageThatWasThere(t *testing.T) {
 			}
 			store(t, s)
 			reads(t, "who had it open before", f)
-			if err := s.discard(int64(len(secret))); err != nil {
+			if err := s.wipe(int64(len(secret))); err != nil {
 				t.Error(err)
 			}
 			reads(t, "who had it open before, afterwards,", f)
@@ -240,7 +240,7 @@ func TestStorageSomebodyHasOpen(t *testing.T) {
 	if _, err := f.WriteAt([]byte("mine"), 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.discard(int64(len(secret))); err != nil {
+	if err := s.wipe(int64(len(secret))); err != nil {
 		t.Error(err)
 	}
 	if b, err := os.ReadFile(path); err != nil || len(b) != size || string(b[:4]) != "mine" {
@@ -310,7 +310,7 @@ func TestStorageMoved(t *testing.T) {
 					s.name.Close()
 					err = ClearLeftover(st.dir)
 				} else {
-					err = s.discard(int64(len(secret)))
+					err = s.wipe(int64(len(secret)))
 				}
 				if c.moved != errors.Is(err, errMoved) || !c.moved && err != nil {
 					t.Errorf("reported: %v, want it: %v", err, c.moved)
@@ -336,15 +336,15 @@ func TestStorageMoved(t *testing.T) {
 	}
 }
 
-// TestNamelessByName is a directory on a filesystem that makes no nameless files.
-func TestNamelessByName(t *testing.T) {
+// TestUnlinkedFile is a directory on a filesystem that has no O_TMPFILE.
+func TestUnlinkedFile(t *testing.T) {
 	dir := t.TempDir()
 	d, err := os.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	fd, err := namedNameless(d)
+	fd, err := unlinkedFile(d)
 	if err != nil {
 		t.Fatal(err)
 	}

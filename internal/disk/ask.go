@@ -15,8 +15,8 @@ import (
 var ErrNoAnswer = errors.New("does not answer")
 
 const (
-	// defaultPatience is the Patience of a Host that has none.
-	defaultPatience = 5 * time.Second
+	// defaultTimeout is the Timeout of a Host that has none.
+	defaultTimeout = 5 * time.Second
 	// grace is how long any one question is waited for, though the time for all
 	// of them is over: what answers at all does so at once.
 	grace = time.Second
@@ -73,7 +73,7 @@ func askPath[T any](h *Host, what, path string, f func() T, undo func(T)) (T, er
 	n := len(unanswered.ended)
 	unanswered.Unlock()
 	if n < maxUnanswered {
-		if x, err := ask(h.soon(), what+" "+filepath.Join(h.Root, path), f, undo); err == nil {
+		if x, err := ask(h.deadline(), what+" "+filepath.Join(h.Root, path), f, undo); err == nil {
 			return x, nil
 		}
 	}
@@ -81,10 +81,10 @@ func askPath[T any](h *Host, what, path string, f func() T, undo func(T)) (T, er
 	return none, &Error{ErrNoAnswer, path, "a file server or a disk on the way to it does not answer", ""}
 }
 
-// soon is when a question put now must have been answered.
-func (h *Host) soon() time.Time {
-	if h.Patience == 0 {
-		return time.Now().Add(defaultPatience)
+// deadline is when a question put now must have been answered.
+func (h *Host) deadline() time.Time {
+	if h.Timeout == 0 {
+		return time.Now().Add(defaultTimeout)
 	}
-	return time.Now().Add(h.Patience)
+	return time.Now().Add(h.Timeout)
 }

@@ -129,9 +129,9 @@ type Host struct {
 	Root string
 	// Proc and Sys are where procfs and sysfs are mounted.
 	Proc, Sys string
-	// Patience is how long a path is looked up, and a loop device is asked, before
+	// Timeout is how long a path is looked up, and a loop device is asked, before
 	// that fails with ErrNoAnswer; 0: some seconds.
-	Patience time.Duration
+	Timeout time.Duration
 
 	// nil: the real ones
 	stat     func(path string) (status, error)

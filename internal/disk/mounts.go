@@ -98,7 +98,7 @@ func (h *Host) capacityAt(path string) (capacity, error) {
 	if err != nil {
 		return capacity{}, err
 	}
-	return capacityOf(f, h.soon())
+	return capacityOf(f, h.deadline())
 }
 
 func (h *Host) capacityOn(m Mount) (capacity, error) {
@@ -109,7 +109,7 @@ func (h *Host) capacityOn(m Mount) (capacity, error) {
 	if err != nil {
 		return capacity{}, err
 	}
-	return capacityOf(f, h.soon())
+	return capacityOf(f, h.deadline())
 }
 
 // capacityOf closes the file.

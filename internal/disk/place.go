@@ -196,9 +196,9 @@ func openAt(dir int, name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// Where is a path of the place for this process, free of symbolic links, as
+// RealPath is a path of the place for this process, free of symbolic links, as
 // things are now.
-func (h *Host) Where(p *Place) string {
+func (h *Host) RealPath(p *Place) string {
 	f, base := p.Dir, p.Base
 	if f == nil {
 		f, base = p.File, ""

@@ -49,7 +49,7 @@ func TestOpenPlace(t *testing.T) {
 			t.Errorf("%s: %v", c.path, err)
 			continue
 		}
-		if where := h.Where(p); where != filepath.Join(root, dir, c.where) || p.Kind() != c.kind {
+		if where := h.RealPath(p); where != filepath.Join(root, dir, c.where) || p.Kind() != c.kind {
 			t.Errorf("%s is %s, kind %o; want %s, %o", c.path, where, p.Kind(), c.where, c.kind)
 		}
 		p.Close()
@@ -69,7 +69,7 @@ func TestOpenPlace(t *testing.T) {
 	defer p.Close()
 	must(os.Rename(path("a"), path("moved")))
 	must(os.Symlink("/", path("a")))
-	if where := h.Where(p); where != filepath.Join(root, path("moved", "b", "new")) {
+	if where := h.RealPath(p); where != filepath.Join(root, path("moved", "b", "new")) {
 		t.Errorf("after a rename it is %s", where)
 	}
 

@@ -310,7 +310,7 @@ func (w *walk) device(n Num) bool {
 		return true
 	}
 	if file := backingName(readText(filepath.Join(d.sys, "loop/backing_file"))); file != "" {
-		st, err := w.backingStatus(d.Name, file, w.soon())
+		st, err := w.backingStatus(d.Name, file, w.deadline())
 		if err != nil {
 			return w.unsure(file, err)
 		}

@@ -116,7 +116,7 @@ func (h *Host) isSwap(d *Disk) bool {
 // set up by the disk's own name.
 func (h *Host) loopOver(d *Disk) string {
 	files, _ := filepath.Glob(filepath.Join(h.Sys, "class/block/loop*/loop/backing_file"))
-	end := h.soon() // of all
+	end := h.deadline() // of all
 	for _, f := range files {
 		name := filepath.Base(filepath.Dir(filepath.Dir(f)))
 		file := backingName(readText(f))

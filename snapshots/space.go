@@ -8,10 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Room says whether the filesystem of dir could hold size bytes more if all its
-// sparse files were full. Whatever is put on the state's tmpfs asks first: a
+// CheckSpace makes sure that the filesystem of dir could hold size bytes more if all
+// its sparse files were full. Whatever is put on the state's tmpfs asks first: a
 // page that is promised and not there kills the daemon when it is touched.
-func Room(dir string, size int64) error {
+func CheckSpace(dir string, size int64) error {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil {
 		return fmt.Errorf("%s: %w", dir, err)
