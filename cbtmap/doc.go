@@ -1,17 +1,18 @@
-// Package cbtmap is the change map of one original disk: which blocks changed
-// since which take.
+// Package cbtmap is the change map of one original disk. It says which blocks
+// changed since which take.
 //
 // # Numbers
 //
-// A block is a power of two of bytes (see [Params]). Each block has one byte in
-// two maps. The active map is what writes mark; a take copies it to the
-// readable map, which is all that readers see. A marked byte holds the number
-// of the coming take, so that after it
+// The size of a block is a power of two (see [Params]). There are two maps, and
+// each block has one byte in either. Writes mark the active map. A take copies
+// the active map to the readable map, and readers see only the readable map. A
+// mark is the number of the coming take. So after that take
 //
 //	changed since take n  <=>  byte > n
 //
-// A number means something only within its generation, named by a UUID. A byte
-// can tell 255 numbers apart; then a take begins a new generation instead:
+// A number means something only within its generation, which has a UUID. A byte
+// can tell 255 numbers apart. When they have run out, the next take begins a new
+// generation:
 //
 //	event            GenerationID  ChangesNumber  marks write  active map    readable map
 //	created          G1            0              1            all 0         all 0
@@ -26,22 +27,25 @@
 //	NewGeneration,
 //	Resize           G'            0              1            all 1         all 0
 //
-// Number 0 of G2 and G3 is a take like any other: it may be the base of an
-// increment. A generation begun by NewGeneration or Resize, outside a take,
-// knows nothing of what came before it, therefore every block counts as changed
-// since its number 0. ChangesNumber is never above 254.
+// Number 0 of G2 and G3 is a take like any other: a backup may use it as the base
+// of an increment. NewGeneration and Resize begin a generation outside a take.
+// Such a generation knows nothing of what came before it, so every block counts
+// as changed since its number 0. ChangesNumber is never above 254.
 //
 // # Readers
 //
-// A backup keeps the generation and the number of the take it has copied: its
-// base. At a later take the increment since the base is the blocks with
-// byte > base number if the generation is still the base's, and the whole device
-// otherwise. [Map.Changes] and [Map.ReadMap] want the generation and refuse
-// another with [ErrGeneration]. A base is what [Map.Switch] returned for that
-// take: where several snapshots of one device are held, a later [Map.Info] may
-// already speak of the next one. Increments are between takes: writes to an
-// image belong to its own take's increment for those who read it afterwards, and
-// to the next take's in any case.
+// A backup keeps the generation and the number of the take that it has copied:
+// its base. A later take may still be of the base's generation. Then the increment
+// is all blocks with byte > base number. Otherwise the increment is the whole
+// device. [Map.Changes] and [Map.ReadMap] are told the generation, and fail with
+// [ErrGeneration] if it has ended.
+//
+// A base is what [Map.Switch] returned for that take. [Map.Info] is no base: if
+// several snapshots of a device are held, it may already speak of a later take.
+//
+// A write to an image marks both maps. So whoever reads the map afterwards finds
+// that block in the increment of the image's own take. The next take's increment
+// has it in any case.
 //
 // # Concurrency
 //
@@ -51,18 +55,19 @@
 //
 // # What survives
 //
-// Maps and header lie in one region of memory, in practice a mapped file on a
-// tmpfs, which outlives the process:
+// Maps and header lie in one region of memory, which outlives the process. In the
+// daemon it is a mapped file on a tmpfs:
 //
-//	0      header, copy 0     the newer of the two that has a
-//	128    header, copy 1     right checksum counts
+//	0      header, copy 0     of the copies whose checksum is right
+//	128    header, copy 1     the newer one counts
 //	256    corrupted flag     8 bytes, not 0: corrupted
 //	512    active map         one byte a block, padded to 64
 //	...    readable map       one byte a block, padded to 64
 //
-// A SIGKILL between any two stores is made good by [Open]: a take that was cut
-// short has not happened, though some blocks may count as changed too early. A
-// new generation that was cut short, at the wrap as well, leaves the map
-// corrupted, which the next take mends. Nothing here survives a power failure;
-// [Map.Save] is for a clean shutdown.
+// [Open] mends the map after a SIGKILL between any two stores. A take that was cut
+// short has not happened, though some blocks may count as changed too early. A new
+// generation that was cut short leaves the map corrupted, even if a take began it.
+// The next take begins another generation, and with it the map is whole again.
+//
+// Nothing here survives a power failure. [Map.Save] is for a clean shutdown.
 package cbtmap

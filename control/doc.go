@@ -1,20 +1,20 @@
-// Package control is the way to the daemon: its API, and a client that asks for
-// it with HTTP and JSON over a UNIX socket.
+// Package control is the way to the daemon. It holds the daemon's API, and a client
+// that calls it with HTTP and JSON over a UNIX socket.
 //
 //	program ── Client ══ control.sock ══ package daemon
 //	              └──── both are an API ─────┘
 //
-// It needs nothing of what the daemon is made of, and builds on every system.
+// The package imports nothing of the daemon's parts, and builds on every system.
 //
-// Every call is "POST /v1/OBJECT/VERB" with a JSON object as its body and a JSON
-// object, or an [Error], as its answer. A long answer is several lines, one JSON
-// object each. /v1/snapshot/watch sends a line for each event until the caller
-// goes away. /v1/cbt/changes sends a line for each range, and /v1/cbt/map a line
-// for each piece of the map, in base 64. The last line of these two has "info". A
-// line with "error" ends an answer, and means that it is not whole. So
+// Every call is "POST /v1/OBJECT/VERB" with a JSON object as its body. The answer
+// is a JSON object, or an [Error]. A long answer is several lines, one JSON object
+// each. /v1/snapshot/watch sends a line for each event until the caller goes away.
+// /v1/cbt/changes sends a line for each range, and /v1/cbt/map a line for each
+// piece of the map, in base 64. The last line of these two has "info". A line with
+// "error" ends an answer, and means that the answer is not whole. So
 //
 //	curl --unix-socket /run/ublk-blksnap/control.sock -d '{}' http://d/v1/device/list
 //
-// works as well as the client. The socket is 0600 in a directory 0700: who can
-// connect may do everything.
+// works as well as the client. The socket has mode 0600, in a directory of mode
+// 0700. Whoever can connect may do everything.
 package control

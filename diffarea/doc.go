@@ -1,6 +1,6 @@
-// Package diffarea keeps what a snapshot needs of its disks: before a chunk of an
+// Package diffarea keeps the old data that a snapshot needs. Before a chunk of an
 // original disk is overwritten for the first time since the cut, its old data is
-// copied, first into memory, then to the difference storage.
+// copied into memory. Later it is stored in the difference storage.
 //
 //	Area    one disk in one snapshot: a word per chunk says where its data is
 //	Log     one snapshot: regions, handed out in order to the chunks of all its
@@ -10,50 +10,55 @@
 //
 // # The way of one copied write
 //
-// A write comes to a chunk that is NEW. T is the thread of its queue. The lock is
-// Log.mu, and no I/O or callback happens under it.
+// A write comes to a chunk that is NEW. T is the thread of its queue. "Locked"
+// means that the thread holds Log.mu. No I/O and no callback happens under it.
 //
-//  1. Claim (Area.Protect, on T, locked). The word is looked at again: if somebody
-//     has copied the chunk meanwhile, the write goes on. If somebody is copying it
-//     now, the write waits for that copy. Else a new Copy waits for a region, in
-//     Log.waiting, and the write waits for the Copy.
-//  2. End of turn (Worker.work, on T, locked). It runs once for all that the turn
-//     of the queue brought, and ends in Log.settle, as every change of the log does.
-//  3. Grant (Log.grantLocked, in settle). The Copy gets the next region and its
-//     slot: COPYING. If the slot is still taken, the Copy stays where it is until a
-//     store has freed it (8); if there is no storage behind the region, until that
-//     has grown. If it cannot grow, the snapshot breaks.
-//  4. Read (Worker.startReady, Copy.read, on T). Neighbours are read together,
-//     from the original disk into their slots. A follower does not read: the Copy
-//     of a larger chunk around it, in another snapshot, lends it the data (lendData).
+//  1. Claim (Area.Protect, on T, locked). T looks at the word again. If the chunk
+//     has been copied meanwhile, the write goes on. If a Copy of it is under way,
+//     the write waits for that Copy. Otherwise T makes a new Copy. The Copy waits
+//     for a region, in Log.waiting, and the write waits for the Copy.
+//  2. End of turn (Worker.work, on T, locked). It runs once for everything that the
+//     turn of the queue brought. It ends in Log.settle, as every change of the log
+//     does.
+//  3. Grant (Log.grantLocked, in settle). The Copy gets the next region and that
+//     region's slot: COPYING. If the slot is still taken, the Copy waits until a
+//     store has freed it (8). If no storage is behind the region yet, the Copy
+//     waits until the storage has grown. If the storage cannot grow, the snapshot
+//     breaks.
+//  4. Read (Worker.startReady, Copy.read, on T). The old data is read from the
+//     original disk into the slot, for neighbours in one read. A follower does not
+//     read: another snapshot's Copy of a larger chunk around it lends it the data
+//     (lendData).
 //  5. Word (Copy.landed, finish, on T, no lock). The data is in the slot, and one
-//     store to the chunk's word says so: IN_MEMORY. From here on images read the
-//     chunk there, and a death of the process leaves it there.
+//     store to the chunk's word says so: IN_MEMORY. From now on images read the
+//     chunk from the slot, and it stays there if the process dies.
 //  6. Settle (Worker.work, Copy.endLocked, on T, locked). At the end of that turn
-//     the slot is LANDED, and whoever waited for the Copy is set free.
+//     the slot is LANDED, and the Copy sets free all who waited for it.
 //  7. Wake (wakeAll, no lock). The write goes on to the original disk.
 //  8. Store (Log.nextStoreLocked, store.submit, store.done). The write does not
-//     wait for this. A stretch of landed regions goes to the storage in one write:
-//     STORING. When it has arrived the words say STORED, without the lock; then,
-//     locked, the slots are FREE, and settle gives them to whoever waits in 3.
+//     wait for this step. A stretch of landed regions goes to the storage in one
+//     write: STORING. When the data has arrived, the words say STORED, without the
+//     lock. Then, locked, the slots become FREE, and settle grants them to the
+//     Copies that wait in 3.
 //
-// The way changes threads in three places. A region may be granted (3) by any
-// thread that settles the log, which then posts the Copy to T. A Copy wakes (7) the
-// requests of other queues by posting to their threads. A store (8) runs on the
-// thread whose settle found it due: often T, in 6.
+// The way changes threads in three places. Any thread that settles the log may
+// grant the region (3); it then posts the Copy to T. T wakes (7) the requests of
+// other queues by posting to their threads. A store (8) runs on the thread whose
+// settle found it due, which is often T, in 6.
 //
-// If the read fails, the slot is DEAD, the word FAILED and the log broken (6), but
-// the write goes on all the same. In a broken log nothing is granted any more:
-// copies that wait are ended without having read, and their writes go on.
+// If the read fails, the slot is DEAD, the word FAILED and the log broken (6). The
+// write goes on all the same. A broken log grants nothing any more: copies that
+// wait end without reading, and their writes go on.
 //
-// An image's write to a NEW chunk takes the same way from Area.Fill: it settles the
-// log at once, and in place of 4 the image fills the slot (Copy.Filled). To a chunk
-// in memory it waits until that is stored (Area.AwaitStored).
+// An image's write to a NEW chunk goes the same way, from Area.Fill. It settles the
+// log at once, and instead of step 4 the image fills the slot (Copy.Filled). An
+// image's write to a chunk that is IN_MEMORY waits until the chunk is stored
+// (Area.AwaitStored).
 //
 // # What outlives the process
 //
 // The words, the log's state and the pool are memory mapped shared. They change by
-// single stores, each after what it speaks of: the slot has the data before the
-// word says IN_MEMORY, the storage before it says STORED, and the slot is given
-// away after that. OpenLog, OpenArea and Resume go on from there.
+// single stores, in this order: the data is in the slot before the word says
+// IN_MEMORY; the data is in the storage before the word says STORED; the slot is
+// given away only after that. OpenLog, OpenArea and Resume take over from there.
 package diffarea

@@ -1,6 +1,6 @@
-// Package filter is the filter device over one original disk: it passes every
-// request on, marks what changes, and has old data copied before it is
-// overwritten.
+// Package filter is the filter device over one original disk. It passes every
+// request on to that disk. Before that it marks in the change map what the request
+// changes, and has the old data copied that the request overwrites.
 //
 //	kernel ──> Queue.Handle ──> gate ──> mark ──> protect ──> forward ──> original disk
 //	                             │        cbtmap    diffarea
@@ -9,11 +9,12 @@
 // Each operation's rule:
 //
 //	READ          forwarded.
-//	WRITE         marked, its chunks protected in every snapshot, forwarded with FUA.
+//	WRITE         marked; its chunks protected in every snapshot; forwarded, with
+//	              FUA if it has that.
 //	WRITE_ZEROES  as WRITE, piece by piece if it is long.
 //	DISCARD       marked; forwarded only where no snapshot still needs the old
-//	              data on the original disk. It is advisory: elsewhere it is
-//	              acknowledged and not done.
+//	              data on the original disk. Elsewhere it is acknowledged and not
+//	              done: a discard is only advice.
 //	FLUSH         forwarded.
 //
 // # Concurrency

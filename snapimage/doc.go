@@ -1,13 +1,13 @@
-// Package snapimage is a snapshot over several devices, and its images: the part
-// of the engine that stands above the filters.
+// Package snapimage is a snapshot over several devices, and its images. It is the
+// part of the engine that stands above the filters.
 //
 //	New ──> Add, Append ──> Take ──> images ──> Destroy
 //	                         │         │
 //	         filters: the cut┘         └reads and writes of the image devices
 //
-// What is difficult happens below: the cut in package filter, chunks and storage
-// in package diffarea, the change map in package cbtmap. Here a [Snapshot] keeps
-// them in order, and an [Image] reads each chunk where it is.
+// The difficult work happens below: the cut in package filter, chunks and storage
+// in package diffarea, the change map in package cbtmap. A [Snapshot] calls them in
+// the right order, and an [Image] reads each chunk where it is.
 //
 // # Concurrency
 //

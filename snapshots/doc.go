@@ -11,20 +11,20 @@
 //
 // The engine's snapshot belongs to the thread of the control queue. So every
 // method of [Snapshot] that needs it posts a task there, and waits until the task
-// has called back. The methods are for one owner, who calls one at a time. Those
-// that look, and GiveUp, may be called on any thread.
+// has called back. A Snapshot has one owner, who calls one method at a time. Only
+// the methods that look, and GiveUp, may be called on any thread.
 //
-// Storage may hang for as long as a disk or a file server does not answer.
-// Goroutines of their own open storage and give it back. A caller that appends
+// Storage may hang for as long as a disk or a file server does not answer. So it
+// is opened and given back on goroutines of their own. A caller that appends
 // storage waits no longer than [Config].StorageTimeout. A filesystem that freezes
-// too late is thawed at once. If one does not thaw in time, nobody waits for it any
-// longer: it thaws when its disk answers.
+// too late is thawed at once. If a filesystem does not thaw in time, nobody waits
+// for it any longer, and it thaws when its disk answers.
 //
 // # Storage
 //
-// What a storage holds is data of the original disks, which nobody else may read.
-// It goes to a file that was made for it, or to a block device that nobody else
-// holds, and it is emptied before it is given back. See storage.
+// A storage holds data of the original disks, which nobody else may read. So the
+// data goes to a file that was made for it, or to a block device that nobody else
+// holds, and the storage is emptied before it is given back. See storage.
 //
 // # What is on disk
 //
@@ -35,7 +35,8 @@
 //	                        an object of JSON for each file that was made under a
 //	                        name, and for each that lent its space
 //
-// StateDir is on a tmpfs: all of this outlives the process, and goes with a power
-// failure. [ClearLeftover] removes it with the storage files that it names.
-// Storage itself has no format: without the state it cannot be read.
+// StateDir is on a tmpfs: all of this outlives the process, and a power failure
+// loses it. [ClearLeftover] removes a snapshot's directory, and the storage files
+// that the directory names. Storage itself has no format: without the state nobody
+// can tell what it holds.
 package snapshots

@@ -1,9 +1,10 @@
 // Command ublk-blksnap makes block-device snapshots and tracks changed blocks,
 // as a userspace driver on Linux ublk.
 //
-// One file holds one command. Every command only asks the daemon through
-// package control; doctor, config and daemon are done here, with package daemon.
-// Called as "blksnap" the program offers blksnap's own commands alone.
+// Each file holds one command, or a few small ones that belong together. Most
+// commands only ask the daemon, through package control. The commands doctor,
+// config and daemon do their work here, with package daemon. If the program is
+// called as "blksnap", it offers only blksnap's own commands.
 package main
 
 import (

@@ -1,25 +1,26 @@
-// Package blockdev is asynchronous block I/O as the engine sees it: start an
-// operation, be called back with its completion.
+// Package blockdev is asynchronous block I/O as the engine sees it. The engine
+// starts an operation, and the queue calls back when the operation is complete.
 //
 //	engine ── Submit(op) ──> Queue ──> disk, file
 //	       <── op.Done(op) ──
 //
-// A Queue belongs to one thread. Submit is called on that thread and every
-// Done runs on it, so a handler needs no lock for what only its own queue
-// touches. Post is the one way in from other threads.
+// A Queue belongs to one thread. Submit is called on that thread, and every Done
+// runs on it. So a handler needs no lock for what only its own queue touches. Other
+// threads reach the queue through Post alone.
 //
 // RingQueue is the implementation: an io_uring on a pinned thread. Tests have
 // others, in package blockdevtest.
 //
 // # Durability
 //
-// An operation that completed without error is seen by every operation
-// submitted afterwards, on any queue. It survives the death of the process. It
-// survives a power failure only if it was a Write with FUA, or if a Flush of
-// the same file was submitted after it completed and has completed without
-// error. Operations in flight at the same time on overlapping bytes take
-// effect in any order; in flight at a power failure, any subset of their
-// sectors may have taken effect, each sector wholly or not at all.
+// An operation that completed without error is seen by every operation submitted
+// afterwards, on any queue. It survives the death of the process. It survives a
+// power failure in two cases: it was a Write with FUA, or a Flush of the same file
+// was submitted after it completed, and that Flush has completed without error.
+//
+// Operations in flight at the same time on overlapping bytes take effect in any
+// order. If the power fails, any subset of the sectors of the operations in flight
+// may have taken effect, each sector wholly or not at all.
 package blockdev
 
 import (
@@ -39,14 +40,15 @@ const (
 	// Flush makes every completed write of the file durable. Off and Len are
 	// ignored.
 	Flush
-	// Discard says that the range is no longer needed; what it then reads as is
-	// undefined.
+	// Discard says that nobody needs the range any longer. What a read of it then
+	// returns is undefined.
 	Discard
 	// WriteZeroes makes the range read as zeroes. With NoUnmap the space stays
 	// allocated.
 	WriteZeroes
-	// Allocate reserves space for the range of a regular file, growing it; it
-	// reads as zeroes where nothing was written. ENOSPC when there is none.
+	// Allocate reserves space for the range of a regular file, and makes the file
+	// grow if need be. The range reads as zeroes where nothing was written. It fails
+	// with ENOSPC if there is no space.
 	Allocate
 )
 
@@ -71,12 +73,12 @@ func (k Kind) String() string {
 // NoIndex is the Index of a Buf that is not registered with the ring.
 const NoIndex = -1
 
-// Buf is memory an operation reads into or writes from. The engine passes
-// payloads on without looking into them: they may be pages of the kernel that
-// this process cannot see at all.
+// Buf is the memory that an operation reads into or writes from. The engine passes
+// payloads on without looking into them, because they may be pages of the kernel
+// that this process cannot see at all.
 type Buf struct {
-	// Mem is process memory off the Go heap that stays mapped until Done; nil
-	// when the bytes are kernel pages registered under Index.
+	// Mem is process memory off the Go heap that stays mapped until Done. It is nil
+	// if the bytes are pages of the kernel, registered under Index.
 	Mem unsafe.Pointer
 	// Off is where the operation starts, in bytes from Mem or from the first
 	// byte of the registered pages.
@@ -86,8 +88,8 @@ type Buf struct {
 	Index int32
 }
 
-// MemBuf is unregistered process memory; mem lies off the Go heap and stays
-// mapped until Done.
+// MemBuf is the Buf of memory that is not registered. mem lies off the Go heap and
+// stays mapped until Done.
 func MemBuf(mem []byte) Buf {
 	return Buf{Mem: unsafe.Pointer(unsafe.SliceData(mem)), Index: NoIndex}
 }
@@ -98,8 +100,8 @@ func (b Buf) At(n int64) Buf {
 	return b
 }
 
-// Bytes is the n bytes at b, for doubles and tests; b must be process memory. The
-// engine does not look into payloads.
+// Bytes is the n bytes at b, which must be process memory. Only doubles and tests
+// may call it, because the engine does not look into payloads.
 func (b Buf) Bytes(n int64) []byte {
 	return unsafe.Slice((*byte)(unsafe.Add(b.Mem, b.Off)), n)
 }
@@ -112,29 +114,31 @@ type File interface {
 }
 
 // Op is one operation. The caller owns it and the memory behind it, and leaves
-// both alone from Submit until Done runs; then it may be used again, from
-// inside Done too.
+// both alone from Submit until Done runs. After that the caller may use the Op
+// again, from inside Done too.
 type Op struct {
 	Kind    Kind
 	FUA     bool // Write: durable when it completes
 	NoUnmap bool // WriteZeroes: keep the space allocated
-	// ForceAsync has a kernel worker start a Read or Write (IOSQE_ASYNC), because
-	// to start a long one would hold up the thread.
+	// ForceAsync has a kernel worker start a Read or Write (IOSQE_ASYNC). It is for
+	// a long one: starting it takes time, and would hold up the queue's thread.
 	ForceAsync bool
 	File       File
 	Off        int64 // bytes
 	Len        int64 // bytes
 	Buf        Buf   // Read, Write
 
-	// Reach, if it is not 0, is up to where a regular file is known to reach, in
-	// bytes. A Write or Allocate of one that does not any more, because somebody has
-	// cut it off, fails with EIO: making it grow again would turn what was lost into
-	// zeroes. The kernel has no such write, so a RingQueue looks before and after: one
-	// that comes between fails too, but it has grown the file by then.
+	// Reach, if it is not 0, is the size that a regular file is known to have at
+	// least, in bytes. If somebody has cut the file off, so that it is shorter, a
+	// Write or Allocate fails with EIO, because it would make the file grow again and
+	// turn what was lost into zeroes. The kernel has no operation that does this, so
+	// a RingQueue looks at the size before and after. If the file is cut off in
+	// between, the operation fails too, but it has made the file grow by then.
 	Reach int64
 
-	// Err is the result, 0 on success. There are no short transfers: the whole
-	// range was done, or Err is set and any part of it may have been.
+	// Err is the result, 0 on success. There are no short transfers: either the
+	// whole range was done, or Err is set and any part of the range may have been
+	// done.
 	Err unix.Errno
 
 	// Done is called once, on the queue's thread, never from inside Submit.
@@ -161,15 +165,16 @@ type Queue interface {
 	Post(t *Task)
 }
 
-// Pinner is a Queue to which the kernel can hold memory ready: operations on
-// it by its index are spared the look-up of its pages, one by one. All on the
-// queue's thread.
+// Pinner is a Queue that can keep memory registered with the kernel. An operation
+// that names such memory by its index spares the kernel the look-up of each page.
+// Its methods are called on the queue's thread.
 type Pinner interface {
-	// Pin makes mem known under index (see Buf.Index). Operations may use any
-	// part of it by a Buf with this index, Mem at its beginning, and Off. mem lies
-	// off the Go heap and stays mapped as long as there are any. An error costs no
-	// more than speed: NoIndex does as well.
+	// Pin registers mem and returns its index (see Buf.Index). Operations may use
+	// any part of mem, by a Buf with this index, Mem at the beginning of mem, and
+	// Off. mem lies off the Go heap and stays mapped as long as such operations are
+	// under way. If Pin fails, only speed is lost: a Buf with NoIndex works as well.
 	Pin(mem []byte) (index int32, err error)
-	// Unpin gives the place back. Operations submitted before go on as without it.
+	// Unpin gives the index back. Operations that were submitted before are not
+	// disturbed.
 	Unpin(index int32)
 }

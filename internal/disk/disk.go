@@ -1,6 +1,7 @@
-// Package disk says what a path on this machine is and who uses it: which block
-// device, how large, mounted where, held by which other device, and on which
-// devices a file finally lies.
+// Package disk says what a path on this machine is, and who uses it. It knows
+// which block device a path leads to, how large that is, where it is mounted and
+// which other device holds it. It also finds the devices that a file finally lies
+// on.
 //
 //	"/data/diff"          Lookup, OpenPlace: what is it?
 //	      │
@@ -12,25 +13,26 @@
 //	                      Openers: processes
 //	                      OpenExclusive: nobody, from now on
 //
-// It reads /proc and /sys and asks no disk anything, so that looking at one never
-// disturbs it. What it finds is true at the moment of looking; the final word on
-// "is this disk free" is the exclusive open of OpenExclusive.
+// The package reads /proc and /sys, and does no I/O on the disks, so that a look
+// at a disk never disturbs it. What it finds is true at the moment of looking. Only
+// OpenExclusive says for certain that a disk is free, because it claims the disk.
 //
-// The way along a path may lead to a file server that is dead, and so may what a
-// loop device is asked about its file. Both are waited for within limits, and what
-// does not answer holds up nobody who asks about something else.
+// A path may lead to a dead file server. The file below a loop device may lie on
+// one too, and then the loop device does not answer a question about its file. The
+// package waits for both within limits. A question that hangs holds up nobody who
+// asks about something else.
 //
-// What a disk holds (a filesystem, a partition table) is the one thing that has to
-// be read from it: a Prober is a process of its own that does that.
+// Only what a disk holds (a filesystem, a partition table) has to be read from the
+// disk. A Prober does that, in a process of its own.
 //
 // A Host may be used from several goroutines at once, and so may a Prober.
 //
 // # Errors
 //
-// An *Error names the path, the finding and the way out, and wraps what to test for
-// with errors.Is: ErrNotFound, ErrNotBlock, ErrEmpty, ErrReadOnly, ErrInUse,
-// ErrForeign; ErrUnknown where it cannot tell; ErrNoAnswer where something hangs. A
-// Prober has ErrNoTool without blkid.
+// An *Error names the path, the finding and the way out. errors.Is finds its kind:
+// ErrNotFound, ErrNotBlock, ErrEmpty, ErrReadOnly, ErrInUse or ErrForeign;
+// ErrUnknown if the package cannot tell; ErrNoAnswer if something hangs. A Prober
+// fails with ErrNoTool on a machine without blkid.
 package disk
 
 import (

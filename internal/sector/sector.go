@@ -1,7 +1,6 @@
-// Package sector is the unit in which the kernel counts block devices: a
-// sector of 512 bytes, whatever the logical block size of the disk. Sizes,
-// offsets and ranges in ublk, sysfs, device-mapper and blksnap's commands are
-// in sectors.
+// Package sector is the unit in which the kernel counts block devices. A sector has
+// 512 bytes, whatever the logical block size of the disk is. Sizes, offsets and
+// ranges are in sectors in ublk, sysfs, device-mapper and blksnap's commands.
 package sector
 
 const (

@@ -1,5 +1,5 @@
-// Package uring is a small io_uring: one ring type, without allocation or
-// lock on its path.
+// Package uring is a small io_uring. It has one ring type, which neither allocates
+// nor locks on the way of an entry.
 //
 //	sqe := ring.SQE()              // nil: queue full, Submit first
 //	sqe.PrepRead(fd, addr, n, off, 0)
@@ -8,27 +8,28 @@
 //	n := ring.Reap(cqes[:])        // copies out, frees the queue
 //
 // There are two builds of the same type, chosen at compile time. The default
-// one sets up and drives the ring by itself on golang.org/x/sys/unix. With
-// -tags giouring (and -ldflags=-checklinkname=0, which that module needs) the
-// queues are those of github.com/pawelgaczynski/giouring. What differs is in
-// queues_own.go and queues_giouring.go; both pass the same tests.
+// build sets up and drives the ring by itself, on golang.org/x/sys/unix. With
+// -tags giouring the queues are those of github.com/pawelgaczynski/giouring; that
+// module needs -ldflags=-checklinkname=0 too. The builds differ in queues_own.go
+// and queues_giouring.go alone, and both pass the same tests.
 //
 // # Concurrency
 //
-// A Ring belongs to one thread. With SingleIssuer or DeferTaskrun that is the
-// kernel's rule as well: runtime.LockOSThread before New, and use the ring on
-// that thread only. Close alone may come from elsewhere once the thread no
-// longer uses the ring.
+// A Ring belongs to one thread. With SingleIssuer or DeferTaskrun the kernel
+// insists on that: call runtime.LockOSThread before New, and use the ring on that
+// thread only. Only Close may be called on another thread, once the ring's own
+// thread does not use it any longer.
 //
 // # Waiting and the Go scheduler
 //
-// An ordinary system call tells the scheduler that the thread may block, so
-// that its P goes to another thread; getting a P back is what costs most in a
-// busy server. A raw wait keeps the P instead. The price is that stopping the
-// world has to wait for it: the runtime's preemption signal makes the wait
-// return EINTR, upon which SubmitAndWait enters the scheduler once. So: raw
-// while completions are expected soon, ordinary otherwise, and GOMAXPROCS larger
-// than the number of threads that wait raw.
+// An ordinary system call tells the Go scheduler that the thread may block. The
+// scheduler then gives the thread's P, its right to run Go code, to another thread.
+// To get a P back is what costs most in a busy server. A raw wait keeps the P. The
+// price is that whoever stops the world has to wait for this thread: the runtime's
+// preemption signal makes the wait return EINTR, and then SubmitAndWait enters the
+// scheduler once. So a caller waits raw while it expects completions soon, and
+// ordinarily otherwise. GOMAXPROCS must be larger than the number of threads that
+// wait raw.
 package uring
 
 import (

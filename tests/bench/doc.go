@@ -1,7 +1,7 @@
-// Command bench measures systems × workloads, all in one run, and compares
-// them with the targets of the project. It wants root and a kernel with ublk;
-// "make bench" runs it in the virtual machine. BENCH, or -bench, is a regular
-// expression that selects rows by SYSTEM/WORKLOAD/CHUNK, chunk in KiB, 0 if
+// Command bench measures each workload on each system, all in one run, and compares
+// the figures with the targets of the project. It needs root and a kernel with
+// ublk. "make bench" runs it in the virtual machine. BENCH, or -bench, is a regular
+// expression that selects rows by SYSTEM/WORKLOAD/CHUNK. CHUNK is in KiB, and 0 if
 // the system has none.
 //
 // # Systems
@@ -13,15 +13,15 @@
 //	snapshot     ublk-blksnap with a snapshot held
 //
 // Disk and difference storage are two RAM disks (brd). All of both is written
-// beforehand, for a RAM disk allocates its pages on first touch and would be
-// measured in place of the system. The COW device of dm-snapshot is the same
-// RAM disk that ublk-blksnap stores to. It is not persistent (N): that keeps
-// its table in memory, as ublk-blksnap keeps its own in a tmpfs.
+// beforehand, because a RAM disk allocates its pages on first touch: the figures
+// would be those of the RAM disk, not of the system. The COW device of dm-snapshot
+// is the same RAM disk that ublk-blksnap stores to. It is not persistent (N), so
+// dm-snapshot keeps its table in memory, as ublk-blksnap keeps its own in a tmpfs.
 //
 // # Workloads
 //
-// fio, io_uring, direct I/O, and names that say the rest: randread-4k-qd32. On
-// a snapshot each of these begins with a fresh one:
+// All workloads are fio with io_uring and direct I/O. Their names say the rest, as
+// randread-4k-qd32 does. Each of these workloads begins with a fresh snapshot:
 //
 //	first-randwrite-4k-qd32  4 KiB writes all over 1 GiB, no block twice: 16 MiB of
 //	                         them, or 64 MiB with chunks below 64 KiB, where
@@ -36,7 +36,7 @@
 //
 // The systems take turns, and a figure is the median of the turns. spread is
 // (highest - lowest) / median of iops. A ratio is the median of the ratios of
-// neighbours: turn i of one system to turn i of another. cpu_us_per_io is the
-// time that all processors of the machine were not idle, less what starting
-// fio costs, per I/O: it counts the issuer, the kernel and the daemon alike.
+// neighbours: turn i of one system to turn i of another. cpu_us_per_io is the time
+// per I/O that the machine's processors were not idle, less what it costs to start
+// fio. So it counts the issuer, the kernel and the daemon alike.
 package main

@@ -6,9 +6,9 @@
 //	                             │                                     (blockdevtest)
 //	                             └ model: what each sector may hold, what must be marked
 //
-// One thread does everything: a seed decides which completion comes next, which
-// operation fails, when power goes and between which two stores the process dies.
-// So a run that failed is run again by its seed, and shrunk. README.md tells which
-// check proves what, and how the deliberate bugs of tests/sim/bugs prove that the
-// checks can fail.
+// One thread does everything. A seed decides which completion comes next, which
+// operation fails, when the power fails, and between which two stores the process
+// dies. So the seed of a failed run repeats that run, and the run can be made
+// smaller. README.md tells which check proves what, and how the deliberate bugs of
+// tests/sim/bugs prove that the checks can fail.
 package sim

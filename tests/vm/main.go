@@ -2,10 +2,11 @@
 //
 //	vm [flags] COMMAND [ARGUMENT…]
 //
-// One word is a line for bash, several are a program and its arguments. The command starts in the current directory,
-// which the guest shows at the same path; what it writes is lost, except below the directory $VM_OUT. Its output and
-// exit status become vm's own. Otherwise vm's status is 124 if the time was up, 125 if the machine did not work, 130 if
-// vm was interrupted, 0 after a kill that was asked for, and 123 if the command ended before that.
+// If COMMAND is one word, it is a line for bash. Several words are a program and its arguments. The command starts in the
+// current directory, which the guest shows at the same path. What the command writes is lost, except below the directory
+// $VM_OUT. Its output and exit status become vm's own. Otherwise vm's status is 124 if the time was up, 125 if the machine
+// did not work, and 130 if vm was interrupted. If a kill was asked for, the status is 0 after the kill, and 123 if the
+// command ended before it.
 package main
 
 import (

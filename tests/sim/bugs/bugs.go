@@ -1,7 +1,7 @@
-// Package bugs is the table of the engine's deliberate bugs, and makes copies of the engine's files that have them.
+// Package bugs is the table of the engine's deliberate bugs. It makes copies of the engine's files that have the bugs.
 //
-// A bug is an entry in one of the .diff files beside this one, each for a package of the engine: its name and what it
-// does wrong, then its edits, as a diff has them but for the line numbers.
+// There is a .diff file for each package of the engine, and a bug is an entry in one of them. The entry has the bug's name
+// and what the bug does wrong, and then its edits, as a diff has them but without line numbers.
 //
 //	ForwardEarly sends a write to the original before its copies have landed.
 //	@@ filter/filter.go
@@ -9,13 +9,13 @@
 //	-	t.chunkCopied()
 //	+	t.forward(t.pos, t.end)
 //
-// What an edit takes away or keeps must stand in its file exactly once, within one function, and with the edits of one
-// bug the file must be as gofmt would write it.
+// The lines that an edit takes away or keeps must stand in their file exactly once, within one function. With the edits of
+// one bug the file must be as gofmt would write it.
 //
-// Overlay puts all bugs into one set of copies. A function that a bug changes is there as it was, once more with the bug,
-// at the end of the file, and begins with the switch between the two. So the edits of two bugs may meet, and the lines of
-// the product keep their numbers. Then come the places where the process can die and where another thread can come in
-// between, by rule: see place.
+// Overlay puts all bugs into one set of copies. A function that a bug changes stays where it is, and begins with a switch.
+// The function with the bug stands at the end of the file. So the edits of two bugs may touch the same lines, and the lines
+// of the product keep their numbers. After that, by rule, Overlay adds the places where the process can die and where
+// another thread can come in between: see place.
 package bugs
 
 import (

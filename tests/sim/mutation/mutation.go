@@ -1,6 +1,6 @@
-// Package mutation is the other end of the engine's deliberate bugs, of the places where its process can die, and of
-// those where another thread can come in between. The engine does not know it: the copies of its files that package bugs
-// makes do, in test builds with that overlay. In any other build nobody calls it from there.
+// Package mutation switches the engine's deliberate bugs on. It also hears of the places where the engine's process can
+// die, and of those where another thread can come in between. The engine does not import it. Only the copies of the
+// engine's files do, which package bugs makes, and only test builds with that overlay have those copies.
 package mutation
 
 import "sync/atomic"

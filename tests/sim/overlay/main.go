@@ -1,5 +1,5 @@
-// Overlay writes copies of the engine's files that have the deliberate bugs of tests/sim/bugs, for the go command to build
-// instead. In the module's root:
+// Command overlay writes copies of the engine's files that have the deliberate bugs of tests/sim/bugs. The go command then
+// builds the copies in place of the files. In the module's root:
 //
 //	go run ./tests/sim/overlay
 //	go test -overlay .cache/bugs/overlay.json ./tests/sim
