@@ -77,7 +77,7 @@ func (c *Client) transportError(ctx context.Context, err error) error {
 		return &Error{Code: Unavailable, Errno: refused, Message: "no daemon runs on " + filepath.Dir(c.socket),
 			Fix: "start it with systemctl start ublk-blksnap, ublk-blksnap add or ublk-blksnap daemon"}
 	}
-	return &Error{Code: Unavailable, Errno: errnoNamed("ECONNRESET"), Message: "the daemon on " + c.socket + " broke off: " + err.Error(),
+	return &Error{Code: Unavailable, Errno: errnoNamed("ECONNRESET"), Message: "the daemon on " + c.socket + " broke the connection off: " + err.Error(),
 		Fix: "see its log: journalctl -u ublk-blksnap, or daemon.log beside the socket"}
 }
 

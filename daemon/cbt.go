@@ -97,7 +97,7 @@ func (d *Daemon) CBTChanges(_ context.Context, r control.ChangesRequest, each fu
 
 func (d *Daemon) changes(r control.ChangesRequest, each func(control.Range) error) (info cbtmap.Info, err error) {
 	if r.Since == (control.Take{}) {
-		return info, invalid("since which take?")
+		return info, invalid("no take is given: since which take?")
 	}
 	dev, release, err := d.hold(r.Device)
 	if err != nil {

@@ -197,7 +197,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 	if d.recorded {
 		d.recorded = false
 		if err := d.opts.Dir.remove(recordName); err != nil {
-			d.opts.Log.Warn("the record of what there was stays", "error", err)
+			d.opts.Log.Warn("cannot remove the record of the filters that this daemon had", "error", err)
 		}
 	}
 	return nil

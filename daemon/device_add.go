@@ -29,7 +29,7 @@ func checkName(name string) error {
 		return invalid("name %q: use up to 64 letters, digits and . _ + -", name)
 	}
 	if name == imageDir {
-		return invalid("name %q: is the folder of images", name)
+		return invalid("name %q: the folder of images has this name: choose another", name)
 	}
 	return nil
 }
@@ -88,8 +88,8 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	d.devices[dev.Name] = dev
 	d.mu.Unlock()
 	if err != nil {
-		return nil, &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer, and neither does its filter: %v", dev.Original, err),
-			Fix: "when it does, remove what was begun: ublk-blksnap remove --force " + dev.Name}
+		return nil, &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer, so its filter could not be removed again: %v", dev.Original, err),
+			Fix: "remove the filter when the disk answers: ublk-blksnap remove --force " + dev.Name}
 	}
 	return dev, nil
 }
@@ -130,7 +130,7 @@ func checkQueueMemory(r control.AddRequest, available int64) error {
 		return nil
 	}
 	return &control.Error{Code: control.Invalid, Errno: unix.ENOMEM, Fix: "choose fewer or shorter queues with --queues and --depth",
-		Message: fmt.Sprintf("%d queues of depth %d may need %d MiB of memory, %d MiB are available", r.Queues, r.Depth, need>>20, available>>20)}
+		Message: fmt.Sprintf("%d queues of depth %d may need %d MiB of memory, but only %d MiB are available", r.Queues, r.Depth, need>>20, available>>20)}
 }
 
 // checkNotOurs refuses a disk that has a filter, or is one, or an image.

@@ -68,7 +68,7 @@ func (d *Daemon) orphan(ctx context.Context, path string) (id int, ok bool) {
 
 func (d *Daemon) removeOrphan(r control.RemoveRequest, id int) error {
 	if !r.Force {
-		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "remove " + r.Device + ": left by a daemon that died, its I/O waits",
+		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "remove " + r.Device + ": it was left by a daemon that died, and its I/O waits",
 			Fix: "let the I/O fail and remove it: ublk-blksnap remove --force " + r.Device}
 	}
 	ctx, cancel := d.withDiskTimeout(context.Background())
@@ -167,16 +167,16 @@ func (d *Daemon) sync(ctx context.Context, dev *device) error {
 // no work any more.
 func (d *Daemon) removalError(dev *device, err error) error {
 	if errors.Is(err, unix.EIO) {
-		return &control.Error{Code: control.Internal, Errno: unix.EIO, Message: fmt.Sprintf("what is written cannot reach %s: %v", dev.Original, err),
-			Fix: "give that up: ublk-blksnap remove --force " + dev.Name}
+		return &control.Error{Code: control.Internal, Errno: unix.EIO, Message: fmt.Sprintf("data that was written cannot be brought to %s: %v", dev.Original, err),
+			Fix: "remove the filter and lose that data: ublk-blksnap remove --force " + dev.Name}
 	}
 	if !errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	e := &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer: %v", dev.Original, err),
-		Fix: "nothing has changed; remove it when the disk answers"}
+		Fix: "nothing has changed; try again when the disk answers"}
 	if dev.removing {
-		e.Fix = "I/O under way has to end first; remove it again when the disk answers: ublk-blksnap remove --force " + dev.Name
+		e.Fix = "the I/O under way has to end first; when the disk answers, remove it again: ublk-blksnap remove --force " + dev.Name
 	}
 	return e
 }
@@ -238,7 +238,7 @@ func (d *Daemon) closeOriginal(dev *device, last func()) {
 		return dev.orig.Close()
 	}, func(error) {})
 	if err != nil {
-		d.opts.Log.Warn("the disk does not answer: it is closed when it does", "disk", dev.disk.DisplayPath())
+		d.opts.Log.Warn("a disk whose filter was removed does not answer: the daemon closes it when it does", "disk", dev.disk.DisplayPath())
 	}
 }
 

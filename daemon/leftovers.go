@@ -76,7 +76,7 @@ func (d *Daemon) removeLeftovers() {
 func (d *Daemon) clearSnapshot(ctx context.Context, id string) {
 	say := func(err error) {
 		if err != nil {
-			d.opts.Log.Warn("the snapshot of a dead daemon is not all gone", "snapshot", id, "error", publicPaths(err.Error()))
+			d.opts.Log.Warn("a part of a dead daemon's snapshot cannot be removed", "snapshot", id, "error", publicPaths(err.Error()))
 		}
 	}
 	err, late := bounded.Call(ctx, func() error { return snapshots.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)

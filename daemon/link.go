@@ -43,7 +43,7 @@ func (d *Daemon) link(ctx context.Context, name string, dev *ublk.Device) (strin
 	if d.udevLinks() {
 		d.step("wait for udev to make %s", path)
 		if !d.udevMade(ctx, path, dev.Num) {
-			d.opts.Log.Warn("udev does not make the link: it is made without", "link", path, "waited", udevTimeout)
+			d.opts.Log.Warn("udev did not make the link in time: the daemon makes it", "link", path, "waited", udevTimeout)
 		}
 	}
 	ctx, cancel := d.withDiskTimeout(ctx)

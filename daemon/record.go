@@ -96,7 +96,7 @@ func (d *Daemon) saveRecord() {
 		d.onRecord = text
 	}
 	if err != nil {
-		d.opts.Log.Warn("cannot keep on record what there is", "error", err)
+		d.opts.Log.Warn("cannot write the record of filters and snapshots", "error", err)
 	}
 }
 

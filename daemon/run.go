@@ -64,12 +64,12 @@ func Run(o Options) error {
 	// Before anything that it must not inherit, and before there is a disk.
 	var err error
 	if o.Prober, err = disk.StartProber("ublk-blksnap", ProbeCommand, host(0).Root); err != nil {
-		o.Log.Warn("cannot look into block devices", "error", err)
+		o.Log.Warn("cannot start the process that asks blkid: a block device is storage only with --overwrite", "error", err)
 	} else {
 		defer o.Prober.Close()
 	}
 	for _, err := range ublk.PrepareProcess() {
-		o.Log.Warn("the process is not as it should be", "error", err)
+		o.Log.Warn("the process could not be prepared in full for serving disks", "error", err)
 	}
 	return run(o, func() (stopper, error) { return New(o) })
 }

@@ -59,7 +59,7 @@ func (d RunDir) make() error {
 	// It was there with another mode. One that others have use for stays as it is.
 	names, err := dir.Readdirnames(-1)
 	if err == nil && len(names) > 0 && !slices.Contains(names, lockName) {
-		e := invalid("run directory %s: holds other things", d)
+		e := invalid("run directory %s: holds other things than a daemon's files", d)
 		e.Fix = "choose a directory of its own"
 		return e
 	}
@@ -127,7 +127,7 @@ func checkTrusted(path string) error {
 }
 
 func checkClosed(path string, st *unix.Stat_t) error {
-	e := &control.Error{Code: control.Denied, Errno: unix.EPERM, Fix: "choose one that nobody else can change, in /run for one"}
+	e := &control.Error{Code: control.Denied, Errno: unix.EPERM, Fix: "choose a directory that nobody else can change, for example in /run"}
 	switch {
 	case st.Uid != 0 && int(st.Uid) != os.Geteuid():
 		e.Message = fmt.Sprintf("%s belongs to user %d", path, st.Uid)
@@ -146,7 +146,7 @@ func checkOwn(f *os.File, kind uint32) error {
 		return err
 	}
 	if st.Mode&unix.S_IFMT != kind || kind == unix.S_IFREG && st.Nlink != 1 {
-		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: f.Name() + " is not what the daemon made", Fix: "remove it"}
+		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: f.Name() + " is not a file or directory that the daemon made", Fix: "remove it"}
 	}
 	return checkClosed(f.Name(), &st)
 }

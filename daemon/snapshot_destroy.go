@@ -50,7 +50,7 @@ func (d *Daemon) destroyBroken(id string, dev *device) error {
 	}
 	if s.taken != nil && !s.destroying {
 		d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCorrupted, Device: dev.OriginalNumber, Errno: -int(unix.ENODEV)})
-		d.opts.Log.Warn("snapshot broken by the removal of its device", "snapshot", s.id, "name", dev.Name)
+		d.opts.Log.Warn("the snapshot is broken, because its device is removed", "snapshot", s.id, "name", dev.Name)
 	}
 	return d.destroy(s)
 }
@@ -116,7 +116,7 @@ func (d *Daemon) release(s *snapshot, broken bool) {
 	s.use.Unlock()
 	if err := s.snap.GiveBack(); err != nil {
 		// Nothing uses them any more: what is left is files.
-		d.opts.Log.Error("storage or state not given back", "snapshot", s.id, "error", publicPaths(err.Error()))
+		d.opts.Log.Error("storage or state of a destroyed snapshot could not be given back", "snapshot", s.id, "error", publicPaths(err.Error()))
 		if !broken { // storage that does not work can not be emptied either
 			s.destroyErr = err
 		}
@@ -141,8 +141,8 @@ func (d *Daemon) awaitDestroyed(ctx context.Context, s *snapshot) error {
 	s.use.RLock()
 	hanging := s.hanging()
 	s.use.RUnlock()
-	d.opts.Log.Warn("a disk of a destroyed snapshot does not answer: what is left is given back when it does", "snapshot", s.id, "disks", hanging)
-	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when it does", strings.Join(hanging, ", "), snapshots.ErrStuck)
+	d.opts.Log.Warn("a disk of a destroyed snapshot does not answer: the rest is given back when it does", "snapshot", s.id, "disks", hanging)
+	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when the disk answers", strings.Join(hanging, ", "), snapshots.ErrStuck)
 }
 
 // hanging are the disks that the log of a snapshot waits for, storage or

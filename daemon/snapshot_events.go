@@ -28,7 +28,7 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 			if waits, n := s.snap.Waiting(); !waits || n != done || moved.IsZero() {
 				moved, done = now, n
 			} else if now.Sub(moved) >= limit && !s.gone && s.snap.Err() == 0 {
-				d.opts.Log.Error("writes wait for another disk than their own, which does not answer: the snapshot is given up", "snapshot", s.id, "for", limit, "disks", s.hanging())
+				d.opts.Log.Error("the snapshot is given up, because writes wait for a disk that is not their own and does not answer", "snapshot", s.id, "for", limit, "disks", s.hanging())
 				s.snap.GiveUp(unix.ETIMEDOUT)
 			}
 			s.use.RUnlock()

@@ -34,7 +34,7 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 		return invalid("storage %q: not an absolute path", st.Path)
 	}
 	if st.Limit < 0 || st.Limit > 0 && st.Limit < s.chunk {
-		return invalid("storage %s: a limit of %s holds no chunk of %s", st.Path, control.FormatSize(st.Limit), control.FormatSize(s.chunk))
+		return invalid("storage %s: a limit of %s is less than one chunk of %s", st.Path, control.FormatSize(st.Limit), control.FormatSize(s.chunk))
 	}
 	place, err := d.host.OpenPlace(st.Path)
 	if err != nil {
@@ -63,7 +63,7 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 // probe says what a block device holds, which may not answer.
 func (d *Daemon) probe(dev *os.File) (string, error) {
 	if d.opts.Prober == nil {
-		return "", errors.New("the daemon could not start its prober")
+		return "", errors.New("the daemon could not start the process that asks blkid: restart the daemon")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), d.opts.Config.StorageTimeout)
 	defer cancel()
@@ -85,13 +85,13 @@ func (d *Daemon) checkPlace(p *disk.Place) (warning string, err error) {
 			return "", &control.Error{Code: control.Busy, Errno: unix.EBUSY, Fix: "choose a place on another disk",
 				Message: fmt.Sprintf("perhaps lies on %s, which has the filter %s: it %s", dev.Original, dev.Name, doubt.What)}
 		case errors.Is(err, disk.ErrUnknown) && errors.As(err, &doubt):
-			warning = "not known on which disk, and it must not be one with a filter: " + doubt.What
+			warning = "nobody can tell on which disk it lies, and that must not be a disk with a filter: " + doubt.What
 		case err != nil:
 			return "", err
 		}
 	}
 	if warning != "" {
-		d.opts.Log.Warn("storage may lie anywhere", "storage", p.Path, "warning", warning)
+		d.opts.Log.Warn("nobody can tell on which disk the storage lies", "storage", p.Path, "warning", warning)
 	}
 	return warning, nil
 }

@@ -212,7 +212,7 @@ func (l *Log) dropSourceLocked(s *source) {
 }
 
 func errExtents(f blockdev.File) error {
-	return fmt.Errorf("%s: the snapshot's storage is in %d pieces, the most there can be", f.Name(), maxExtents)
+	return fmt.Errorf("%s: the snapshot's storage is in %d pieces, and it cannot have more", f.Name(), maxExtents)
 }
 
 // extendLocked makes n more bytes of a source into regions.

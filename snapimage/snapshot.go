@@ -133,7 +133,7 @@ func (s *Snapshot) Take(at func(), done func(error)) {
 			n := diffarea.TableSize(diffarea.Chunks(m.filter.Size(), s.log.ChunkSize()))
 			mem, err := s.memory(fmt.Sprintf("words-%d", i), n)
 			if err != nil {
-				done(fmt.Errorf("%s: %d bytes for the chunk table: %w", m.filter.Orig().Name(), n, err))
+				done(fmt.Errorf("%s: get %d bytes for the chunk table: %w", m.filter.Orig().Name(), n, err))
 				return
 			}
 			m.area = diffarea.NewArea(diffarea.AreaConfig{

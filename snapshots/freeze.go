@@ -70,7 +70,7 @@ func (f *frozenMounts) thaw() error {
 		case errors.Is(err, ErrStuck):
 			errs = append(errs, fmt.Errorf("%w: it goes on when its disk answers", err))
 		case errors.Is(err, unix.EINVAL):
-			errs = append(errs, fmt.Errorf("thaw %s: somebody else thawed it first: the images may be in use at the cut", m.Name()))
+			errs = append(errs, fmt.Errorf("thaw %s: somebody else thawed it first: the images may show it as it was in use", m.Name()))
 		default:
 			errs = append(errs, fmt.Errorf("%w: thaw it with fsfreeze -u", err))
 		}

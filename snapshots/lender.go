@@ -22,7 +22,7 @@ func (s *storage) openBeside(c StorageConfig, align int) (err error) {
 	fd, err := reopen(p.File, unix.O_RDWR|unix.O_NONBLOCK)
 	switch {
 	case errors.Is(err, unix.EAGAIN): // see lease
-		return fmt.Errorf("%w: another is about to use the file", ErrStorageInUse)
+		return fmt.Errorf("%w: another snapshot is about to use the file", ErrStorageInUse)
 	case err != nil:
 		return err
 	}
@@ -56,9 +56,9 @@ func (s *storage) openBeside(c StorageConfig, align int) (err error) {
 		return fmt.Errorf("%w: somebody has the file open, perhaps a loop device or a virtual machine: %s", ErrStorageInUse, instead)
 	case c.Overwrite:
 	case err != nil:
-		return fmt.Errorf("look for data: %w", err)
+		return fmt.Errorf("look for data in the file: %w", err)
 	default:
-		return fmt.Errorf("%w: the file holds data, among %d bytes: %s, or overwrite it (--overwrite)", ErrStorageInUse, st.Size, instead)
+		return fmt.Errorf("%w: the file of %d bytes holds data: %s, or overwrite it (--overwrite)", ErrStorageInUse, st.Size, instead)
 	}
 	if mountOf(fd) != mountOf(int(p.Dir.Fd())) {
 		return errors.New("the file is on another filesystem than its directory: name a directory there")

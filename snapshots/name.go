@@ -15,7 +15,7 @@ import (
 type name struct{ *disk.Place }
 
 // errMoved: a file has another name than the one that it was given.
-var errMoved = errors.New("was moved away or given another name: a file remains somewhere, and it is empty")
+var errMoved = errors.New("the file was moved away or given another name: it remains there, and it is empty")
 
 // remove takes the name from the file fd, if it still is that file's. Between
 // the look and the removal somebody may exchange what has the name, but only who

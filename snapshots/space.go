@@ -36,7 +36,7 @@ func CheckSpace(dir string, size int64) error {
 		return fmt.Errorf("%s: %w", top, err)
 	}
 	if promised+pages(size) > total {
-		return fmt.Errorf("%s: %d MiB more are needed, %d of %d MiB are promised: enlarge state_size, or choose a larger chunk",
+		return fmt.Errorf("%s: %d MiB more are needed, but %d of %d MiB are taken already: enlarge state_size, or choose a larger chunk",
 			top, size>>20, promised>>20, total>>20)
 	}
 	return nil

@@ -122,7 +122,7 @@ func (cfg *Config) check(ctl *Control) (zeroCopy bool, err error) {
 			return false, unsupported(uapi.UBLK_F_AUTO_BUF_REG)
 		}
 		if cfg.Geometry.StableWrites {
-			return false, errors.New("zero copy: the disk makes checksums of what is written, which must not change meanwhile: use mode copy")
+			return false, errors.New("zero copy: the disk makes checksums of the data that is written, so the data must not change during the write: use mode copy")
 		}
 		return true, nil
 	}

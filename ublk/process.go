@@ -85,7 +85,7 @@ func RaiseLimits() error {
 
 func leaveNoCore() error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("leave no core (one that goes to a disk served here would never end): %w", err)
+		return fmt.Errorf("switch core dumps off (a core that goes to a disk served here would never end): %w", err)
 	}
 	return nil
 }

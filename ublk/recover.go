@@ -36,7 +36,7 @@ func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, er
 		return nil, err
 	}
 	if info.Flags&uapi.UBLK_F_USER_RECOVERY == 0 {
-		return nil, fmt.Errorf("recover ublk device %d: made without recovery", id)
+		return nil, fmt.Errorf("recover ublk device %d: it was made without recovery", id)
 	}
 	begun, err := ctl.beginRecovery(ctx, id)
 	if err != nil {
@@ -48,7 +48,7 @@ func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, er
 	if err := d.serve(started, uapi.UBLK_U_CMD_END_USER_RECOVERY); err != nil {
 		d.abandon()
 		if begun && errors.Is(err, unix.EINVAL) {
-			err = fmt.Errorf("%w: an earlier recovery was cut short, which this kernel cannot take up: delete the device", err)
+			err = fmt.Errorf("%w: an earlier recovery was cut short, and this kernel cannot go on with it: delete the device", err)
 		}
 		return nil, err
 	}

@@ -33,7 +33,7 @@ func (p *program) writeCBTMap(c *cobra.Command, device, file string) error {
 		return err
 	}
 	if file == "" && !p.json && p.read(p.out) {
-		return usage("map: bytes do not belong on a terminal: give --output FILE")
+		return usage("map: the map is bytes, which do not belong on a terminal: give --output FILE")
 	}
 	return p.with(c, func(ctx context.Context, api control.API) error {
 		switch {

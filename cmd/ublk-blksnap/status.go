@@ -35,7 +35,7 @@ func (p *program) status() *cobra.Command {
 				return p.print(s, func(w io.Writer) {
 					writeStatus(w, s)
 					if info.LogLinesLost > 0 {
-						fmt.Fprintf(w, "%-16s %d lines that nobody took\n", "log lost:", info.LogLinesLost)
+						fmt.Fprintf(w, "%-16s %d lines, because nobody took them\n", "log lost:", info.LogLinesLost)
 					}
 				})
 			})

@@ -35,7 +35,7 @@ func (h *Host) backingStatus(name, file string, end time.Time) (status, error) {
 	}, func(answer) {})
 	switch {
 	case err != nil:
-		return status{}, &Error{ErrNoAnswer, node, "what its backing file " + file + " lies on does not answer", ""}
+		return status{}, &Error{ErrNoAnswer, node, "the disk or file server of its backing file " + file + " does not answer", ""}
 	case a.err == nil:
 		return a.st, nil
 	}

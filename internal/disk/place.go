@@ -162,7 +162,7 @@ func (h *Host) openPlace(path string) (*Place, error) {
 			return fail(name, err)
 		}
 		if st.Uid != 0 && int(st.Uid) != os.Geteuid() {
-			return nil, &Error{ErrForeign, path, fmt.Sprintf("the link %s belongs to user %d, who may lead it anywhere", name, st.Uid), "name the place that is meant"}
+			return nil, &Error{ErrForeign, path, fmt.Sprintf("the link %s belongs to user %d, who may make it lead anywhere", name, st.Uid), "name the place itself, without that link"}
 		}
 		target := string(to[:n])
 		if filepath.IsAbs(target) {

@@ -135,7 +135,7 @@ func ServeProbes(fd int, root string) error {
 			fds, _ = unix.ParseUnixRights(&msgs[0])
 		}
 		if len(fds) != 2 {
-			return errors.New("a question without its files")
+			return errors.New("a question came without its files")
 		}
 		go func() {
 			dev, reply := os.NewFile(uintptr(fds[0]), "device"), os.NewFile(uintptr(fds[1]), "answer")
@@ -231,7 +231,7 @@ func parseBlkid(status int, out io.Reader, stderr string) (string, error) {
 	}
 	switch {
 	case found["DEVNAME"] == "":
-		return "", fmt.Errorf("blkid said nothing of the device: %q", text)
+		return "", fmt.Errorf("blkid's answer says nothing of the device: %q", text)
 	case found["TYPE"] != "":
 		return found["TYPE"], nil
 	case found["PTTYPE"] != "":
