@@ -29,7 +29,7 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 				moved, done = now, n
 			} else if now.Sub(moved) >= limit && !s.gone && s.snap.Err() == 0 {
 				d.opts.Log.Error("the snapshot is given up, because writes wait for a disk that is not their own and does not answer", "snapshot", s.id, "for", limit, "disks", s.hanging())
-				s.snap.GiveUp(unix.ETIMEDOUT)
+				s.snap.Break(unix.ETIMEDOUT)
 			}
 			s.use.RUnlock()
 			continue

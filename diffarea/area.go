@@ -103,27 +103,27 @@ func (a *Area) SkipNew(c, end Chunk) Chunk {
 	return c
 }
 
-// Place says where the byte at off of the image is, given the word of its
+// Locate says where the byte at off of the image is, given the word of its
 // chunk, which is not FAILED.
-func (a *Area) Place(w Word, off int64) (blockdev.File, int64) {
+func (a *Area) Locate(w Word, off int64) (blockdev.File, int64) {
 	if w.State() == New {
 		return a.orig, off
 	}
-	f, base := a.log.place(w)
+	f, base := a.log.locate(w)
 	return f, base + off&(a.log.chunkSize-1)
 }
 
-// Reach is blockdev.Op.Reach for a write to a chunk with word w, which is STORED.
-func (a *Area) Reach(w Word) int64 {
+// MinSize is blockdev.Op.MinSize for a write to a chunk with word w, which is STORED.
+func (a *Area) MinSize(w Word) int64 {
 	l := a.log
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.reachLocked(l.state.find(w.Region()).source)
+	return l.minSizeLocked(l.state.find(w.Region()).source)
 }
 
-// Failed is told of an operation of an image that has failed, on w's thread. If it
+// OpFailed is told of an operation of an image that has failed, on w's thread. If it
 // was on the storage, what is there cannot be relied on: the snapshot is broken.
-func (a *Area) Failed(w *Worker, op *blockdev.Op) {
+func (a *Area) OpFailed(w *Worker, op *blockdev.Op) {
 	l := a.log
 	if op.File == a.orig || op.File == l.pool.File {
 		return
@@ -134,18 +134,18 @@ func (a *Area) Failed(w *Worker, op *blockdev.Op) {
 }
 
 // Copy is the copying of one chunk, from the claim until its word says so. It
-// belongs to its worker's thread; waiters, inTable and region are guarded by
+// belongs to its worker's thread; waiters, bucketNext and region are guarded by
 // log.mu until the copy is granted.
 type Copy struct {
 	w     *Worker
 	area  *Area
 	chunk Chunk
 
-	granted bool // has a region
-	region  Region
-	waiters waitList
-	next    *Copy // in the worker's stock, its ended or ready, or in log.waiting
-	inTable *Copy // in area.copying
+	granted    bool // has a region
+	region     Region
+	waiters    waitList
+	next       *Copy // in the worker's free list, its ended or ready, or in log.waiting
+	bucketNext *Copy // in area.copying
 
 	// A follower takes its data from the slot of a lead that reads a stretch
 	// around it.
@@ -196,16 +196,16 @@ func (l *copyList) append(m *copyList) {
 	}
 }
 
-// copy takes one from the worker's stock.
-func (w *Worker) copy() *Copy {
-	c := w.copies
+// newCopy takes one from the worker's free list.
+func (w *Worker) newCopy() *Copy {
+	c := w.freeCopies
 	if c == nil {
 		c = &Copy{w: w}
 		c.op.Kind = blockdev.Read
 		c.op.Done = c.landed
 		c.task.Run = c.start
 	} else {
-		w.copies = c.next
+		w.freeCopies = c.next
 	}
 	c.next = nil
 	return c
@@ -217,7 +217,7 @@ func (a *Area) bucket(c Chunk) **Copy { return &a.copying[uint64(c)%uint64(len(a
 func (a *Area) findLocked(c Chunk) *Copy {
 	p := *a.bucket(c)
 	for p != nil && p.chunk != c {
-		p = p.inTable
+		p = p.bucketNext
 	}
 	return p
 }
@@ -241,27 +241,27 @@ func (a *Area) Protect(w *Worker, c Chunk, lead *Copy, wake func()) (ok bool, cl
 		return true, nil
 	}
 	if cp := a.findLocked(c); cp != nil {
-		cp.waiters.push(w.waiter(wake))
+		cp.waiters.push(w.newWaiter(wake))
 		l.mu.Unlock()
 		return false, nil
 	}
 	cp := a.claimLocked(w, c)
-	cp.waiters.push(w.waiter(wake))
+	cp.waiters.push(w.newWaiter(wake))
 	if lead != nil && lead.covers(a.Start(c), a.length(c)) {
 		cp.lead = lead
 		cp.sibling, lead.followers = lead.followers, cp
 	}
 	l.mu.Unlock()
-	w.touch(l)
+	w.settleLater(l)
 	return false, cp
 }
 
 // claimLocked puts a copy of chunk c under way; it waits for its region.
 func (a *Area) claimLocked(w *Worker, c Chunk) *Copy {
-	cp := w.copy()
+	cp := w.newCopy()
 	cp.area, cp.chunk = a, c
 	b := a.bucket(c)
-	cp.inTable, *b = *b, cp
+	cp.bucketNext, *b = *b, cp
 	a.log.busy++
 	a.log.waiting.push(cp)
 	return cp
@@ -340,7 +340,7 @@ func (c *Copy) finish(errno unix.Errno) {
 		}
 		c.errno = errno
 		w.ended.push(c)
-		w.touch(c.area.log)
+		w.settleLater(c.area.log)
 		c = next
 	}
 }
@@ -378,9 +378,9 @@ func (c *Copy) endLocked(woken *waitList) {
 			a.table.set(c.chunk, makeWord(Failed, 0))
 		}
 	}
-	for p := a.bucket(c.chunk); ; p = &(*p).inTable {
+	for p := a.bucket(c.chunk); ; p = &(*p).bucketNext {
 		if *p == c {
-			*p = c.inTable
+			*p = c.bucketNext
 			break
 		}
 	}
@@ -403,13 +403,13 @@ func (c *Copy) leave() {
 	c.lead, c.sibling = nil, nil
 }
 
-// recycle puts the copy back into its worker's stock.
+// recycle puts the copy back into its worker's free list.
 func (c *Copy) recycle() {
 	w := c.w
-	c.area, c.inTable, c.joined, c.fill = nil, nil, nil, nil
+	c.area, c.bucketNext, c.joined, c.fill = nil, nil, nil, nil
 	c.waiters = waitList{}
 	c.granted, c.started, c.region, c.errno = false, false, 0, 0
-	c.next, w.copies = w.copies, c
+	c.next, w.freeCopies = w.freeCopies, c
 }
 
 // AwaitStored returns true if chunk c is not on its way to the storage; else
@@ -422,7 +422,7 @@ func (a *Area) AwaitStored(w *Worker, c Chunk, wake func()) bool {
 		l.mu.Unlock()
 		return true
 	}
-	l.slot(word.Region()).waiters.push(w.waiter(wake))
+	l.slot(word.Region()).waiters.push(w.newWaiter(wake))
 	l.urgent = max(l.urgent, word.Region()+1)
 	l.settle(w, waitList{})
 	return false
@@ -445,7 +445,7 @@ func (a *Area) Fill(w *Worker, c Chunk, fill func(*Copy), wake func()) bool {
 		cp = a.claimLocked(w, c)
 		cp.fill = fill
 	}
-	cp.waiters.push(w.waiter(wake))
+	cp.waiters.push(w.newWaiter(wake))
 	l.settle(w, waitList{})
 	return true
 }

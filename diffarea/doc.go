@@ -17,7 +17,7 @@
 //     has been copied meanwhile, the write goes on. If a Copy of it is under way,
 //     the write waits for that Copy. Otherwise T makes a new Copy. The Copy waits
 //     for a region, in Log.waiting, and the write waits for the Copy.
-//  2. End of turn (Worker.work, on T, locked). It runs once for everything that the
+//  2. End of turn (Worker.endTurn, on T, locked). It runs once for everything that the
 //     turn of the queue brought. It ends in Log.settle, as every change of the log
 //     does.
 //  3. Grant (Log.grantLocked, in settle). The Copy gets the next region and that
@@ -32,7 +32,7 @@
 //  5. Word (Copy.landed, finish, on T, no lock). The data is in the slot, and one
 //     store to the chunk's word says so: IN_MEMORY. From now on images read the
 //     chunk from the slot, and it stays there if the process dies.
-//  6. Settle (Worker.work, Copy.endLocked, on T, locked). At the end of that turn
+//  6. Settle (Worker.endTurn, Copy.endLocked, on T, locked). At the end of that turn
 //     the slot is LANDED, and the Copy sets free all who waited for it.
 //  7. Wake (wakeAll, no lock). The write goes on to the original disk.
 //  8. Store (Log.nextStoreLocked, store.submit, store.done). The write does not

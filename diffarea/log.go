@@ -77,27 +77,27 @@ type Log struct {
 	// files are those of sources, for readers without the lock.
 	files atomic.Pointer[[]blockdev.File]
 
-	mu        sync.Mutex
-	areas     []*Area
-	slots     []slot
-	next      Region // first region not handed out
-	storeNext Region // first region not handed to a store
-	landed    Region // from storeNext to here all have landed
-	urgent    Region // somebody waits for the store of what is before it
-	waiting   copyList
-	stores    int // writes to the storage under way
-	storeIdle *store
-	sources   []*source
-	growth    growth
-	expected  Region // chunks of areas to come, and of those that have
-	chunks    Region // of the areas
-	lost      Region // handed out, and no chunk's: their copies died with a process
-	lowSent   bool
-	events    []Event // to be delivered
-	busy      int     // copies, stores and growths under way
-	ended     uint64  // stores and growths
-	released  bool    // dead, and nobody waits for a store any more
-	closing   func()
+	mu         sync.Mutex
+	areas      []*Area
+	slots      []slot
+	next       Region // first region not handed out
+	storeNext  Region // first region not handed to a store
+	landed     Region // from storeNext to here all have landed
+	urgent     Region // somebody waits for the store of what is before it
+	waiting    copyList
+	stores     int // writes to the storage under way
+	freeStores *store
+	sources    []*source
+	growth     growth
+	expected   Region // chunks of areas to come, and of those that have
+	chunks     Region // of the areas
+	lost       Region // handed out, and no chunk's: their copies died with a process
+	lowSent    bool
+	events     []Event // to be delivered
+	busy       int     // copies, stores and growths under way
+	ended      uint64  // stores and growths
+	released   bool    // dead, and nobody waits for a store any more
+	closing    func()
 }
 
 // slot is what the pool knows of the region in it.
@@ -177,15 +177,15 @@ func (l *Log) memory(r Region) []byte {
 	return l.pool.Mem[off : off+l.chunkSize : off+l.chunkSize]
 }
 
-// place says where the data of a chunk with word w begins; w is IN_MEMORY or
+// locate says where the data of a chunk with word w begins; w is IN_MEMORY or
 // STORED.
-func (l *Log) place(w Word) (blockdev.File, int64) {
+func (l *Log) locate(w Word) (blockdev.File, int64) {
 	r := w.Region()
 	if w.State() == InMemory {
 		return l.pool.File, int64(r%l.poolSlots) << l.shift
 	}
-	x := l.state.find(r)
-	return l.file(x.source), x.off + int64(r-x.first)<<l.shift
+	ext := l.state.find(r)
+	return l.file(ext.source), ext.off + int64(r-ext.first)<<l.shift
 }
 
 // settle ends every change of the log: it does what the change made possible.
@@ -316,8 +316,8 @@ func (l *Log) Abort(w *Worker) {
 	l.settle(w, waitList{})
 }
 
-// GiveUp is Abort with an event, of a log that has broken down: see Waiting.
-func (l *Log) GiveUp(w *Worker, errno unix.Errno) {
+// Break is Abort with an event, of a log that has broken down: see Waiting.
+func (l *Log) Break(w *Worker, errno unix.Errno) {
 	l.mu.Lock()
 	l.breakLocked(errno, l.victimLocked())
 	l.settle(w, waitList{})
@@ -403,8 +403,8 @@ func (l *Log) nextStoreLocked() *store {
 	}
 	// A write ends where the pool wraps, the storage continues elsewhere, or
 	// the batch is full.
-	x := l.state.find(first)
-	most := min(max(Region(storeBatch>>l.shift), 1), l.poolSlots-first%l.poolSlots, x.first+x.count-first)
+	ext := l.state.find(first)
+	most := min(max(Region(storeBatch>>l.shift), 1), l.poolSlots-first%l.poolSlots, ext.first+ext.count-first)
 	l.landed = max(l.landed, first)
 	for l.landed < l.next && l.slot(l.landed).state == slotLanded {
 		l.landed++
@@ -415,21 +415,21 @@ func (l *Log) nextStoreLocked() *store {
 	if n == 0 || n < most && (l.stores > 0 || grows && !wanted) {
 		return nil
 	}
-	s := l.storeIdle
+	s := l.freeStores
 	if s == nil {
 		s = &store{l: l}
 		s.op.Kind = blockdev.Write
 		s.op.Done = s.done
 	} else {
-		l.storeIdle = s.next
+		l.freeStores = s.next
 	}
 	for r := first; r < first+n; r++ {
 		l.slot(r).state = slotStoring
 	}
 	s.first, s.n = first, n
-	s.op.File = l.file(x.source)
-	s.op.Off = x.off + int64(first-x.first)<<l.shift
-	s.op.Reach = l.reachLocked(x.source)
+	s.op.File = l.file(ext.source)
+	s.op.Off = ext.off + int64(first-ext.first)<<l.shift
+	s.op.MinSize = l.minSizeLocked(ext.source)
 	l.storeNext += n
 	l.stores++
 	l.busy++
@@ -455,8 +455,8 @@ func (s *store) done(op *blockdev.Op) {
 	l := s.l
 	if op.Err == 0 {
 		for r := s.first; r < s.first+s.n; r++ {
-			t := l.slot(r)
-			t.area.table.set(t.chunk, makeWord(Stored, r))
+			slot := l.slot(r)
+			slot.area.table.set(slot.chunk, makeWord(Stored, r))
 		}
 	}
 	var woken waitList
@@ -465,15 +465,15 @@ func (s *store) done(op *blockdev.Op) {
 		l.breakLocked(op.Err, l.slot(s.first).area)
 	} else {
 		for r := s.first; r < s.first+s.n; r++ {
-			t := l.slot(r)
-			t.state = slotFree
-			t.waiters.moveTo(&woken)
+			slot := l.slot(r)
+			slot.state = slotFree
+			slot.waiters.moveTo(&woken)
 		}
 	}
 	l.stores--
 	l.ended++
 	l.busy--
-	s.next, l.storeIdle = l.storeIdle, s
+	s.next, l.freeStores = l.freeStores, s
 	l.settle(s.w, woken)
 }
 

@@ -93,7 +93,7 @@ func (b *bench) holds(c diffarea.Chunk) bool {
 	if w.State() != diffarea.InMemory && w.State() != diffarea.Stored {
 		return false
 	}
-	f, off := b.area.Place(w, b.area.Start(c))
+	f, off := b.area.Locate(w, b.area.Start(c))
 	got := make([]byte, chunk)
 	if _, err := f.(*blockdevtest.Memory).ReadAt(got, off); err != nil {
 		b.t.Fatal(err)
@@ -515,7 +515,7 @@ func TestCloseUnderWay(t *testing.T) {
 func TestAbortWithStuckStorage(t *testing.T) {
 	t.Run("abort", func(t *testing.T) { testStuckStorage(t, (*diffarea.Log).Abort) })
 	t.Run("give up", func(t *testing.T) {
-		testStuckStorage(t, func(l *diffarea.Log, w *diffarea.Worker) { l.GiveUp(w, unix.ETIMEDOUT) },
+		testStuckStorage(t, func(l *diffarea.Log, w *diffarea.Worker) { l.Break(w, unix.ETIMEDOUT) },
 			diffarea.Event{Kind: diffarea.Corrupted, Device: 7, Errno: unix.ETIMEDOUT})
 	})
 }
@@ -589,7 +589,7 @@ func TestWaitingForOthers(t *testing.T) {
 	if waits, _ := b.log.Waiting(); !waits || woken != 0 {
 		t.Fatalf("waits %v, %d woken; want the other device to wait for this one's disk", waits, woken)
 	}
-	b.log.GiveUp(b.w, unix.ETIMEDOUT)
+	b.log.Break(b.w, unix.ETIMEDOUT)
 	b.sched.Run()
 	if want := (diffarea.Event{Kind: diffarea.Corrupted, Device: 8, Errno: unix.ETIMEDOUT}); woken != 1 || len(b.events) != 1 || b.events[0] != want {
 		t.Fatalf("%d woken, events %v", woken, b.events)

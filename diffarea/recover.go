@@ -37,9 +37,9 @@ func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 		l.addSource(&source{file: st.File, size: st.Size, portion: l.portion, done: st.Fixed})
 	}
 	for i := range s.extents() {
-		x := s.extent(i)
-		src := l.sources[x.source]
-		src.used = max(src.used, x.off+int64(x.count)<<l.shift)
+		ext := s.extent(i)
+		src := l.sources[ext.source]
+		src.used = max(src.used, ext.off+int64(ext.count)<<l.shift)
 	}
 	l.next = Region(s.get(stateNext))
 	l.lost = l.next // until a word says otherwise
@@ -59,12 +59,12 @@ func (s *logState) check(sources int) error {
 	}
 	first := Region(0)
 	for i := range int(n) {
-		x := s.extent(i)
-		misplaced := x.off < 0 || x.off&(1<<s.get(stateShift)-1) != 0 || x.source >= uint64(sources)
-		if misplaced || x.first != first || x.count <= 0 || x.count >= 1<<regionBits-first {
-			return fmt.Errorf("%w: extent %d: regions %d+%d in storage %d of %d at %d", ErrState, i, x.first, x.count, x.source, sources, x.off)
+		ext := s.extent(i)
+		misplaced := ext.off < 0 || ext.off&(1<<s.get(stateShift)-1) != 0 || ext.source >= uint64(sources)
+		if misplaced || ext.first != first || ext.count <= 0 || ext.count >= 1<<regionBits-first {
+			return fmt.Errorf("%w: extent %d: regions %d+%d in storage %d of %d at %d", ErrState, i, ext.first, ext.count, ext.source, sources, ext.off)
 		}
-		first += x.count
+		first += ext.count
 	}
 	if next := s.get(stateNext); next > uint64(first) {
 		return fmt.Errorf("%w: next region %d beyond %d", ErrState, next, first)

@@ -65,7 +65,7 @@ type extent struct {
 //
 // All numbers are 64 bits wide in the machine's order and change by one store;
 // an extent is complete before it is counted.
-type logState struct{ f []uint64 }
+type logState struct{ fields []uint64 }
 
 // LogStateSize is the memory a log's state needs, in bytes.
 const LogStateSize = 16 << 10
@@ -93,8 +93,8 @@ func newLogState(mem []byte) *logState {
 	return &logState{unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(mem))), LogStateSize/8)}
 }
 
-func (s *logState) get(i int) uint64    { return atomic.LoadUint64(&s.f[i]) }
-func (s *logState) put(i int, v uint64) { atomic.StoreUint64(&s.f[i], v) }
+func (s *logState) get(i int) uint64    { return atomic.LoadUint64(&s.fields[i]) }
+func (s *logState) put(i int, v uint64) { atomic.StoreUint64(&s.fields[i], v) }
 
 func (s *logState) format(shift uint, slots int64) {
 	s.put(stateShift, uint64(shift))
@@ -106,7 +106,7 @@ func (s *logState) setNext(r Region)         { s.put(stateNext, uint64(r)) }
 func (s *logState) setDead(errno unix.Errno) { s.put(stateDead, uint64(errno)) }
 
 func (s *logState) extent(i int) extent {
-	f := s.f[stateHead+i*extentFields:]
+	f := s.fields[stateHead+i*extentFields:]
 	return extent{Region(f[0]), Region(atomic.LoadUint64(&f[1])), f[2], int64(f[3])}
 }
 
@@ -118,8 +118,8 @@ func (s *logState) capacity() Region {
 	if n == 0 {
 		return 0
 	}
-	x := s.extent(n - 1)
-	return x.first + x.count
+	ext := s.extent(n - 1)
+	return ext.first + ext.count
 }
 
 // find is the extent of region r, which lies below capacity. Extents grow at
@@ -141,20 +141,20 @@ func (s *logState) find(r Region) extent {
 // there are too many extents.
 func (s *logState) add(source uint64, off int64, n Region, shift uint) bool {
 	i := s.extents()
-	x := extent{source: source, off: off}
+	ext := extent{source: source, off: off}
 	if i > 0 {
 		last := s.extent(i - 1)
 		if last.source == source && last.off+int64(last.count)<<shift == off {
 			s.put(stateHead+(i-1)*extentFields+1, uint64(last.count+n))
 			return true
 		}
-		x.first = last.first + last.count
+		ext.first = last.first + last.count
 	}
 	if i == maxExtents {
 		return false
 	}
-	f := s.f[stateHead+i*extentFields:]
-	f[0], f[1], f[2], f[3] = uint64(x.first), uint64(n), x.source, uint64(x.off)
+	f := s.fields[stateHead+i*extentFields:]
+	f[0], f[1], f[2], f[3] = uint64(ext.first), uint64(n), ext.source, uint64(ext.off)
 	s.put(stateExtents, uint64(i+1))
 	return true
 }
@@ -223,9 +223,9 @@ func (l *Log) extendLocked(source uint64, n int64) bool {
 	return ok
 }
 
-// reachLocked is up to where a storage reaches, being allocated so far, unless
-// somebody has cut it off: see blockdev.Op.Reach.
-func (l *Log) reachLocked(source uint64) int64 {
+// minSizeLocked is up to where a storage reaches, being allocated so far, unless
+// somebody has cut it off: see blockdev.Op.MinSize.
+func (l *Log) minSizeLocked(source uint64) int64 {
 	return l.sources[source].used
 }
 
@@ -236,9 +236,9 @@ func (l *Log) Used(f blockdev.File) int64 {
 	defer l.mu.Unlock()
 	used := int64(0)
 	for n := range l.state.extents() {
-		x := l.state.extent(n)
-		if l.file(x.source) == f && x.first < l.next {
-			used = max(used, x.off+int64(min(x.count, l.next-x.first))<<l.shift)
+		ext := l.state.extent(n)
+		if l.file(ext.source) == f && ext.first < l.next {
+			used = max(used, ext.off+int64(min(ext.count, l.next-ext.first))<<l.shift)
 		}
 	}
 	return used
@@ -354,7 +354,7 @@ func (l *Log) nextGrowthLocked() bool {
 	}
 	g.active, g.source = true, uint64(pick)
 	g.op.File = s.file
-	g.op.Off, g.op.Reach = s.used, l.reachLocked(uint64(pick))
+	g.op.Off, g.op.MinSize = s.used, l.minSizeLocked(uint64(pick))
 	g.op.Len = max(min(s.portion, s.left(l.chunkSize), int64(short)<<l.shift)>>l.shift<<l.shift, l.chunkSize)
 	l.busy++
 	return true

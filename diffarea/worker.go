@@ -7,16 +7,16 @@ import (
 )
 
 // Worker is what one queue brings to the difference areas it works on: its way
-// to start I/O, and its stock of copies and waiters, so that the steady state
+// to start I/O, and its free copies and waiters, so that the steady state
 // allocates nothing. It belongs to the queue's thread.
 //
 // What a turn of the queue brings, requests and completions alike, is gathered
 // and put to the logs at the turn's end: one lock for all, and what lies side
 // by side is read together.
 type Worker struct {
-	q       blockdev.Queue
-	copies  *Copy
-	waiters *waiter
+	q           blockdev.Queue
+	freeCopies  *Copy
+	freeWaiters *waiter
 
 	ended   copyList // whose data has landed, or never will
 	touched []*Log   // of these, and of claimed copies
@@ -40,7 +40,7 @@ type pinnedPool struct {
 // NewWorker makes the worker of queue q.
 func NewWorker(q blockdev.Queue) *Worker {
 	w := &Worker{q: q}
-	w.task.Run = w.work
+	w.task.Run = w.endTurn
 	w.useTask.Run = w.pin
 	return w
 }
@@ -94,8 +94,8 @@ func (w *Worker) slots(l *Log, r Region) blockdev.Buf {
 	return b.At(int64(r%l.poolSlots) << l.shift)
 }
 
-// touch has the log settled at the end of the turn.
-func (w *Worker) touch(l *Log) {
+// settleLater has the log settled at the end of the turn.
+func (w *Worker) settleLater(l *Log) {
 	if !slices.Contains(w.touched, l) {
 		w.touched = append(w.touched, l)
 	}
@@ -105,8 +105,8 @@ func (w *Worker) touch(l *Log) {
 	}
 }
 
-// work is the end of a turn.
-func (w *Worker) work() {
+// endTurn is the end of a turn.
+func (w *Worker) endTurn() {
 	w.posted = false
 	logs, ended := w.touched, w.ended
 	w.touched, w.ended = w.spare, copyList{}
@@ -163,36 +163,36 @@ type waiter struct {
 	next *waiter
 }
 
-// waiter takes one from the stock.
-func (w *Worker) waiter(wake func()) *waiter {
-	t := w.waiters
-	if t == nil {
-		t = &waiter{w: w}
-		t.task.Run = t.run
+// newWaiter takes one from the free list.
+func (w *Worker) newWaiter(wake func()) *waiter {
+	wt := w.freeWaiters
+	if wt == nil {
+		wt = &waiter{w: w}
+		wt.task.Run = wt.run
 	} else {
-		w.waiters = t.next
+		w.freeWaiters = wt.next
 	}
-	t.wake, t.next = wake, nil
-	return t
+	wt.wake, wt.next = wake, nil
+	return wt
 }
 
 // run wakes the request, on its own thread.
-func (t *waiter) run() {
-	wake := t.wake
-	t.wake = nil
-	t.next, t.w.waiters = t.w.waiters, t
+func (wt *waiter) run() {
+	wake := wt.wake
+	wt.wake = nil
+	wt.next, wt.w.freeWaiters = wt.w.freeWaiters, wt
 	wake()
 }
 
 // wakeAll wakes a list of waiters from w's thread.
 func wakeAll(w *Worker, list *waiter) {
 	for list != nil {
-		t := list
-		list = t.next
-		if t.w == w {
-			t.run()
+		wt := list
+		list = wt.next
+		if wt.w == w {
+			wt.run()
 		} else {
-			t.w.q.Post(&t.task)
+			wt.w.q.Post(&wt.task)
 		}
 	}
 }
@@ -200,16 +200,16 @@ func wakeAll(w *Worker, list *waiter) {
 // waitList is a list of waiters in order.
 type waitList struct{ head, tail *waiter }
 
-func (l *waitList) push(t *waiter) {
+func (l *waitList) push(wt *waiter) {
 	if l.tail == nil {
-		l.head = t
+		l.head = wt
 	} else {
-		l.tail.next = t
+		l.tail.next = wt
 	}
-	l.tail = t
+	l.tail = wt
 }
 
-// take empties the list into dst.
+// moveTo empties the list into dst.
 func (l *waitList) moveTo(dst *waitList) {
 	if l.head == nil {
 		return

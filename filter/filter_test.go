@@ -372,7 +372,7 @@ func TestNeighboursAreReadTogether(t *testing.T) {
 	}
 	for c := range a.Chunk(diskSize) {
 		w := a.Load(c)
-		f, off := a.Place(w, a.Start(c))
+		f, off := a.Locate(w, a.Start(c))
 		var b [chunk]byte
 		if _, err := f.(*blockdevtest.Memory).ReadAt(b[:], off); err != nil {
 			t.Fatal(err)

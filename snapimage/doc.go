@@ -13,7 +13,7 @@
 //
 // A Snapshot is control work. Its methods are called on the thread of one queue,
 // the control queue, and call back on it. The caller waits for one to call back
-// before it calls the next. Cancel, GiveUp and Abort may come in between, and an
+// before it calls the next. Cancel, Break and Abort may come in between, and an
 // Append whose storage does not answer holds up none of the others.
 //
 // An image is the data path. Each of its [Queue]s belongs to its own thread, and

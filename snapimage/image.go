@@ -37,12 +37,12 @@ func (im *Image) NewQueue(q blockdev.Queue) *Queue {
 //
 // On a broken snapshot every READ and WRITE fails with EIO.
 type Queue struct {
-	im     *Image
-	q      blockdev.Queue
-	w      *diffarea.Worker
-	reads  []*read  // by tag, made when first needed
-	writes []*write // by tag
-	stock  *piece
+	im         *Image
+	q          blockdev.Queue
+	w          *diffarea.Worker
+	reads      []*read  // by tag, made when first needed
+	writes     []*write // by tag
+	freePieces *piece
 }
 
 // Handle starts a request.
@@ -93,11 +93,11 @@ func (q *Queue) read(r *ublk.Request) {
 	}
 	rd := q.reads[r.Tag]
 	rd.r, rd.pos = r, r.Off
-	rd.look()
+	rd.readWindow()
 }
 
-// look starts on the window at pos.
-func (rd *read) look() {
+// readWindow starts on the window at pos.
+func (rd *read) readWindow() {
 	a := rd.q.im.area
 	first := a.Chunk(rd.pos)
 	rd.end = min(rd.r.Off+rd.r.Len, a.Start(first+window))
@@ -111,12 +111,12 @@ func (rd *read) look() {
 		off = end
 	}
 	s.submit(rd)
-	rd.arrived()
+	rd.pieceDone()
 }
 
-// again reads the chunks of the window that have moved since they were looked
+// rereadMoved reads the chunks of the window that have moved since they were looked
 // at; it returns false if there are none.
-func (rd *read) again() bool {
+func (rd *read) rereadMoved() bool {
 	a := rd.q.im.area
 	first := a.Chunk(rd.pos)
 	rd.pending = 1
@@ -134,7 +134,7 @@ func (rd *read) again() bool {
 		return false
 	}
 	s.submit(rd)
-	rd.arrived()
+	rd.pieceDone()
 	return true
 }
 
@@ -152,7 +152,7 @@ func (s *stretch) add(rd *read, w diffarea.Word, off, end int64) {
 		rd.err = unix.EIO
 		return
 	}
-	f, at := rd.q.im.area.Place(w, off)
+	f, at := rd.q.im.area.Locate(w, off)
 	if s.file == f && s.end == off && s.at+(s.end-s.off) == at {
 		s.end = end
 		return
@@ -166,13 +166,13 @@ func (s *stretch) submit(rd *read) {
 		return
 	}
 	q := rd.q
-	p := q.stock
+	p := q.freePieces
 	if p == nil {
 		p = &piece{}
 		p.op.Kind = blockdev.Read
 		p.op.Done = p.done
 	} else {
-		q.stock = p.next
+		q.freePieces = p.next
 	}
 	p.rd = rd
 	p.op.File, p.op.Off, p.op.Len = s.file, s.at, s.end-s.off
@@ -185,17 +185,17 @@ func (s *stretch) submit(rd *read) {
 func (p *piece) done(op *blockdev.Op) {
 	rd := p.rd
 	p.rd = nil
-	p.next, rd.q.stock = rd.q.stock, p
+	p.next, rd.q.freePieces = rd.q.freePieces, p
 	if op.Err != 0 {
 		rd.err = op.Err
-		rd.q.im.area.Failed(rd.q.w, op)
+		rd.q.im.area.OpFailed(rd.q.w, op)
 	}
-	rd.arrived()
+	rd.pieceDone()
 }
 
-// arrived runs as each piece has arrived. After the last, the words say whether
+// pieceDone runs as each piece has arrived. After the last, the words say whether
 // it was read from the right place.
-func (rd *read) arrived() {
+func (rd *read) pieceDone() {
 	if rd.pending--; rd.pending != 0 {
 		return
 	}
@@ -208,11 +208,11 @@ func (rd *read) arrived() {
 		r.Complete(rd.err)
 		return
 	}
-	if rd.again() {
+	if rd.rereadMoved() {
 		return
 	}
 	if rd.pos = rd.end; rd.pos < r.Off+r.Len {
-		rd.look()
+		rd.readWindow()
 		return
 	}
 	rd.r = nil
@@ -233,18 +233,18 @@ type write struct {
 	fill *diffarea.Copy
 	op   blockdev.Op
 
-	step    func()
-	filling func(*diffarea.Copy)
-	oldRead func(*blockdev.Op)
-	applied func(*blockdev.Op)
-	stored  func(*blockdev.Op)
+	onStep    func()
+	onFill    func(*diffarea.Copy)
+	onOldRead func(*blockdev.Op)
+	onApplied func(*blockdev.Op)
+	onStored  func(*blockdev.Op)
 }
 
 func (q *Queue) write(r *ublk.Request) {
 	for len(q.writes) <= r.Tag {
 		wr := &write{q: q}
-		wr.step, wr.filling, wr.oldRead = wr.doStep, wr.doFill, wr.doOldRead
-		wr.applied, wr.stored = wr.doApplied, wr.doStored
+		wr.onStep, wr.onFill, wr.onOldRead = wr.doStep, wr.doFill, wr.doOldRead
+		wr.onApplied, wr.onStored = wr.doApplied, wr.doStored
 		q.writes = append(q.writes, wr)
 	}
 	wr := q.writes[r.Tag]
@@ -277,17 +277,17 @@ func (wr *write) doStep() {
 		wr.n = min(wr.r.Off+wr.r.Len, a.Start(c+1)) - wr.pos
 		switch w := a.Load(c); w.State() {
 		case diffarea.New:
-			if a.Fill(wr.q.w, c, wr.filling, wr.step) {
+			if a.Fill(wr.q.w, c, wr.onFill, wr.onStep) {
 				return
 			}
 		case diffarea.InMemory:
-			if !a.AwaitStored(wr.q.w, c, wr.step) {
+			if !a.AwaitStored(wr.q.w, c, wr.onStep) {
 				return
 			}
 		case diffarea.Stored:
-			f, at := a.Place(w, wr.pos)
-			wr.op.Reach = a.Reach(w)
-			wr.submit(f, at, wr.stored)
+			f, at := a.Locate(w, wr.pos)
+			wr.op.MinSize = a.MinSize(w)
+			wr.submit(f, at, wr.onStored)
 			return
 		case diffarea.Failed:
 			wr.finish(unix.EIO)
@@ -312,7 +312,7 @@ func (wr *write) submit(f blockdev.File, at int64, done func(*blockdev.Op)) {
 
 func (wr *write) doStored(op *blockdev.Op) {
 	if op.Err != 0 {
-		wr.q.im.area.Failed(wr.q.w, op)
+		wr.q.im.area.OpFailed(wr.q.w, op)
 		wr.finish(op.Err)
 		return
 	}
@@ -323,13 +323,13 @@ func (wr *write) doStored(op *blockdev.Op) {
 // doFill runs when the new chunk has a slot.
 func (wr *write) doFill(c *diffarea.Copy) {
 	wr.fill = c
-	wr.op.Reach = 0
+	wr.op.MinSize = 0
 	mem, _, _ := c.Slot()
 	if wr.n == int64(len(mem)) {
 		wr.apply()
 		return
 	}
-	wr.op.Done = wr.oldRead
+	wr.op.Done = wr.onOldRead
 	c.ReadOld(&wr.op)
 }
 
@@ -351,7 +351,7 @@ func (wr *write) apply() {
 		wr.filled()
 		return
 	}
-	wr.submit(f, at+in, wr.applied)
+	wr.submit(f, at+in, wr.onApplied)
 }
 
 func (wr *write) doApplied(op *blockdev.Op) {

@@ -49,6 +49,6 @@ func Reopen(c Config, control blockdev.Queue, members []Member, storage []diffar
 	for _, m := range s.members {
 		m.filter.Install(m.area)
 	}
-	s.back(func() { l.Resume(s.worker) })
+	s.post(func() { l.Resume(s.worker) })
 	return s, nil
 }

@@ -63,8 +63,8 @@ func New(c Config, control blockdev.Queue) (*Snapshot, error) {
 	return &Snapshot{log: l, control: control, worker: diffarea.NewWorker(control), memory: c.Memory}, nil
 }
 
-// back runs f on the control queue's thread.
-func (s *Snapshot) back(f func()) { s.control.Post(&blockdev.Task{Run: f}) }
+// post runs f on the control queue's thread.
+func (s *Snapshot) post(f func()) { s.control.Post(&blockdev.Task{Run: f}) }
 
 // Log is the snapshot's difference log.
 func (s *Snapshot) Log() *diffarea.Log { return s.log }
@@ -98,7 +98,7 @@ func (s *Snapshot) Append(st diffarea.Storage, done func(error)) {
 		return
 	}
 	s.log.Append(s.worker, st, func(err error) {
-		s.back(func() {
+		s.post(func() {
 			if err == nil {
 				s.storage++
 			}
@@ -153,7 +153,7 @@ func (s *Snapshot) Take(at func(), done func(error)) {
 			at()
 		}
 	}, func(ok bool) {
-		s.back(func() {
+		s.post(func() {
 			s.cut = nil
 			if !ok {
 				done(ErrCancelled)
@@ -173,8 +173,8 @@ func (s *Snapshot) Cancel() {
 	}
 }
 
-// GiveUp breaks the snapshot: see diffarea.Log.GiveUp.
-func (s *Snapshot) GiveUp(errno unix.Errno) { s.log.GiveUp(s.worker, errno) }
+// Break breaks the snapshot: see diffarea.Log.Break.
+func (s *Snapshot) Break(errno unix.Errno) { s.log.Break(s.worker, errno) }
 
 // Abort ends the snapshot, whatever hangs: see diffarea.Log.Abort. Destroy comes
 // later.
@@ -186,7 +186,7 @@ func (s *Snapshot) Abort() { s.log.Abort(s.worker) }
 // given back.
 func (s *Snapshot) Destroy(done func()) {
 	s.destroying = true
-	closeLog := func() { s.log.Close(s.worker, func() { s.back(done) }) }
+	closeLog := func() { s.log.Close(s.worker, func() { s.post(done) }) }
 	if !s.taken {
 		closeLog()
 		return
@@ -196,5 +196,5 @@ func (s *Snapshot) Destroy(done func()) {
 	for i, m := range s.members {
 		filters[i], areas[i] = m.filter, m.area
 	}
-	filter.Forget(filters, areas, func() { s.back(closeLog) })
+	filter.Forget(filters, areas, func() { s.post(closeLog) })
 }

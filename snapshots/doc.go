@@ -12,7 +12,7 @@
 // The engine's snapshot belongs to the thread of the control queue. So every
 // method of [Snapshot] that needs it posts a task there, and waits until the task
 // has called back. A Snapshot has one owner, who calls one method at a time. Only
-// the methods that look, and GiveUp, may be called on any thread.
+// the methods that look, and Break, may be called on any thread.
 //
 // Storage may hang for as long as a disk or a file server does not answer. So it
 // is opened and given back on goroutines of their own. A caller that appends

@@ -127,9 +127,9 @@ func (s *Snapshot) Waiting() (waits bool, done uint64) { return s.log.Waiting() 
 // thread.
 func (s *Snapshot) UnderWay() []string { return s.log.UnderWay() }
 
-// GiveUp breaks the snapshot, for a disk that does not answer: see Waiting. It
+// Break breaks the snapshot, for a disk that does not answer: see Waiting. It
 // may be called on any thread.
-func (s *Snapshot) GiveUp(errno unix.Errno) { s.post(func() { s.engine.GiveUp(errno) }) }
+func (s *Snapshot) Break(errno unix.Errno) { s.post(func() { s.engine.Break(errno) }) }
 
 // Abort gives the snapshot up without waiting for anything: the original disks
 // need it no more, and its images give errors. To destroy it is what is left.

@@ -187,9 +187,9 @@ func TestRingErrors(t *testing.T) {
 	}
 }
 
-// TestRingReach: a file that was cut off is not made to grow by those who know
+// TestRingMinSize: a file that was cut off is not made to grow by those who know
 // how far it reached, and one that is cut off under a write is noticed after it.
-func TestRingReach(t *testing.T) {
+func TestRingMinSize(t *testing.T) {
 	const size = 16384
 	f := diskFile(t, t.TempDir(), size, 0)
 	q := startQueue(t, RingConfig{Name: "test", Depth: 1})
@@ -202,7 +202,7 @@ func TestRingReach(t *testing.T) {
 	}
 	do := func(what string, kind Kind, off, reach int64, want unix.Errno, end int64) {
 		t.Helper()
-		if e := onQueue(t, q, &Op{Kind: kind, File: f, Off: off, Len: 4096, Reach: reach, Buf: buf}); e != want {
+		if e := onQueue(t, q, &Op{Kind: kind, File: f, Off: off, Len: 4096, MinSize: reach, Buf: buf}); e != want {
 			t.Errorf("%s: %v, want %v", what, e, want)
 		}
 		if now, err := f.Size(); err != nil || now != end {
@@ -220,7 +220,7 @@ func TestRingReach(t *testing.T) {
 	results := make(chan unix.Errno, 2)
 	onThread(t, q, func() {
 		for range 2 { // the second has been looked at and waits for the first
-			q.Submit(&Op{Kind: Write, File: f, Len: 4096, Reach: size, Buf: buf, Done: func(op *Op) { results <- op.Err }})
+			q.Submit(&Op{Kind: Write, File: f, Len: 4096, MinSize: size, Buf: buf, Done: func(op *Op) { results <- op.Err }})
 		}
 		cut(0)
 	})
@@ -540,7 +540,7 @@ func TestRingAllocatesNothing(t *testing.T) {
 	back := &Task{Run: func() {}}
 	there := &Task{Run: func() { q.Post(back) }}
 	for i := range ops {
-		ops[i] = Op{File: f, Off: int64(i) * 4096, Len: 4096, Reach: 1 << 20, Buf: MemBuf(mem[i*4096:])}
+		ops[i] = Op{File: f, Off: int64(i) * 4096, Len: 4096, MinSize: 1 << 20, Buf: MemBuf(mem[i*4096:])}
 		ops[i].Done = func(op *Op) {
 			if flying--; left > 0 {
 				submit(op)

@@ -121,7 +121,7 @@ func FuzzOpen(f *testing.F) {
 			if word.State() == diffarea.Failed {
 				continue
 			}
-			file, off := a.Place(word, a.Start(c))
+			file, off := a.Locate(word, a.Start(c))
 			if file == disk && off != a.Start(c) || file != disk && off%diffarea.MinChunkSize != 0 {
 				t.Errorf("chunk %d with word %#x lies in %s at %d", c, word, file.Name(), off)
 			}

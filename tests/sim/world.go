@@ -389,7 +389,7 @@ func (w *world) giveUp() bool {
 			w.fired++
 			w.proc.control.After(0, func() {
 				w.tracef("give up %v", s)
-				s.snap.GiveUp(unix.ETIMEDOUT)
+				s.snap.Break(unix.ETIMEDOUT)
 			})
 		}
 	}

@@ -244,7 +244,7 @@ func (m *Memory) check(op *blockdev.Op) unix.Errno {
 		return unix.EINVAL
 	case op.Kind == blockdev.Allocate && m.limit == 0 && m.mapped == nil:
 		return unix.EOPNOTSUPP
-	case op.Reach > m.size && m.limit != 0:
+	case op.MinSize > m.size && m.limit != 0:
 		return unix.EIO
 	case end <= m.size:
 		return 0

@@ -102,7 +102,7 @@ func TestMemoryFile(t *testing.T) {
 		t.Error("a hole does not read as zeroes")
 	}
 	cut := write(m, 7*sector.Size, sectors(7, 1))
-	cut.Reach = 8 * sector.Size
+	cut.MinSize = 8 * sector.Size
 	m.Resize(4 * sector.Size)
 	if e := do(t, q, cut); e != unix.EIO || m.Size() != 4*sector.Size {
 		t.Errorf("write that would make a file grow again: %v, size %d", e, m.Size())

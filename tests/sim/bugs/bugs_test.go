@@ -132,7 +132,7 @@ func TestPlaces(t *testing.T) {
 		"cbtmap/region.go":    {"\tmutation.StoreUint64(&r.words[word], v)\n", "\t\tdo(from, min(from+piece, n))\n\t\tmutation.Point(); r.stored()\n"},
 		"diffarea/area.go":    {"\tmutation.Yield(); l.mu.Lock()\n"},
 		"diffarea/log.go":     {"\tmutation.Yield(); l.mu.Lock()\n"},
-		"diffarea/storage.go": {" mutation.StoreUint64(&s.f[i], v) }\n"},
+		"diffarea/storage.go": {" mutation.StoreUint64(&s.fields[i], v) }\n"},
 		"diffarea/word.go":    {"\tmutation.StoreUint64(&t.words[c], uint64(w))\n"},
 	} {
 		for _, place := range places {
