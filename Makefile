@@ -69,8 +69,9 @@ $(LINT): | setup
 	mv .cache/bin/golangci-lint $@
 
 integration: build bin/vm
-	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o .cache/test/integration.test ./tests/integration
-	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 30m 'cd tests/integration && exec ../../.cache/test/integration.test -test.v -test.timeout 29m -test.run "$(RUN)"'
+	rm -rf .cache/test/integration
+	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o .cache/test/integration/ ./tests/integration/...
+	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 30m 'exec tests/integration/run.sh 29m .cache/test/integration "$(RUN)"'
 
 systemd: build bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd

@@ -76,7 +76,7 @@ func parse(args []string) (*options, error) {
 	flags.BoolVar(&o.Udev, "udev", env("VM_UDEV", "") != "", "run udev in the guest (VM_UDEV)")
 	flags.BoolVar(&o.Systemd, "systemd", env("VM_SYSTEMD", "") != "", "run the command under systemd, as a service (VM_SYSTEMD)")
 	flags.StringVar(&o.where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
-	flags.BoolVar(&o.noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\"")
+	flags.BoolVar(&o.noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\", or of no test at all")
 	flags.BoolVar(&o.again, "again", false, "run the command again, from its start, if an emulated processor ended the machine by a fault of its own")
 	flags.BoolVar(&o.fetch, "fetch", false, "fetch the kernel, print its release, and end")
 	flags.StringVar(&o.console, "console", env("VM_CONSOLE", ""), "file for the kernel's messages (VM_CONSOLE)")
@@ -183,7 +183,7 @@ func run(ctx context.Context, args []string) (status int, err error) {
 		o.Env = append(machine.Env(), o.env...)
 		status, err = o.boot(ctx)
 	}
-	if status == 0 && err == nil {
+	if status == 0 && err == nil && o.noSkips {
 		if err = judge.err(); err != nil {
 			status = 1
 		}

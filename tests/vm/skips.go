@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"regexp"
@@ -9,13 +10,15 @@ import (
 
 // skips passes on the output of a verbose Go test and notes each test that was skipped for a reason of its own. In
 // the machine everything is there that a test may want, so such a skip is a test that is not run anywhere; the one
-// reason that counts is a kernel that is too old, told by the words "needs kernel".
+// reason that counts is a kernel that is too old, told by the words "needs kernel". For the same reason some test has
+// to run: a name that no test has proves nothing.
 type skips struct {
 	to      io.Writer
 	part    []byte
 	current string          // the test whose output follows
 	allowed map[string]bool // tests that gave the reason
 	found   []string
+	ran     bool // any test at all
 }
 
 const allowedSkip = "needs kernel"
@@ -37,7 +40,7 @@ func (s *skips) Write(p []byte) (int, error) {
 
 func (s *skips) line(line string) {
 	if m := testStarts.FindStringSubmatch(line); m != nil {
-		s.current = m[1]
+		s.current, s.ran = m[1], true
 	} else if m := testSkipped.FindStringSubmatch(line); m != nil {
 		// A subtest that was allowed to skip is its own affair, and so is its parent.
 		if !s.allowed[m[1]] {
@@ -51,8 +54,11 @@ func (s *skips) line(line string) {
 	}
 }
 
-// err tells of the tests that were skipped.
+// err tells of the tests that were skipped, or that there were none.
 func (s *skips) err() error {
+	if !s.ran {
+		return errors.New("no test has run")
+	}
 	if len(s.found) == 0 {
 		return nil
 	}

@@ -84,6 +84,20 @@ PASS
 	}
 }
 
+// Output without a test is no success, nor is it a failure that some binaries of several have none that fits.
+func TestNoTest(t *testing.T) {
+	const none = "testing: warning: no tests to run\nPASS\n"
+	s := &skips{to: io.Discard}
+	io.WriteString(s, none)
+	if s.err() == nil {
+		t.Error("no error without a test")
+	}
+	io.WriteString(s, "=== RUN   TestGood\n--- PASS: TestGood (0.00s)\nPASS\n"+none)
+	if err := s.err(); err != nil {
+		t.Error(err)
+	}
+}
+
 // The tests below boot machines. They take the program as its users do: built, in a process of its own.
 
 // vm builds the program and returns a function that makes a command of it.

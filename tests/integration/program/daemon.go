@@ -1,0 +1,182 @@
+// Package program is the program under test: daemons with run directories of their
+// own, calls of the command, and what they hold and leave behind. A method fails
+// the daemon's test if what it does fails.
+package program
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/daemon"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
+)
+
+// Path is the path of the program under test.
+func Path(t testing.TB) string {
+	t.Helper()
+	path := os.Getenv("UBLK_BLKSNAP_BIN")
+	if path == "" {
+		path = guest.TreeFile(t, "bin/ublk-blksnap")
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("%v: make build", err)
+	}
+	return path
+}
+
+// Daemon is a running daemon with a run directory of its own.
+type Daemon struct {
+	*control.Client
+	t      testing.TB
+	RunDir daemon.RunDir
+	PID    int
+	cmd    *exec.Cmd
+	Log    string        // file
+	end    chan struct{} // closed when the process has ended
+	Err    error         // of its end
+}
+
+// testParams are the parameters of daemons here: small enough for a machine
+// with a few GiB, and for every limit to be reached.
+var testParams = []string{
+	"diff_storage_minimum=8192", // 4 MiB
+	"diff_buffer_pool_size=8M",
+	"state_size=512M",
+}
+
+// Start starts a daemon with parameters key=value on top of testParams. When the
+// test ends it is told to stop, and must not leave anything.
+func Start(t testing.TB, params ...string) *Daemon {
+	t.Helper()
+	return StartLogging(t, nil, params...)
+}
+
+// StartLogging is Start with another place for the log than a file.
+func StartLogging(t testing.TB, stderr *os.File, params ...string) *Daemon {
+	t.Helper()
+	guest.Need(t)
+	dir := t.TempDir()
+	d := &Daemon{t: t, RunDir: daemon.RunDir(filepath.Join(dir, "run")), Log: filepath.Join(dir, "log")}
+	config := filepath.Join(dir, "conf")
+	values := map[string]string{}
+	for _, p := range slices.Concat(testParams, params) {
+		key, value, _ := strings.Cut(p, "=")
+		if _, err := strconv.Atoi(value); err != nil && value != "true" && value != "false" {
+			value = strconv.Quote(value)
+		}
+		values[key] = value
+	}
+	var b strings.Builder
+	for key, value := range values {
+		fmt.Fprintf(&b, "%s = %s\n", key, value)
+	}
+	if err := os.WriteFile(config, []byte(b.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(d.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	before := guest.UblkDevices()
+
+	d.cmd = exec.Command(Path(t), "daemon", "--run-dir", string(d.RunDir), "--config", config)
+	d.cmd.Stdout, d.cmd.Stderr = log, log
+	if stderr != nil {
+		d.cmd.Stderr = stderr
+	}
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	d.PID = d.cmd.Process.Pid
+	d.end = make(chan struct{})
+	go func() {
+		d.Err = d.cmd.Wait()
+		close(d.end)
+	}()
+	d.Client = control.NewClient(d.RunDir.Socket())
+	t.Cleanup(func() {
+		d.StopAndWait()
+		if t.Failed() {
+			d.showLog()
+		}
+		// The last one who looked at a device may still be on the way out.
+		guest.WaitFor(t, fmt.Sprintf("the end of the ublk devices, before: %v", before), func() bool { return len(guest.UblkDevices()) <= len(before) })
+		_ = unix.Unmount(d.RunDir.State(), unix.MNT_DETACH)
+		d.Close()
+	})
+	guest.WaitFor(t, "an answer of the daemon", func() bool {
+		select {
+		case <-d.end:
+			t.Fatalf("the daemon ended at once: %v", d.Err)
+		default:
+		}
+		_, err := d.Info(guest.Context(t))
+		return err == nil
+	})
+	return d
+}
+
+// In is the daemon for a part of a test.
+func (d *Daemon) In(t testing.TB) *Daemon {
+	part := *d
+	part.t = t
+	return &part
+}
+
+func (d *Daemon) showLog() {
+	d.t.Helper()
+	b, _ := os.ReadFile(d.Log)
+	if len(b) > 8<<10 {
+		b = b[len(b)-8<<10:]
+	}
+	d.t.Logf("the daemon's log:\n%s", b)
+}
+
+// Ended says whether the daemon ends within limit.
+func (d *Daemon) Ended(limit time.Duration) bool {
+	select {
+	case <-d.end:
+		return true
+	case <-time.After(limit):
+		return false
+	}
+}
+
+// StopAndWait asks the daemon to stop and makes sure that it does.
+func (d *Daemon) StopAndWait() {
+	d.t.Helper()
+	select {
+	case <-d.end: // by the test
+		return
+	default:
+	}
+	_ = unix.Kill(d.PID, unix.SIGTERM)
+	if !d.Ended(guest.Patience) {
+		d.t.Errorf("the daemon does not stop")
+		_ = os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0)
+		_ = unix.Kill(d.PID, unix.SIGQUIT)
+		if !d.Ended(5 * time.Second) {
+			_ = unix.Kill(d.PID, unix.SIGKILL)
+			d.Ended(5 * time.Second)
+		}
+		return
+	}
+	if d.Err != nil {
+		d.t.Errorf("the daemon ended with %v", d.Err)
+	}
+}

@@ -1,0 +1,39 @@
+package program
+
+import (
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
+)
+
+// Add puts a filter over a disk. The test's end removes it, by force if need be.
+func (d *Daemon) Add(path string, change ...func(*control.AddRequest)) control.Device {
+	d.t.Helper()
+	r := control.AddRequest{Path: path}
+	for _, f := range change {
+		f(&r)
+	}
+	dev, err := d.AddDevice(guest.Context(d.t), r)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.t.Cleanup(func() {
+		err := d.RemoveDevice(guest.Context(d.t), control.RemoveRequest{Device: dev.Name, Force: true})
+		if err != nil && control.CodeOf(err) != control.NotFound && control.CodeOf(err) != control.Unavailable {
+			d.t.Errorf("clean up: %v", err)
+		}
+	})
+	return dev
+}
+
+// Remove takes the filter away.
+func (d *Daemon) Remove(dev control.Device) {
+	d.t.Helper()
+	if err := d.RemoveDevice(guest.Context(d.t), control.RemoveRequest{Device: dev.Name}); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// Queues is a change for Add: the numbers of queues and of their requests.
+func Queues(queues, depth int) func(*control.AddRequest) {
+	return func(r *control.AddRequest) { r.Queues, r.Depth = queues, depth }
+}

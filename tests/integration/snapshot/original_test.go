@@ -1,0 +1,215 @@
+package snapshot
+
+import (
+	"bytes"
+	"errors"
+	"math/rand"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/direct"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/stamp"
+)
+
+// TestHungOriginal: while a disk does not answer nothing can be done with its
+// filter, but with those of others. What was written gets there in the end.
+func TestHungOriginal(t *testing.T) {
+	guest.Need(t)
+	ram := guest.RAMDisks(t, 2, 16<<20)
+	guest.Run(t, "modprobe", "dm-mod")
+	disk := guest.DMDisk(t, "hung", guest.LinearTable(t, ram[0]))
+	hung := false
+	hang := func() {
+		guest.Run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "hung")
+		hung = true
+	}
+	resume := func() {
+		if hung {
+			guest.Run(t, "dmsetup", "resume", "hung")
+			hung = false
+		}
+	}
+	d := program.Start(t, "disk_timeout=10s", "storage_timeout=3s")
+	t.Cleanup(resume)
+	others := func() {
+		t.Helper()
+		other := d.Add(ram[1])
+		d.Destroy(d.Take(0, other).ID)
+		d.Remove(other)
+	}
+	remove := func(dev control.Device, force bool, fix string) {
+		t.Helper()
+		err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: force})
+		program.WantError(t, err, control.Timeout, disk+" does not answer", fix)
+	}
+	for _, force := range []bool{false, true} {
+		var ahead control.Device
+		if !force {
+			ahead = d.Add(ram[1])
+		}
+		dev := d.Add(disk)
+		text := make([]byte, 256<<10)
+		rand.New(rand.NewSource(77)).Read(text)
+		if force {
+			slices.Reverse(text)
+		}
+		file := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		hang()
+		// Through the page cache: it is written when dd closes the device, and dd waits for that.
+		dd := exec.Command("dd", "if="+file, "of="+dev.Path, "bs=64k", "conv=notrunc")
+		if err := dd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		guest.WaitFor(t, "writes under way", func() bool {
+			s, err := d.DeviceStatus(guest.Context(t), dev.Name)
+			return err == nil && s.InFlight > 0
+		})
+		if force {
+			remove(dev, true, "remove it again")
+		} else {
+			// It does not begin, so that the device is still there for whoever comes.
+			remove(dev, false, "nothing has changed")
+			if s, err := d.DeviceStatus(guest.Context(t), dev.Name); err != nil || s.State != "live" {
+				t.Errorf("state %s, %v", s.State, err)
+			}
+			// Nor does the end of the daemon, with the removal of those that could be removed.
+			program.WantError(t, d.Stop(guest.Context(t)), control.Timeout, disk+" does not answer", "nothing has changed")
+			if list, err := d.Devices(guest.Context(t)); err != nil || len(list) != 2 {
+				t.Errorf("after a stop that was refused: %+v, %v", list, err)
+			}
+			d.Remove(ahead)
+		}
+		others()
+		resume()
+		if err := dd.Wait(); err != nil {
+			t.Errorf("dd: %v", err)
+		}
+		guest.WaitFor(t, "the removal", func() bool {
+			return d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: force}) == nil
+		})
+		f := direct.MustOpen(t, disk, unix.O_RDONLY)
+		back := direct.Pages(t, len(text))
+		if err := f.ReadAt(back, 0); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		if !bytes.Equal(back, text) {
+			t.Errorf("force %v: what was written is not on the disk", force)
+		}
+	}
+	// Added while it hangs: before Linux 7.0 the kernel looks for partitions first.
+	hang()
+	dev, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: disk})
+	if err != nil {
+		program.WantError(t, err, control.Timeout, "does not answer")
+	}
+	others()
+	resume()
+	list, err := d.Devices(guest.Context(t))
+	if err != nil || len(list) > 1 {
+		t.Fatalf("%+v, %v", list, err)
+	}
+	for _, dev = range list {
+		guest.WaitFor(t, "the removal", func() bool {
+			return d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: true}) == nil
+		})
+	}
+	d.Remove(d.Add(disk))
+
+	// A snapshot waits for the original too, and does not lay that to its storage.
+	dev = d.Add(disk)
+	s := d.Take(64<<10, dev)
+	hang()
+	dd := exec.Command("dd", "if=/dev/urandom", "of="+dev.Path, "bs=64k", "count=1", "conv=fsync,notrunc")
+	if err := dd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	guest.WaitFor(t, "a write under way", func() bool {
+		st, err := d.DeviceStatus(guest.Context(t), dev.Name)
+		return err == nil && st.InFlight > 0
+	})
+	err = d.DestroySnapshot(guest.Context(t), s.ID)
+	program.WantError(t, err, control.Timeout, "destroy snapshot "+s.ID+": "+disk+": does not answer")
+	// Who is killed while he waits for his snapshot leaves none.
+	create := exec.Command(program.Path(t), "--run-dir", string(d.RunDir), "snapshot", "create", dev.Name, "--storage", "/dev/shm", "--take")
+	if err := create.Start(); err != nil {
+		t.Fatal(err)
+	}
+	guest.WaitFor(t, "the take", func() bool {
+		i, err := d.Info(guest.Context(t))
+		return err == nil && strings.HasPrefix(i.Activity, "take snapshot")
+	})
+	_ = create.Process.Kill()
+	_ = create.Wait()
+	guest.WaitFor(t, "the end of the snapshot", func() bool {
+		return !slices.ContainsFunc(program.SnapshotIDs(t, d), func(id string) bool { return id != s.ID })
+	})
+	resume()
+	if err := dd.Wait(); err != nil {
+		t.Errorf("dd: %v", err)
+	}
+	guest.WaitFor(t, "the end of the snapshot", func() bool { return len(program.SnapshotIDs(t, d)) == 0 })
+	// One that cannot be taken is not left either, and one that can is taken by the same call.
+	if _, err := d.CreateSnapshot(guest.Context(t), control.CreateRequest{Devices: []string{dev.Name}, Take: true}); control.CodeOf(err) != control.NoSpace {
+		t.Errorf("a take without storage: %v", err)
+	}
+	if ids := program.SnapshotIDs(t, d); len(ids) > 0 {
+		t.Errorf("left of a failed take: %v", ids)
+	}
+	s = d.Create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: "/dev/shm"}}, Take: true})
+	if s.State != control.SnapshotTaken || s.Taken == nil || len(s.Images) != 1 || s.Images[0].Path == "" {
+		t.Errorf("taken at once: %+v", s)
+	}
+	d.Destroy(s.ID)
+	d.Remove(dev)
+}
+
+// TestPulledOut takes the original away under load, with a snapshot held: its
+// users get errors, and everything can be put away.
+func TestPulledOut(t *testing.T) {
+	guest.Need(t)
+	disk := guest.SCSIDisk(t, 16, 512)
+	d := program.Start(t)
+	dev := d.Add(disk)
+	w := stamp.NewWorld(dev.Size)
+	if err := w.Fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	s := d.Take(64<<10, dev)
+	stop := w.StartWriters(t, 31, stamp.Mix{Writers: 4}, dev.Path)
+	time.Sleep(300 * time.Millisecond)
+	if err := os.WriteFile("/sys/block/"+filepath.Base(disk)+"/device/delete", []byte("1"), 0); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		time.Sleep(500 * time.Millisecond)
+		ended <- stop()
+	}()
+	if err := guest.Await(t, "the end of the writers", ended); err == nil {
+		t.Error("nobody noticed")
+	}
+	d.Destroy(s.ID)
+	// What cannot be synced is not removed unasked.
+	err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name})
+	program.WantError(t, err, control.Internal, "ublk-blksnap remove --force "+dev.Name)
+	if !errors.Is(err, unix.EIO) {
+		t.Errorf("remove: %v", err)
+	}
+	if err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: true}); err != nil {
+		t.Errorf("remove by force: %v", err)
+	}
+}

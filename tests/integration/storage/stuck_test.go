@@ -1,0 +1,359 @@
+package storage
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/stamp"
+)
+
+// TestStuckStorage is I5 with storage that neither works nor fails: writers wait
+// for it no longer than configured, and everything about the snapshot but its
+// memory goes. That the daemon's log is a pipe that nobody reads changes nothing.
+func TestStuckStorage(t *testing.T) {
+	guest.Need(t)
+	const size = 24 << 20
+	ram := guest.RAMDisks(t, 2, size)
+	guest.Run(t, "modprobe", "dm-mod")
+	store := guest.DMDisk(t, "store", guest.LinearTable(t, ram[1]))
+	log, into, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := program.StartLogging(t, into, "storage_timeout=6s", "diff_buffer_pool_size=1M", "log_level=debug")
+	fillPipe(t, into)
+	into.Close()
+	queues := guest.QueueCounts()
+	dev := d.Add(ram[0], program.Queues(queues[len(queues)-1], 32))
+	w := stamp.NewWorld(size)
+	if err := w.Fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10, Storage: []control.Storage{{Path: store}}})
+	s = d.Taken(s.ID)
+	guest.Run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "store")
+	resumed := false
+	resume := func() {
+		if !resumed {
+			resumed = true
+			guest.Run(t, "dmsetup", "resume", "store")
+		}
+	}
+	t.Cleanup(resume)
+	stop := w.StartWriters(t, 6, stamp.Mix{Writers: 4, Zeroes: true}, dev.Path)
+	kinds, last := d.Corrupted(s.ID)
+	if !slices.Equal(kinds, []string{control.EventCorrupted}) || last.Errno != -int(unix.ETIMEDOUT) || last.Device != dev.OriginalNumber {
+		t.Errorf("events %q, the last %+v", kinds, last)
+	}
+	w.More(t, 50) // I5
+	if err := d.DestroySnapshot(guest.Context(t), s.ID); control.CodeOf(err) != control.Timeout || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("destroy: %v", err)
+	}
+	// Its device's ring has I/O under way: neither goes before that has ended.
+	if err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: true}); control.CodeOf(err) != control.Timeout {
+		t.Errorf("remove: %v", err)
+	}
+	// A new one works at once, on other storage: this one is still at work.
+	other := d.Create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10, Storage: []control.Storage{{Path: "/dev/shm"}}})
+	if _, err := d.AppendStorage(guest.Context(t), control.StorageRequest{ID: other.ID, Storage: control.Storage{Path: store}}); control.CodeOf(err) != control.Busy {
+		t.Errorf("storage under way appended to another snapshot: %v", err)
+	}
+	win := w.Open()
+	other = d.Taken(other.ID)
+	win.Close()
+	if err := win.Check(other.Images[0].Path); err != nil {
+		t.Errorf("I1, next snapshot: %v", err)
+	}
+	d.Destroy(other.ID)
+	if err := stop(); err != nil {
+		t.Errorf("I5: a writer noticed: %v", err)
+	}
+	resume()
+	guest.WaitFor(t, "the end of the snapshot", func() bool { return len(program.SnapshotIDs(t, d)) == 0 })
+	if left, err := os.ReadDir(filepath.Join(d.RunDir.State(), "snapshots")); err != nil || len(left) != 0 {
+		t.Errorf("state left: %v, %v", left, err)
+	}
+	var info control.Info
+	guest.WaitFor(t, "the loss of lines of the log", func() bool {
+		info, err = d.Info(guest.Context(t))
+		return err != nil || info.LogLinesLost > 0
+	})
+	if a := d.Call("ublk-blksnap", "status", dev.Name); err != nil || a.Status != 0 || !strings.Contains(a.Out, "log lost:") {
+		t.Errorf("%v, %+v", err, a)
+	}
+	said := make(chan string)
+	go func() {
+		b, _ := io.ReadAll(log)
+		said <- string(b)
+	}()
+	d.Remove(dev)
+	if err := w.Same(ram[0]); err != nil {
+		t.Errorf("I2: %v", err)
+	}
+	d.StopAndWait()
+	all := guest.Await(t, "the end of the log", said)
+	for _, line := range []string{"the snapshot is given up", "lines of this log were dropped: nobody took them", "daemon stopped"} {
+		if !strings.Contains(all, line) {
+			t.Errorf("the log does not say %q", line)
+		}
+	}
+}
+
+// fillPipe fills a pipe to its end.
+func fillPipe(t testing.TB, w *os.File) {
+	t.Helper()
+	fd := int(w.Fd()) // blocking from here on
+	if err := unix.SetNonblock(fd, true); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if _, err := unix.Write(fd, []byte("x\n")); err == unix.EAGAIN {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.SetNonblock(fd, false); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDestroyStuckStorage destroys snapshots whose storage stops to answer while
+// nothing is under way on it, or when it was not even appended: that is told in
+// time, holds up nobody else, and ends by itself when the storage answers. Until
+// then it is claimed.
+func TestDestroyStuckStorage(t *testing.T) {
+	guest.Need(t)
+	const size = 8 << 20
+	ram := guest.RAMDisks(t, 2, size)
+	guest.Run(t, "modprobe", "dm-mod")
+	guest.Run(t, "modprobe", "dm-delay")
+	// Over disks with a cache: the kernel flushes no others.
+	small := guest.LoopDisk(t, 512<<10, 512)
+	late := guest.DMDisk(t, "late", fmt.Sprintf("0 1024 delay %[1]s 0 0 %[1]s 0 0 %[1]s 0 600000", small)) // flushes, until it is loaded anew
+	device := guest.DMDisk(t, "store", guest.LinearTable(t, guest.LoopDisk(t, 2*size, 512)))
+	files := guest.DMDisk(t, "files", guest.LinearTable(t, guest.LoopDisk(t, guest.Ext4.Minimum, 512)))
+	guest.Ext4.Make(t, files)
+	dir := guest.Mount(t, files)
+	file := filepath.Join(dir, "differences")
+	d := program.Start(t, "storage_timeout=3s")
+	dev, other := d.Add(ram[0]), d.Add(ram[1])
+	storage := []string{device, file}
+	var held []control.Snapshot
+	for _, path := range storage {
+		s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: path}}})
+		held = append(held, d.Taken(s.ID))
+	}
+	s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 1 << 20})
+	held = append(held, s)
+	_, err := d.AppendStorage(guest.Context(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: late}})
+	program.WantError(t, err, control.Internal, late, "less than one chunk", "given back when it does")
+	suspended := []string{"store", "files"} // with its filesystem frozen
+	for _, name := range suspended {
+		guest.Run(t, "dmsetup", "suspend", name)
+	}
+	resume := func() {
+		for _, name := range suspended {
+			guest.Run(t, "dmsetup", "resume", name)
+		}
+		if suspended != nil {
+			guest.ReloadDM(t, "late", guest.LinearTable(t, small))
+		}
+		suspended = nil
+	}
+	t.Cleanup(resume)
+
+	ended := make(chan error, len(held))
+	for _, s := range held {
+		go func() { ended <- d.DestroySnapshot(guest.Context(t), s.ID) }()
+	}
+	guest.WaitFor(t, "the destruction to begin", func() bool {
+		list, err := d.Snapshots(guest.Context(t))
+		return err == nil && len(list) == len(held) && !slices.ContainsFunc(list, func(s control.Snapshot) bool { return s.State != control.SnapshotDestroying })
+	})
+	others := func() {
+		t.Helper()
+		d.Destroy(d.Take(0, other).ID)
+		d.Remove(d.Add(guest.LoopDisk(t, size, 512)))
+	}
+	others()
+	for range held {
+		err := guest.Await(t, "the end of the patience", ended)
+		program.WantError(t, err, control.Timeout, "does not answer")
+	}
+	others()
+	for _, path := range []string{device, late} {
+		_, err := d.CreateSnapshot(guest.Context(t), control.CreateRequest{Devices: []string{other.Name}, Storage: []control.Storage{{Path: path}}})
+		program.WantError(t, err, control.Busy, path)
+	}
+	for i, s := range held {
+		now := d.Show(s.ID)
+		if now.State != control.SnapshotDestroying || now.Images[0].Path != "" || i < len(storage) && now.Storage[0].Path != storage[i] {
+			t.Errorf("while its storage does not answer: %+v", now)
+		}
+		_, err := d.AppendStorage(guest.Context(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: "/dev/shm"}})
+		program.WantError(t, err, control.Busy, "being destroyed")
+		if _, err := os.Stat(filepath.Join(d.RunDir.State(), "snapshots", s.ID, "pool")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("its memory is not given back: %v", err)
+		}
+	}
+	d.Remove(dev) // which needs none of it
+	resume()
+	guest.WaitFor(t, "the end of the snapshots", func() bool { return len(program.SnapshotIDs(t, d)) == 0 })
+	if _, err := os.Stat(file); err == nil {
+		t.Error("the file is left")
+	}
+	for _, path := range []string{device, late} {
+		if f, err := claim(path); err != nil {
+			t.Error(err)
+		} else {
+			f.Close()
+		}
+	}
+	if left, err := os.ReadDir(filepath.Join(d.RunDir.State(), "snapshots")); err != nil || len(left) != 0 {
+		t.Errorf("state left: %v, %v", left, err)
+	}
+	guest.Unmount(t, dir)
+}
+
+// TestKilledStuckStorage: the daemon after one that was killed serves, though what
+// is left of a storage does not answer. It goes when it does.
+func TestKilledStuckStorage(t *testing.T) {
+	guest.Need(t)
+	guest.Run(t, "modprobe", "dm-mod")
+	files := guest.DMDisk(t, "files", guest.LinearTable(t, guest.LoopDisk(t, guest.Ext4.Minimum, 512)))
+	guest.Ext4.Make(t, files)
+	dir := guest.Mount(t, files)
+	file := filepath.Join(dir, "differences")
+	d := program.Start(t)
+	dev := d.Add(guest.RAMDisks(t, 1, 8<<20)[0])
+	s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: file}}})
+	d.Taken(s.ID)
+	if err := unix.Kill(d.PID, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if !d.Ended(guest.Patience) {
+		t.Fatal("the process does not end")
+	}
+	state := filepath.Join(d.RunDir.State(), "snapshots")
+	guest.Run(t, "dmsetup", "suspend", "files") // with its filesystem frozen
+	suspended := true
+	resume := func() {
+		if suspended {
+			suspended = false
+			guest.Run(t, "dmsetup", "resume", "files")
+		}
+	}
+	t.Cleanup(resume)
+	config := filepath.Join(t.TempDir(), "conf")
+	if err := os.WriteFile(config, []byte("disk_timeout = \"3s\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	next := exec.Command(program.Path(t), "daemon", "--run-dir", string(d.RunDir), "--config", config)
+	next.Stdout, next.Stderr = os.Stdout, os.Stderr
+	if err := next.Start(); err != nil {
+		t.Fatal(err)
+	}
+	guest.WaitFor(t, "the next daemon", func() bool { _, err := d.Info(guest.Context(t)); return err == nil })
+	if left, err := os.ReadDir(filepath.Join(state, s.ID)); err != nil || len(left) != 1 {
+		t.Errorf("while the storage does not answer there are %v, %v; want its record", left, err)
+	}
+	resume()
+	guest.WaitFor(t, "the end of the storage", func() bool {
+		left, err := os.ReadDir(state)
+		_, gone := os.Stat(file)
+		return err == nil && len(left) == 0 && errors.Is(gone, os.ErrNotExist)
+	})
+	if err := next.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Wait(); err != nil {
+		t.Error(err)
+	}
+	guest.Unmount(t, dir)
+}
+
+// TestStuckFile has storage files on a filesystem that stands still: opening or
+// allocating one ends in time, and nobody gets a file that another snapshot
+// still waits for.
+func TestStuckFile(t *testing.T) {
+	guest.Need(t)
+	const size = 8 << 20
+	disk := guest.LoopDisk(t, guest.Ext4.Minimum, 512)
+	guest.Ext4.Make(t, disk)
+	dir := guest.Mount(t, disk)
+	there := filepath.Join(dir, "there")
+	if err := os.WriteFile(there, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := program.Start(t, "storage_timeout=3s")
+	dev := d.Add(guest.RAMDisks(t, 1, size)[0])
+	w := stamp.NewWorld(size)
+	if err := w.Fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10})
+	guest.Run(t, "fsfreeze", "--freeze", dir)
+	frozen := true
+	thaw := func() {
+		if frozen {
+			frozen = false
+			guest.Run(t, "fsfreeze", "--unfreeze", dir)
+		}
+	}
+	t.Cleanup(thaw)
+	for _, c := range []struct {
+		path string
+		want control.Code
+	}{
+		{filepath.Join(dir, "new"), control.Timeout}, // cannot be made
+		{there, control.Timeout},                     // nor one beside this
+		{there, control.Busy},
+	} {
+		_, err := d.AppendStorage(guest.Context(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: c.path}})
+		if control.CodeOf(err) != c.want {
+			t.Errorf("append %s: %v, want %v", c.path, err, c.want)
+		}
+	}
+	if _, err := d.CreateSnapshot(guest.Context(t), control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: there}}}); control.CodeOf(err) != control.Busy {
+		t.Errorf("create on storage of another: %v", err)
+	}
+	thaw()
+	guest.WaitFor(t, "the end of one file and the use of the other", func() bool {
+		_, gone := os.Stat(filepath.Join(dir, "new"))
+		_, err := d.AppendStorage(guest.Context(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: there}})
+		if err != nil && control.CodeOf(err) != control.Busy {
+			t.Fatal(err)
+		}
+		return err == nil && errors.Is(gone, os.ErrNotExist)
+	})
+	win := w.Open()
+	s = d.Taken(s.ID)
+	win.Close()
+	stop := w.StartWriters(t, 9, stamp.Mix{Writers: 2}, dev.Path)
+	time.Sleep(guest.Span(500*time.Millisecond, 5*time.Second))
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if err := win.Check(s.Images[0].Path); err != nil {
+		t.Errorf("I1: %v", err)
+	}
+	d.Destroy(s.ID)
+	if st, err := os.Stat(there); err != nil || st.Size() != 0 {
+		t.Errorf("the file that was there: %+v, %v", st, err)
+	}
+	d.Remove(dev)
+}
