@@ -108,8 +108,9 @@ func (d *Daemon) changes(r control.ChangesRequest, each func(control.Range) erro
 	if err != nil {
 		return info, err
 	}
-	// Before any is read, so that what is told is at least as new; and if it is of
-	// another generation already, the sequence ends with that.
+	// Info comes before the first range is read, so that the ranges are at least as
+	// new as it. If it is of another generation already, the sequence ends with that
+	// error.
 	if info, err = dev.cbt.Info(); err != nil {
 		return info, err
 	}
@@ -117,7 +118,7 @@ func (d *Daemon) changes(r control.ChangesRequest, each func(control.Range) erro
 		if err != nil {
 			return info, err
 		}
-		// Whom this is for may be slow: nobody else is to wait for that.
+		// The caller may be slow. Nobody else shall wait for him.
 		release()
 		release = func() {}
 		if err := each(control.Range{Sector: uint64(changed.Offset / sector.Size), Count: uint64(changed.Length / sector.Size)}); err != nil {

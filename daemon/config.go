@@ -39,8 +39,8 @@ type Config struct {
 	Recovery      bool
 	StateSize     int64 // bytes
 	FreezeTimeout time.Duration
-	// StorageTimeout is how long writes, and whoever appends or destroys, wait
-	// for difference storage.
+	// StorageTimeout is how long difference storage is waited for: by writes, and by
+	// callers that append storage or destroy a snapshot.
 	StorageTimeout time.Duration
 	// DiskTimeout bounds the waiting for an original disk, the driver, or what a path
 	// leads to.
@@ -316,8 +316,7 @@ func (c *Config) parse(path, content string) error {
 	return nil
 }
 
-// lineOf is the line that gives key a value; a key that stands nowhere is laid
-// to line 1.
+// lineOf is the line that gives key a value, or line 1 if none does.
 func lineOf(content, key string) int {
 	for i, line := range strings.Split(content, "\n") {
 		line = strings.TrimLeft(line, " \t[\"'")

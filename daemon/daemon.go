@@ -28,26 +28,27 @@ type Daemon struct {
 	events   *eventLog
 	activity atomic.Pointer[string]
 
-	// opLock is a lock, of one token, that is held through every operation that
-	// changes anything; one can stop waiting for it.
+	// opLock is a lock that is held through every operation that changes anything.
+	// It is a channel with one place, so that a caller can stop waiting for it.
 	opLock chan struct{}
 
-	// mu guards the tables below. Never held during I/O; taken after opLock. The
-	// things in the tables change under both, so that either suffices to read.
+	// mu guards the tables below. It is taken after opLock and never held during
+	// I/O. The things in the tables change only under both locks, so that either of
+	// them suffices to read.
 	mu        sync.Mutex
 	devices   map[string]*device // by name
 	snapshots map[string]*snapshot
 	lost      *control.Lost // with a daemon before this one
 
-	// Under opLock: what is on record of the above, if that is kept.
+	// Under opLock: what of the above is on record, if a record is kept.
 	recorded bool
 	onRecord []byte
 }
 
 var _ control.API = (*Daemon)(nil)
 
-// New opens the ublk driver and clears away what a dead daemon left. The
-// run directory is locked, with the state directory mounted.
+// New opens the ublk driver and clears away what a dead daemon left. The caller
+// has locked the run directory and mounted the state directory.
 func New(o Options) (*Daemon, error) {
 	d := &Daemon{
 		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
@@ -75,8 +76,8 @@ func New(o Options) (*Daemon, error) {
 	return d, nil
 }
 
-// driverError gives the reasons why no device can be had their codes. The
-// messages say what to do themselves.
+// driverError gives a code to each reason why this machine cannot have a device.
+// The messages of these errors say what to do.
 func driverError(err error, what string) error {
 	var code control.Code
 	switch {
@@ -90,7 +91,8 @@ func driverError(err error, what string) error {
 	return &control.Error{Code: code, Message: what + ": " + err.Error()}
 }
 
-// CheckDriver says why the ublk driver is not to be had, if so. It is loaded if it can be.
+// CheckDriver loads the ublk driver if need be. Its error says why this machine
+// does not have it.
 func CheckDriver() error {
 	ctl, err := ublk.OpenControl()
 	if err != nil {
@@ -103,9 +105,9 @@ func CheckDriver() error {
 func (d *Daemon) cbtDir() string       { return filepath.Join(d.opts.Dir.State(), "cbt") }
 func (d *Daemon) snapshotsDir() string { return filepath.Join(d.opts.Dir.State(), "snapshots") }
 
-// begin starts a change: it waits for its turn and says what is going on. The
-// returned function ends it. A caller that has gone away while waiting gets
-// nothing done.
+// begin starts a change: it waits for its turn, and notes what is going on. The
+// returned function ends the change. If the caller goes away while he waits,
+// nothing is done.
 func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end func(), err error) {
 	select {
 	case d.opLock <- struct{}{}:
@@ -159,7 +161,8 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() {
-		// Once all is removed nothing can be added any more.
+		// After a stop that succeeded the lock stays held, so that nothing can be
+		// added any more.
 		if err != nil {
 			end()
 			err = fail(err, "stop")
@@ -171,7 +174,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 			return fail(err, "%s", dev.Name)
 		}
 	}
-	// What takes long, and may not end, comes before anything is gone.
+	// The sync may take long, or not end. So it comes before anything is removed.
 	for _, dev := range all {
 		if err := d.sync(ctx, dev); err != nil {
 			return fail(err, "%s", dev.Name)
@@ -193,7 +196,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		}
 		removed = append(removed, dev.Name)
 	}
-	// It ends with nothing to be missed.
+	// Nothing will be missed when this daemon ends, so its record goes.
 	if d.recorded {
 		d.recorded = false
 		if err := d.opts.Dir.remove(recordName); err != nil {
@@ -209,7 +212,8 @@ func (d *Daemon) Close() {
 	d.ctl.Close()
 }
 
-// lowerDisks tells what lies under our own devices, for the search through stacks.
+// lowerDisks names the disk under one of our own devices, for a search that goes
+// down a stack of devices.
 func (d *Daemon) lowerDisks(n disk.Num) []disk.Num {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -228,8 +232,8 @@ func (d *Daemon) lowerDisks(n disk.Num) []disk.Num {
 	return nil
 }
 
-// withDiskTimeout ends ctx when a disk must have answered, and the driver that waits for
-// it.
+// withDiskTimeout is ctx with a limit for calls that wait for a disk, or for the
+// driver, which may wait for a disk too.
 func (d *Daemon) withDiskTimeout(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, d.opts.Config.DiskTimeout)
 }

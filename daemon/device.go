@@ -28,15 +28,16 @@ type device struct {
 	ublk    *ublk.Device
 	geo     ublk.Geometry
 
-	// use is held by those who look into the above without holding
-	// Daemon.opLock, and by takeDown while it goes away.
+	// use is read-locked by those who look into the above without holding
+	// Daemon.opLock. takeDown locks it while the device goes away.
 	use  sync.RWMutex
 	gone bool
-	// removing: its removal has begun, and may have to be tried again. Daemon.opLock
-	// guards it. Its queues may have ended: nothing can be asked of them.
+	// removing: the device's removal has begun, and may have to be tried again. Its
+	// queues may have ended, so nobody may ask them anything. Daemon.opLock guards
+	// this field.
 	removing bool
-	// repartitioned: the partitions of the filter device were not those of the
-	// original as the kernel knows it, when last looked at. The same guards it.
+	// repartitioned: at the last look the kernel knew other partitions of the filter
+	// device than of the original. Daemon.opLock guards this field too.
 	repartitioned bool
 }
 

@@ -121,9 +121,9 @@ func (d *Daemon) applyDefaults(r *control.AddRequest) error {
 	return checkQueueMemory(*r, availableMemory())
 }
 
-// checkQueueMemory refuses queues whose buffers, were they needed, would take more
-// than half of the memory there is: they cannot be swapped, and nothing kills
-// this process for them. available is in bytes, 0 if it is not known.
+// checkQueueMemory refuses queues whose buffers might take more than half of the
+// available memory. The buffers cannot be swapped out, and the kernel does not kill
+// this process when memory runs out. available is in bytes, 0 if it is not known.
 func checkQueueMemory(r control.AddRequest, available int64) error {
 	need := int64(r.Queues) * int64(r.Depth) * ublk.DefaultMaxIO
 	if r.Mode == control.ModeZeroCopy || available == 0 || need <= available/2 {
@@ -153,8 +153,8 @@ func (d *Daemon) checkNotOurs(bdev *disk.Disk) error {
 	return nil
 }
 
-// explainUser explains an exclusive user that is ours: a filter over a partition
-// of the disk, or over the disk of the partition.
+// explainUser says so if the exclusive user of a disk is one of our own filters,
+// over a partition of the disk or over the whole disk of the partition.
 func (d *Daemon) explainUser(bdev *disk.Disk, err error) error {
 	if !errors.Is(err, disk.ErrInUse) {
 		return err
@@ -167,9 +167,9 @@ func (d *Daemon) explainUser(bdev *disk.Disk, err error) error {
 	return err
 }
 
-// open makes everything a filter is made of, or nothing. Only a device that the
-// driver does not let go stays, dev.ublk with all that it uses: it has to be taken
-// down.
+// open makes everything that a filter is made of, or nothing. There is one
+// exception: if the driver does not let go of the new device, dev.ublk stays with
+// all that it uses, and the caller has to take it down.
 func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (err error) {
 	var undo []func()
 	defer func() {
@@ -236,7 +236,7 @@ func (d *Daemon) openOriginal(ctx context.Context, bdev *disk.Disk) (*blockdev.O
 	o, err := bounded.Call(ctx, func() opened {
 		f, err := d.host.OpenExclusive(bdev)
 		if err == nil {
-			// What readers of the disk have in the page cache is about to become old.
+			// The page cache of the disk is about to become out of date.
 			_ = unix.IoctlSetInt(f.Fd(), unix.BLKFLSBUF, 0)
 		}
 		return opened{f, err}
@@ -251,8 +251,9 @@ func (d *Daemon) openOriginal(ctx context.Context, bdev *disk.Disk) (*blockdev.O
 	return o.file, o.err
 }
 
-// readGeometry asks the kernel, which answers only after whoever changes a
-// parameter of the disk, and who does that waits for the disk's I/O.
+// readGeometry asks the kernel, and may have to wait. While somebody changes a
+// parameter of the disk the kernel does not answer, and such a change waits for the
+// disk's I/O.
 func readGeometry(ctx context.Context, bdev *disk.Disk) (ublk.Geometry, error) {
 	type answer struct {
 		geo ublk.Geometry
@@ -268,8 +269,9 @@ func readGeometry(ctx context.Context, bdev *disk.Disk) (ublk.Geometry, error) {
 	return a.geo, a.err
 }
 
-// createChangeMap makes the change map of a device. The tables of snapshots take their
-// memory as they come into use: a map may not take what they were promised.
+// createChangeMap makes the change map of a device. The tables of snapshots get
+// their memory only as they come into use. So the map must leave free the memory
+// that these tables may still need.
 func (d *Daemon) createChangeMap(dev *device, name string) error {
 	n, err := cbtmap.RegionSize(dev.geo.Size, d.opts.Config.CBTParams())
 	if err != nil {

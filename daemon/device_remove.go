@@ -24,7 +24,8 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 	defer end()
 	dev, err := d.findDevice(r.Device)
 	if err != nil {
-		// By the name it had, or by a path.
+		// A device that a dead daemon left: r names it by the name it had, or by a
+		// path.
 		for _, path := range []string{filepath.Join(linkDir, r.Device), r.Device} {
 			if id, ok := d.orphan(ctx, path); ok {
 				return d.removeOrphan(r, id)
@@ -44,8 +45,8 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 	return nil
 }
 
-// settleLimit is how long a device that is in use may be so by a passer-by: udev
-// looks at new and changed devices.
+// settleLimit is how long a removal waits for a passer-by that has the device open,
+// as udev has when it looks at new and changed devices.
 const settleLimit = 2 * time.Second
 
 // orphan is the number of the ublk device at path, if a dead daemon of ours has
@@ -99,8 +100,8 @@ func (d *Daemon) checkIdle(dev *device) error {
 	return nil
 }
 
-// checkFree refuses a filter device that is mounted or has a device on it. One whose
-// disk is gone is free.
+// checkFree refuses a filter device that is mounted or has a device on it. A device
+// whose ublk disk is gone counts as free.
 func (d *Daemon) checkFree(dev *device) error {
 	bdev, err := d.host.ByNumber(dev.ublk.Num)
 	if errors.Is(err, disk.ErrNotFound) {
@@ -127,7 +128,7 @@ func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 			return err
 		}
 		d.comparePartitions(dev)
-		// Once begun it is not given up half-way.
+		// The stop is not given up half-way if the caller goes away.
 		c, cancel := d.withDiskTimeout(context.WithoutCancel(ctx))
 		err := dev.ublk.TryStop(c)
 		cancel()
@@ -135,11 +136,11 @@ func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 			break
 		}
 		if !errors.Is(err, ublk.ErrBusy) {
-			// Given up half-way, it serves nobody any more.
+			// If the stop was given up half-way, the device serves nobody any more.
 			dev.removing = dev.removing || dev.ublk.Ending()
 			return d.removalError(dev, err)
 		}
-		// It may be udev, soon done with it.
+		// The user may be udev, which is done soon.
 		if time.Now().After(until) || ctx.Err() != nil {
 			return d.busyError(dev)
 		}
@@ -148,7 +149,8 @@ func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 	return d.takeDown(dev)
 }
 
-// sync changes nothing, and says whether the device could be removed now.
+// sync writes the page cache of the filter device back. Its error says why the
+// device could not be removed now. It changes nothing else.
 func (d *Daemon) sync(ctx context.Context, dev *device) error {
 	d.step("sync %s", dev.Name)
 	ctx, cancel := d.withDiskTimeout(ctx)
@@ -163,8 +165,8 @@ func (d *Daemon) sync(ctx context.Context, dev *device) error {
 	return nil
 }
 
-// removalError explains a removal that took too long, or for which the disk does
-// no work any more.
+// removalError explains a removal that took too long, or that failed because the
+// disk takes no writes any more.
 func (d *Daemon) removalError(dev *device, err error) error {
 	if errors.Is(err, unix.EIO) {
 		return &control.Error{Code: control.Internal, Errno: unix.EIO, Message: fmt.Sprintf("data that was written cannot be brought to %s: %v", dev.Original, err),
@@ -209,8 +211,8 @@ func (d *Daemon) takeDown(dev *device) error {
 	}
 	reread := dev.repartitioned
 	d.closeOriginal(dev, func() {
-		// Who reads the disk from now on shall not see what its page cache had kept
-		// from before.
+		// The disk's page cache is from before the filter. Nobody shall read that from
+		// now on.
 		_ = unix.IoctlSetInt(dev.orig.Fd(), unix.BLKFLSBUF, 0)
 		if reread {
 			_ = unix.IoctlSetInt(dev.orig.Fd(), unix.BLKRRPART, 0)
@@ -228,8 +230,8 @@ func (d *Daemon) takeDown(dev *device) error {
 	return nil
 }
 
-// closeOriginal closes the original, after a last act on it. Both may have to wait
-// for it, the closing to write what its page cache holds.
+// closeOriginal calls last and closes the original. Both may have to wait for the
+// disk, because closing writes what its page cache holds.
 func (d *Daemon) closeOriginal(dev *device, last func()) {
 	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()

@@ -27,10 +27,11 @@ type Check struct {
 	Fix    string `json:"fix,omitempty"`
 }
 
-// neededFeatures are the UBLK_F flags without which nothing works.
+// neededFeatures are the UBLK_F flags that the daemon cannot work without.
 var neededFeatures = map[string]bool{"CMD_IOCTL_ENCODE": true}
 
-// wantedFeatures are those that make something better here.
+// wantedFeatures are the flags that make something better, and what is missing
+// without them.
 var wantedFeatures = map[string]string{
 	"USER_RECOVERY":         "--recovery does not work",
 	"USER_RECOVERY_REISSUE": "--recovery does not work",

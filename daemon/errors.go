@@ -14,7 +14,8 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// fail says that doing what (verb and object) came to err.
+// fail is the error of an operation that failed with err. format and args say what
+// was being done: a verb and its object.
 func fail(err error, format string, args ...any) *control.Error {
 	what := fmt.Sprintf(format, args...)
 	var (
@@ -46,11 +47,12 @@ func fail(err error, format string, args ...any) *control.Error {
 	return &control.Error{Code: control.Internal, Message: joinMessage(what, err.Error())}
 }
 
-// publicPaths names the files that this process reaches through the root of process
-// 1 as everybody knows them.
+// publicPaths gives paths the form in which everybody knows them. This process
+// reaches many files through the root directory of process 1.
 func publicPaths(text string) string { return strings.ReplaceAll(text, initRoot+"/", "/") }
 
-// joinMessage puts what was being done before what came of it, naming the object once.
+// joinMessage puts what was being done before what came of it, and names the object
+// only once.
 func joinMessage(what, came string) string {
 	came = publicPaths(came)
 	object := what[strings.LastIndexByte(what, ' ')+1:]
@@ -83,7 +85,8 @@ func codeOfErrno(n unix.Errno) control.Code {
 	return control.Internal
 }
 
-// diskError is the error of looking at a disk without what was being done.
+// diskError gives an error of package disk its code. It does not say what was being
+// done.
 func diskError(d *disk.Error) *control.Error {
 	e := &control.Error{Code: control.Internal, Message: d.Error(), Fix: d.Fix}
 	var errno unix.Errno

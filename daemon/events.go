@@ -48,7 +48,7 @@ func (l *eventLog) emit(e control.Event) {
 	s.events = latest(append(s.events, e))
 	l.recent = latest(append(l.recent, e))
 	if e.Kind == control.EventDestroyed {
-		// Who watches holds s; new askers shall not find it.
+		// Watchers still hold s, but nobody new shall find it.
 		s.gone = true
 		delete(l.snapshots, e.Snapshot)
 	}
@@ -67,8 +67,8 @@ func noSnapshot(id string) *control.Error {
 	return &control.Error{Code: control.NotFound, Errno: unix.ESRCH, Message: "snapshot " + id + ": no such snapshot"}
 }
 
-// wait implements control.API.WaitEvent. Creation, take and destruction are what callers
-// did themselves: they are for watchers only.
+// wait implements control.API.WaitEvent. It leaves out creation, take and
+// destruction, because callers have done these themselves. Only watchers get them.
 func (l *eventLog) wait(ctx context.Context, r control.WaitRequest) (control.Event, error) {
 	ctx, cancel := context.WithTimeout(ctx, r.Timeout)
 	defer cancel()

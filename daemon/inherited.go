@@ -13,14 +13,15 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// dropInherited rids this thread, and the program that it is about to exec, of what the
-// one who started it handed on. A daemon outlives that one, and serves others.
+// dropInherited rids this thread, and the program that it is about to exec, of what
+// the process inherited from whoever started it. A daemon outlives its starter, and
+// serves others.
 //
-// Always: limits, the mask of signals, open files, and the file mode mask. If a
-// command started the daemon, as a side effect of what its user asked for, also
-// the scheduling and the control groups: who runs the daemon in the foreground,
-// or as a service, has chosen them for it. What needs no exec is done by
-// [ublk.PrepareProcess].
+// It always resets the limits, the mask of signals, the open files and the file mode
+// mask. If a command started the daemon, it resets the scheduling and the control
+// groups too, because the user of the command did not mean them for a daemon. Who
+// runs the daemon in the foreground, or as a service, has chosen them for it.
+// [ublk.PrepareProcess] does what needs no exec.
 func dropInherited(reportFD int) []error {
 	var failed []error
 	try := func(what string, err error) {
@@ -72,9 +73,10 @@ func closeOnExec(but int) error {
 	return err
 }
 
-// leaveGroups moves the process to the root of each hierarchy of control groups:
-// out of a login's, a job's or a container's, and of its limits. What lies above
-// the root that can be seen holds on.
+// leaveGroups moves the process to the root of each hierarchy of control groups. So
+// it leaves the group of a login, a job or a container, and that group's limits. If
+// the process cannot see the hierarchy's real root, the limits above the root that
+// it sees stay in force.
 func leaveGroups() error {
 	own, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -89,8 +91,8 @@ func leaveGroups() error {
 	})...)
 }
 
-// moveToRoots calls move for the mount of each hierarchy that own, a
-// /proc/PID/cgroup, does not have the process at the root of (cgroups(7)).
+// moveToRoots calls move for the mount of each hierarchy in which the process is not
+// at the root. own is the text of its /proc/PID/cgroup (cgroups(7)).
 func moveToRoots(own, mounts string, move func(dir string) error) []error {
 	var failed []error
 	for _, line := range strings.Split(strings.TrimSpace(own), "\n") {
@@ -109,8 +111,8 @@ func moveToRoots(own, mounts string, move func(dir string) error) []error {
 	return failed
 }
 
-// hierarchy is where the root of the hierarchy with the controllers is mounted,
-// empty if it is not; no controllers: that of version 2.
+// hierarchy is where the root of the hierarchy with these controllers is mounted,
+// empty if it is not. No controllers means the hierarchy of version 2.
 func hierarchy(controllers, mounts string) string {
 	for _, line := range strings.Split(mounts, "\n") {
 		mount, fs, _ := strings.Cut(line, " - ")

@@ -36,7 +36,7 @@ func (d *Daemon) removeLeftovers() {
 			info = now
 		}
 		if info.State != ublk.Dead {
-			// Somebody may have it mounted: not ours to throw away.
+			// Somebody may have it mounted, so the daemon must not throw it away.
 			waiting[fmt.Sprintf("ublkb%d", info.ID)] = true
 			d.opts.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", info.ID), "state", info.State.String(), "pid", info.PID)
 			continue
@@ -70,9 +70,9 @@ func (d *Daemon) removeLeftovers() {
 	}
 }
 
-// clearSnapshot removes the snapshot id of a dead daemon. Storage that does not
-// answer may hold that up for as long as it likes, but not beyond ctx whoever waits
-// for this daemon.
+// clearSnapshot removes the snapshot id of a dead daemon. If its storage does not
+// answer, the removal takes as long as that lasts, but clearSnapshot itself returns
+// when ctx ends, because somebody waits for this daemon to start.
 func (d *Daemon) clearSnapshot(ctx context.Context, id string) {
 	say := func(err error) {
 		if err != nil {

@@ -19,12 +19,14 @@ import (
 )
 
 // The stable names of devices are the machine's: several daemons, with a run
-// directory each, share them. A name belongs to the device that its link leads
-// to, as long as that is one of this program's which is served, or waits for a
-// server; nobody else replaces or removes the link then. Looking at a link and
-// changing it happens under a lock on the driver's control device: udev removes
-// the directory when it is empty, and what anybody can open, anybody can keep
-// locked.
+// directory each, share them. A name belongs to the device that its link leads to,
+// as long as that device is one of this program's and is served, or waits for a
+// server. Nobody else replaces or removes the link then.
+//
+// A daemon looks at a link and changes it under a lock. The lock is on the driver's
+// control device. The links' directory cannot have it, because udev removes that
+// directory when it is empty. A file that anybody can open cannot have it either,
+// because anybody could keep it locked.
 
 // linkDir is where the stable names of devices are.
 const linkDir = "/dev/ublk-blksnap"
@@ -35,9 +37,9 @@ const imageDir = "images"
 // udevTimeout is how long udev may take to look at a device.
 const udevTimeout = 5 * time.Second
 
-// link gives a ublk device its stable name. Where udev runs with our rules it
-// makes the link, and this waits for it: only what udev made, systemd knows.
-// Without, or if it does not come to it, the link is made here.
+// link gives a ublk device its stable name. If udev runs with our rules, udev makes
+// the link and this function waits for it, because systemd knows only the links
+// that udev made. Without udev, or if udev is late, the link is made here.
 func (d *Daemon) link(ctx context.Context, name string, dev *ublk.Device) (string, error) {
 	path := filepath.Join(linkDir, name)
 	if d.udevLinks() {
@@ -87,8 +89,8 @@ func udev(h *disk.Host) (runs, rules bool) {
 // ruleDirs are where udev looks for rules (udev(7)).
 var ruleDirs = []string{"/etc/udev/rules.d", "/run/udev/rules.d", "/usr/local/lib/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d"}
 
-// udevMade waits until udev has it on record that the link belongs to the device,
-// and whatever it had to do with an earlier owner is done.
+// udevMade waits until udev has recorded that the link belongs to the device, and is
+// done with an earlier owner of the link.
 func (d *Daemon) udevMade(ctx context.Context, path string, n disk.Num) bool {
 	ctx, cancel := context.WithTimeout(ctx, udevTimeout)
 	defer cancel()
@@ -117,7 +119,7 @@ func (d *Daemon) owner(ctx context.Context, path string) (info ublk.Info, ok boo
 		return info, false
 	}
 	if info, err = d.ctl.Info(ctx, id); err != nil {
-		// Who does not answer has not given its name up.
+		// A device that does not answer has not given its name up.
 		return info, !errors.Is(err, unix.ENODEV)
 	}
 	_, ours := ublk.IsOurs(info.Tag)
@@ -156,8 +158,8 @@ func (d *Daemon) unlink(path, target string) {
 	}
 }
 
-// clearLinks removes the links of devices that are gone. Another server may have
-// taken the number of one: its link must not lead there.
+// clearLinks removes the links of devices that are gone. Another server may take the
+// number of such a device, and the link must not lead to its device.
 func (d *Daemon) clearLinks(ctx context.Context) {
 	unlock, err := lockLinks(ctx)
 	if err != nil {
@@ -210,8 +212,8 @@ func isOpen(path string) bool {
 	return false
 }
 
-// note tells the udev rules what a kernel device is, until forgetNote. It has to
-// be there before the device is.
+// note tells the udev rules what a kernel device is, until forgetNote. It has to be
+// written before the device appears.
 func (d *Daemon) note(kernelName, kind, name string) error {
 	text := fmt.Sprintf("UBLK_BLKSNAP_KIND=%s\nUBLK_BLKSNAP_NAME=%s\n", kind, name)
 	if err := d.opts.Dir.write(filepath.Join(udevName, kernelName), []byte(text), 0o644); err != nil {

@@ -13,13 +13,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// logLines is how many lines wait for an output that does not take them.
+// logLines is how many lines may wait for an output that does not take them.
 const logLines = 1024
 
-// Log is a daemon's log. Nothing waits for its output, which may be a pipe that
-// nobody reads or a disk that the daemon itself serves: what logs hands its line
-// over and goes on. From when logLines lines wait until half of them are taken,
-// what comes is dropped and counted; then the log says how much that was.
+// Log is a daemon's log. Its output may be a pipe that nobody reads, or a disk that
+// the daemon itself serves. So whoever logs hands the line over and goes on, and
+// nobody waits for the output. When logLines lines wait, further lines are dropped
+// and counted until half of the waiting ones are taken. Then the log says how many
+// were dropped.
 type Log struct {
 	*slog.Logger
 	out io.Writer
@@ -39,7 +40,8 @@ type Log struct {
 }
 
 // NewLog makes a log of what is at least as grave as level. Lines for the journal
-// carry their priority (sd-daemon(3)) in place of what it notes by itself.
+// carry their priority (sd-daemon(3)), but no time and level, which the journal
+// notes by itself.
 func NewLog(out io.Writer, level slog.Level, journal bool) *Log {
 	l := &Log{out: out, flushed: make(chan struct{}), prefix: func(slog.Level) string { return "" }}
 	l.more.L = &l.mu
@@ -72,8 +74,8 @@ func Priority(level slog.Level) string {
 	return "<7>"
 }
 
-// ToJournal says whether what is written to f arrives in systemd's journal, line
-// by line: JOURNAL_STREAM names the file that does (systemd.exec(5)).
+// ToJournal says whether what is written to f arrives in systemd's journal, line by
+// line. JOURNAL_STREAM names the file that leads there (systemd.exec(5)).
 func ToJournal(f *os.File) bool {
 	var st unix.Stat_t
 	var dev, ino uint64
@@ -83,9 +85,9 @@ func ToJournal(f *os.File) bool {
 	return unix.Fstat(int(f.Fd()), &st) == nil && st.Dev == dev && st.Ino == ino
 }
 
-// Stderr is standard error for a log alone. Whatever else the process writes
-// there is dropped where it would have to wait: above all the report of a crash,
-// for a process that cannot end leaves its users waiting.
+// Stderr is standard error for a log alone. Whatever else the process writes to
+// standard error is dropped if it would have to wait. Above all that is the report
+// of a crash: a process that waits there cannot end, and its users would wait too.
 func Stderr() *os.File {
 	fd, err := unix.FcntlInt(2, unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
@@ -95,7 +97,7 @@ func Stderr() *os.File {
 	_ = unix.Fstat(2, &st)
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFIFO, unix.S_IFCHR:
-		// Opened anew, as others may have the same file open and want to wait.
+		// Opened anew, because others may have the same open file and want to wait.
 		again, err := unix.Open("/proc/self/fd/2", unix.O_WRONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 		if err == nil {
 			_ = unix.Dup3(again, 2, 0)
@@ -172,8 +174,8 @@ func (l *Log) format(ctx context.Context, text slog.Handler, r slog.Record) ([]b
 	return bytes.Clone(l.line.Bytes()), err
 }
 
-// logLostLocked adds the line that tells of those that were dropped, in their
-// place, once the output has taken enough.
+// logLostLocked adds the line that tells how many were dropped, in their place, once
+// the output has taken enough.
 func (l *Log) logLostLocked() {
 	if l.lost == 0 || len(l.lines) > logLines/2 {
 		return

@@ -13,8 +13,8 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// namespaceEnv says to a daemon that it has been started anew, and in which
-// mount namespace.
+// namespaceEnv tells a daemon that it has been started anew, and in which mount
+// namespace.
 const namespaceEnv = "UBLK_BLKSNAP_NAMESPACE"
 
 const (
@@ -22,20 +22,21 @@ const (
 	sharedNamespace = "shared"
 )
 
-// Reexec starts the program anew in the same process, so that it returns only
-// in the second life, or with an error. Of the first one it leaves behind what
-// the daemon shall not have of the one who started it, and the mounts. What of
-// that could not be done is told to warn. Before, it mounts the state directory
-// where everybody sees it.
+// Reexec starts the program anew in the same process, so that it returns only in
+// the second life, or with an error. Before that it mounts the state directory where
+// everybody sees it. The second life is without the mounts of the first, and without
+// what the daemon shall not inherit from its starter. warn is told what of this
+// could not be done.
 //
-// The second life has a mount namespace of its own. Why: a process whose
-// namespace is the last to hold a mount on a device that the process itself
-// serves can not exit: the kernel unmounts, writes to the device and waits for an
-// answer for ever. For the same reason the inherited mounts are let go; only what
-// the daemon needs stays: the root, /dev, /proc, /sys and the run directory.
-// Everything else it reaches through the root directory of process 1.
+// The second life has a mount namespace of its own, because a mount on a device that
+// the process itself serves can keep the process from exiting. If the process's
+// namespace is the last to hold such a mount, the kernel unmounts it at the exit,
+// writes to the device, and waits for ever for the process that is exiting. For the
+// same reason the process lets go of the inherited mounts. Only what the daemon needs
+// stays: the root, /dev, /proc, /sys and the run directory. The daemon reaches
+// everything else through the root directory of process 1.
 //
-// Where process 1 does not see what this process sees, the namespace stays.
+// If process 1 does not see the mounts that this process sees, the namespace stays.
 func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 	if os.Geteuid() != 0 {
 		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
@@ -61,8 +62,8 @@ func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 		return err
 	}
 	defer lock.Close()
-	// Now, for the module may be on a mount that is let go of; and before
-	// anything is left on a machine that cannot do it.
+	// The driver is loaded now, because its module may be on a mount that the process
+	// is about to let go of. And a machine without the driver shall be left unchanged.
 	ctl, err := ublk.OpenControl()
 	if err != nil {
 		return driverError(err, "start the daemon")
@@ -123,12 +124,12 @@ func detachMounts(dir string) error {
 		return fail(err, "read the mounts")
 	}
 	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
-	// The last mounted first: what is mounted inside another mount goes before.
+	// The last mounted goes first, because it may be mounted inside another mount.
 	for i := len(lines) - 1; i >= 0; i-- {
 		point, ok := disk.MountPoint(lines[i])
 		if ok && !keepsMount(point, dir) {
-			// Detached whatever its use, and a mount that went with another is
-			// none to complain about.
+			// It is detached even if it is in use. A mount that is gone already went with
+			// another one.
 			_ = unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 		}
 	}

@@ -14,8 +14,8 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
 
-// record is what a daemon keeps in its run directory about itself while it
-// lives, so that after its death it can be told what was lost.
+// record is what a daemon keeps in its run directory about itself while it lives.
+// After its death the record tells what was lost.
 type record struct {
 	Version      int    `json:"version"` // recordVersion
 	Process      string `json:"birth"`   // tells the process from another of its number
@@ -26,8 +26,9 @@ type record struct {
 
 const recordVersion = 1
 
-// processIdentity tells a process from all others of its number, by the boot and the
-// time when it began; empty if it does not live.
+// processIdentity tells a process from all others that have or had its number, by
+// the boot and the time when the process began. It is empty if there is no such
+// process.
 func processIdentity(pid int) string {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -42,8 +43,8 @@ func processIdentity(pid int) string {
 	return strings.TrimSpace(string(boot)) + " " + fields[19] // when it began, in ticks
 }
 
-// lost is what the last daemon of the directory had if it died; nil if it lives,
-// or ended as it should. What cannot be read tells nothing.
+// lost is what the last daemon of the directory had, if it died. It is nil if the
+// daemon lives or ended as it should, and if the record cannot be read.
 func (d RunDir) lost() *control.Lost {
 	f, err := d.file(recordName, os.O_RDONLY, 0)
 	if err != nil {
@@ -100,8 +101,8 @@ func (d *Daemon) saveRecord() {
 	}
 }
 
-// stillLost is what is still lost when there are these devices again: nothing, not
-// even the snapshots, when all filters are there.
+// stillLost is what is still lost when there are these devices again. When all
+// filters are back, nothing counts as lost any more, not even the snapshots.
 func stillLost(l *control.Lost, there []control.LostDevice) *control.Lost {
 	if l == nil {
 		return nil
@@ -116,7 +117,7 @@ func stillLost(l *control.Lost, there []control.LostDevice) *control.Lost {
 	return &rest
 }
 
-// waitEnded is what is lost when the I/O of the ublk device at path waits no more.
+// waitEnded is l after the I/O of the ublk device at path has ended its wait.
 func waitEnded(l *control.Lost, path string) *control.Lost {
 	if l == nil {
 		return nil
@@ -148,7 +149,8 @@ func (d *Daemon) reportLost() {
 	d.saveRecord()
 }
 
-// explain adds to an error about what is not found that it was lost.
+// explain adds to an error about something that is not found, that it was lost with
+// a daemon that died.
 func (d *Daemon) explain(e *control.Error, has func(*control.Lost) (fix string, ok bool)) *control.Error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

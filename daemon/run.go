@@ -30,8 +30,8 @@ type Options struct {
 	Prober *disk.Prober
 }
 
-// ProbeCommand is the command of the program that serves a Prober, with the
-// directory below which it finds its tools as its argument.
+// ProbeCommand is the command of the program that serves a Prober. Its argument is
+// the directory below which it finds its tools.
 const ProbeCommand = "probe"
 
 // stopper is an API that is freed in two steps.
@@ -58,10 +58,11 @@ func (n stopNotifier) Stop(ctx context.Context) error {
 	return err
 }
 
-// Run is the daemon: it serves until it is told to stop, by a client or by
-// SIGTERM or SIGINT, and no device is in use any more.
+// Run is the daemon. It serves until a client, SIGTERM or SIGINT tells it to stop
+// while no device is in use.
 func Run(o Options) error {
-	// Before anything that it must not inherit, and before there is a disk.
+	// The prober starts before there is anything that it must not inherit, and before
+	// there is a disk to serve.
 	var err error
 	if o.Prober, err = disk.StartProber("ublk-blksnap", ProbeCommand, host(0).Root); err != nil {
 		o.Log.Warn("cannot start the process that asks blkid: a block device is storage only with --overwrite", "error", err)
@@ -75,8 +76,8 @@ func Run(o Options) error {
 }
 
 func run(o Options, open func() (stopper, error)) error {
-	// Signals first: from the first device on, none may end or stop the process
-	// unasked.
+	// Signals come first, because from the first device on no signal may end or stop
+	// the process by itself.
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGQUIT)
 	defer signal.Stop(signals)
@@ -123,14 +124,15 @@ func run(o Options, open func() (stopper, error)) error {
 				continue
 			}
 			o.Log.Info("asked to stop", "signal", s.String())
-			go func() { // a client may be at it already, and come first
+			go func() { // another stop, by a client, may be under way
 				if err := api.Stop(ctx); err != nil && ctx.Err() == nil {
 					o.Log.Error("not stopped, still serving", "error", err)
 				}
 			}()
 		case <-api.stopped:
 			notify("STOPPING=1")
-			// Watchers would never end; whoever asked for the stop gets its answer.
+			// Watchers would never end by themselves. Whoever asked for the stop gets his
+			// answer.
 			cancel()
 			limited, done := context.WithTimeout(context.Background(), answerTimeout)
 			_ = srv.Shutdown(limited)
@@ -143,7 +145,7 @@ func run(o Options, open func() (stopper, error)) error {
 	}
 }
 
-// logGoroutines logs what everybody is doing, for who wants to know what hangs.
+// logGoroutines logs what every goroutine is doing, so that one can see what hangs.
 func logGoroutines(log *Log) {
 	b := make([]byte, 1<<20)
 	b = b[:runtime.Stack(b, true)]
@@ -156,7 +158,7 @@ func logGoroutines(log *Log) {
 // last answers.
 const answerTimeout = 5 * time.Second
 
-// listen replaces what a dead daemon left: the lock says that it is dead.
+// listen replaces the socket of a dead daemon. The lock proves that it is dead.
 func (d RunDir) listen() (net.Listener, error) {
 	if err := os.Remove(d.Socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fail(err, "remove the old socket")
@@ -172,8 +174,8 @@ func (d RunDir) listen() (net.Listener, error) {
 	return l, nil
 }
 
-// notify tells systemd, if it waits to be told (sd_notify(3)), and does not wait
-// for it.
+// notify tells systemd the state of the daemon, if systemd wants to know
+// (sd_notify(3)). It does not wait for systemd.
 func notify(state string) {
 	name := os.Getenv("NOTIFY_SOCKET")
 	if name == "" {

@@ -56,7 +56,8 @@ func (d RunDir) make() error {
 	if err != nil || st.Mode().Perm() == 0o700 {
 		return err
 	}
-	// It was there with another mode. One that others have use for stays as it is.
+	// The directory was there, with another mode. If it holds other things it stays as
+	// it is.
 	names, err := dir.Readdirnames(-1)
 	if err == nil && len(names) > 0 && !slices.Contains(names, lockName) {
 		e := invalid("run directory %s: holds other things than a daemon's files", d)
@@ -70,18 +71,19 @@ func (d RunDir) make() error {
 }
 
 func (d RunDir) makeDir() error {
-	// First, so that nothing is made at a place that is somebody's.
+	// The check comes first, so that nothing is made at a place that belongs to
+	// somebody else.
 	if err := checkTrusted(string(d)); err != nil {
 		return err
 	}
 	return os.MkdirAll(string(d), 0o700)
 }
 
-// open opens the directory. What happens in it, root does: so nobody else may be
-// able to write to it, or to put another one in its place.
+// open opens the directory. Root works in it, so nobody else may be able to write to
+// it, or to put another directory in its place.
 func (d RunDir) open() (*os.File, error) {
 	path, err := filepath.EvalSymlinks(string(d))
-	// Both the links on the way and what they lead to.
+	// Both the links on the way and the directories that they lead to are checked.
 	if err == nil {
 		err = checkTrusted(string(d))
 	}
@@ -103,8 +105,8 @@ func (d RunDir) open() (*os.File, error) {
 	return dir, nil
 }
 
-// checkTrusted says who else than root, or the user that we are, decides where path
-// leads, as far as it is there.
+// checkTrusted refuses a path if somebody other than root and this process's user
+// can decide where it leads. It checks as much of path as exists.
 func checkTrusted(path string) error {
 	for at := path; ; at = filepath.Dir(at) {
 		var st unix.Stat_t
@@ -113,7 +115,7 @@ func checkTrusted(path string) error {
 		} else if err != nil {
 			return fmt.Errorf("%s: %w", at, err)
 		}
-		// In a sticky directory everybody has only what is his own.
+		// In a sticky directory nobody can replace what is not his own.
 		if st.Mode&unix.S_IFMT == unix.S_IFLNK || at != path && st.Mode&unix.S_ISVTX != 0 {
 			st.Mode &^= 0o022
 		}
@@ -151,7 +153,7 @@ func checkOwn(f *os.File, kind uint32) error {
 	return checkClosed(f.Name(), &st)
 }
 
-// file opens a file in the directory, and no other that a link leads to.
+// file opens a file in the directory. It follows no link.
 func (d RunDir) file(name string, flags int, mode uint64) (*os.File, error) {
 	f, err := d.openAt(name, flags, mode)
 	if err == nil {
@@ -191,7 +193,7 @@ func (d RunDir) write(name string, text []byte, mode uint64) error {
 	if err != nil {
 		return err
 	}
-	err = f.Truncate(0) // not before it is known what it is
+	err = f.Truncate(0) // only now, when it is known to be the daemon's own file
 	if err == nil {
 		_, err = f.Write(text)
 	}
@@ -251,10 +253,10 @@ func writeAt(f *os.File, s string) error {
 	return err
 }
 
-// mountState mounts the tmpfs for the state, unless one is there: it holds what
-// a daemon left behind, and gets the size that is configured now. Never in swap
-// where the kernel can promise that: paging it in could need the very devices it
-// describes.
+// mountState mounts the tmpfs for the state. If one is there already it holds what a
+// daemon left behind, and only gets the size that is configured now. Where the kernel
+// can promise it, the tmpfs never goes to swap, because reading it back could need
+// the very devices that it describes.
 func (d RunDir) mountState(bytes int64) error {
 	dir := d.State()
 	if err := d.subdir(stateName, 0o700); err != nil {

@@ -17,9 +17,9 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
 
-// What callers can take of the daemon, whose memory is locked, is bounded: each
-// call takes a place in its class before its body is read, and no class can keep
-// the others out.
+// The daemon's memory is locked, so what callers can take of it is bounded. Each
+// call takes a place in its class before its body is read. No class can keep the
+// others out.
 const (
 	maxConnections = 256
 	maxQuick       = 64 // calls that only look: more wait
@@ -34,7 +34,7 @@ const (
 	maxRanges = 128 << 10
 )
 
-// timeouts is how long the daemon waits for a caller, in each of these.
+// timeouts is how long the daemon waits for a caller:
 type timeouts struct {
 	header time.Duration // to send a request's header
 	body   time.Duration // and its body
@@ -60,7 +60,7 @@ func newServer(api control.API, log *slog.Logger, p timeouts) *http.Server {
 // none is the body of a call that has nothing to say.
 type none struct{}
 
-// class is a kind of calls, of which a number may be under way.
+// class is a kind of calls. Only as many of them as it has places are under way.
 type class struct {
 	places  chan struct{}
 	refusal string // to those beyond the number; empty: they wait
@@ -146,8 +146,8 @@ func answerless[Req any](f func(context.Context, Req) error) func(context.Contex
 	return func(ctx context.Context, r Req) (none, error) { return none{}, f(ctx, r) }
 }
 
-// serve calls f for the calls of a path, when they have their place and as long
-// as their body may take.
+// serve calls f for each call of a path, once the call has its place. body is how
+// long the caller may take to send the call's body.
 func (s *server) serve(c *class, path string, body time.Duration, f func(w http.ResponseWriter, r *http.Request) error) {
 	s.mux.HandleFunc("/v1/"+path, func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost {
@@ -158,7 +158,7 @@ func (s *server) serve(c *class, path string, body time.Duration, f func(w http.
 		leave, err := c.enter(r.Context())
 		if err == nil {
 			defer leave()
-			if r.Body != http.NoBody { // else the server reads on already, to see the caller go
+			if r.Body != http.NoBody { // without a body the server reads already, to notice that the caller goes
 				_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(body))
 			}
 			err = f(w, r)
@@ -181,7 +181,7 @@ func handle[Req, Resp any](s *server, c *class, path string, f func(context.Cont
 			return err
 		}
 		s.begin(w, "application/json")
-		// An error here is a caller that went away.
+		// An error here means that the caller went away.
 		_ = json.NewEncoder(w).Encode(resp)
 		return nil
 	})
@@ -214,7 +214,7 @@ func stream[Req any](s *server, c *class, path string, f func(ctx context.Contex
 			return err
 		}
 		_ = put(control.LastLine{Error: errorOf(err)}, true)
-		// Who does not read the line learns from an answer that is broken off.
+		// If the caller does not read that line, the answer that is broken off tells him.
 		panic(http.ErrAbortHandler)
 	})
 }
@@ -358,8 +358,8 @@ func readBody(r *http.Request, req any) error {
 	return nil
 }
 
-// atEnd makes sure that nothing follows. Only a body that was read to its end
-// lets the server notice that the caller goes away.
+// atEnd makes sure that nothing follows. The server notices that the caller goes
+// away only after the body has been read to its end.
 func atEnd(d *json.Decoder) error {
 	switch _, err := d.Token(); err {
 	case io.EOF:
@@ -405,7 +405,7 @@ func (s *server) answerError(w http.ResponseWriter, status int, e *control.Error
 	_ = json.NewEncoder(w).Encode(e)
 }
 
-// limitListener lets so many connections in at a time.
+// limitListener lets only a number of connections in at a time.
 type limitListener struct {
 	net.Listener
 	places chan struct{}

@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ignoreSignals ignores the signals that mean nothing to a daemon and would end
-// it, or stop it as Ctrl-Z does. Those of a fault stay what they are; so does
-// SIGABRT, for who wants its end and to know where it was.
+// ignoreSignals ignores the signals that mean nothing to a daemon and would end it,
+// or stop it as Ctrl-Z does. The signals of a fault stay as they are. So does
+// SIGABRT, for somebody who wants to end the daemon and see where it was.
 func ignoreSignals() {
 	signal.Ignore(unix.SIGHUP, unix.SIGPIPE, unix.SIGALRM, unix.SIGVTALRM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGXCPU, unix.SIGXFSZ,
 		unix.SIGSTKFLT, unix.SIGIO, unix.SIGPWR, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
@@ -18,7 +18,7 @@ func ignoreSignals() {
 			signal.Ignore(n)
 			continue
 		}
-		// Go leaves these to the C library, which is not there: they would kill.
+		// Go leaves these to the C library. Without it they would kill the process.
 		ignore := struct {
 			handler, flags, restorer uintptr
 			mask                     uint64

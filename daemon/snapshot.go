@@ -24,8 +24,9 @@ type snapshot struct {
 	snap    *snapshots.Snapshot
 	chunk   int64
 	created time.Time
-	// engineEvents carries events from the queue threads, which must not wait;
-	// destroyed is closed when all is gone, and destroyErr says then what is left of it.
+	// engineEvents carries events from the queue threads, which must not wait.
+	// destroyed is closed when all of the snapshot is gone. destroyErr says then what
+	// could not be given back.
 	engineEvents chan diffarea.Event
 	destroyed    chan struct{}
 	destroyErr   error
@@ -101,7 +102,7 @@ func (d *Daemon) holders(dev *device) []string {
 func (d *Daemon) holds(s *snapshot, dev *device) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	// Whose storage alone is still on its way back needs the disk no more.
+	// A snapshot that only has its storage left to give back needs the disk no more.
 	return !s.gone && slices.ContainsFunc(s.images, func(im *image) bool { return im.device == dev })
 }
 
@@ -120,8 +121,8 @@ func (d *Daemon) findSnapshot(id string) (*snapshot, error) {
 	return s, nil
 }
 
-// beginOnSnapshot is begin for a change to the snapshot of that UUID, which has to be
-// whole.
+// beginOnSnapshot is begin for a change to the snapshot of that UUID. A broken
+// snapshot is refused.
 func (d *Daemon) beginOnSnapshot(ctx context.Context, id, format string, args ...any) (s *snapshot, end func(), err error) {
 	if end, err = d.begin(ctx, format, args...); err != nil {
 		return nil, nil, err
@@ -133,7 +134,8 @@ func (d *Daemon) beginOnSnapshot(ctx context.Context, id, format string, args ..
 	return s, end, nil
 }
 
-// usable is findSnapshot for those who want something of it; needs opLock.
+// usable is findSnapshot, but refuses a snapshot that is broken or being destroyed;
+// needs opLock.
 func (d *Daemon) usable(id string) (*snapshot, error) {
 	s, err := d.findSnapshot(id)
 	if err == nil && s.destroying {

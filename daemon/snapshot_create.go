@@ -73,7 +73,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		OnEvent: func(e diffarea.Event) {
 			select {
 			case s.engineEvents <- e:
-			default: // a queue thread does not wait; what broke is in the state too
+			default: // a queue thread must not wait; the snapshot's state says too that it broke
 			}
 		},
 	})
@@ -104,14 +104,14 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		}
 	}
 	if err := ctx.Err(); err != nil {
-		// Nobody will learn its UUID.
+		// The caller does not learn its UUID, so nobody else could destroy it.
 		return nil, d.abandon(s, err)
 	}
 	return s, nil
 }
 
-// findOrAttach is the device that ref names, with a filter put over it if it has
-// none and attach allows it: a fresh one.
+// findOrAttach is the device that ref names. If the disk has no filter and attach
+// allows it, findOrAttach puts one over it, and the device is fresh.
 func (d *Daemon) findOrAttach(ctx context.Context, ref string, attach bool) (dev *device, fresh bool, err error) {
 	dev, err = d.findDevice(ref)
 	if err == nil || !attach || control.CodeOf(err) != control.NotFound {
@@ -127,8 +127,8 @@ func (d *Daemon) findOrAttach(ctx context.Context, ref string, attach bool) (dev
 	return dev, true, nil
 }
 
-// detach takes back the filters of a change that failed. One that somebody has
-// begun to use stays.
+// detach removes the filters that a failed change had added. A filter that somebody
+// has begun to use stays.
 func (d *Daemon) detach(attached []*device) error {
 	var errs []error
 	for _, dev := range attached {
@@ -141,8 +141,8 @@ func (d *Daemon) detach(attached []*device) error {
 	return errors.Join(errs...)
 }
 
-// chunkSize chooses the chunk size for devices: as asked for, or the smallest
-// that needs no more than the configured number of chunks.
+// chunkSize chooses the chunk size for devices. It is the size that was asked for, or
+// else the smallest one with no more than the configured number of chunks.
 func (d *Daemon) chunkSize(asked int64, devices []*device) (int64, error) {
 	c := d.opts.Config
 	if asked != 0 {

@@ -19,7 +19,7 @@ func (d *Daemon) DestroySnapshot(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	// Nobody else has to wait for its storage.
+	// Here opLock is free again, so that nobody else has to wait for the storage.
 	if err := d.awaitDestroyed(ctx, s); err != nil {
 		return snapshotError(err, "destroy snapshot %s", s.id)
 	}
@@ -55,8 +55,9 @@ func (d *Daemon) destroyBroken(id string, dev *device) error {
 	return d.destroy(s)
 }
 
-// abandon destroys a snapshot with which something failed; needs opLock. What does
-// not answer has been waited for by then.
+// abandon destroys a snapshot because an operation on it failed; needs opLock. If a
+// disk does not answer, the operation has waited for it already, so abandon does not
+// wait again.
 func (d *Daemon) abandon(s *snapshot, err error) error {
 	if errors.Is(err, snapshots.ErrStuck) {
 		return errors.Join(err, d.startDestroy(s))
@@ -64,7 +65,8 @@ func (d *Daemon) abandon(s *snapshot, err error) error {
 	return errors.Join(err, d.destroy(s))
 }
 
-// destroy ends a snapshot and waits for it, with an end; needs opLock.
+// destroy ends a snapshot and waits for that, within the limit for storage; needs
+// opLock.
 func (d *Daemon) destroy(s *snapshot) error {
 	if err := d.startDestroy(s); err != nil {
 		return err
@@ -73,8 +75,8 @@ func (d *Daemon) destroy(s *snapshot) error {
 }
 
 // startDestroy removes the images of a snapshot and begins to give the rest back;
-// needs opLock. With an error the snapshot is still there, less what of it could be
-// removed.
+// needs opLock. If it fails, the snapshot is still there, without the images that
+// could be removed.
 func (d *Daemon) startDestroy(s *snapshot) error {
 	d.mu.Lock()
 	s.destroying = true
@@ -82,7 +84,8 @@ func (d *Daemon) startDestroy(s *snapshot) error {
 	if s.releasing {
 		return nil
 	}
-	// First of all, so that whatever hangs below, the original disks do not.
+	// Abort comes first of all, so that the original disks do not wait, whatever hangs
+	// below.
 	broken := s.snap.Err() == unix.EIO || s.snap.Err() == unix.ETIMEDOUT
 	s.snap.Abort()
 	for _, im := range s.images {
@@ -105,8 +108,9 @@ func (d *Daemon) startDestroy(s *snapshot) error {
 	return nil
 }
 
-// release gives memory and storage of a snapshot without images back, beside
-// all other work: a storage that does not answer is waited for without an end.
+// release gives back the memory and the storage of a snapshot whose images are gone.
+// It runs beside all other work, because it waits without a limit for storage that
+// does not answer.
 func (d *Daemon) release(s *snapshot, broken bool) {
 	s.snap.Destroy()
 	s.use.Lock()
@@ -115,9 +119,9 @@ func (d *Daemon) release(s *snapshot, broken bool) {
 	d.mu.Unlock()
 	s.use.Unlock()
 	if err := s.snap.GiveBack(); err != nil {
-		// Nothing uses them any more: what is left is files.
+		// Nothing uses storage and state any more. What is left of them is only files.
 		d.opts.Log.Error("storage or state of a destroyed snapshot could not be given back", "snapshot", s.id, "error", publicPaths(err.Error()))
-		if !broken { // storage that does not work can not be emptied either
+		if !broken { // storage that does not work cannot be emptied either
 			s.destroyErr = err
 		}
 	}
@@ -128,8 +132,8 @@ func (d *Daemon) release(s *snapshot, broken bool) {
 	close(s.destroyed)
 }
 
-// awaitDestroyed waits until nothing is left of a snapshot that ends, within the
-// limit for storage; opLock is not needed.
+// awaitDestroyed waits until nothing is left of a snapshot that is being destroyed,
+// within the limit for storage. It does not need opLock.
 func (d *Daemon) awaitDestroyed(ctx context.Context, s *snapshot) error {
 	select {
 	case <-s.destroyed:
@@ -145,8 +149,9 @@ func (d *Daemon) awaitDestroyed(ctx context.Context, s *snapshot) error {
 	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when the disk answers", strings.Join(hanging, ", "), snapshots.ErrStuck)
 }
 
-// hanging are the disks that the log of a snapshot waits for, storage or
-// originals, and storage that does not come back; needs use.
+// hanging are the disks that hold a snapshot up: those that its log waits for,
+// storage or originals, and storage that is being given back and does not answer;
+// needs use.
 func (s *snapshot) hanging() []string {
 	names := s.snap.Returning()
 	if !s.gone {

@@ -12,14 +12,14 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
-// forwardEvents passes on the events of a snapshot until it is destroyed, and gives it
-// up when writes have to wait too long for its storage.
+// forwardEvents passes on the events of a snapshot until the snapshot is destroyed.
+// If writes wait too long for another disk than their own, it gives the snapshot up.
 func (d *Daemon) forwardEvents(s *snapshot) {
 	limit := d.opts.Config.StorageTimeout
 	look := time.NewTicker(limit / 8)
 	defer look.Stop()
-	var moved time.Time // when the log last got on, or nobody waited
-	var done uint64     // as of the last look
+	var moved time.Time // the last look at which the log had got on, or nobody waited
+	var done uint64     // how far the log was at the last look
 	for {
 		var e diffarea.Event
 		select {

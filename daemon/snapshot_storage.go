@@ -60,7 +60,8 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 	return nil
 }
 
-// probe says what a block device holds, which may not answer.
+// probe says what a block device holds. It waits within the limit for storage,
+// because the device may not answer.
 func (d *Daemon) probe(dev *os.File) (string, error) {
 	if d.opts.Prober == nil {
 		return "", errors.New("the daemon could not start the process that asks blkid: restart the daemon")
@@ -70,9 +71,9 @@ func (d *Daemon) probe(dev *os.File) (string, error) {
 	return d.opts.Prober.Probe(ctx, dev)
 }
 
-// checkPlace refuses storage on a disk with a filter: a write to the storage that
-// needed a copy to the storage would wait for itself. It returns what could not be
-// found out about the place.
+// checkPlace refuses storage on a disk that has a filter. A write to such a storage
+// might need a copy to the same storage first, and would wait for itself. warning
+// says what could not be found out about the place.
 func (d *Daemon) checkPlace(p *disk.Place) (warning string, err error) {
 	for _, dev := range d.sortedDevices() {
 		on, err := d.host.LiesOn(p, dev.disk.Num, d.lowerDisks)

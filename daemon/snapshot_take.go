@@ -73,8 +73,9 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	return nil
 }
 
-// maxImageDepth bounds the requests in flight per queue of an image: without
-// zero copy each has a buffer that is locked in memory, for every snapshot anew.
+// maxImageDepth bounds the requests in flight for each queue of an image. Without
+// zero copy each request has a buffer that is locked in memory, and every snapshot
+// has images of its own.
 const maxImageDepth = 64
 
 func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
@@ -86,7 +87,8 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 		// a trim of it must not fill the storage with zeroes.
 		geo.ReadOnly, geo.VolatileCache, geo.FUA = false, false, false
 		geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
-		// Payloads go to the storage as well, whatever it is.
+		// Payloads go to the storage as well, which may need more alignment than the
+		// original.
 		geo.DMAMask |= sector.Size - 1
 		dev, err := d.addUblk(ctx, imageKind, im.device.Name+"-"+s.id, ublk.Config{
 			Name: im.device.Name + "@", Queues: im.device.Queues, Depth: min(im.device.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
@@ -127,8 +129,9 @@ func (d *Daemon) mountsOver(s *snapshot) []disk.Mount {
 	return out
 }
 
-// frozenFile names the filesystems that a take has frozen: one that is killed
-// before it can thaw them would leave them standing still for good.
+// frozenFile names the filesystems that a take has frozen. If the daemon is killed
+// before it can thaw them, the next daemon does, because they would stay frozen for
+// good.
 func (d *Daemon) frozenFile() string { return filepath.Join(d.opts.Dir.State(), "frozen") }
 
 func (d *Daemon) rememberFrozen(mounts []*os.File) error {

@@ -26,12 +26,13 @@ type Starter struct {
 	Starting func(*control.Lost)
 }
 
-// startTimeout is how long a daemon may take to answer: loading the driver and
-// taking over devices included.
+// startTimeout is how long a daemon may take until it answers. That includes loading
+// the driver and clearing away what a dead daemon left.
 const startTimeout = 60 * time.Second
 
-// Connect gives a client of the daemon that runs. It starts none: that would hide
-// that one died. [Unavailable] then says what was lost.
+// Connect gives a client of the daemon that runs. If none runs it starts none,
+// because that would hide that a daemon has died. The error, control.Unavailable,
+// says then what was lost.
 func (s Starter) Connect(ctx context.Context) (*control.Client, error) {
 	c := control.NewClient(s.Dir.Socket())
 	_, err := c.Info(ctx)
@@ -77,12 +78,12 @@ func (s Starter) Start(ctx context.Context) (*control.Client, error) {
 // unitName is the daemon's systemd unit, as dist/ has it.
 const unitName = "ublk-blksnap.service"
 
-// systemdRuns exists where systemd is process 1.
+// systemdRuns is a directory that exists only if systemd is process 1.
 var systemdRuns = "/run/systemd/system"
 
-// startUnit starts the daemon as the machine's service, if it is one: started
-// by us it would be part of the caller's login session and end with it. It
-// returns false if there is no such service.
+// startUnit starts the daemon as the machine's service, and returns false if there is
+// no such service. If this process started the daemon itself, the daemon would be
+// part of the caller's login session and end with it.
 func (s Starter) startUnit(ctx context.Context) (bool, error) {
 	if _, err := os.Stat(systemdRuns); err != nil || s.Dir != DefaultRunDir || s.ConfigPath != "" {
 		return false, nil //nolint:nilerr // no systemd
@@ -129,7 +130,8 @@ func (s Starter) start(ctx context.Context) error {
 	if s.ConfigPath != "" {
 		args = append(args, "--config", s.ConfigPath)
 	}
-	// A session of its own: neither the terminal's signals nor its end reach it.
+	// The daemon gets a session of its own, so that neither the terminal's signals nor
+	// its end reach it.
 	p, err := os.StartProcess(program, args, &os.ProcAttr{
 		Dir:   "/",
 		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
@@ -140,7 +142,7 @@ func (s Starter) start(ctx context.Context) error {
 	if err != nil {
 		return fail(err, "start the daemon")
 	}
-	// Waited for, so that it leaves no zombie if it ends before us.
+	// If the daemon ends before this process, it shall leave no zombie.
 	go func() { _, _ = p.Wait() }()
 
 	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Now()) })
@@ -157,8 +159,8 @@ func (s Starter) start(ctx context.Context) error {
 	return nil
 }
 
-// startReport is what a daemon started by a command says through the pipe that
-// it inherited, once: an error, or nothing wrong.
+// startReport is what a daemon that was started by a command says, once, through the
+// pipe that it inherited: an error, or that nothing is wrong.
 type startReport struct {
 	Error *control.Error `json:"error,omitempty"`
 }

@@ -19,9 +19,9 @@ const (
 	imageKind  = 'i'
 )
 
-// addUblk adds a ublk device of ours, with its note for udev written before it
-// appears: therefore its number is chosen here. A device returned with an error
-// is one that the driver does not let go.
+// addUblk adds a ublk device of ours. It chooses the device's number itself, because
+// the note for udev has to be written before the device appears. If it returns a
+// device together with an error, the driver does not let go of that device.
 func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.Config) (*ublk.Device, error) {
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
@@ -60,12 +60,13 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 func (d *Daemon) removeUblk(dev *ublk.Device, link string) error {
 	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
-	// The name goes first: it must not lead to another device.
+	// The name goes first, because it must not lead to another device that takes the
+	// number.
 	d.unlink(link, dev.Path)
 	err := dev.Delete(ctx)
 	if err == nil {
 		d.forgetNote(filepath.Base(dev.Path))
-		// udev may have looked at it once more, and is not done with its end.
+		// udev may have looked at the device once more, and is not done with its end.
 		d.unlink(link, dev.Path)
 	}
 	return err
