@@ -25,7 +25,7 @@ const (
 func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.Config) (*ublk.Device, error) {
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
-	cfg.Tag = ublk.Tag(kind)
+	cfg.Tag = ublk.NewTag(kind)
 	cfg.OpenedBy = d.openedBy
 	noteKind := "filter"
 	if kind == imageKind {

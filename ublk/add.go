@@ -79,7 +79,10 @@ func (d *Device) setUp(ctx context.Context, cfg *Config, params *uapi.UblkParams
 	if err := sameParams(params, &set); err != nil {
 		return err
 	}
-	return d.serve(ctx, uapi.UBLK_U_CMD_START_DEV)
+	if err := d.prepare(ctx); err != nil {
+		return err
+	}
+	return d.begin(ctx, uapi.UBLK_U_CMD_START_DEV)
 }
 
 // sameParams compares what was asked for with what the driver kept.

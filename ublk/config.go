@@ -68,7 +68,7 @@ func possibleCPUs(sys string) int {
 // Config describes a device.
 type Config struct {
 	Name   string // for people: part of the names of its threads
-	Tag    uint64 // kept by the driver and told by Info; see Tag
+	Tag    uint64 // kept by the driver and told by Info; see NewTag
 	ID     int    // its number N in /dev/ublkbN, or AnyID
 	Queues int    // 1 to MaxQueues
 	Depth  int    // requests in flight per queue, 1 to MaxDepth

@@ -37,7 +37,8 @@ type Device struct {
 	openedBy   func(blockdev.Num) string // see Config.OpenedBy
 	cdev       *blockdev.OSFile          // nil when closed
 	queues     []*queue
-	procs      int // queues told to addProcs
+	procs      int  // queues told to addProcs
+	cutShort   bool // see Claimed.begun
 
 	mu      sync.Mutex // serializes TryStop, Sync, Quiesce and Delete
 	ending  bool       // the driver was told to take the disk away

@@ -318,11 +318,14 @@ func TestPossibleCPUs(t *testing.T) {
 
 func TestTag(t *testing.T) {
 	for _, kind := range []byte{0, 1, 'f', 255} {
-		if k, ok := IsOurs(Tag(kind)); !ok || k != kind {
+		if k, ok := IsOurs(NewTag(kind)); !ok || k != kind {
 			t.Errorf("tag of kind %d: %d, %v", kind, k, ok)
 		}
 	}
-	for _, tag := range []uint64{0, 1, ^uint64(0), Tag(1) ^ 1<<8} {
+	if a, b := NewTag(1), NewTag(1); a == b {
+		t.Error("two devices have the same tag")
+	}
+	for _, tag := range []uint64{0, 1, ^uint64(0), NewTag(1) ^ 1<<32} {
 		if _, ok := IsOurs(tag); ok {
 			t.Errorf("tag %#x is ours", tag)
 		}

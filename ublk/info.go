@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
@@ -149,16 +150,20 @@ func (c *Control) queueCPUs(ctx context.Context, id, q int) (*unix.CPUSet, error
 	return &set, nil
 }
 
-// tagMagic marks devices as this program's, in the upper 56 bits of the tag.
-const tagMagic = uint64(0x626c6b736e6170) << 8 // "blksnap"
+// A tag marks a device as this program's and tells it from every other, for a number
+// is used again as soon as it is free.
+//
+//	bits  63..32   31..8    7..0
+//	      tagMagic nonce    kind, the caller's
+const tagMagic = uint64(0x626c6b73) // "blks"
 
-// Tag is the mark of a device that belongs to this program: kind tells what
+// NewTag is the mark of a new device that belongs to this program: kind tells what
 // it is for, and is the caller's.
-func Tag(kind byte) uint64 { return tagMagic | uint64(kind) }
+func NewTag(kind byte) uint64 { return tagMagic<<32 | uint64(rand.Uint32())<<8&0xffffff00 | uint64(kind) }
 
-// IsOurs says whether tag was made by Tag, and with which kind.
+// IsOurs says whether tag was made by NewTag, and with which kind.
 func IsOurs(tag uint64) (kind byte, ok bool) {
-	return byte(tag), tag&^0xff == tagMagic
+	return byte(tag), tag>>32 == tagMagic
 }
 
 // List returns the machine's ublk devices of every server, by number.

@@ -82,13 +82,11 @@ func mapDescriptors(fd, q, depth int) ([]byte, error) {
 	return mem, nil
 }
 
-// newQueue maps what queue id needs; its ring is started by the device. desc is
-// the queue's from then on.
-func newQueue(id int, desc []byte, depth, maxIO int, zeroCopy bool) (*queue, error) {
+// newQueue maps the buffers that queue id needs; its ring is started by the device,
+// and it can serve once describe was called.
+func newQueue(id, depth, maxIO int, zeroCopy bool) (*queue, error) {
 	q := &queue{
 		id:       uint16(id),
-		descMem:  desc,
-		desc:     unsafe.Slice((*uapi.UblksrvIODesc)(unsafe.Pointer(unsafe.SliceData(desc))), depth),
 		reqs:     make([]Request, depth),
 		tags:     make([]tagState, depth),
 		maxIO:    int64(maxIO),
@@ -112,6 +110,12 @@ func newQueue(id int, desc []byte, depth, maxIO int, zeroCopy bool) (*queue, err
 	q.payloadMem = mem
 	q.payload = unsafe.Pointer(unsafe.SliceData(mem))
 	return q, nil
+}
+
+// describe gives the queue its descriptors, which are its own from then on.
+func (q *queue) describe(desc []byte) {
+	q.descMem = desc
+	q.desc = unsafe.Slice((*uapi.UblksrvIODesc)(unsafe.Pointer(unsafe.SliceData(desc))), len(q.reqs))
 }
 
 // buffers are the queue's buffers, by tag; without copying they are empty, for

@@ -98,10 +98,11 @@ func testQueue(t *testing.T, depth int, zeroCopy bool) (*queue, *keeper) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	u, err := newQueue(3, desc, depth, 8192, zeroCopy)
+	u, err := newQueue(3, depth, 8192, zeroCopy)
 	if err != nil {
 		t.Fatal(err)
 	}
+	u.describe(desc)
 	t.Cleanup(u.unmap)
 	k := &keeper{}
 	u.handler = k

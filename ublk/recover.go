@@ -14,23 +14,25 @@ import (
 
 // Taking over a device whose server has died, or has given it up by Quiesce.
 //
-// The daemon does not do it yet: it makes devices with recovery only if asked to,
-// and the next daemon leaves those waiting until they are removed by force. Taking
-// over after the daemon's death will call Recover and Quiesce; until then tests do.
-
-// Recover takes over device id, whose server has died or quiesced it: the
-// requests that wait are served next. The device keeps its number, shape and
-// content; of cfg only Name, Files, Slots, OpenedBy and NewHandler are used. It
-// waits until the kernel has seen the last of the old server, or ctx ends. An
-// error leaves the device to a further attempt.
+//	Claim ──> Claimed ── Prepare ──> Device ── Resume ──> served
+//	           │                       │
+//	           └──── any further attempt, of this process or the next
 //
-// Before Linux 6.15 the driver does not clean up after a server that dies in
-// the middle of this (some milliseconds): such a device can only be deleted.
-// So once begun, it is not given up when ctx ends.
-func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, error) {
-	if cfg.NewHandler == nil {
-		return nil, errors.New("recover ublk device: no handler")
-	}
+// A server of several devices claims all of them before it resumes any: a claim
+// succeeds only when everything has ended that the dead server's queues of that
+// device had begun, on whatever disk.
+
+// Claimed is a device that waits for its next server, which is to be this process.
+type Claimed struct {
+	Info
+	ctl   *Control
+	begun bool // an earlier attempt may have got as far as fetching
+}
+
+// Claim waits until the kernel has seen the last of the old server of device id, or
+// ctx ends, and makes the driver ready for a new one. ErrDead if the device has been
+// stopped: it is only to be deleted then.
+func Claim(ctx context.Context, ctl *Control, id int) (*Claimed, error) {
 	info, err := ctl.Info(ctx, id)
 	if err != nil {
 		return nil, err
@@ -42,14 +44,71 @@ func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, er
 	if err != nil {
 		return nil, err
 	}
-	d := newDevice(ctl, &cfg, info)
+	return &Claimed{Info: info, ctl: ctl, begun: begun}, nil
+}
+
+// Prepare makes all that serving the device needs. Nothing is served yet: the
+// device is to be resumed, or abandoned. It keeps its number, shape and content; of
+// cfg only Name, Files, Slots, OpenedBy and NewHandler are used.
+func (c *Claimed) Prepare(ctx context.Context, cfg Config) (*Device, error) {
+	if cfg.NewHandler == nil {
+		return nil, errors.New("recover ublk device: no handler")
+	}
+	d := newDevice(c.ctl, &cfg, c.Info)
+	d.cutShort = c.begun
+	err := d.readNumber(ctx)
+	if err == nil {
+		err = d.prepare(ctx)
+	}
+	if err != nil {
+		d.Abandon()
+		return nil, err
+	}
+	return d, nil
+}
+
+// Resume serves a prepared device: the requests that wait come first. An error
+// leaves the device to a further attempt, which begins with Claim.
+//
+// Before Linux 6.15 the driver does not clean up after a server that dies in
+// the middle of this (a millisecond): such a device can only be deleted.
+// So once begun, it is not given up when ctx ends.
+//
+// After an error the queues' threads still run, so that whoever waits for a task of
+// theirs gets it done; the device is to be abandoned, or deleted.
+func (d *Device) Resume(ctx context.Context) error {
 	started, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
-	if err := d.serve(started, uapi.UBLK_U_CMD_END_USER_RECOVERY); err != nil {
-		d.abandon()
-		if begun && errors.Is(err, unix.EINVAL) {
-			err = fmt.Errorf("%w: an earlier recovery was cut short, and this kernel cannot go on with it: delete the device", err)
-		}
+	err := d.begin(started, uapi.UBLK_U_CMD_END_USER_RECOVERY)
+	if err == nil {
+		return nil
+	}
+	if d.cutShort && errors.Is(err, unix.EINVAL) {
+		err = fmt.Errorf("%w: %w, and this kernel cannot go on with it: delete the device", err, ErrCutShort)
+	}
+	return err
+}
+
+var (
+	// ErrCutShort: a server died while it took the device over, and the driver cannot
+	// give the device to another one.
+	ErrCutShort = errors.New("an earlier recovery was cut short")
+	// ErrDead: the device has been stopped.
+	ErrDead = errors.New("it has been stopped")
+)
+
+// Recover claims, prepares and resumes device id.
+func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, error) {
+	c, err := Claim(ctx, ctl, id)
+	if err != nil {
+		return nil, err
+	}
+	d, err := c.Prepare(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.Resume(ctx); err != nil {
+		d.Abandon()
 		return nil, err
 	}
 	return d, nil
@@ -70,11 +129,20 @@ func (c *Control) beginRecovery(ctx context.Context, id int) (begun bool, err er
 		case !errors.Is(err, unix.EBUSY), sleep(ctx, pollInterval) != nil:
 			return false, err
 		}
+		// The old server may have been stopping it, which the kernel goes on with.
+		info, err := c.Info(ctx, id)
+		if err != nil {
+			return false, err
+		}
+		if info.State == Dead {
+			return false, fmt.Errorf("recover ublk device %d: %w", id, ErrDead)
+		}
 	}
 }
 
-// abandon gives the device up as it is: the kernel cancels what was fetched.
-func (d *Device) abandon() {
+// Abandon gives up a device that was prepared and not resumed, as it is: the kernel
+// cancels what was fetched.
+func (d *Device) Abandon() {
 	for _, q := range d.queues {
 		q.ring.Abandon()
 	}

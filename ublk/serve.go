@@ -11,13 +11,14 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
-// A device is served in this order, after Add or Recover: its node is opened, each
-// queue gets its ring and its handler, every tag is fetched, and then the driver
-// is told to start.
+// A device is served in two steps. prepare does all that can fail or take time: its
+// node is opened, each queue gets its ring and its handler. begin does the rest as
+// fast as it can: the queues' descriptors are mapped, every tag of every queue is
+// fetched, and the driver is told to start. A process that dies in the middle of that
+// leaves a device that drivers before Linux 6.15 cannot give to anybody else.
 
-// serve opens the device, starts its queues and then, with the command start,
-// the disk.
-func (d *Device) serve(ctx context.Context, start uint32) error {
+// prepare opens the device and makes its queues. The kernel does not know of them yet.
+func (d *Device) prepare(ctx context.Context) error {
 	fd, err := openNode(ctx, d.CPath)
 	if err != nil {
 		return err
@@ -26,12 +27,25 @@ func (d *Device) serve(ctx context.Context, start uint32) error {
 	// Before the rings: they look at it.
 	addProcs(d.Queues)
 	d.procs = d.Queues
-	starting, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	for q := range d.Queues {
-		if err := d.startQueue(ctx, q, cancel); err != nil {
+		if err := d.startQueue(ctx, q); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// begin lets requests come and then, with the command start, the disk.
+func (d *Device) begin(ctx context.Context, start uint32) error {
+	starting, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	for i, q := range d.queues {
+		desc, err := mapDescriptors(d.cdev.Fd(), i, d.Depth)
+		if err != nil {
+			return fmt.Errorf("start ublk device %d: %w", d.ID, err)
+		}
+		q.describe(desc)
+		q.fetchFailed = cancel
 	}
 	for _, q := range d.queues {
 		q.ring.Post(&q.fetchTask)
@@ -44,30 +58,32 @@ func (d *Device) serve(ctx context.Context, start uint32) error {
 		}
 		return err
 	}
+	if err := d.readNumber(ctx); err != nil {
+		return err
+	}
+	return waitNode(ctx, d.Path)
+}
+
+// readNumber asks for the number of the disk, which exists.
+func (d *Device) readNumber(ctx context.Context) error {
 	p, err := d.ctl.params(ctx, d.ID)
 	if err != nil {
 		return err
 	}
 	d.Num = blockdev.Num{Major: p.Devt.DiskMajor, Minor: p.Devt.DiskMinor}
-	return waitNode(ctx, d.Path)
+	return nil
 }
 
-func (d *Device) startQueue(ctx context.Context, i int, failed func(error)) error {
+func (d *Device) startQueue(ctx context.Context, i int) error {
 	cpus, err := d.ctl.queueCPUs(ctx, d.ID, i)
 	if err != nil {
 		return err
 	}
-	desc, err := mapDescriptors(d.cdev.Fd(), i, d.Depth)
-	if err != nil {
-		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
-	}
 	zeroCopy := d.Mode == ModeZeroCopy
-	q, err := newQueue(i, desc, d.Depth, d.MaxIO, zeroCopy)
+	q, err := newQueue(i, d.Depth, d.MaxIO, zeroCopy)
 	if err != nil {
-		_ = unix.Munmap(desc)
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
 	}
-	q.fetchFailed = failed
 	cfg := blockdev.RingConfig{
 		Name:      threadName(d.name, i),
 		Depth:     d.slots,

@@ -138,7 +138,7 @@ func ublkConfig(t testing.TB, mode ublk.Mode, queues, depth int) (ublk.Config, *
 	file := ublkMemfd(t, ublkSize)
 	counts := &ublkCounts{}
 	return ublk.Config{
-		Name: "test", Tag: ublk.Tag('t'), ID: ublk.AnyID,
+		Name: "test", Tag: ublk.NewTag('t'), ID: ublk.AnyID,
 		Queues: queues, Depth: depth, MaxIO: ublk.DefaultMaxIO, Mode: mode,
 		Geometry: ublkGeometry(ublkSize),
 		Files:    []*blockdev.OSFile{file},

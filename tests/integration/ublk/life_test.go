@@ -296,7 +296,7 @@ func TestUblkErrors(t *testing.T) {
 func TestUblkList(t *testing.T) {
 	ctl := ublkControl(t)
 	cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 7)
-	cfg.Tag = ublk.Tag(0x5a)
+	cfg.Tag = ublk.NewTag(0x5a)
 	d := ublkAdd(t, ctl, cfg)
 	list, err := ctl.List(ublkContext(t))
 	if err != nil {

@@ -36,7 +36,7 @@ func ublkFileConfig(t testing.TB, path string, mode ublk.Mode) ublk.Config {
 	const depth = 32
 	counts := &ublkCounts{}
 	return ublk.Config{
-		Name: "child", Tag: ublk.Tag('r'), ID: ublk.AnyID,
+		Name: "child", Tag: ublk.NewTag('r'), ID: ublk.AnyID,
 		Queues: min(2, ublk.MaxQueues()), Depth: depth, MaxIO: 128 << 10, Mode: mode,
 		Geometry: ublkGeometry(ublkSize),
 		Recovery: os.Getenv("UBLK_TEST_NO_RECOVERY") == "",
