@@ -55,8 +55,8 @@ type Filter struct {
 	// areas are those of the snapshots held; owned by whoever makes cuts, one at
 	// a time.
 	areas []*diffarea.Area
-	// forQueues is the same for the queues to take over.
-	forQueues atomic.Pointer[[]*diffarea.Area]
+	// published is the same for the queues to take over.
+	published atomic.Pointer[[]*diffarea.Area]
 }
 
 // New makes a filter; its queues are added by NewQueue, all before the first
@@ -108,79 +108,79 @@ type Queue struct {
 
 // NewQueue makes queue i, served by q's thread. Called once for each i.
 func (f *Filter) NewQueue(i int, q blockdev.Queue) *Queue {
-	fq := &Queue{f: f, q: q, w: diffarea.NewWorker(q), areas: f.shown()}
+	fq := &Queue{f: f, q: q, w: diffarea.NewWorker(q), areas: f.publishedAreas()}
 	f.queues[i] = fq
 	return fq
 }
 
 // Handle starts a request.
 func (q *Queue) Handle(r *ublk.Request) {
-	t := q.request(r)
+	req := q.request(r)
 	q.counters.InFlight.Add(1)
 	if r.Op == ublk.OpRead || r.Op == ublk.OpFlush {
-		t.forward(r.Off, r.Off+r.Len)
+		req.forward(r.Off, r.Off+r.Len)
 		return
 	}
 	if q.gate.closed {
-		q.gate.hold(t)
+		q.gate.hold(req)
 		return
 	}
-	q.admit(t)
+	q.admit(req)
 }
 
 // request is the queue's own part of the kernel's request of one tag.
 type request struct {
-	q *Queue
-	r *ublk.Request
+	q      *Queue
+	kernel *ublk.Request
 
 	pos     int64 // bytes before it are done
 	end     int64 // of the piece under way
 	pending int   // copies waited for, and one while they are being collected
 	next    *request
 
-	op     blockdev.Op
-	copied func()
+	op       blockdev.Op
+	onCopied func()
 }
 
 func (q *Queue) request(r *ublk.Request) *request {
 	for len(q.reqs) <= r.Tag {
-		t := &request{q: q}
-		t.op.File = q.f.orig
-		t.op.Done = t.forwarded
-		t.copied = t.chunkCopied
-		q.reqs = append(q.reqs, t)
+		req := &request{q: q}
+		req.op.File = q.f.orig
+		req.op.Done = req.forwarded
+		req.onCopied = req.chunkCopied
+		q.reqs = append(q.reqs, req)
 	}
-	t := q.reqs[r.Tag]
-	t.r = r
-	t.pos = r.Off
-	return t
+	req := q.reqs[r.Tag]
+	req.kernel = r
+	req.pos = r.Off
+	return req
 }
 
 // admit lets a request that changes the disk through the gate. From here until
 // finish it counts as in flight, and no cut happens.
-func (q *Queue) admit(t *request) {
+func (q *Queue) admit(req *request) {
 	q.gate.inflight++
 	if q.f.cbt != nil {
-		q.f.cbt.Mark(t.r.Off, t.r.Len)
+		q.f.cbt.Mark(req.kernel.Off, req.kernel.Len)
 	}
-	t.advance()
+	req.advance()
 }
 
 // advance goes on with a request from pos: the next piece of a discard, or the
 // copying that the next piece of a write needs.
-func (t *request) advance() {
-	if len(t.q.areas) == 0 {
+func (req *request) advance() {
+	if len(req.q.areas) == 0 {
 		// From the beginning, or because the last snapshot has gone meanwhile.
-		t.forward(t.pos, t.r.Off+t.r.Len)
+		req.forward(req.pos, req.kernel.Off+req.kernel.Len)
 		return
 	}
-	if t.r.Op == ublk.OpDiscard {
-		t.advanceDiscard()
+	if req.kernel.Op == ublk.OpDiscard {
+		req.advanceDiscard()
 		return
 	}
-	t.pending = 1
-	t.end = t.protect(t.pos, t.r.Off+t.r.Len)
-	t.chunkCopied()
+	req.pending = 1
+	req.end = req.protect(req.pos, req.kernel.Off+req.kernel.Len)
+	req.chunkCopied()
 }
 
 // Limits of what one request does at a time: the copies, enough for a write of
@@ -193,8 +193,8 @@ const (
 
 // protect has the chunks of [from, end) copied in every area and returns how
 // far it came.
-func (t *request) protect(from, end int64) int64 {
-	q := t.q
+func (req *request) protect(from, end int64) int64 {
+	q := req.q
 	step := q.areas[len(q.areas)-1].ChunkSize()
 	end = min(end, from+maxPiece)
 	copies := 0
@@ -208,10 +208,10 @@ func (t *request) protect(from, end int64) int64 {
 			if pos > from && pos > a.Start(c) || a.Protected(c) {
 				continue // seen at its first byte
 			}
-			t.pending++
-			ok, claimed := a.Protect(q.w, c, lead, t.copied)
+			req.pending++
+			ok, claimed := a.Protect(q.w, c, lead, req.onCopied)
 			if ok {
-				t.pending--
+				req.pending--
 				continue
 			}
 			copies++
@@ -225,41 +225,41 @@ func (t *request) protect(from, end int64) int64 {
 
 // chunkCopied runs as each chunk's copy has landed; after the last one the
 // piece may be overwritten.
-func (t *request) chunkCopied() {
-	if t.pending--; t.pending == 0 {
-		t.forward(t.pos, t.end)
+func (req *request) chunkCopied() {
+	if req.pending--; req.pending == 0 {
+		req.forward(req.pos, req.end)
 	}
 }
 
 // advanceDiscard passes on the next stretch that every snapshot has already
 // copied.
-func (t *request) advanceDiscard() {
-	end := t.r.Off + t.r.Len
-	start := t.pos
+func (req *request) advanceDiscard() {
+	end := req.kernel.Off + req.kernel.Len
+	start := req.pos
 	for start < end {
 		stop := end
 		again := false
-		for _, a := range t.q.areas {
+		for _, a := range req.q.areas {
 			// Whole chunks only: a chunk that is still new keeps all its bytes.
 			c, last := a.Chunk(start), a.Chunk(end-1)+1
 			if s := a.SkipNew(c, last); s != c {
-				t.q.counters.Skipped.Add(uint64(min(a.Start(s), end) - start))
+				req.q.counters.Skipped.Add(uint64(min(a.Start(s), end) - start))
 				start, again = min(a.Start(s), end), true
 				break
 			}
 			stop = min(stop, a.Start(a.SkipProtected(c, last)))
 		}
 		if !again {
-			t.forward(start, min(stop, end))
+			req.forward(start, min(stop, end))
 			return
 		}
 	}
-	t.finish(0)
+	req.finish(0)
 }
 
 // forward sends [from, to) of the request to the original disk.
-func (t *request) forward(from, to int64) {
-	r, op := t.r, &t.op
+func (req *request) forward(from, to int64) {
+	r, op := req.kernel, &req.op
 	switch r.Op {
 	case ublk.OpRead:
 		op.Kind = blockdev.Read
@@ -275,22 +275,22 @@ func (t *request) forward(from, to int64) {
 	op.FUA, op.NoUnmap = r.FUA, r.NoUnmap
 	op.Off, op.Len = from, to-from
 	op.Buf = r.Buf.At(from - r.Off)
-	t.q.q.Submit(op)
+	req.q.q.Submit(op)
 }
 
 // forwarded runs when the original disk has done a piece.
-func (t *request) forwarded(op *blockdev.Op) {
-	t.pos = op.Off + op.Len
-	if op.Err != 0 || t.pos >= t.r.Off+t.r.Len {
-		t.finish(op.Err)
+func (req *request) forwarded(op *blockdev.Op) {
+	req.pos = op.Off + op.Len
+	if op.Err != 0 || req.pos >= req.kernel.Off+req.kernel.Len {
+		req.finish(op.Err)
 		return
 	}
-	t.advance()
+	req.advance()
 }
 
 // finish gives the request back to the kernel.
-func (t *request) finish(errno unix.Errno) {
-	q, r := t.q, t.r
+func (req *request) finish(errno unix.Errno) {
+	q, r := req.q, req.kernel
 	n := &q.counters
 	n.Requests[r.Op].Add(1)
 	n.Bytes[r.Op].Add(uint64(r.Len))
@@ -299,7 +299,7 @@ func (t *request) finish(errno unix.Errno) {
 	}
 	n.InFlight.Add(-1)
 	write := r.Op != ublk.OpRead && r.Op != ublk.OpFlush
-	t.r = nil
+	req.kernel = nil
 	r.Complete(errno)
 	if write {
 		q.gate.leave()

@@ -18,14 +18,14 @@ type gate struct {
 }
 
 // hold keeps a request until the gate opens.
-func (g *gate) hold(t *request) {
-	t.next = nil
+func (g *gate) hold(req *request) {
+	req.next = nil
 	if g.held == nil {
-		g.held = t
+		g.held = req
 	} else {
-		g.heldTail.next = t
+		g.heldTail.next = req
 	}
-	g.heldTail = t
+	g.heldTail = req
 }
 
 // leave counts a request out.
@@ -53,26 +53,26 @@ func (g *gate) close(drained func()) {
 func (q *Queue) open() {
 	g := &q.gate
 	g.closed, g.drained = false, nil
-	q.areas = q.f.shown()
+	q.areas = q.f.publishedAreas()
 	held := g.held
 	g.held, g.heldTail = nil, nil
 	for held != nil {
-		t := held
-		held = t.next
-		t.next = nil
-		q.admit(t)
+		req := held
+		held = req.next
+		req.next = nil
+		q.admit(req)
 	}
 }
 
-// shown is the list of areas for the queues: largest chunks first, and never
+// publishedAreas is the list of areas for the queues: largest chunks first, and never
 // changed afterwards.
-func (f *Filter) shown() []*diffarea.Area { return *f.forQueues.Load() }
+func (f *Filter) publishedAreas() []*diffarea.Area { return *f.published.Load() }
 
 // publish makes the areas visible to queues that look from now on.
 func (f *Filter) publish() {
 	list := slices.Clone(f.areas)
 	slices.SortStableFunc(list, func(a, b *diffarea.Area) int { return int(b.ChunkSize() - a.ChunkSize()) })
-	f.forQueues.Store(&list)
+	f.published.Store(&list)
 }
 
 // Install puts an area back on a filter whose queues have not begun to serve:
@@ -82,7 +82,7 @@ func (f *Filter) Install(a *diffarea.Area) {
 	f.publish()
 	for _, q := range f.queues {
 		if q != nil {
-			q.areas = f.shown()
+			q.areas = f.publishedAreas()
 		}
 	}
 }
@@ -183,7 +183,7 @@ func Forget(filters []*Filter, areas []*diffarea.Area, done func()) {
 	for _, f := range filters {
 		for _, q := range f.queues {
 			q.q.Post(&blockdev.Task{Run: func() {
-				q.areas = f.shown()
+				q.areas = f.publishedAreas()
 				q.w.Use(q.areas)
 				if left.Add(-1) == 0 {
 					done()

@@ -72,7 +72,7 @@ const window = 257
 // A chunk moves at most twice, so this ends.
 type read struct {
 	q       *Queue
-	r       *ublk.Request
+	kernel  *ublk.Request
 	pos     int64 // bytes before it are done
 	end     int64 // of the window
 	words   [window]diffarea.Word
@@ -92,7 +92,7 @@ func (q *Queue) read(r *ublk.Request) {
 		q.reads = append(q.reads, &read{q: q})
 	}
 	rd := q.reads[r.Tag]
-	rd.r, rd.pos = r, r.Off
+	rd.kernel, rd.pos = r, r.Off
 	rd.readWindow()
 }
 
@@ -100,7 +100,7 @@ func (q *Queue) read(r *ublk.Request) {
 func (rd *read) readWindow() {
 	a := rd.q.im.area
 	first := a.Chunk(rd.pos)
-	rd.end = min(rd.r.Off+rd.r.Len, a.Start(first+window))
+	rd.end = min(rd.kernel.Off+rd.kernel.Len, a.Start(first+window))
 	rd.err = 0
 	rd.pending = 1
 	var s stretch
@@ -176,7 +176,7 @@ func (s *stretch) submit(rd *read) {
 	}
 	p.rd = rd
 	p.op.File, p.op.Off, p.op.Len = s.file, s.at, s.end-s.off
-	p.op.Buf = rd.r.Buf.At(s.off - rd.r.Off)
+	p.op.Buf = rd.kernel.Buf.At(s.off - rd.kernel.Off)
 	rd.pending++
 	s.file = nil
 	q.q.Submit(&p.op)
@@ -199,12 +199,12 @@ func (rd *read) pieceDone() {
 	if rd.pending--; rd.pending != 0 {
 		return
 	}
-	r := rd.r
+	r := rd.kernel
 	if rd.q.im.area.Err() != 0 {
 		rd.err = unix.EIO
 	}
 	if rd.err != 0 {
-		rd.r = nil
+		rd.kernel = nil
 		r.Complete(rd.err)
 		return
 	}
@@ -215,7 +215,7 @@ func (rd *read) pieceDone() {
 		rd.readWindow()
 		return
 	}
-	rd.r = nil
+	rd.kernel = nil
 	r.Complete(0)
 }
 
@@ -226,12 +226,12 @@ func (rd *read) pieceDone() {
 //	IN_MEMORY  wait until it is stored: its slot is on its way out
 //	STORED     written in place
 type write struct {
-	q    *Queue
-	r    *ublk.Request
-	pos  int64 // bytes before it are done
-	n    int64 // bytes of the chunk at pos
-	fill *diffarea.Copy
-	op   blockdev.Op
+	q      *Queue
+	kernel *ublk.Request
+	pos    int64 // bytes before it are done
+	n      int64 // bytes of the chunk at pos
+	fill   *diffarea.Copy
+	op     blockdev.Op
 
 	onStep    func()
 	onFill    func(*diffarea.Copy)
@@ -248,7 +248,7 @@ func (q *Queue) write(r *ublk.Request) {
 		q.writes = append(q.writes, wr)
 	}
 	wr := q.writes[r.Tag]
-	wr.r, wr.pos = r, r.Off
+	wr.kernel, wr.pos = r, r.Off
 	if q.im.cbt != nil {
 		q.im.cbt.MarkBoth(r.Off, r.Len)
 	}
@@ -256,8 +256,8 @@ func (q *Queue) write(r *ublk.Request) {
 }
 
 func (wr *write) finish(errno unix.Errno) {
-	r := wr.r
-	wr.r = nil
+	r := wr.kernel
+	wr.kernel = nil
 	r.Complete(errno)
 }
 
@@ -269,12 +269,12 @@ func (wr *write) doStep() {
 			wr.finish(unix.EIO)
 			return
 		}
-		if wr.pos >= wr.r.Off+wr.r.Len {
+		if wr.pos >= wr.kernel.Off+wr.kernel.Len {
 			wr.finish(0)
 			return
 		}
 		c := a.Chunk(wr.pos)
-		wr.n = min(wr.r.Off+wr.r.Len, a.Start(c+1)) - wr.pos
+		wr.n = min(wr.kernel.Off+wr.kernel.Len, a.Start(c+1)) - wr.pos
 		switch w := a.Load(c); w.State() {
 		case diffarea.New:
 			if a.Fill(wr.q.w, c, wr.onFill, wr.onStep) {
@@ -299,13 +299,13 @@ func (wr *write) doStep() {
 // submit writes the payload for the chunk at pos to a file.
 func (wr *write) submit(f blockdev.File, at int64, done func(*blockdev.Op)) {
 	wr.op.Kind, wr.op.File, wr.op.Off, wr.op.Len, wr.op.Done = blockdev.Write, f, at, wr.n, done
-	if wr.r.Op == ublk.OpWriteZeroes {
+	if wr.kernel.Op == ublk.OpWriteZeroes {
 		zeroes := blockdev.Zeroes()
 		wr.n = min(wr.n, int64(len(zeroes)))
 		wr.op.Len = wr.n
 		wr.op.Buf = blockdev.MemBuf(zeroes)
 	} else {
-		wr.op.Buf = wr.r.Buf.At(wr.pos - wr.r.Off)
+		wr.op.Buf = wr.kernel.Buf.At(wr.pos - wr.kernel.Off)
 	}
 	wr.q.q.Submit(&wr.op)
 }
@@ -346,7 +346,7 @@ func (wr *write) apply() {
 	a := wr.q.im.area
 	mem, f, at := wr.fill.Slot()
 	in := wr.pos - a.Start(a.Chunk(wr.pos))
-	if wr.r.Op == ublk.OpWriteZeroes {
+	if wr.kernel.Op == ublk.OpWriteZeroes {
 		clear(mem[in : in+wr.n])
 		wr.filled()
 		return
