@@ -55,7 +55,7 @@
 //
 // # What survives
 //
-// Maps and header lie in one region of memory, which outlives the process. In the
+// Maps and header lie in one piece of memory, which outlives the process. In the
 // daemon it is a mapped file on a tmpfs:
 //
 //	0      header, copy 0     of the copies whose checksum is right

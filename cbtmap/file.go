@@ -64,7 +64,7 @@ func (m *Map) unmapLocked() error {
 	if m.path == "" || memory == nil {
 		return nil
 	}
-	m.region = region{}
+	m.layout = layout{}
 	if err := unix.Munmap(memory); err != nil {
 		return fmt.Errorf("unmap change map %s: %w", m.path, err)
 	}
@@ -81,7 +81,7 @@ func create(path string, size int64, p Params, start byte) (*Map, error) {
 		}
 		return m, err
 	}
-	n, err := RegionSize(size, p)
+	n, err := MemorySize(size, p)
 	if err != nil {
 		return nil, err
 	}

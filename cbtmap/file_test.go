@@ -21,9 +21,9 @@ func TestFileIsAdoptedByTheNextProcess(t *testing.T) {
 	m.Mark(0, 512)
 	base := m.Switch()
 	m.Mark(512, 512)
-	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 || st.Size() != m.regionSize() ||
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 || st.Size() != m.memorySize() ||
 		st.Sys().(*syscall.Stat_t).Blocks*512 < st.Size() {
-		t.Errorf("file: %+v, %v; want mode 0600 and all of %d bytes allocated", st, err, m.regionSize())
+		t.Errorf("file: %+v, %v; want mode 0600 and all of %d bytes allocated", st, err, m.memorySize())
 	}
 	// The process is gone; m is not closed.
 	next, err := Open(path)

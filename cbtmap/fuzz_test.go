@@ -19,10 +19,10 @@ func FuzzAdopt(f *testing.F) {
 	f.Add(m.memory[:len(m.memory)-64])
 	f.Add(make([]byte, 640))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		region := alignedCopy(b)
-		m, err := Adopt(region)
+		memory := alignedCopy(b)
+		m, err := Adopt(memory)
 		if err != nil {
-			if !bytes.Equal(region, b) {
+			if !bytes.Equal(memory, b) {
 				t.Fatal("refused memory is changed")
 			}
 			return

@@ -77,15 +77,15 @@ func (p Params) geometry(size int64) (geometry, error) {
 	return g, nil
 }
 
-// span is the length of one padded map in the region, in bytes.
+// span is the length of one padded map in memory, in bytes.
 func (g geometry) span() int64 { return (g.count + 63) &^ 63 }
 
-func (g geometry) regionSize() int64 { return headerSize + 2*g.span() }
+func (g geometry) memorySize() int64 { return headerSize + 2*g.span() }
 
-// RegionSize is the memory, in bytes, that a map of a device of size bytes takes.
-func RegionSize(size int64, p Params) (int64, error) {
+// MemorySize is the memory, in bytes, that a map of a device of size bytes takes.
+func MemorySize(size int64, p Params) (int64, error) {
 	g, err := p.geometry(size)
-	return g.regionSize(), err
+	return g.memorySize(), err
 }
 
 // contains says whether [off, off+length) lies on the device.

@@ -17,8 +17,8 @@ const (
 	piece = 4096
 )
 
-// region is the memory of a map and the views into it.
-type region struct {
+// layout is the memory of a map and the views into it.
+type layout struct {
 	geometry
 	memory        []byte
 	words         []uint64 // header copies and corrupted flag
@@ -32,16 +32,16 @@ type region struct {
 	onStore func()
 }
 
-func layOut(memory []byte, g geometry) (region, error) {
+func newLayout(memory []byte, g geometry) (layout, error) {
 	words, err := wordsOf(memory)
 	if err != nil {
-		return region{}, err
+		return layout{}, err
 	}
-	if int64(len(memory)) != g.regionSize() {
-		return region{}, fmt.Errorf("%w: region of %d bytes, %d expected", ErrTorn, len(memory), g.regionSize())
+	if int64(len(memory)) != g.memorySize() {
+		return layout{}, fmt.Errorf("%w: memory of %d bytes, %d expected", ErrTorn, len(memory), g.memorySize())
 	}
 	a, r := int64(headerSize), headerSize+g.span()
-	return region{
+	return layout{
 		geometry:      g,
 		memory:        memory,
 		words:         words[:headerSize/8],
@@ -52,81 +52,81 @@ func layOut(memory []byte, g geometry) (region, error) {
 	}, nil
 }
 
-func (r *region) store(word int, v uint64) {
-	atomic.StoreUint64(&r.words[word], v)
-	r.stored()
+func (l *layout) store(word int, v uint64) {
+	atomic.StoreUint64(&l.words[word], v)
+	l.stored()
 }
 
-func (r *region) stored() {
-	if r.onStore != nil {
-		r.onStore()
+func (l *layout) stored() {
+	if l.onStore != nil {
+		l.onStore()
 	}
 }
 
-func (r *region) corrupted() bool { return atomic.LoadUint64(&r.words[flagWord]) != 0 }
+func (l *layout) corrupted() bool { return atomic.LoadUint64(&l.words[flagWord]) != 0 }
 
 // commit makes h the header by writing it over the older copy. Its word 0 is
 // stored last; before that the other copy counts.
-func (r *region) commit(h header) {
+func (l *layout) commit(h header) {
 	at := int(h.sequence%2) * copyWords
 	w := h.encode()
-	r.store(at, 0)
+	l.store(at, 0)
 	for i := 1; i < headerWords; i++ {
-		r.store(at+i, w[i])
+		l.store(at+i, w[i])
 	}
-	r.store(at, w[0])
+	l.store(at, w[0])
 }
 
 // eachPiece calls do for consecutive parts of the maps.
-func (r *region) eachPiece(do func(from, to int)) {
-	for from, n := 0, len(r.active); from < n; from += piece {
+func (l *layout) eachPiece(do func(from, to int)) {
+	for from, n := 0, len(l.active); from < n; from += piece {
 		do(from, min(from+piece, n))
-		r.stored()
+		l.stored()
 	}
 }
 
 // rewrite replaces every byte of b, one of the maps.
-func (r *region) rewrite(b []byte, with func(i int, old byte) byte) {
-	r.eachPiece(func(from, to int) {
+func (l *layout) rewrite(b []byte, with func(i int, old byte) byte) {
+	l.eachPiece(func(from, to int) {
 		for i := from; i < to; i++ {
 			b[i] = with(i, b[i])
 		}
 	})
 }
 
-func (r *region) fill(b []byte, v byte) {
+func (l *layout) fill(b []byte, v byte) {
 	if v == 0 { // the fast way, for the wrap is part of a take
-		r.eachPiece(func(from, to int) { clear(b[from:to]) })
+		l.eachPiece(func(from, to int) { clear(b[from:to]) })
 		return
 	}
-	r.rewrite(b, func(int, byte) byte { return v })
+	l.rewrite(b, func(int, byte) byte { return v })
 }
 
 // Format makes a new map for a device of size bytes in memory, which must be
-// RegionSize bytes at an address that is a multiple of 8. It belongs to the map
+// MemorySize bytes at an address that is a multiple of 8. It belongs to the map
 // from then on.
 func Format(memory []byte, size int64, p Params) (*Map, error) {
 	g, err := p.geometry(size)
 	if err != nil {
 		return nil, err
 	}
-	r, err := layOut(memory, g)
+	l, err := newLayout(memory, g)
 	if err != nil {
 		return nil, err
 	}
-	r.store(0, 0) // no header counts while the maps change hands
-	r.store(copyWords, 0)
+	l.store(0, 0) // no header counts while the maps change hands
+	l.store(copyWords, 0)
 	clear(memory)
 	h := header{sequence: 1, size: size, params: p, generation: uuid.New()}
-	r.commit(h)
-	m := &Map{region: r}
+	l.commit(h)
+	m := &Map{layout: l}
 	m.setHeader(h)
 	return m, nil
 }
 
 // NewMemory is Format in memory of its own, for tests and simulations.
 func NewMemory(size int64, p Params) (*Map, error) {
-	n, err := RegionSize(size, p)
+	n, err := MemorySize(size, p)
 	if err != nil {
 		return nil, err
 	}
@@ -149,15 +149,15 @@ func Adopt(memory []byte) (*Map, error) {
 	if err != nil {
 		return nil, fmt.Errorf("adopt change map: %w", err)
 	}
-	r, err := layOut(memory, g)
+	l, err := newLayout(memory, g)
 	if err != nil {
 		return nil, fmt.Errorf("adopt change map: %w", err)
 	}
 	// A take or a load that was cut short leaves bytes above what the header's
 	// number allows, never too low ones.
-	r.rewrite(r.active, func(_ int, old byte) byte { return min(old, h.number+1) })
-	r.rewrite(r.readable, func(_ int, old byte) byte { return min(old, h.number) })
-	m := &Map{region: r}
+	l.rewrite(l.active, func(_ int, old byte) byte { return min(old, h.number+1) })
+	l.rewrite(l.readable, func(_ int, old byte) byte { return min(old, h.number) })
+	m := &Map{layout: l}
 	m.setHeader(h)
 	return m, nil
 }

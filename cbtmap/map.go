@@ -22,7 +22,7 @@ const everyByte = 0x0101010101010101
 // called when.
 type Map struct {
 	// Mark reads these without mu. They change under mu, while the gate is closed.
-	region
+	layout
 	pattern uint64 // the number of the coming take in every byte
 
 	mu sync.Mutex
@@ -220,7 +220,7 @@ func (m *Map) Resize(size int64) error {
 		return fmt.Errorf("resize change map: %w", err)
 	}
 	err = m.unmapLocked()
-	m.region = next.region
+	m.layout = next.layout
 	m.setHeader(next.header)
 	return err
 }

@@ -7,7 +7,7 @@ import (
 	"unsafe"
 )
 
-var errMisaligned = errors.New("region is not aligned to 8 bytes")
+var errMisaligned = errors.New("memory is not aligned to 8 bytes")
 
 // wordsOf views b, which must start at a multiple of 8, as 64-bit words: the
 // smallest unit Go has atomic operations for that is worth having here.

@@ -273,7 +273,7 @@ func readGeometry(ctx context.Context, bdev *disk.Disk) (ublk.Geometry, error) {
 // their memory only as they come into use. So the map must leave free the memory
 // that these tables may still need.
 func (d *Daemon) createChangeMap(dev *device, name string) error {
-	n, err := cbtmap.RegionSize(dev.geo.Size, d.opts.Config.CBTParams())
+	n, err := cbtmap.MemorySize(dev.geo.Size, d.opts.Config.CBTParams())
 	if err != nil {
 		return err
 	}

@@ -129,7 +129,7 @@ func TestPlaces(t *testing.T) {
 	}
 	for file, places := range map[string][]string{
 		"cbtmap/map.go":       {"|| mutation.CompareAndSwapUint64(&words[w],", "\tmutation.Yield(); m.mu.Lock()\n"},
-		"cbtmap/region.go":    {"\tmutation.StoreUint64(&r.words[word], v)\n", "\t\tdo(from, min(from+piece, n))\n\t\tmutation.Point(); r.stored()\n"},
+		"cbtmap/layout.go":    {"\tmutation.StoreUint64(&l.words[word], v)\n", "\t\tdo(from, min(from+piece, n))\n\t\tmutation.Point(); l.stored()\n"},
 		"diffarea/area.go":    {"\tmutation.Yield(); l.mu.Lock()\n"},
 		"diffarea/log.go":     {"\tmutation.Yield(); l.mu.Lock()\n"},
 		"diffarea/storage.go": {" mutation.StoreUint64(&s.fields[i], v) }\n"},

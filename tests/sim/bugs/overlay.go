@@ -216,7 +216,7 @@ func instead(f *ast.FuncDecl, as string) string {
 //
 // Memory that outlives the process is changed by the functions of sync/atomic, and nothing else is: what is the process's
 // own has atomic types. So each such store is one between two places to die. What the change map writes in larger pieces
-// it tells region.stored. Another thread comes in between before a lock is taken.
+// it tells layout.stored. Another thread comes in between before a lock is taken.
 func place(name, text string) (string, error) {
 	s, err := parseSource(name, text)
 	if err != nil {
