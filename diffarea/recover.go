@@ -7,8 +7,9 @@ import (
 )
 
 // OpenLog takes over the log of a process that died: the same state memory, the
-// same pool with its content, and the same storage in the order of Append. Then
-// every area is taken over with OpenArea, and Resume ends it.
+// same pool with its content, and the same storage in the order of Append; a
+// Storage without a File is one that could not be appended. Then every area is
+// taken over with OpenArea, and Resume ends it.
 //
 // The dead process has no I/O under way any more, which its death alone does not
 // say. What its queues had begun has ended when the driver has let go of the
@@ -34,12 +35,15 @@ func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	for _, st := range sources {
-		l.addSource(&source{file: st.File, size: st.Size, portion: l.portion, done: st.Fixed})
+		l.addSource(&source{file: st.File, size: st.Size, portion: l.portion, done: st.Fixed || st.File == nil})
 	}
 	for i := range s.extents() {
 		ext := s.extent(i)
 		src := l.sources[ext.source]
 		src.used = max(src.used, ext.off+int64(ext.count)<<l.shift)
+		if src.file == nil || src.size != 0 && src.used > src.size {
+			return nil, fmt.Errorf("open log: %w: extent %d: regions %d+%d at %d of storage %d, which has %d bytes", ErrState, i, ext.first, ext.count, ext.off, ext.source, src.size)
+		}
 	}
 	l.next = Region(s.get(stateNext))
 	l.lost = l.next // until a word says otherwise
@@ -112,6 +116,19 @@ func OpenArea(c AreaConfig, data func(yield func(from, to int64))) (*Area, error
 func (l *Log) Resume(w *Worker) {
 	l.mu.Lock()
 	l.settle(w, waitList{})
+}
+
+// Used is Log.Used from a log's state alone, for the storage at that place in the
+// order of Append. The error is that of OpenLog.
+func Used(state []byte, source int) (int64, error) {
+	s := newLogState(state)
+	if s.get(stateMagic) != logMagic || s.get(stateShift) > 62 {
+		return 0, fmt.Errorf("read log: %w: no magic number", ErrState)
+	}
+	if err := s.check(maxExtents); err != nil {
+		return 0, fmt.Errorf("read log: %w", err)
+	}
+	return s.usedOf(uint64(source), Region(s.get(stateNext)), uint(s.get(stateShift))), nil
 }
 
 // Dead is the errno that broke a log, 0 if none did, from its state alone.

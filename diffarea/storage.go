@@ -21,6 +21,10 @@ type Storage struct {
 	// Fixed: all of Size is there now, as on a block device. Otherwise it is
 	// allocated in portions.
 	Fixed bool
+	// Index is the storage's place in the order of Append, counted from 0, for an
+	// owner who counts failed ones too: the places before it that have no storage
+	// stay empty. A place that is taken already means the next one.
+	Index int
 }
 
 // source is a Storage and how far it has been taken into use.
@@ -172,6 +176,9 @@ func (l *Log) Append(w *Worker, s Storage, done func(error)) {
 	}
 	src := &source{file: s.File, size: s.Size, portion: l.portion}
 	l.mu.Lock()
+	for len(l.sources) < s.Index {
+		l.addSource(&source{done: true})
+	}
 	l.addSource(src)
 	l.lowSent = false
 	if !s.Fixed {
@@ -235,10 +242,20 @@ func (l *Log) Used(f blockdev.File) int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	used := int64(0)
-	for n := range l.state.extents() {
-		ext := l.state.extent(n)
-		if l.file(ext.source) == f && ext.first < l.next {
-			used = max(used, ext.off+int64(min(ext.count, l.next-ext.first))<<l.shift)
+	for i, s := range l.sources {
+		if s.file == f {
+			used = max(used, l.state.usedOf(uint64(i), l.next, l.shift))
+		}
+	}
+	return used
+}
+
+// usedOf is Used of a source, when the regions before next have been handed out.
+func (s *logState) usedOf(source uint64, next Region, shift uint) int64 {
+	used := int64(0)
+	for n := range s.extents() {
+		if ext := s.extent(n); ext.source == source && ext.first < next {
+			used = max(used, ext.off+int64(min(ext.count, next-ext.first))<<shift)
 		}
 	}
 	return used

@@ -9,13 +9,11 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
-// The daemon does not call what is here yet: to take snapshots over after its
-// death comes next. The simulator does.
-
 // Member is one device of a snapshot that Reopen takes over.
 type Member struct {
 	Filter *filter.Filter // its queues have not begun to serve
 	Device uint64
+	Size   int64 // of the image, as at the take; the disk may have grown since
 	Words  []byte
 	// Data calls back with the ranges of Words that may be other than zero; nil
 	// means all of it.
@@ -36,8 +34,11 @@ func Reopen(c Config, control blockdev.Queue, members []Member, storage []diffar
 		storage: len(storage), taken: true,
 	}
 	for _, m := range members {
+		if m.Filter.Size() < m.Size {
+			return nil, fmt.Errorf("snapshot %s: %s has %d bytes, and had %d at the take", c.ID, m.Filter.Orig().Name(), m.Filter.Size(), m.Size)
+		}
 		a, err := diffarea.OpenArea(diffarea.AreaConfig{
-			Log: l, Orig: m.Filter.Orig(), Size: m.Filter.Size(), Words: m.Words, Device: m.Device,
+			Log: l, Orig: m.Filter.Orig(), Size: m.Size, Words: m.Words, Device: m.Device,
 		}, m.Data)
 		if err != nil {
 			return nil, fmt.Errorf("snapshot %s: %w", c.ID, err)

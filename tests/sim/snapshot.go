@@ -31,7 +31,7 @@ type snapshot struct {
 	state     []byte
 	words     [][]byte
 
-	appended []diffarea.Storage // and those that an Append is under way for
+	appended []diffarea.Storage // and those that an Append is under way for; without a File if it failed
 	before   []cbtmap.Info      // of the devices, before the take
 	takes    []cbtmap.Info      // of the devices, at the take
 
@@ -168,7 +168,8 @@ func (s *snapshot) reopen() {
 	var members []snapimage.Member
 	for i, dev := range s.devs {
 		members = append(members, snapimage.Member{
-			Filter: p.filters[dev], Device: uint64(dev + 1), Words: s.words[i], Take: s.takes[i], Data: pages(s.words[i]),
+			Filter: p.filters[dev], Device: uint64(dev + 1), Size: s.images[i].device.size,
+			Words: s.words[i], Take: s.takes[i], Data: pages(s.words[i]),
 		})
 	}
 	snap, err := snapimage.Reopen(s.config(), p.queue(p.control), members, s.appended)
@@ -235,7 +236,7 @@ func (s *snapshot) append(kind int, done func()) {
 		}
 	}
 	m.SetBlockSize(int64(max(w.c.Sector, 1)) * sectorSize)
-	st.File = m
+	st.File, st.Index = m, len(s.appended)
 	w.storages = append(w.storages, m)
 	fired := w.fired
 	s.appended = append(s.appended, st)
@@ -244,7 +245,7 @@ func (s *snapshot) append(kind int, done func()) {
 			w.fail("append: %v", err)
 		}
 		if err != nil {
-			s.appended = s.appended[:len(s.appended)-1]
+			s.appended[st.Index] = diffarea.Storage{}
 		}
 		done()
 	})
@@ -304,6 +305,9 @@ func (s *snapshot) room() int64 {
 	u := s.snap.Log().Usage()
 	left := (u.Capacity - u.Regions) * u.ChunkSize
 	for _, st := range s.appended {
+		if st.File == nil {
+			continue
+		}
 		m := st.File.(*blockdevtest.Memory)
 		if max := m.Limit(); max > 0 {
 			left += (max - m.Size()) / u.ChunkSize * u.ChunkSize
@@ -506,6 +510,9 @@ func (s *snapshot) destroyIdle(done func()) {
 // was ever written.
 func (s *snapshot) checkUsed() {
 	for _, st := range s.appended {
+		if st.File == nil {
+			continue
+		}
 		if used, end := s.snap.Log().Used(st.File), s.w.written[st.File]; end > used {
 			s.w.fail("I10: %v says that %d bytes of %s were used, yet something was written up to %d", s, used, st.File.Name(), end)
 		}
@@ -517,6 +524,9 @@ func (s *snapshot) checkUsed() {
 func (s *snapshot) giveBack() {
 	w := s.w
 	for _, st := range s.appended {
+		if st.File == nil {
+			continue
+		}
 		w.retired[st.File] = s.String()
 	}
 	w.retired[s.poolFile] = s.String()
