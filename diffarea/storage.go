@@ -231,7 +231,7 @@ func (l *Log) extendLocked(source uint64, n int64) bool {
 }
 
 // minSizeLocked is up to where a storage reaches, being allocated so far, unless
-// somebody has cut it off: see blockdev.Op.MinSize.
+// somebody has truncated it: see blockdev.Op.MinSize.
 func (l *Log) minSizeLocked(source uint64) int64 {
 	return l.sources[source].used
 }

@@ -124,11 +124,11 @@ const noticeTimeout = 15 * time.Second
 // SettledInfo is Info once the driver has noticed that the server of device id has
 // died, if it has. After some time without it gives up: the device is Live then.
 func (c *Control) SettledInfo(ctx context.Context, id int) (Info, error) {
-	bounded, cancel := context.WithTimeout(ctx, noticeTimeout)
+	limited, cancel := context.WithTimeout(ctx, noticeTimeout)
 	defer cancel()
 	for {
 		i, err := c.Info(ctx, id)
-		if err != nil || i.State != Live || i.Served() || sleep(bounded, pollInterval) != nil {
+		if err != nil || i.State != Live || i.Served() || sleep(limited, pollInterval) != nil {
 			return i, err
 		}
 	}
@@ -159,7 +159,9 @@ const tagMagic = uint64(0x626c6b73) // "blks"
 
 // NewTag is the mark of a new device that belongs to this program: kind tells what
 // it is for, and is the caller's.
-func NewTag(kind byte) uint64 { return tagMagic<<32 | uint64(rand.Uint32())<<8&0xffffff00 | uint64(kind) }
+func NewTag(kind byte) uint64 {
+	return tagMagic<<32 | uint64(rand.Uint32())<<8&0xffffff00 | uint64(kind)
+}
 
 // IsOurs says whether tag was made by NewTag, and with which kind.
 func IsOurs(tag uint64) (kind byte, ok bool) {

@@ -216,9 +216,9 @@ func (c *Control) deleteDevice(ctx context.Context, id int) error {
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		// Older than 6.9: this one waits by itself. Its end may have to be
 		// waited for by somebody else, the device is gone in any case.
-		bounded, cancel := context.WithTimeout(ctx, lastCloseTimeout)
+		limited, cancel := context.WithTimeout(ctx, lastCloseTimeout)
 		defer cancel()
-		err = c.command(bounded, uapi.UBLK_U_CMD_DEL_DEV, id, 0)
+		err = c.command(limited, uapi.UBLK_U_CMD_DEL_DEV, id, 0)
 		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 			err = nil
 		}
@@ -229,13 +229,13 @@ func (c *Control) deleteDevice(ctx context.Context, id int) error {
 	if err != nil {
 		return err
 	}
-	bounded, cancel := context.WithTimeout(ctx, lastCloseTimeout)
+	limited, cancel := context.WithTimeout(ctx, lastCloseTimeout)
 	defer cancel()
 	for {
-		if _, err := c.Info(bounded, id); errors.Is(err, unix.ENODEV) {
+		if _, err := c.Info(limited, id); errors.Is(err, unix.ENODEV) {
 			return nil
 		}
-		if sleep(bounded, pollInterval) != nil {
+		if sleep(limited, pollInterval) != nil {
 			return nil
 		}
 	}

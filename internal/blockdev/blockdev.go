@@ -129,11 +129,11 @@ type Op struct {
 	Buf        Buf   // Read, Write
 
 	// MinSize, if it is not 0, is the size that a regular file is known to have at
-	// least, in bytes. If somebody has cut the file off, so that it is shorter, a
-	// Write or Allocate fails with EIO, because it would make the file grow again and
-	// turn what was lost into zeroes. The kernel has no operation that does this, so
-	// a RingQueue looks at the size before and after. If the file is cut off in
-	// between, the operation fails too, but it has made the file grow by then.
+	// least, in bytes. If somebody has truncated it since, a Write or Allocate fails
+	// with EIO, because it would make the file grow again and turn what was lost into
+	// zeroes. The kernel has no operation that does this, so a RingQueue looks at the
+	// size before and after. If the file is truncated in between, the operation fails
+	// too, but it has made the file grow by then.
 	MinSize int64
 
 	// Err is the result, 0 on success. There are no short transfers: either the

@@ -78,16 +78,16 @@ func (f *OSFile) holds(end int64) bool {
 	return err == nil && end <= size
 }
 
-// cutOff says whether the file is a regular one that ends before byte reach. It
+// truncated says whether the file is a regular one of less than minSize bytes. It
 // does not ask a file server, and so never waits for one.
-func (f *OSFile) cutOff(reach int64) bool {
-	if f.block || reach == 0 {
+func (f *OSFile) truncated(minSize int64) bool {
+	if f.block || minSize == 0 {
 		return false
 	}
 	var st unix.Statx_t
 	_, _, errno := unix.Syscall6(unix.SYS_STATX, uintptr(f.fd), uintptr(unsafe.Pointer(&noPath)),
 		unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_SIZE, uintptr(unsafe.Pointer(&st)), 0)
-	return errno == 0 && int64(st.Size) < reach
+	return errno == 0 && int64(st.Size) < minSize
 }
 
 // noPath is the empty string, as the kernel has it.

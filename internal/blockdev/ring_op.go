@@ -61,7 +61,7 @@ func (q *RingQueue) Submit(op *Op) {
 	case op.Kind != Flush && (op.Off < 0 || op.Len <= 0):
 		op.Err = unix.EINVAL
 		q.finished.push(op)
-	case op.File.(*OSFile).cutOff(op.MinSize):
+	case op.File.(*OSFile).truncated(op.MinSize):
 		op.Err = unix.EIO
 		q.finished.push(op)
 	case len(q.free) == 0 || q.waiting.head != nil:
@@ -207,7 +207,7 @@ func (q *RingQueue) completed(i uint32, res int32) {
 			return
 		}
 	}
-	if errno == 0 && op.File.(*OSFile).cutOff(op.MinSize) {
+	if errno == 0 && op.File.(*OSFile).truncated(op.MinSize) {
 		errno = unix.EIO
 	}
 	*sl = slot{}

@@ -187,8 +187,8 @@ func TestRingErrors(t *testing.T) {
 	}
 }
 
-// TestRingMinSize: a file that was cut off is not made to grow by those who know
-// how far it reached, and one that is cut off under a write is noticed after it.
+// TestRingMinSize: a file that was truncated is not made to grow by those who know
+// how far it reached, and one that is truncated under a write is noticed after it.
 func TestRingMinSize(t *testing.T) {
 	const size = 16384
 	f := diskFile(t, t.TempDir(), size, 0)
@@ -226,7 +226,7 @@ func TestRingMinSize(t *testing.T) {
 	})
 	for range 2 {
 		if e := <-results; e != unix.EIO {
-			t.Errorf("write of a file cut off meanwhile: %v", e)
+			t.Errorf("write of a file truncated meanwhile: %v", e)
 		}
 	}
 }

@@ -217,17 +217,17 @@ func (h *Host) RealPath(p *Place) string {
 // through partitions, device-mapper, md, bcache, loop devices and the filesystems
 // that their files are on. A partition and its whole disk count as the same.
 //
-// below tells what lies under a device that sysfs cannot look through (our own
+// lower tells what lies under a device that sysfs cannot look through (our own
 // filters and images); it may be nil.
 //
 // Where the stack cannot be followed to its end the error is an *Error with
 // ErrUnknown. The answer then is the more likely one: true if the target holds a
 // filesystem that may be the one in question. A loop device in the stack that does
 // not answer gives an *Error with ErrNoAnswer.
-func (h *Host) LiesOn(p *Place, target Num, below func(Num) []Num) (bool, error) {
+func (h *Host) LiesOn(p *Place, target Num, lower func(Num) []Num) (bool, error) {
 	st, err := p.status()
 	if err != nil {
 		return false, &Error{ErrUnknown, p.Path, err.Error(), ""}
 	}
-	return h.liesOn(p.Path, st, target, below)
+	return h.liesOn(p.Path, st, target, lower)
 }

@@ -10,17 +10,17 @@ import (
 )
 
 // liesOn is LiesOn for a path of which the status is known.
-func (h *Host) liesOn(path string, st status, target Num, below func(Num) []Num) (bool, error) {
-	w := h.walkTo(target, below)
-	w.thorough = true
+func (h *Host) liesOn(path string, st status, target Num, lower func(Num) []Num) (bool, error) {
+	w := h.walkTo(target, lower)
+	w.weighDoubts = true
 	if w.file(path, st) {
 		return true, nil
 	}
-	return w.maybe, w.doubt
+	return w.likely, w.doubt
 }
 
-func (h *Host) walkTo(target Num, below func(Num) []Num) *walk {
-	w := &walk{Host: h, target: target, targetWhole: target, below: below, seen: map[Num]bool{}}
+func (h *Host) walkTo(target Num, lower func(Num) []Num) *walk {
+	w := &walk{Host: h, target: target, targetWhole: target, lower: lower, seen: map[Num]bool{}}
 	if d, err := h.byNumber(target); err == nil {
 		w.targetWhole = h.wholeOf(d)
 	}
@@ -28,11 +28,11 @@ func (h *Host) walkTo(target Num, below func(Num) []Num) *walk {
 }
 
 // MountsOver are the mounts of filesystems that lie on the device target, one
-// mount for each filesystem; see LiesOn for below. Filesystems that cannot be
+// mount for each filesystem; see LiesOn for lower. Filesystems that cannot be
 // followed to a disk are left out. The last one mounted comes first, so that a
 // filesystem in a file comes before the one that the file is on: frozen in this
 // order, none has to write to another that stands still.
-func (h *Host) MountsOver(target Num, below func(Num) []Num) []Mount {
+func (h *Host) MountsOver(target Num, lower func(Num) []Num) []Mount {
 	var out []Mount
 	mounts := h.Mounts()
 	seen := map[Num]bool{}
@@ -40,7 +40,7 @@ func (h *Host) MountsOver(target Num, below func(Num) []Num) []Mount {
 		if seen[m.Num] || noLocalDisk[m.FSType] || m.FSType == "overlay" {
 			continue
 		}
-		w := h.walkTo(target, below)
+		w := h.walkTo(target, lower)
 		w.mounts = mounts
 		if m.Num.Major != 0 && w.device(m.Num) || m.Num.Major == 0 && w.onSources(&m) {
 			seen[m.Num] = true
@@ -57,16 +57,16 @@ type walk struct {
 	*Host
 	target      Num
 	targetWhole Num // the whole disk, when target is a partition; else target
-	below       func(Num) []Num
+	lower       func(Num) []Num
 	seen        map[Num]bool
 	mounts      []Mount
-	thorough    bool  // doubts are weighed
+	weighDoubts bool  // doubts are weighed
 	doubt       error // the first, or one with ErrNoAnswer
-	maybe       bool  // the doubt is a grave one
+	likely      bool  // the doubt is whether it lies on the target, and it may well
 }
 
-// unsure is for a place that could not be looked at.
-func (w *walk) unsure(path string, err error) bool {
+// recordDoubt is for a place that could not be looked at.
+func (w *walk) recordDoubt(path string, err error) bool {
 	var e *Error
 	if !errors.As(err, &e) {
 		e = &Error{ErrUnknown, path, err.Error(), ""}
@@ -89,7 +89,7 @@ func (h *Host) wholeOf(d *Disk) Num {
 func (w *walk) path(path string) bool {
 	st, err := w.statPath(path)
 	if err != nil {
-		return w.unsure(path, err)
+		return w.recordDoubt(path, err)
 	}
 	return w.file(path, st)
 }
@@ -117,13 +117,13 @@ func (w *walk) filesystem(path string, st status) bool {
 	m := w.mountOf(path, st)
 	switch {
 	case m == nil:
-		return w.unseen(nil, &Error{ErrUnknown, path, "lies on a filesystem that no mount shows", "choose another place"})
+		return w.unknownFilesystem(nil, &Error{ErrUnknown, path, "lies on a filesystem that no mount shows", "choose another place"})
 	case noLocalDisk[m.FSType]:
 		return false
 	case m.FSType == "overlay":
 		return w.overlay(m)
 	case len(sources(*m)) == 0:
-		return w.unsure(path, &Error{ErrUnknown, path, "lies on " + m.FSType + " (" + m.Source + "), whose disks are not known", "choose another place"})
+		return w.recordDoubt(path, &Error{ErrUnknown, path, "lies on " + m.FSType + " (" + m.Source + "), whose disks are not known", "choose another place"})
 	}
 	return w.onSources(m)
 }
@@ -189,23 +189,23 @@ func (w *walk) overlay(m *Mount) bool {
 		if err != nil {
 			known = nil
 		}
-		return w.unseen(known, &Error{ErrUnknown, m.Point, "lies on an overlay whose upper directory " + dir + " cannot be seen", "choose another place"})
+		return w.unknownFilesystem(known, &Error{ErrUnknown, m.Point, "lies on an overlay whose upper directory " + dir + " cannot be seen", "choose another place"})
 	}
-	return w.unsure(m.Point, &Error{ErrUnknown, m.Point, "lies on an overlay without an upper directory", "choose another place"})
+	return w.recordDoubt(m.Point, &Error{ErrUnknown, m.Point, "lies on an overlay without an upper directory", "choose another place"})
 }
 
-// unseen is for what lies on a filesystem that is not to be found. It may yet be
-// one on the target: if such a one is mounted, and size, where it is known, does
-// not tell them apart, the doubt is a grave one.
-func (w *walk) unseen(size *capacity, err *Error) bool {
-	w.unsure(err.Path, err)
-	if !w.thorough {
+// unknownFilesystem is for what lies on a filesystem that is not to be found. It may
+// yet be one on the target. That is likely if such a one is mounted, and size, where
+// it is known, does not tell them apart.
+func (w *walk) unknownFilesystem(size *capacity, err *Error) bool {
+	w.recordDoubt(err.Path, err)
+	if !w.weighDoubts {
 		return false
 	}
-	over := func(name string) bool {
-		v := w.walkTo(w.target, w.below)
-		v.mounts = w.mounts
-		return v.byName(name)
+	onTarget := func(name string) bool {
+		sub := w.walkTo(w.target, w.lower)
+		sub.mounts = w.mounts
+		return sub.byName(name)
 	}
 	disks := w.mountedDisks()
 	for _, m := range w.mounts {
@@ -215,8 +215,8 @@ func (w *walk) unseen(size *capacity, err *Error) bool {
 	}
 	slices.Sort(disks)
 	for _, name := range slices.Compact(disks) {
-		if over(name) && !w.differs(name, size) {
-			w.maybe = true
+		if onTarget(name) && !w.differs(name, size) {
+			w.likely = true
 			w.doubt = &Error{err.Kind, err.Path, err.What + ", and that may be the filesystem on /dev/" + name, err.Fix}
 		}
 	}
@@ -269,8 +269,8 @@ func (w *walk) mountOf(path string, st status) *Mount {
 	for _, root := range roots {
 		h := *w.Host
 		h.Root = root
-		if x, err := h.statPath(path); err == nil && x.dev == st.dev && x.ino == st.ino {
-			return find(func(m Mount) bool { return m.ID == x.mount })
+		if seen, err := h.statPath(path); err == nil && seen.dev == st.dev && seen.ino == st.ino {
+			return find(func(m Mount) bool { return m.ID == seen.mount })
 		}
 	}
 	return nil
@@ -280,7 +280,7 @@ func (w *walk) mountOf(path string, st status) *Mount {
 func (w *walk) byName(name string) bool {
 	n, err := ParseNum(w.sysText("class/block", name, "dev"))
 	if err != nil {
-		return w.unsure(name, &Error{ErrUnknown, name, "no such device in sysfs", ""})
+		return w.recordDoubt(name, &Error{ErrUnknown, name, "no such device in sysfs", ""})
 	}
 	return w.device(n)
 }
@@ -295,9 +295,9 @@ func (w *walk) device(n Num) bool {
 	w.seen[n] = true
 	d, err := w.byNumber(n)
 	if err != nil {
-		return w.unsure(n.String(), &Error{ErrUnknown, n.String(), "no such device in sysfs", ""})
+		return w.recordDoubt(n.String(), &Error{ErrUnknown, n.String(), "no such device in sysfs", ""})
 	}
-	if w.below != nil && slices.ContainsFunc(w.below(n), w.device) {
+	if w.lower != nil && slices.ContainsFunc(w.lower(n), w.device) {
 		return true
 	}
 	if d.Parent != "" {
@@ -312,7 +312,7 @@ func (w *walk) device(n Num) bool {
 	if file := backingName(readText(filepath.Join(d.sys, "loop/backing_file"))); file != "" {
 		st, err := w.backingStatus(d.Name, file, w.deadline())
 		if err != nil {
-			return w.unsure(file, err)
+			return w.recordDoubt(file, err)
 		}
 		return w.file(file, st)
 	}

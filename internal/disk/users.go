@@ -33,13 +33,13 @@ func (h *Host) CheckUsable(d *Disk) error {
 // partitions count too. The error is an *Error with ErrInUse.
 func (h *Host) CheckFree(d *Disk) error {
 	mounts := h.Mounts()
-	for _, x := range append([]*Disk{d}, h.partitions(d)...) {
-		what, fix := h.findUser(x, mounts)
+	for _, dev := range append([]*Disk{d}, h.partitions(d)...) {
+		what, fix := h.findUser(dev, mounts)
 		if what == "" {
 			continue
 		}
-		if x != d {
-			what = "its partition " + x.DisplayPath() + " is " + what
+		if dev != d {
+			what = "its partition " + dev.DisplayPath() + " is " + what
 		}
 		return &Error{ErrInUse, d.Path, what, fix}
 	}

@@ -137,9 +137,9 @@ func (sc scene) turn(ctx context.Context, e *env, s system, place map[string]*ro
 	}
 	defer func() {
 		// Also after an interrupt: nothing of ours shall stay.
-		bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
-		err = errors.Join(err, in.stop(bounded))
+		err = errors.Join(err, in.stop(limited))
 	}()
 	for _, st := range sc.steps {
 		r := place[rowName(s, st)]

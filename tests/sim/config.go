@@ -294,7 +294,7 @@ func (g *generator) step() Step {
 			break
 		}
 	}
-	if s.Verb == Cut && g.profile != Faulty && g.profile != Mixed {
+	if s.Verb == Truncate && g.profile != Faulty && g.profile != Mixed {
 		s.Verb = Write
 	}
 	s.Snap = g.slot(s.Verb)
@@ -321,7 +321,7 @@ func (g *generator) step() Step {
 		s.Arg = uint32(r.Intn(8))
 	case Replace:
 		s.Arg = uint32(max(0, r.Intn(40)-20))
-	case Cut:
+	case Truncate:
 		s.Arg = uint32(r.Intn(8))
 		s.Off = uint32(r.Intn(256)) * uint32(r.Intn(2))
 	case Stick, Slow, Pause:
@@ -343,7 +343,7 @@ var verbChances = []struct {
 	verb   Verb
 	of1000 int
 }{
-	{Write, 315}, {Cut, 3}, {Read, 80}, {Discard, 40}, {WriteZeroes, 40}, {Flush, 15},
+	{Write, 315}, {Truncate, 3}, {Read, 80}, {Discard, 40}, {WriteZeroes, 40}, {Flush, 15},
 	{ImageRead, 190}, {ImageWrite, 80}, {ImageDiscard, 10}, {ImageWriteZeroes, 20}, {ImageFlush, 8},
 	{Create, 35}, {Add, 8}, {Append, 15}, {Take, 60}, {Cancel, 6}, {Destroy, 15}, {Mark, 8}, {Replace, 4},
 	{Stick, 6}, {Unstick, 12}, {Slow, 6}, {Pause, 10}, {Fill, 3}, {Room, 7}, {Kill, 4},

@@ -65,17 +65,17 @@ func (p *process) next() {
 	j := p.jobs[0]
 	p.jobs = p.jobs[1:]
 	p.current = j.name
-	over := false
+	ended := false
 	p.control.After(0, func() {
 		p.w.tracef("control: %s", j.name)
 		j.run(func() {
-			if over {
+			if ended {
 				p.w.fail("%s calls back twice", j.name)
 			}
 			if p.w.sched.Thread() != p.control {
 				p.w.fail("%s calls back on the wrong thread", j.name)
 			}
-			over = true
+			ended = true
 			p.w.tracef("control: %s is over", j.name)
 			p.current, p.cancel = "", nil
 			p.next()

@@ -24,12 +24,12 @@ type written struct {
 // cell is what one sector may hold: the writes that are not known to be
 // overwritten. It is the plain model of a sector: no chunk, no snapshot.
 //
-// A write w is over when another one that is not weak was submitted after w
+// A write w is superseded when another one that is not weak was submitted after w
 // completed, and has completed itself.
 type cell []written
 
-// over says whether w is overwritten for a read that began at start.
-func (c cell) over(w written, start moment) bool {
+// superseded says whether w is overwritten for a read that began at start.
+func (c cell) superseded(w written, start moment) bool {
 	for _, x := range c {
 		if !x.weak && x.from > w.to && x.to < start {
 			return true
@@ -61,7 +61,7 @@ func (c cell) survives(v Version) bool {
 // allows says whether a read that began at start, and ends now, may see v.
 func (c cell) allows(v Version, start moment) bool {
 	for _, w := range c {
-		if w.v == v && !c.over(w, start) {
+		if w.v == v && !c.superseded(w, start) {
 			return true
 		}
 	}
@@ -91,7 +91,7 @@ func (c cell) prune(oldest moment, volatile bool) cell {
 	}
 	var gone []bool
 	for i, w := range c {
-		if c.over(w, oldest) && (!volatile || c.lost(w)) {
+		if c.superseded(w, oldest) && (!volatile || c.lost(w)) {
 			if gone == nil {
 				gone = make([]bool, len(c))
 			}
@@ -131,7 +131,7 @@ func (c cell) decided(v Version, oldest moment) cell {
 // versions is for messages: what a read begun at start may see.
 func (c cell) versions(start moment) (vs []Version) {
 	for _, w := range c {
-		if !c.over(w, start) {
+		if !c.superseded(w, start) {
 			vs = append(vs, w.v)
 		}
 	}

@@ -162,8 +162,8 @@ func (w *world) do(st Step) {
 				m.SetLimit(int64(w.c.Limit) * sectorSize)
 			}
 		}
-	case Cut:
-		w.cut(st)
+	case Truncate:
+		w.truncate(st)
 	case Kill:
 		if w.proc != nil && w.deaths < w.c.Kills {
 			w.client.After(0, w.kill)
@@ -171,8 +171,8 @@ func (w *world) do(st Step) {
 	}
 }
 
-// cut makes a storage file shorter, as somebody does who takes it for a log.
-func (w *world) cut(st Step) {
+// truncate makes a storage file shorter, as somebody does who takes it for a log.
+func (w *world) truncate(st Step) {
 	files := slices.DeleteFunc(slices.Clone(w.storages), func(m *blockdevtest.Memory) bool { return m.Limit() == 0 || m.Size() == 0 })
 	if len(files) == 0 {
 		return
@@ -180,7 +180,7 @@ func (w *world) cut(st Step) {
 	w.fired++
 	m := files[int(st.Arg)%len(files)]
 	m.Resize(int64(st.Off) * sectorSize % m.Size())
-	w.tracef("%s is cut off at sector %d", m.Name(), m.Size()/sectorSize)
+	w.tracef("%s is truncated at sector %d", m.Name(), m.Size()/sectorSize)
 }
 
 // issue makes a request of a step.
@@ -314,7 +314,7 @@ func (w *world) finish() {
 		for _, im := range s.images {
 			im.readAll()
 		}
-		if w.settle(); w.over {
+		if w.settle(); w.powerFailed {
 			return
 		}
 		s.checkUsage()
@@ -326,7 +326,7 @@ func (w *world) finish() {
 		// The process may still die, and forget what it was told.
 		for deaths := w.deaths; ; deaths = w.deaths {
 			s.destroy()
-			if w.settle(); w.over {
+			if w.settle(); w.powerFailed {
 				return
 			}
 			if w.snaps[s.slot] == nil {

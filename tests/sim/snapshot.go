@@ -289,10 +289,10 @@ func (s *snapshot) event(e diffarea.Event) {
 	}
 }
 
-// checkTold sees to it that a break is told, once, and nothing else.
-func (s *snapshot) checkTold() {
-	if told := s.corrupted > 0; s.w.deaths == 0 && !s.aborted && told != s.broken() {
-		s.w.fail("I5: %v is broken: %v (%v); told: %v", s, s.broken(), s.snap.Log().Err(), told)
+// checkReported sees to it that a break is reported, once, and nothing else.
+func (s *snapshot) checkReported() {
+	if reported := s.corrupted > 0; s.w.deaths == 0 && !s.aborted && reported != s.broken() {
+		s.w.fail("I5: %v is broken: %v (%v); reported: %v", s, s.broken(), s.snap.Log().Err(), reported)
 	}
 }
 
@@ -475,7 +475,7 @@ func (s *snapshot) destroy() {
 			done()
 			return
 		}
-		s.checkTold()
+		s.checkReported()
 		s.aborted = true
 		s.snap.Abort()
 		w.proc.control.After(0, func() {
@@ -567,7 +567,7 @@ func (s *snapshot) checkUsage() {
 	if s.w.deaths == 0 && s.w.fired == 0 && !s.broken() && copied != u.Regions {
 		s.w.fail("%v: %d regions handed out for %d chunks", s, u.Regions, copied)
 	}
-	s.checkTold()
+	s.checkReported()
 }
 
 // request issues a step's request to the image of a device, if there is one.

@@ -39,8 +39,8 @@ const (
 	Pause   // the thread of queue number Arg stands still for a while
 	Fill    // storage cannot grow any more until Room
 	Room
-	Cut  // the storage file number Arg off, at Off
-	Kill // the process
+	Truncate // the storage file number Arg, at Off
+	Kill     // the process
 	verbs
 )
 
@@ -48,7 +48,7 @@ var verbNames = [verbs]string{
 	"read", "write", "discard", "zeroes", "flush",
 	"iread", "iwrite", "idiscard", "izeroes", "iflush",
 	"create", "add", "append", "take", "cancel", "destroy", "mark", "replace",
-	"stick", "unstick", "slow", "pause", "fill", "room", "cut", "kill",
+	"stick", "unstick", "slow", "pause", "fill", "room", "truncate", "kill",
 }
 
 func (v Verb) String() string {

@@ -38,7 +38,7 @@ type world struct {
 	outstanding int // requests under way
 	steps       int // taken
 	done        bool
-	over        bool                         // the power has failed
+	powerFailed bool                         // the power has failed
 	waiting     bool                         // for everything before to complete
 	onIdle      []func()                     // called when anything has ended
 	changing    map[*blockdevtest.Memory]int // operations in flight that change an original
@@ -324,7 +324,7 @@ const maxSteps = 3000000
 // powerFail ends the world: the originals are all that is left.
 func (w *world) powerFail() {
 	w.tracef("POWER FAILURE")
-	w.over = true
+	w.powerFailed = true
 	w.sched.PowerFail(w.origs...)
 	for _, d := range w.devices {
 		w.model.checkLost(d)
@@ -337,7 +337,7 @@ func (w *world) settle() {
 	for {
 		for w.step() {
 		}
-		if w.over {
+		if w.powerFailed {
 			return
 		}
 		w.checkWaits()
@@ -491,7 +491,7 @@ func Run(c Case, trace io.Writer) (stats Stats, failure *Failure) {
 	w.boot()
 	w.client.After(0, w.next)
 	w.settle()
-	if !w.over {
+	if !w.powerFailed {
 		w.finish()
 	}
 	return
