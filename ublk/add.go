@@ -9,12 +9,14 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
-// Add makes a device and starts to serve it. When it returns without error the
-// disk is there; with an error nothing is left, unless the driver hangs, as it
-// does while it waits for a read of the disk: then the device is returned with
-// the error, and is to be deleted when it goes on. Its handlers may be called
-// until then. A driver that hangs before there is a device gives the error alone: a
-// device that it makes after all is deleted at once.
+// Add makes a device and starts to serve it. If it returns without error, the disk
+// is there. With an error nothing is left, unless the driver hangs. The driver hangs,
+// for example, while it waits for a read of the disk.
+//
+// If the driver hangs after it has made the device, Add returns the device with the
+// error. Then the caller deletes the device when the driver goes on. Until then the
+// device's handlers may be called. If the driver hangs before that, Add returns the
+// error alone, and a device that the driver makes after all is deleted at once.
 func Add(ctx context.Context, ctl *Control, cfg Config) (*Device, error) {
 	zeroCopy, err := cfg.check(ctl)
 	if err != nil {
@@ -98,8 +100,8 @@ func sameParams(want, got *uapi.UblkParams) error {
 	return nil
 }
 
-// undo deletes what a failed Add has made, and returns what is left. err is why
-// it failed.
+// undo deletes what a failed Add has made, and returns the device if it could not be
+// deleted. err is why Add failed.
 func (d *Device) undo(err error) (*Device, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 	defer cancel()

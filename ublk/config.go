@@ -40,7 +40,7 @@ func (m Mode) String() string {
 	return "unknown"
 }
 
-// DefaultMaxIO is the MaxIO of a device of which nothing better is known.
+// DefaultMaxIO is the MaxIO for a device whose user knows nothing better.
 const DefaultMaxIO = 512 << 10
 
 // AnyID is the Config.ID of a device that takes the first free number.
@@ -68,7 +68,7 @@ func possibleCPUs(sys string) int {
 // Config describes a device.
 type Config struct {
 	Name   string // for people: part of the names of its threads
-	Tag    uint64 // kept by the driver and told by Info; see NewTag
+	Tag    uint64 // the driver keeps it, and Info returns it; see NewTag
 	ID     int    // its number N in /dev/ublkbN, or AnyID
 	Queues int    // 1 to MaxQueues
 	Depth  int    // requests in flight per queue, 1 to MaxDepth
@@ -91,9 +91,10 @@ type Config struct {
 	// Slots is how many operations a queue's handler has in flight at most
 	// before they wait; 0: twice Depth.
 	Slots int
-	// OpenedBy names a process that has the disk of this number or one of its
-	// partitions open, for ErrBusy; empty if there is none. Before Linux 7.0 the
-	// driver does not know, and TryStop goes by it. nil: nobody is looked for.
+	// OpenedBy names a process that has the disk of this number, or one of its
+	// partitions, open; empty if there is none. ErrBusy quotes it. Before Linux 7.0
+	// the driver does not know the openers, and TryStop relies on OpenedBy. If it is
+	// nil, nobody looks for openers.
 	OpenedBy func(blockdev.Num) string
 	// NewHandler makes the handler of queue q, whose thread is that of bq. It
 	// is called before the queue's first request, on another thread.
@@ -129,8 +130,8 @@ func (cfg *Config) check(ctl *Control) (zeroCopy bool, err error) {
 	return false, fmt.Errorf("unknown payload mode %d", cfg.Mode)
 }
 
-// flags are the UBLK_F flags to ask for, and among them those that must be
-// granted.
+// flags are the UBLK_F flags to ask for, and those of them that the driver must
+// grant.
 func (cfg *Config) flags(ctl *Control, zeroCopy bool) (ask, need uint64) {
 	need = uapi.UBLK_F_CMD_IOCTL_ENCODE
 	if zeroCopy {
@@ -144,6 +145,6 @@ func (cfg *Config) flags(ctl *Control, zeroCopy bool) (ask, need uint64) {
 	if cfg.NoPartScan {
 		ask |= uapi.UBLK_F_NO_AUTO_PART_SCAN
 	}
-	// What the driver does not know it would clear without a word.
+	// The driver would silently clear the flags that it does not know.
 	return ask & (ctl.features | need), need
 }

@@ -13,15 +13,15 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
-// Control is the way to the driver: one ring on one thread that lives as long
-// as the Control does, for the kernel runs the commands on worker threads that
-// belong to it. Commands go one at a time, from any goroutine.
+// Control is the way to the driver: one ring on one thread. The thread lives as long
+// as the Control does, because the kernel runs the commands on worker threads that
+// belong to it. Any goroutine may give a command. They run one at a time.
 //
-// A command whose context ends is cancelled in the kernel where the kernel can
-// (it waits for queues or for openers), and given up otherwise: the next one
-// starts while the kernel still works on it. The same command for the same device
-// stays in the queue until then: one that hangs takes one of the kernel's workers,
-// not all.
+// When the context of a command ends, the kernel cancels the command if it can, which
+// is while the command waits for queues or for openers. Otherwise the command is
+// given up: the next one starts while the kernel still works on it. While a command
+// that was given up hangs, the same command for the same device waits in the queue. So
+// a device that hangs takes one of the kernel's workers, not all.
 type Control struct {
 	dev      int // /dev/ublk-control
 	wake     int // eventfd
@@ -38,8 +38,8 @@ type Control struct {
 
 type commandKey struct{ op, dev uint32 }
 
-// command is one control command. All but done belong to the control thread
-// until done is closed, which happens under Control.mu.
+// command is one control command. Its fields, except done, belong to the control
+// thread until done is closed. That happens under Control.mu.
 type command struct {
 	op   uint32
 	arg  uapi.UblksrvCtrlCmd
@@ -59,7 +59,7 @@ const (
 	cancelTag = 2 << 32
 )
 
-// OpenControl opens the driver, loading it if need be. The errors are
+// OpenControl opens the driver, and loads it if need be. The errors are
 // ErrNoDriver, ErrTooOld, ErrPermission, uring.ErrDisabled,
 // uring.ErrNotSupported, or another errno.
 func OpenControl() (*Control, error) {
@@ -91,7 +91,7 @@ func newControl(dev int, prep func(*uring.SQE, int, *command)) (*Control, error)
 	return c, nil
 }
 
-// Close ends the thread once no command is running; those not yet started
+// Close ends the thread once no command is running. Commands that have not started
 // fail with ErrClosed. A second Close waits as well.
 func (c *Control) Close() {
 	c.mu.Lock()
@@ -123,8 +123,8 @@ func (c *Control) do(ctx context.Context, op uint32, arg uapi.UblksrvCtrlCmd, bu
 	return c.doOrUndo(ctx, op, arg, buf, nil)
 }
 
-// doOrUndo is do for a command that leaves something behind: undo, on a goroutine
-// of its own, takes that away if the command was given up and succeeds after all.
+// doOrUndo is do for a command that leaves something behind. If the command was given
+// up and succeeds after all, undo takes that away, on a goroutine of its own.
 func (c *Control) doOrUndo(ctx context.Context, op uint32, arg uapi.UblksrvCtrlCmd, buf []byte, undo func(buf []byte)) error {
 	if len(buf) > slotSize {
 		panic("ublk: control buffer too large")
@@ -152,7 +152,7 @@ func (c *Control) doOrUndo(ctx context.Context, op uint32, arg uapi.UblksrvCtrlC
 	return nil
 }
 
-// giveUp is for a command that nobody waits for any more. It is false if the
+// giveUp marks a command that nobody waits for any more. It returns false if the
 // command has just ended.
 func (c *Control) giveUp(cmd *command) bool {
 	c.mu.Lock()
@@ -185,8 +185,8 @@ func (cmd *command) err() error {
 	return nil
 }
 
-// enotsupp is the kernel's own ENOTSUPP, which user space has no name for: the
-// answer of drivers before Linux 6.8 to a command that they do not know.
+// enotsupp is the kernel's own ENOTSUPP, for which user space has no name. Drivers
+// before Linux 6.8 answer it to a command that they do not know.
 const enotsupp = 524
 
 // notRun is the result of a command that never reached the kernel.

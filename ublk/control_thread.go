@@ -12,8 +12,8 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
-// The thread of a Control: it takes commands from the queue one at a time, hands
-// them to the kernel on its ring, and tells who waits of their end.
+// The thread of a Control takes commands from the queue one at a time, hands them to
+// the kernel on its ring, and tells those who wait when a command has ended.
 
 // controlThread is what only the thread of a Control touches.
 type controlThread struct {
@@ -26,7 +26,7 @@ type controlThread struct {
 }
 
 func (c *Control) thread(started chan<- error) {
-	// Never unlocked: the kernel's worker threads belong to this thread.
+	// The thread is never unlocked, because the kernel's worker threads belong to it.
 	runtime.LockOSThread()
 	t := &controlThread{Control: c, current: -1}
 	err := t.open()
@@ -49,13 +49,13 @@ func (t *controlThread) open() error {
 	if t.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return fmt.Errorf("make eventfd: %w", err)
 	}
-	// Twice: a command and the cancellation of another.
+	// A command and the cancellation of another one may come together.
 	t.ring, err = uring.New(uring.Config{Entries: 4 * commandSlots, SQE128: true})
 	return err
 }
 
-// close gives everything back. Commands still in the kernel's hands keep the
-// memory: it is never unmapped then.
+// close gives everything back, except the memory if the kernel still works on
+// commands: then it stays mapped for good.
 func (t *controlThread) close(err error) {
 	t.mu.Lock()
 	t.closed = true
@@ -108,8 +108,9 @@ func (t *controlThread) run() error {
 	}
 }
 
-// startNext gives up the current command if nobody waits for it, and starts the next
-// one that has none like it hanging. It says whether the thread shall end.
+// startNext gives up the current command if nobody waits for it. Then it starts the
+// next command, skipping those whose like hangs. It says whether the thread shall
+// end.
 func (t *controlThread) startNext() (end bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -143,7 +144,7 @@ func (t *controlThread) start(cmd *command) {
 		}
 	}
 	if slot < 0 {
-		// Each slot holds a command that the kernel does not let go.
+		// Every slot holds a command that the kernel has not ended.
 		cmd.res = -int32(unix.EBUSY)
 		close(cmd.done)
 		return
@@ -187,7 +188,8 @@ func (t *controlThread) complete(cqe uring.CQE) {
 	}
 }
 
-// finish ends a command: who waits for it is told, and what was given up is undone.
+// finish ends a command. It tells the caller who waits for it, or undoes the command
+// if it was given up.
 func (t *controlThread) finish(cmd *command) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -16,8 +16,8 @@ var ErrBusy = errors.New("device is in use")
 
 // Device is a ublk device served by this process.
 //
-// Its methods may be called from any goroutine; TryStop and Delete more
-// than once. None may be called on a queue's thread.
+// Its methods may be called from any goroutine, but not on a queue's thread. TryStop
+// and Delete may be called more than once.
 type Device struct {
 	ID     int
 	Path   string // /dev/ublkbN
@@ -85,8 +85,8 @@ func newDevice(ctl *Control, cfg *Config, info Info) *Device {
 // Info asks the driver for the device.
 func (d *Device) Info(ctx context.Context) (Info, error) { return d.ctl.Info(ctx, d.ID) }
 
-// Unregistered is how many requests failed because the kernel could not
-// register their payload, however often it was asked.
+// Unregistered is how many requests failed because the kernel could not register
+// their payload, although it was asked again and again.
 func (d *Device) Unregistered() uint64 {
 	var n uint64
 	for _, q := range d.queues {
@@ -95,7 +95,7 @@ func (d *Device) Unregistered() uint64 {
 	return n
 }
 
-// release gives back what serving took. The rings have ended.
+// release gives back what the device took to be served. The rings have ended.
 func (d *Device) release() {
 	for _, q := range d.queues {
 		q.unmap()

@@ -15,7 +15,8 @@ import (
 // MinKernel is the oldest kernel whose ublk driver this package can use.
 const MinKernel = "6.5"
 
-// Reasons why no device can be had. The message of the error says what to do.
+// Reasons why this machine cannot have a device. The message of the error says what
+// to do.
 var (
 	// ErrNoDriver: the kernel has no ublk driver, or it could not be loaded.
 	ErrNoDriver = errors.New("no ublk driver")
@@ -102,8 +103,8 @@ func KernelRelease() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
-// OlderThan compares the first two numbers of kernel releases. One that has none
-// is not older.
+// OlderThan compares the first two numbers of kernel releases. A release without
+// numbers is not older.
 func OlderThan(release, min string) bool {
 	var a, b, x, y int
 	if n, _ := fmt.Sscanf(release, "%d.%d", &a, &b); n != 2 {

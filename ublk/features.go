@@ -11,7 +11,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
-// Feature is something that a ublk driver has or has not: one UBLK_F flag.
+// Feature is something that a ublk driver may have: one UBLK_F flag.
 type Feature struct {
 	Flag  uint64
 	Name  string // the flag's name without UBLK_F_
@@ -70,7 +70,7 @@ type Probe struct {
 	Err    error // why it could not be told
 }
 
-// ProbeFeatures asks the driver about every Feature, loading it if need be.
+// ProbeFeatures asks the driver about every Feature, and loads the driver if need be.
 // The error is that of OpenControl; then no probe could tell.
 func ProbeFeatures() ([]Probe, error) {
 	c, err := OpenControl()

@@ -17,8 +17,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
-// Geometry is the shape of a disk: what its users see of it besides its
-// content. All sizes are in bytes.
+// Geometry is the shape of a disk, as its users see it. All sizes are in bytes.
 type Geometry struct {
 	Size          int64
 	LogicalBlock  int // smallest request
@@ -36,15 +35,15 @@ type Geometry struct {
 	FUA           bool // a write can be made durable by itself
 	ReadOnly      bool
 
-	// DMAMask has the bits that addresses of payloads must not have, and
-	// VirtBoundaryMask those that the ends of their inner segments must not
-	// have. They matter when payloads go to the disk as they come.
+	// DMAMask has the bits that must be 0 in the addresses of payloads.
+	// VirtBoundaryMask has those that must be 0 where a payload's inner segments
+	// meet. Both matter only if payloads go to the disk as they come.
 	DMAMask          int64
 	VirtBoundaryMask int64
 
-	// StableWrites: a payload must not change while it is being written, for the
-	// disk makes a checksum or parity of it. The driver has no way to promise
-	// that for the pages of a request, so they are copied.
+	// StableWrites: a payload must not change while it is being written, because the
+	// disk makes a checksum or parity of it. The driver cannot promise that for the
+	// pages of a request, so they are copied.
 	StableWrites bool
 }
 
@@ -142,9 +141,9 @@ const (
 	maxIOLimit = 1 << uapi.UBLK_IO_BUF_BITS
 )
 
-// params is the Geometry in the driver's terms, for a device whose requests
-// are at most maxIO bytes. With zeroCopy payloads reach the disk as they come,
-// so its demands on memory become those of the device.
+// params is the Geometry in the driver's terms, for a device whose requests are at
+// most maxIO bytes. With zeroCopy payloads reach the disk as they come, so the device
+// has the disk's demands on memory.
 func (g *Geometry) params(maxIO int, zeroCopy bool) (uapi.UblkParams, error) {
 	page := os.Getpagesize()
 	fail := func(format string, args ...any) (uapi.UblkParams, error) {

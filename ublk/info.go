@@ -91,8 +91,9 @@ func (c *Control) command(ctx context.Context, op uint32, id int, data uint64) e
 
 // Info asks for device id. The error is ENODEV if there is no such device.
 //
-// It is the older of two commands that answer the same: the newer one looks
-// the device's node up by path first, which only unprivileged servers need.
+// Two of the driver's commands answer the same. Info uses the older one. The newer
+// one looks the device's node up by its path first, which only unprivileged servers
+// need.
 func (c *Control) Info(ctx context.Context, id int) (Info, error) {
 	var d uapi.UblksrvCtrlDevInfo
 	err := c.do(ctx, uapi.UBLK_U_CMD_GET_DEV_INFO, uapi.UblksrvCtrlCmd{DevID: uint32(id), QueueID: noQueue}, bytesOf(&d))
@@ -102,8 +103,8 @@ func (c *Control) Info(ctx context.Context, id int) (Info, error) {
 	return infoOf(&d), nil
 }
 
-// Served: there is a process that serves the device. The driver notices the end
-// of one only after a while; see SettledInfo.
+// Served says whether there is a process that serves the device. The driver notices
+// the end of a server only after a while; see SettledInfo.
 func (i Info) Served() bool {
 	if i.State != Live {
 		return false
@@ -117,12 +118,13 @@ func (i Info) Served() bool {
 	return !strings.HasPrefix(state, "Z") && !strings.HasPrefix(state, "X")
 }
 
-// settleWait is how long the driver may take to notice the end of a server:
-// before Linux 6.9 it looks every 5 s, and the disk is synced first.
+// noticeTimeout is how long the driver may take to notice the end of a server. Before
+// Linux 6.9 it looks every 5 s, and it syncs the disk first.
 const noticeTimeout = 15 * time.Second
 
-// SettledInfo is Info once the driver has noticed that the server of device id has
-// died, if it has. After some time without it gives up: the device is Live then.
+// SettledInfo is Info. If the server of device id has died, SettledInfo waits until
+// the driver has noticed that. If the driver does not notice it in time, the device is
+// still Live in what SettledInfo returns.
 func (c *Control) SettledInfo(ctx context.Context, id int) (Info, error) {
 	limited, cancel := context.WithTimeout(ctx, noticeTimeout)
 	defer cancel()
@@ -140,7 +142,7 @@ func (c *Control) params(ctx context.Context, id int) (uapi.UblkParams, error) {
 	return p, err
 }
 
-// queueCPUs is where the requests of queue q come from.
+// queueCPUs are the CPUs that the requests of queue q come from.
 func (c *Control) queueCPUs(ctx context.Context, id, q int) (*unix.CPUSet, error) {
 	var set unix.CPUSet
 	cmd := uapi.UblksrvCtrlCmd{DevID: uint32(id), QueueID: uint16(q), Data: [1]uint64{uint64(q)}}

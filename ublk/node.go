@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The nodes of a device come with it, through devtmpfs, and udev handles them after
-// that: who opens one has to be patient.
+// The nodes of a device appear with it, through devtmpfs. After that udev handles
+// them, so whoever opens one has to be patient.
 
 // openNode opens a device's node for reading and writing. udev may be about to
 // make it, change its owner, or look at it.

@@ -9,28 +9,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// PrepareProcess makes this process fit for serving disks that the machine
-// itself depends on. It is called once, early, before the first device; each
-// step that did not succeed is an error, and the process works without it, with
-// the risk that the error names.
+// PrepareProcess makes this process fit for serving disks that the machine itself
+// depends on. It is called once, early, before the first device. It returns an error
+// for each step that did not succeed. The process works without that step, with the
+// risk that the error names.
 //
-//   - Its threads become I/O flushers (prctl(2)): to get memory for them the
-//     kernel never waits for a disk, which may be one of theirs.
-//   - Its memory is locked as it comes into use: no page of it is ever read
-//     back from a disk. Locking all of it in advance would fill every address
-//     range that the Go runtime reserves.
-//   - The kernel never picks it when it is out of memory.
+//   - Its threads become I/O flushers (prctl(2)). To get memory for them the kernel
+//     never waits for a disk, which may be one that this process serves.
+//   - Its memory is locked as it comes into use, so that no page of it is ever read
+//     back from a disk. To lock all of it in advance would fill every address range
+//     that the Go runtime reserves.
+//   - The kernel never kills it to get memory.
 //   - No limit that it was started with ends it or makes its I/O fail.
-//   - It leaves no core: while one is written the process serves nobody, and the
-//     core may go to a disk of its own. Nor are its users' data for others.
-//   - It has the name of its program, whatever it was started by.
+//   - It leaves no core. While a core is written the process serves nobody, and the
+//     core might go to a disk that it serves. A core also holds users' data.
+//   - It has the name of its program, whatever started it.
 //
-// Nothing is done to the collection of garbage: payloads, rings and tables lie
-// off the Go heap, which stays at the runtime's minimum of 4 MiB; a lower goal
-// would only make it interrupt the queues more often.
+// The garbage collector keeps its settings, because payloads, rings and tables lie off
+// the Go heap. The heap stays at the runtime's minimum of 4 MiB. A lower goal would
+// only make the collector interrupt the queues more often.
 //
-// The mount namespace is the caller's affair: the process must not be the last
-// one to hold a mount on a disk of its own, or it can never exit.
+// The caller sees to the mount namespace. The process must not be the last one to
+// hold a mount on a disk that it serves, because it could never exit then.
 func PrepareProcess() []error {
 	var failed []error
 	for _, step := range []func() error{RaiseLimits, becomeFlusher, lockMemory, avoidKill, nameThreads, leaveNoCore} {
@@ -41,8 +41,7 @@ func PrepareProcess() []error {
 	return failed
 }
 
-// limits are what this process needs at least, where whoever starts it may have
-// set less.
+// limits are what this process needs at least. Whoever starts it may have set less.
 var limits = []struct {
 	resource int
 	name     string // as in /proc/PID/limits
@@ -60,8 +59,8 @@ var limits = []struct {
 	{unix.RLIMIT_RTTIME, "realtime timeout", unix.RLIM_INFINITY},
 }
 
-// RaiseLimits lifts the limits of this process that could end it, or break what
-// it serves. It is a part of PrepareProcess that may be needed before.
+// RaiseLimits lifts those limits of this process that could end it, or break what it
+// serves. PrepareProcess does this too, but some processes need it earlier.
 func RaiseLimits() error {
 	var errs []error
 	for _, l := range limits {
@@ -73,7 +72,7 @@ func RaiseLimits() error {
 		if old.Cur >= l.want {
 			continue
 		}
-		// More than the hard limit is for root alone; up to it is for everybody.
+		// Only root may go above the hard limit. Everybody may go up to it.
 		err := unix.Setrlimit(l.resource, &unix.Rlimit{Cur: l.want, Max: max(l.want, old.Max)})
 		if err != nil && old.Max < l.want {
 			_ = unix.Setrlimit(l.resource, &unix.Rlimit{Cur: old.Max, Max: old.Max})
@@ -90,12 +89,12 @@ func leaveNoCore() error {
 	return nil
 }
 
-// processName is what ps and top call the process: not "exe", as it would be
-// after an exec of /proc/self/exe.
+// processName is what ps and top call the process. After an exec of /proc/self/exe
+// they would call it "exe".
 const processName = "ublk-blksnap"
 
-// nameThreads names the threads there are; those to come have the name of the
-// one that makes them, or their own.
+// nameThreads names the threads that there are. A thread to come gets the name of the
+// one that makes it, or a name of its own.
 func nameThreads() error {
 	threads, err := os.ReadDir("/proc/self/task")
 	if err != nil {
@@ -114,7 +113,7 @@ func becomeFlusher() error {
 	fail := func(err error) error {
 		return fmt.Errorf("become an I/O flusher (without it, lack of memory may stop the machine's I/O): %w", err)
 	}
-	// Every thread, as the runtime makes new ones from any of them.
+	// Every thread needs it, because the runtime makes new threads from any of them.
 	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0, 0)
 	if errno == syscall.ENOTSUP {
 		return fail(errors.New("the program was built with cgo: build it with CGO_ENABLED=0"))
@@ -129,8 +128,8 @@ func lockMemory() error {
 	fail := func(err error) error {
 		return fmt.Errorf("lock the process's memory (without it, swapping may stop the machine's I/O): %w", err)
 	}
-	// First the limit: locking with one in force would make the runtime's next
-	// reservation of addresses fail, and the process die of it.
+	// The limit goes first. If it were in force when the memory is locked, the
+	// runtime's next reservation of addresses would fail, and the process would die.
 	none := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
 	if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &none); err != nil {
 		return fail(fmt.Errorf("raise RLIMIT_MEMLOCK: %w", err))

@@ -5,9 +5,9 @@ import (
 	"sync"
 )
 
-// A queue's thread that waits for requests keeps one of the scheduler's Ps
-// (see package uring), so there must be more of them than queues: one to run
-// everything else, and one for a collection of garbage beside that.
+// A queue's thread that waits for requests keeps one of the Go scheduler's Ps (see
+// package uring). So there must be more Ps than queues: one more to run everything
+// else, and one for the garbage collector beside that.
 const spareProcs = 2
 
 var procs struct {
@@ -16,7 +16,8 @@ var procs struct {
 	queues int
 }
 
-// addProcs tells the scheduler of n more queues, or fewer.
+// addProcs tells the scheduler that there are n more queues, or fewer if n is
+// negative.
 func addProcs(n int) {
 	procs.mu.Lock()
 	defer procs.mu.Unlock()

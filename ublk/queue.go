@@ -21,9 +21,9 @@ import (
 //	  │                                                 │  now or later
 //	  │ <── COMMIT_AND_FETCH(tag, result) <───────── r.Complete(errno)
 //
-// One entry commits a request and fetches the tag's next one; it leaves with
-// the ring's next system call, together with all others of the same turn.
-// Nothing here allocates or locks.
+// One entry commits a request and fetches the tag's next one. The entry leaves with
+// the ring's next system call, together with all others of the same turn. Nothing
+// here allocates or locks.
 type queue struct {
 	id       uint16
 	ring     *blockdev.RingQueue
@@ -38,7 +38,7 @@ type queue struct {
 	descMem     []byte
 	payloadMem  []byte
 	fetchTask   blockdev.Task
-	fetchFailed func(error) // a FETCH was refused; called on the ring's thread
+	fetchFailed func(error) // called on the ring's thread if the kernel refuses a FETCH
 
 	tries        []uint32      // by tag: registrations of the payload under way or done by command
 	unregistered atomic.Uint64 // payloads that could not be registered
@@ -52,8 +52,8 @@ type queue struct {
 //	                      ^                        abort     │
 //	                      └──────────────────────────────────┘
 //
-// A request whose payload the kernel could not register has registering before
-// handling.
+// If the kernel could not register a request's payload with the fetch, the state
+// registering comes before handling.
 type tagState uint8
 
 const (
@@ -82,8 +82,8 @@ func mapDescriptors(fd, q, depth int) ([]byte, error) {
 	return mem, nil
 }
 
-// newQueue maps the buffers that queue id needs; its ring is started by the device,
-// and it can serve once describe was called.
+// newQueue maps the buffers that queue id needs. The device starts the queue's ring.
+// The queue can serve after describe was called.
 func newQueue(id, depth, maxIO int, zeroCopy bool) (*queue, error) {
 	q := &queue{
 		id:       uint16(id),
@@ -104,7 +104,8 @@ func newQueue(id, depth, maxIO int, zeroCopy bool) (*queue, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map %d bytes of buffers for queue %d: %w", depth*maxIO, id, err)
 	}
-	// Few large pages: the kernel pins them one by one. A refusal costs speed.
+	// The kernel pins pages one by one, so a few large ones are faster. If it gives
+	// none, only speed is lost.
 	_ = unix.Madvise(mem, unix.MADV_HUGEPAGE)
 	_ = unix.Madvise(mem, unix.MADV_DONTFORK)
 	q.payloadMem = mem
@@ -118,8 +119,8 @@ func (q *queue) describe(desc []byte) {
 	q.desc = unsafe.Slice((*uapi.UblksrvIODesc)(unsafe.Pointer(unsafe.SliceData(desc))), len(q.reqs))
 }
 
-// buffers are the queue's buffers, by tag; without copying they are empty, for
-// the kernel to put the pages of each request there.
+// buffers are the queue's buffers, by tag. With zero copy they are empty, and the
+// kernel puts the pages of each request in their places.
 func (q *queue) buffers() [][]byte {
 	bufs := make([][]byte, len(q.reqs))
 	for tag := range bufs {
@@ -184,7 +185,7 @@ func (q *queue) onCommand(tag uint32, res int32) {
 		q.register(tag &^ forPause)
 		return
 	case tag&forUnregister != 0:
-		return // what it holds on to goes with the request's last use
+		return // if it failed: the kernel lets go of the pages with their last use
 	}
 	state := q.tags[tag]
 	switch {
@@ -197,8 +198,8 @@ func (q *queue) onCommand(tag uint32, res int32) {
 		q.tags[tag] = tagEnded
 		q.fetchFailed(fmt.Errorf("fetch tag %d of queue %d: %w", tag, q.id, unix.Errno(-res)))
 	default:
-		// The kernel refused the result of a request, which would wait for
-		// ever. Dying is what gets it an error, or a new server.
+		// The kernel refused the result of a request, which would now wait for ever.
+		// When this process dies, the request gets an error or a new server.
 		panic(fmt.Sprintf("ublk: queue %d tag %d state %d: kernel answered %d", q.id, tag, state, res))
 	}
 }
@@ -228,9 +229,9 @@ func (q *queue) handle(tag uint32) {
 	q.handler.Handle(r)
 }
 
-// A payload that the kernel could not register with the fetch, for want of
-// memory, is registered by a command of its own, and so unregistered: in the
-// tag's place, by user_data that says which.
+// If the kernel has no memory to register a payload with the fetch, a command of its
+// own registers the payload, and another one unregisters it. Both use the tag's place
+// in the table. A bit in their user_data says which command it is.
 const (
 	forRegister   = 1 << 31
 	forUnregister = 1 << 30
@@ -239,7 +240,7 @@ const (
 	maxTries = 1 << 16
 )
 
-// registerPause is a millisecond. The kernel reads it: it lies off the heap.
+// registerPause is a millisecond. It lies off the heap, because the kernel reads it.
 var registerPause = uring.Timespec{Nsec: 1e6}
 
 func (q *queue) register(tag uint32) {
@@ -263,8 +264,8 @@ func (q *queue) registered(tag uint32, res int32) {
 	}
 }
 
-// decode fills the request from its descriptor: all but Buf and Tag. An errno
-// is the answer to a request that no handler can serve.
+// decode fills the request from its descriptor, except Buf and Tag. If no handler can
+// serve the request, it returns the errno to answer.
 func (r *Request) decode(opFlags, sectors uint32, start uint64, maxIO int64) unix.Errno {
 	r.FUA = false
 	r.NoUnmap = false
@@ -313,8 +314,8 @@ func (q *queue) Completed(r *Request, errno unix.Errno) {
 	q.issue(uapi.UBLK_U_IO_COMMIT_AND_FETCH_REQ, uint32(tag), r.result(errno))
 }
 
-// result is what the kernel is told: the bytes of a payload, 0 for what has
-// none, or the negated errno.
+// result is what the kernel is told: the number of bytes of the payload, 0 for a
+// request without payload, or the negated errno.
 func (r *Request) result(errno unix.Errno) int32 {
 	if errno != 0 {
 		return -int32(errno)

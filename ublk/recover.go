@@ -114,8 +114,8 @@ func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, er
 	return d, nil
 }
 
-// beginRecovery makes the driver ready for a new server. begun says that an
-// earlier recovery had come this far.
+// beginRecovery makes the driver ready for a new server. begun says whether an
+// earlier recovery had come this far already.
 func (c *Control) beginRecovery(ctx context.Context, id int) (begun bool, err error) {
 	for {
 		err := c.command(ctx, uapi.UBLK_U_CMD_START_USER_RECOVERY, id, 0)
@@ -123,8 +123,8 @@ func (c *Control) beginRecovery(ctx context.Context, id int) (begun bool, err er
 		case err == nil:
 			return false, nil
 		case errors.Is(err, unix.EINVAL) && !c.Has(uapi.UBLK_F_AUTO_BUF_REG):
-			// An old driver has no queue to take from a dead server: it did
-			// that before, and no queue was fetched since.
+			// An old driver has no queue to take from the dead server. An earlier recovery
+			// did that, and no queue has been fetched since.
 			return true, nil
 		case !errors.Is(err, unix.EBUSY), sleep(ctx, pollInterval) != nil:
 			return false, err
@@ -140,7 +140,7 @@ func (c *Control) beginRecovery(ctx context.Context, id int) (begun bool, err er
 	}
 }
 
-// Abandon gives up a device that was prepared and not resumed, as it is: the kernel
+// Abandon gives up a device that was prepared and not resumed, as it is. The kernel
 // cancels what was fetched.
 func (d *Device) Abandon() {
 	for _, q := range d.queues {
@@ -150,11 +150,11 @@ func (d *Device) Abandon() {
 	d.stopped, d.deleted = true, true
 }
 
-// Quiesce gives the device up without taking the disk away: it waits until
-// every request in the handlers' hands is done, ends the queues and closes the
-// device. Requests wait until a server calls Recover. Only for a device with
-// recovery, where the driver can do it. An error leaves the device served, as
-// far as it is.
+// Quiesce gives the device up without taking the disk away. It waits until every
+// request in the handlers' hands is done, ends the queues and closes the device.
+// Requests wait until a server calls Recover. The device must have recovery, and the
+// driver must know how to quiesce. After an error the queues that have not ended still
+// serve the device.
 func (d *Device) Quiesce(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -176,8 +176,8 @@ func (d *Device) Quiesce(ctx context.Context) error {
 		close(ended)
 	}()
 	for {
-		// It aborts the tags that wait for a request. Those in a handler's
-		// hands wait for one after their commit: the next round aborts them.
+		// The command aborts the tags that wait for a request. A tag in a handler's hands
+		// waits for a request after its commit, and the next round aborts it.
 		if err := d.ctl.command(ctx, uapi.UBLK_U_CMD_QUIESCE_DEV, d.ID, ms); err != nil {
 			return err
 		}

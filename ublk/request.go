@@ -34,19 +34,18 @@ func (o Op) String() string {
 	return "unknown"
 }
 
-// Request is one request of the kernel to a queue. There is one per tag, used
-// again and again: it is the handler's from Handle until Complete.
+// Request is one request of the kernel to a queue. There is one for each tag, used
+// again and again. It belongs to the handler from Handle until Complete.
 type Request struct {
 	Op      Op
 	FUA     bool  // OpWrite: durable when completed
 	NoUnmap bool  // OpWriteZeroes: keep the space allocated
 	Off     int64 // bytes from the start of the device; 0 for OpFlush
 	Len     int64 // bytes; 0 for OpFlush
-	// Buf is the payload: filled by the handler for OpRead, to be stored for
-	// OpWrite.
+	// Buf is the payload. The handler fills it for OpRead and stores it for OpWrite.
 	Buf blockdev.Buf
-	// Tag is the request's number within its queue, below the queue depth: a
-	// handler may keep its own state per tag.
+	// Tag is the request's number within its queue, below the queue depth. A handler
+	// may keep state of its own for each tag.
 	Tag int
 
 	to Completer
@@ -55,19 +54,18 @@ type Request struct {
 // Completer takes the result of a request: a ublk queue, or a test that plays
 // the kernel.
 type Completer interface {
-	// Completed is called once a request, on the queue's thread. errno 0 means
+	// Completed is called once for each request, on the queue's thread. errno 0 means
 	// that the whole request was done.
 	Completed(r *Request, errno unix.Errno)
 }
 
-// NewRequest makes the request of one tag, for a queue to fill in again and
-// again.
+// NewRequest makes the request of one tag. The queue fills it in again and again.
 func NewRequest(tag int, to Completer) *Request {
 	return &Request{Tag: tag, to: to}
 }
 
-// Complete gives the request back with its result: 0, or the errno that the
-// issuer shall see. Exactly once per Handle, on the queue's thread.
+// Complete gives the request back with its result: 0, or the errno that the issuer
+// shall see. It is called exactly once for each Handle, on the queue's thread.
 func (r *Request) Complete(errno unix.Errno) { r.to.Completed(r, errno) }
 
 // Handler serves the requests of one queue.

@@ -11,11 +11,11 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
-// A device is served in two steps. prepare does all that can fail or take time: its
-// node is opened, each queue gets its ring and its handler. begin does the rest as
-// fast as it can: the queues' descriptors are mapped, every tag of every queue is
-// fetched, and the driver is told to start. A process that dies in the middle of that
-// leaves a device that drivers before Linux 6.15 cannot give to anybody else.
+// A device is served in two steps. prepare does all that can fail or take time: it
+// opens the device's node, and gives each queue its ring and its handler. begin does
+// the rest as fast as it can: it maps the queues' descriptors, fetches every tag of
+// every queue, and tells the driver to start. A process that dies in the middle of
+// begin leaves a device that drivers before Linux 6.15 cannot give to anybody else.
 
 // prepare opens the device and makes its queues. The kernel does not know of them yet.
 func (d *Device) prepare(ctx context.Context) error {
@@ -24,7 +24,7 @@ func (d *Device) prepare(ctx context.Context) error {
 		return err
 	}
 	d.cdev = blockdev.NewOSFile(fd, d.CPath)
-	// Before the rings: they look at it.
+	// This comes before the rings, because they look at GOMAXPROCS.
 	addProcs(d.Queues)
 	d.procs = d.Queues
 	for q := range d.Queues {
@@ -50,8 +50,8 @@ func (d *Device) begin(ctx context.Context, start uint32) error {
 	for _, q := range d.queues {
 		q.ring.Post(&q.fetchTask)
 	}
-	// From the control thread: it waits until every tag is fetched, and may
-	// read the disk.
+	// The control thread gives this command. The command waits until every tag is
+	// fetched, and may read the disk.
 	if err := d.ctl.command(starting, start, d.ID, uint64(os.Getpid())); err != nil {
 		if cause := context.Cause(starting); cause != nil && ctx.Err() == nil {
 			return fmt.Errorf("start ublk device %d: %w", d.ID, cause)
@@ -94,9 +94,9 @@ func (d *Device) startQueue(ctx context.Context, i int) error {
 		OnCommand: q.onCommand,
 	}
 	if zeroCopy {
-		// Not with kernels that know no zero copy: before Linux 6.13 a command that
-		// lies in the ring, as one for each idle tag does, keeps every buffer in
-		// memory that leaves the ring's table meanwhile.
+		// A kernel that knows no zero copy gets no pins. Before Linux 6.13 a command that
+		// lies in the ring keeps every buffer in memory that leaves the ring's table
+		// meanwhile, and a command lies there for each idle tag.
 		cfg.Pins = maxPins
 	}
 	if q.ring, err = blockdev.NewRingQueue(cfg); err != nil {
@@ -108,8 +108,8 @@ func (d *Device) startQueue(ctx context.Context, i int) error {
 	return nil
 }
 
-// maxPins is how many buffers a handler may pin with its queue: pools of as many
-// snapshots.
+// maxPins is how many buffers a handler may pin with its queue. A filter pins the
+// pools of that many snapshots.
 const maxPins = 16
 
 // threadName is at most 15 bytes, with the queue's number at the end.
@@ -118,8 +118,8 @@ func threadName(name string, q int) string {
 	return name[:min(len(name), 15-len(end))] + end
 }
 
-// allowedCPUs is set without the CPUs that this process may not use; nil if that
-// says nothing.
+// allowedCPUs is set without the CPUs that this process may not use. It is nil if
+// none is left or the process's CPUs are not known.
 func allowedCPUs(set *unix.CPUSet) *unix.CPUSet {
 	var mine unix.CPUSet
 	if unix.SchedGetaffinity(os.Getpid(), &mine) != nil {

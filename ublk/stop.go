@@ -14,7 +14,7 @@ import (
 
 // The end of a device has three steps: the driver takes the disk away and aborts
 // every tag, the queues' rings end, and the driver deletes the device. TryStop does
-// the first two if nobody uses the disk, Delete does what is left of the three.
+// the first two if nobody uses the disk. Delete does those of the three that are left.
 
 // stop takes the disk away and ends the queues; see Delete.
 func (d *Device) stop(ctx context.Context) error {
@@ -28,7 +28,7 @@ func (d *Device) stop(ctx context.Context) error {
 	return d.endQueues(ctx)
 }
 
-// endQueues waits for the end of the rings: the kernel has aborted all tags.
+// endQueues waits for the end of the rings. The kernel has aborted all tags.
 func (d *Device) endQueues(ctx context.Context) error {
 	ended := make(chan struct{})
 	go func() {
@@ -46,19 +46,19 @@ func (d *Device) endQueues(ctx context.Context) error {
 	return nil
 }
 
-// Ending: the driver was told to take the disk away, so that it may serve nobody
-// any more. Not for use beside a method that stops it.
+// Ending says whether the driver was told to take the disk away. The disk may serve
+// nobody any more then. It must not be called beside a method that stops the device.
 func (d *Device) Ending() bool { return d.ending }
 
-// TryStop takes the disk away and ends the queues if nobody uses the disk, else it
-// is ErrBusy. What was written to the disk is in the handler's hands, and synced,
-// when it returns. When ctx ends during the sync nothing has changed; later, see
-// Ending.
+// TryStop takes the disk away and ends the queues if nobody uses the disk. Otherwise
+// it fails with ErrBusy. When it returns, all that was written to the disk has gone to
+// the handlers and is synced. If ctx ends during the sync, nothing has changed. If it
+// ends later, see Ending.
 //
-// Before Linux 7.0 the driver cannot do that in one step. Then the disk is
-// claimed first, so that nobody can mount it or put a device on it until it is
-// gone; but a process that opens it between the look at the openers and the
-// end (a few milliseconds) is not noticed and gets errors.
+// Before Linux 7.0 the driver cannot do that in one step. Then TryStop claims the disk
+// first, so that nobody can mount it or put a device on it until it is gone. But it
+// does not notice a process that opens the disk in the few milliseconds between its
+// look at the openers and the end. Such a process gets errors.
 func (d *Device) TryStop(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -88,8 +88,8 @@ func (d *Device) TryStop(ctx context.Context) error {
 	})
 }
 
-// Sync brings what was written to the disk into the handler's hands, if nobody has
-// claimed the disk, else it is ErrBusy. A TryStop that follows need not wait long.
+// Sync sends what was written to the disk to the handlers, if nobody has claimed the
+// disk. Otherwise it fails with ErrBusy. A TryStop that follows need not wait long.
 func (d *Device) Sync(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -101,9 +101,8 @@ func (d *Device) Sync(ctx context.Context) error {
 
 // claim syncs the disk and runs f while nobody else can claim it.
 //
-// The sync takes as long as the disk below. When ctx ends before that it goes
-// on, holding the disk, and lets go of it in the end; the next claim waits for
-// that.
+// The sync takes as long as the disk below it needs. If ctx ends before that, the sync
+// goes on and keeps the disk claimed until its end. The next claim waits for that.
 func (d *Device) claim(ctx context.Context, f func() error) error {
 	timedOut := func() error { return fmt.Errorf("sync %s: %w", d.Path, ctx.Err()) }
 	select {
@@ -147,7 +146,7 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 	return f()
 }
 
-// busy is ErrBusy, with a process that has the disk open if there is one.
+// busy is ErrBusy. It names a process that has the disk open, if there is one.
 func (d *Device) busy() error {
 	if err := d.checkOpeners(); err != nil {
 		return err
@@ -155,7 +154,8 @@ func (d *Device) busy() error {
 	return fmt.Errorf("%s: %w", d.Path, ErrBusy)
 }
 
-// checkOpeners is ErrBusy if a process has the disk or one of its partitions open.
+// checkOpeners fails with ErrBusy if a process has the disk or one of its partitions
+// open.
 func (d *Device) checkOpeners() error {
 	if d.openedBy == nil {
 		return nil
@@ -166,26 +166,28 @@ func (d *Device) checkOpeners() error {
 	return nil
 }
 
-// Delete stops the device if need be and removes it. Its number is free again
-// when it returns, unless somebody still has the disk open: then as soon as
-// they close it; their requests fail.
+// Delete stops the device if need be, and removes it. When Delete returns, the
+// device's number is free again. If somebody still has the disk open, his requests
+// fail, and the number is free when he closes it.
 //
-// The kernel first writes back what the disk's page cache holds, but on a device
-// with recovery it fails those writes: sync before, and see that nobody writes, or
-// use TryStop before. It waits for the requests in the handlers' hands. When ctx
-// ends before that the device is neither alive nor deleted, and Delete may be
-// called again.
+// The kernel first writes back what the disk's page cache holds. But on a device with
+// recovery it lets those writes fail. So call TryStop first, or sync the disk and see
+// to it that nobody writes. Delete waits for the requests in the handlers' hands. If
+// ctx ends before these are done, the device is neither alive nor deleted, and Delete
+// may be called again.
 func (d *Device) Delete(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.deleted {
 		return nil
 	}
-	// Even if nothing was started: it aborts what has been fetched.
+	// The device is stopped even if it was never started, because that aborts what has
+	// been fetched.
 	if err := d.stop(ctx); err != nil && !errors.Is(err, unix.ENODEV) {
 		return err
 	}
-	// Before the deletion, which waits for the last one who has it open.
+	// The device is closed here first, because the deletion waits for the last one who
+	// has it open.
 	d.release()
 	if err := d.ctl.deleteDevice(ctx, d.ID); err != nil {
 		return err
@@ -194,8 +196,8 @@ func (d *Device) Delete(ctx context.Context) error {
 	return nil
 }
 
-// DeleteDevice removes a device that this process does not serve: one whose
-// server has died, say. Not one that is alive.
+// DeleteDevice removes a device that nobody serves, for example one whose server has
+// died. It refuses a device that is alive.
 func (c *Control) DeleteDevice(ctx context.Context, id int) error {
 	info, err := c.SettledInfo(ctx, id)
 	if err != nil {
@@ -210,12 +212,12 @@ func (c *Control) DeleteDevice(ctx context.Context, id int) error {
 	return c.deleteDevice(ctx, id)
 }
 
-// deleteDevice deletes and waits until the number is free, within reason.
+// deleteDevice deletes the device and waits for some time until its number is free.
 func (c *Control) deleteDevice(ctx context.Context, id int) error {
 	err := c.command(ctx, uapi.UBLK_U_CMD_DEL_DEV_ASYNC, id, 0)
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		// Older than 6.9: this one waits by itself. Its end may have to be
-		// waited for by somebody else, the device is gone in any case.
+		// Before Linux 6.9 there is only a command that waits for the last user. Even if
+		// it takes longer than this function waits, the device goes.
 		limited, cancel := context.WithTimeout(ctx, lastCloseTimeout)
 		defer cancel()
 		err = c.command(limited, uapi.UBLK_U_CMD_DEL_DEV, id, 0)

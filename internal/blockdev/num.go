@@ -9,8 +9,8 @@ import (
 // Num is a block device's number.
 type Num struct{ Major, Minor uint32 }
 
-// NumOf is the number in the kernel's encoding: that of a device node's status
-// (unix.Stat_t.Rdev), or of the filesystem that a file is on (Dev).
+// NumOf decodes the kernel's encoding of a number, as a file's status has it: Rdev of
+// unix.Stat_t for a device node, Dev for the filesystem that a file is on.
 func NumOf(dev uint64) Num { return Num{unix.Major(dev), unix.Minor(dev)} }
 
 func (n Num) String() string { return fmt.Sprintf("%d:%d", n.Major, n.Minor) }

@@ -19,12 +19,12 @@ type OSFile struct {
 	closeErr error
 }
 
-// OpenExclusive opens the block device at path and claims it: until the file is
-// closed nobody can mount it, put another device on it, or claim it too. access is
-// how it is opened: unix.O_RDONLY or O_RDWR, with O_DIRECT or not. name is what
-// the file is called, see Name.
+// OpenExclusive opens the block device at path and claims it. Until the file is
+// closed nobody else can mount the device, put another device on it, or claim it.
+// access is unix.O_RDONLY or O_RDWR, with O_DIRECT or without. name is what Name
+// returns.
 //
-// The error is the errno of open(2): EBUSY if the device is claimed.
+// The error is the errno of open(2). It is EBUSY if somebody has claimed the device.
 func OpenExclusive(path, name string, access int) (*OSFile, error) {
 	for {
 		fd, err := unix.Open(path, access|unix.O_EXCL|unix.O_CLOEXEC, 0)
@@ -38,8 +38,8 @@ func OpenExclusive(path, name string, access int) (*OSFile, error) {
 	}
 }
 
-// NewOSFile wraps an open file descriptor, which is the OSFile's from then on.
-// It should be close-on-exec.
+// NewOSFile wraps an open file descriptor, which belongs to the OSFile from then on.
+// The descriptor should be close-on-exec.
 func NewOSFile(fd int, name string) *OSFile {
 	f := &OSFile{name: name, fd: fd}
 	var st unix.Stat_t
@@ -52,7 +52,7 @@ func NewOSFile(fd int, name string) *OSFile {
 // Name is what the file was called when it was opened.
 func (f *OSFile) Name() string { return f.name }
 
-// Fd is the file descriptor; it stays the OSFile's.
+// Fd is the file descriptor. It still belongs to the OSFile.
 func (f *OSFile) Fd() int { return f.fd }
 
 // Size is the size in bytes, as it is now.
@@ -78,8 +78,8 @@ func (f *OSFile) holds(end int64) bool {
 	return err == nil && end <= size
 }
 
-// truncated says whether the file is a regular one of less than minSize bytes. It
-// does not ask a file server, and so never waits for one.
+// truncated says whether the file is a regular file of less than minSize bytes. It uses
+// the size that this machine knows. So it never waits for a file server.
 func (f *OSFile) truncated(minSize int64) bool {
 	if f.block || minSize == 0 {
 		return false
@@ -90,12 +90,12 @@ func (f *OSFile) truncated(minSize int64) bool {
 	return errno == 0 && int64(st.Size) < minSize
 }
 
-// noPath is the empty string, as the kernel has it.
+// noPath is the empty string, as the kernel wants it: a zero byte.
 var noPath byte
 
-// Close closes the file, once; later calls return the first one's result. No
-// operation on it may be in flight or follow. A RingQueue that has it
-// registered keeps it open until the queue has stopped.
+// Close closes the file, once. Later calls return the result of the first one. No
+// operation on the file may be in flight, and none may follow. A RingQueue with which
+// the file is registered keeps it open until the queue has stopped.
 func (f *OSFile) Close() error {
 	f.closing.Do(func() {
 		if err := unix.Close(f.fd); err != nil {

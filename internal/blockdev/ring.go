@@ -13,32 +13,35 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
-// The life of a RingQueue, from NewRingQueue to Stop. The rest of it is in
-// ring_turn.go (what its thread does, again and again), ring_wait.go (how it waits
-// for the kernel), ring_op.go (an operation, from Submit to its result),
-// ring_method.go (the ways to discard and to zero) and ring_pin.go (registered
-// memory).
+// This file has the life of a RingQueue, from NewRingQueue to Stop. The rest of the
+// RingQueue is in
+//
+//	ring_turn.go    what its thread does, again and again
+//	ring_wait.go    how it waits for the kernel
+//	ring_op.go      an operation, from Submit to its result
+//	ring_method.go  the ways to discard and to write zeroes
+//	ring_pin.go     registered memory
 
 // RingConfig describes a RingQueue.
 type RingConfig struct {
 	// Name is the thread's name, as ps shows it (15 bytes of it).
 	Name string
-	// Depth is how many operations the kernel works on at a time; more than
-	// that wait in a list. 1 to uring.MaxEntries.
+	// Depth is how many operations the kernel works on at a time, 1 to
+	// uring.MaxEntries. Further operations wait in a list.
 	Depth int
-	// Commands is how many entries of Command are in flight at most. It sizes
-	// the completion queue: more than that work too, only slower.
+	// Commands is how many entries of Command are in flight at most. The ring is made
+	// large enough for them. More entries work too, but they are slower.
 	Commands int
-	// Files are registered with the ring for its life, so that operations on
-	// them save the look-up of the file descriptor. Others work as well.
+	// Files are registered with the ring for its life, so that operations on them
+	// save the look-up of the file descriptor. Other files work as well.
 	Files []*OSFile
-	// CPUs is where the thread may run; nil anywhere.
+	// CPUs are those on which the thread may run; nil means all.
 	CPUs *unix.CPUSet
-	// Buffers are registered with the ring, each under its place as index (see
-	// Buf.Index). The memory lies off the Go heap and stays until Stop. An empty
-	// one keeps its place for a driver that puts pages of the kernel there.
+	// Buffers are registered with the ring. A buffer's place in the slice is its index
+	// (see Buf.Index). The memory lies off the Go heap and stays until Stop. An empty
+	// buffer keeps its place free, for a driver that puts pages of the kernel there.
 	Buffers [][]byte
-	// Pins is how many buffers Pin takes at a time.
+	// Pins is how many buffers can be pinned at a time.
 	Pins int
 	// OnCommand gets the result of a Command entry, on the queue's thread.
 	OnCommand func(tag uint32, res int32)
@@ -46,12 +49,13 @@ type RingConfig struct {
 
 // RingQueue is the Queue on real files: one thread, one io_uring.
 //
-// A turn of its thread: run posted tasks, start waiting operations, give all
-// new entries to the kernel and wait in one system call, hand out completions.
-// What those start (Submit, Command) leaves with the next turn's call.
+// In each turn its thread runs the posted tasks, starts the waiting operations, gives
+// all new entries to the kernel and waits, in one system call, and hands out the
+// completions. What the completions start (Submit, Command) leaves with the next
+// turn's call.
 //
-// The kernel is given an operation's slot number, never a pointer. At most
-// Depth slots are in use; further operations wait in a list, oldest first.
+// The kernel gets an operation's slot number, never a pointer. At most Depth slots are
+// in use. Further operations wait in a list, oldest first.
 type RingQueue struct {
 	cfg  RingConfig
 	ring *uring.Ring
@@ -60,15 +64,15 @@ type RingQueue struct {
 	slots    []slot
 	free     []uint32         // unused slots
 	waiting  opList           // for a slot
-	finished opList           // Done is due without the kernel's doing
+	finished opList           // Done is due, and the kernel had nothing to do
 	inFlight int              // operations in the ring
 	commands int              // commands in the ring
 	wakeRead bool             // a read of wakeFd is in the ring
-	ending   bool             // that read has been made to complete, for the end
+	ending   bool             // the queue ends, and has made that read complete
 	misses   int              // times that spinning was in vain, in a row
 	sleeps   int              // waits that shall not spin
 	raw      bool             // waits keep the P: there was work lately
-	pinned   []unsafe.Pointer // what Pin put behind cfg.Buffers in the table; nil: a free place
+	pinned   []unsafe.Pointer // what Pin put into the table, behind cfg.Buffers; nil: a free place
 
 	// Fixed, but for tests.
 	maxTransfer uint64 // bytes, see maxTransfer
@@ -87,8 +91,8 @@ type RingQueue struct {
 	wakeBuf []byte     // where the ring reads wakeFd to, off the Go heap
 }
 
-// NewRingQueue starts a thread with its ring and returns when it runs. The
-// error is one of uring.New, or says what of cfg could not be had.
+// NewRingQueue starts a thread with its ring, and returns when the thread runs. The
+// error is one of uring.New, or says which wish of cfg could not be met.
 func NewRingQueue(cfg RingConfig) (*RingQueue, error) {
 	if cfg.Depth < 1 || cfg.Depth > uring.MaxEntries {
 		return nil, fmt.Errorf("start queue %s: depth %d, want 1 to %d", cfg.Name, cfg.Depth, uring.MaxEntries)
@@ -115,13 +119,15 @@ func NewRingQueue(cfg RingConfig) (*RingQueue, error) {
 	return q, nil
 }
 
-// thread is the queue's thread, from start to end. It is never unlocked: the
-// ring's owner, affinity and name end with it.
+// thread is the queue's thread, from start to end. It is never unlocked, so that the
+// system thread ends with it: its name, its affinity and the ring belong to no other
+// goroutine.
 func (q *RingQueue) thread(started chan<- error) {
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
-		// The main thread gives the process its name and cannot end. As long
-		// as it is locked here, the next goroutine runs on another.
+		// The main thread must not be the queue's, because it gives the process its name
+		// and cannot end. While it is locked here, the next goroutine runs on another
+		// thread.
 		locked := make(chan struct{})
 		go func() {
 			runtime.LockOSThread()
@@ -199,10 +205,11 @@ func (q *RingQueue) open() error {
 	return q.ring.RegisterRing()
 }
 
-// close ends what open made, as far as it came. No entry is in the ring, unless
-// commands were abandoned.
+// close ends what open made, even if open did not finish. No entry is in the ring,
+// unless commands were abandoned.
 func (q *RingQueue) close() {
-	// First, so that no poster writes into a file that got the number since.
+	// wakeFd goes first. Otherwise a poster might write to another file that gets its
+	// number.
 	q.mu.Lock()
 	if q.wakeFd >= 0 {
 		unix.Close(q.wakeFd)
@@ -217,19 +224,19 @@ func (q *RingQueue) close() {
 	}
 }
 
-// Stop asks the queue to end and waits until it has: once no operation and no
-// command is in flight and all tasks posted before have run. The caller sees
-// to it that they end. Not on the queue's own thread; a second Stop waits as
-// well.
+// Stop asks the queue to end, and waits until it has ended. It ends once no operation
+// and no command is in flight and all tasks posted before have run. The caller sees to
+// it that the operations and commands end. Stop must not be called on the queue's own
+// thread. A second Stop waits as well.
 func (q *RingQueue) Stop() {
 	q.stopping.Store(true)
 	q.wake()
 	<-q.ended
 }
 
-// Abandon is Stop that does not wait for commands: closing the ring makes the
-// kernel cancel them, without a word to OnCommand. It gives up a driver that
-// would keep them for ever.
+// Abandon is a Stop that does not wait for commands. When the ring is closed, the
+// kernel cancels them, and OnCommand is not called for them. It is for a driver that
+// would keep its commands for ever.
 func (q *RingQueue) Abandon() {
 	q.leaving.Store(true)
 	q.Stop()

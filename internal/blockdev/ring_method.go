@@ -1,10 +1,10 @@
 package blockdev
 
-// The ways to discard and to zero. A file cannot do all of them, and says so only
-// when it is asked.
+// This file has the ways to discard and to write zeroes. No file can do all of them,
+// and a file says what it cannot do only when it is asked.
 
-// method is how an operation is done. A file that cannot do it one way is
-// asked the next.
+// method is how an operation is done. If a file cannot do it in one way, the queue
+// tries the next.
 type method uint8
 
 const (
@@ -24,7 +24,7 @@ func firstMethod(op *Op) method {
 		}
 		return methodPunch
 	case WriteZeroes:
-		// A hole does not make a regular file grow, as zeroes do.
+		// A hole does not make a regular file grow, but zeroes must.
 		if op.NoUnmap || !file.block && !file.holds(op.Off+op.Len) {
 			return methodZero
 		}
@@ -34,7 +34,7 @@ func firstMethod(op *Op) method {
 	return methodPlain
 }
 
-// nextMethod is what to try when the file cannot do m (EOPNOTSUPP); false when
+// nextMethod is the method to try if the file cannot do m (EOPNOTSUPP). It is false if
 // op cannot be done at all.
 //
 //	discard, block device: discard -> punch

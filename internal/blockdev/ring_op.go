@@ -8,8 +8,9 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
-// An operation on its way: a slot, an entry for the kernel, the kernel's answer,
-// and once more for what is left or has to be tried in another way.
+// This file has the way of an operation: it gets a slot, an entry for the kernel, and
+// the kernel's answer. If a part is left, or has to be tried in another way, it gets a
+// further entry.
 
 const (
 	// maxTransfer is the most that one ring entry reads or writes. The kernel
@@ -71,7 +72,7 @@ func (q *RingQueue) Submit(op *Op) {
 	}
 }
 
-// startWaiting gives free slots to the operations that wait longest.
+// startWaiting gives free slots to the operations that have waited longest.
 func (q *RingQueue) startWaiting() {
 	for q.waiting.head != nil && len(q.free) > 0 {
 		q.start(q.waiting.pop())
@@ -122,7 +123,7 @@ func (q *RingQueue) issue(i uint32) {
 
 func (q *RingQueue) preparePlain(s *uring.SQE, op *Op, fd int, off, n uint64) {
 	length := uint32(min(n, q.maxTransfer))
-	// For kernel pages Mem is nil, and the offset itself is the address.
+	// For pages of the kernel Mem is nil, and the offset itself is the address.
 	addr := uint64(uintptr(op.Buf.Mem)) + uint64(op.Buf.Off+op.moved)
 	index := q.bufIndex(op.Buf)
 	switch op.Kind {
@@ -151,8 +152,8 @@ func (q *RingQueue) preparePlain(s *uring.SQE, op *Op, fd int, off, n uint64) {
 	}
 }
 
-// fileRef is how an entry names file: by its place among the registered ones,
-// else by file descriptor. There are a few of them at most.
+// fileRef is how an entry names file: by its place among the registered files, or else
+// by its file descriptor. Only a few files are registered.
 func (q *RingQueue) fileRef(file *OSFile) (fd int, fixed bool) {
 	for i, f := range q.cfg.Files {
 		if f == file {
@@ -178,13 +179,13 @@ func (q *RingQueue) completed(i uint32, res int32) {
 		case unix.EAGAIN:
 			if sl.tries < maxTries {
 				sl.tries++
-				sl.async = true // it cannot be had without blocking
+				sl.async = true // the kernel cannot do it without blocking
 				q.issue(i)
 				return
 			}
 		case unix.ECANCELED:
 			if sl.async {
-				// The kernel had no worker and no memory for one.
+				// The kernel had no worker free, and no memory for a new one.
 				sl.async = false
 				q.issue(i)
 				return
@@ -197,7 +198,7 @@ func (q *RingQueue) completed(i uint32, res int32) {
 			}
 		}
 	case transfer && res == 0:
-		// The end of the file or device: nothing more will come.
+		// This is the end of the file or device, so nothing more will come.
 		errno = unix.EIO
 	case transfer:
 		op.moved += int64(res)

@@ -10,11 +10,12 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 )
 
-// What the thread of a RingQueue does, again and again: a turn. Here are its
-// order, everything that is delivered by it (posted tasks, completions), and how
-// another thread wakes it.
+// The thread of a RingQueue does the same turn again and again. This file has the
+// order of a turn, what a turn delivers (posted tasks, completions), and how another
+// thread wakes the queue.
 
-// user_data of a ring entry: what it is in the high half, which one in the low.
+// The user_data of a ring entry says in its high half what the entry is, and in its
+// low half which one.
 const (
 	kindOp      uint64 = iota << 32 // low half: slot
 	kindCommand                     // low half: tag
@@ -35,9 +36,9 @@ func (q *RingQueue) Post(t *Task) {
 	q.wake()
 }
 
-// wake makes a sleeping queue look at what was posted. The order decides that
-// no wake-up is lost: a poster publishes, then looks at armed; the queue sets
-// armed, then looks for what was published.
+// wake makes a sleeping queue look at what was posted. No wake-up is lost, because of
+// the order on both sides: a poster publishes its task and then looks at armed, and
+// the queue sets armed and then looks for published tasks.
 func (q *RingQueue) wake() {
 	if q.armed.Load() && q.armed.CompareAndSwap(true, false) {
 		q.signal()
@@ -111,8 +112,8 @@ func (q *RingQueue) runTasks() {
 	}
 }
 
-// runFinished hands out the operations that needed no I/O. Those that their
-// Done adds wait for the next turn.
+// runFinished hands out the operations that needed no I/O. If their Done adds further
+// ones, these wait for the next turn.
 func (q *RingQueue) runFinished() {
 	list := q.finished
 	q.finished = opList{}
@@ -121,7 +122,8 @@ func (q *RingQueue) runFinished() {
 	}
 }
 
-// sqe is a free entry of the submission queue; a full one is submitted.
+// sqe is a free entry of the submission queue. If the queue is full, it is submitted
+// first.
 func (q *RingQueue) sqe() *uring.SQE {
 	for {
 		if s := q.ring.SQE(); s != nil {
@@ -133,9 +135,9 @@ func (q *RingQueue) sqe() *uring.SQE {
 	}
 }
 
-// Command is an entry for a command of the layer above: its result goes to
-// OnCommand with tag. The caller fills it with a Prep method at once and
-// leaves UserData alone. On the queue's thread only.
+// Command is an entry for a command of the layer above. The command's result goes to
+// OnCommand, with tag. The caller fills the entry with a Prep method at once, and
+// leaves UserData alone. Command is called on the queue's thread only.
 func (q *RingQueue) Command(tag uint32) *uring.SQE {
 	s := q.sqe()
 	s.UserData = kindCommand | uint64(tag)

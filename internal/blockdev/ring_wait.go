@@ -10,19 +10,21 @@ import (
 
 // How a queue waits
 //
-// An ordinary wait lets the Go scheduler take the P away, and getting one back
-// costs more than all the rest of a turn. A raw wait keeps it. So a queue waits
-// raw from its first completion on, until a raw wait brings nothing. What ends
-// such a wait is the runtime's own preemption signal: to every thread that had
-// the same goroutine on for 10 ms, and at once when the world has to stop. No
-// time limit of ours: setting a timer costs microseconds in a virtual machine,
-// for each wait. Commands that lie in the ring for ever, as those of ublk do,
-// do not keep a queue raw; only completions do.
+// In an ordinary wait the Go scheduler may take the thread's P, its right to run Go
+// code. To get a P back costs more than all the rest of a turn. A raw wait keeps the
+// P. So a queue waits raw from its first completion on, until a raw wait brings
+// nothing.
 //
-// Falling asleep and being woken costs as much again, the issuer of a request
-// too, and most of the time of requests that come one by one. So a raw queue
-// first spins for a moment. When that was in vain it sleeps at once the next
-// 2, 4, 8… times: what comes less often than spinTime is hardly spun for.
+// The runtime's own preemption signal ends a raw wait that brings nothing. A thread
+// gets that signal when it has run the same goroutine for 10 ms, and at once when the
+// world has to stop. A raw wait has no time limit, because to set a timer for each
+// wait costs microseconds in a virtual machine. Commands that lie in the ring for
+// ever, as those of ublk do, do not keep a queue raw. Only completions do.
+//
+// To fall asleep and to be woken costs as much again, for the queue and for the issuer
+// of a request. If requests come one by one, it is most of their time. So a raw queue
+// first spins for a moment. If it spun in vain, it sleeps at once the next 2, 4, 8…
+// times. So a queue hardly spins for requests that come less often than spinTime.
 
 const (
 	// spinTime is about what it takes an issuer to be woken and to send its
@@ -31,15 +33,15 @@ const (
 	maxMisses = 7
 )
 
-// spinners is how many raw queues there are at most while any of them spins:
-// one processor stays for those who are waited for.
+// spinners is how many raw queues there may be while any of them spins. So one
+// processor stays for those that the queues wait for.
 var spinners = runtime.NumCPU() - 1
 
-// rawQueues is how many queues wait raw, each of which holds a P.
+// rawQueues is how many queues wait raw. Each of them holds a P.
 var rawQueues atomic.Int32
 
-// rawLimit is how many may: one P stays for everybody else. None without the
-// preemption signal, which godebug can switch off.
+// rawLimit is how many queues may wait raw. One P stays for everybody else. Without
+// the preemption signal, which godebug can switch off, no queue may.
 func rawLimit(godebug string) int32 {
 	if strings.Contains(godebug, "asyncpreemptoff=1") {
 		return 0
@@ -131,8 +133,8 @@ func (q *RingQueue) spin() bool {
 // enter is the system call.
 func (q *RingQueue) enter(min uint32, raw bool) {
 	if err := q.ring.SubmitAndWait(min, raw); err != nil {
-		// The ring is ours and its arguments are right: nothing that a disk
-		// or a user does leads here.
+		// The ring is ours and the arguments are right, so nothing that a disk or a user
+		// does leads here.
 		panic(fmt.Sprintf("queue %s: %v", q.cfg.Name, err))
 	}
 }

@@ -10,9 +10,9 @@ import (
 // zeroesLen is how many zeroes there are, in bytes.
 const zeroesLen = 1 << 20
 
-// Zeroes is memory to write zeroes from, off the Go heap as every buffer. All
-// queues share it, and it cannot be written to, so it takes no memory, locked
-// or not.
+// Zeroes is memory to write zeroes from. Like every buffer it lies off the Go heap.
+// All queues share it. Nobody can write to it, so it takes no memory, not even if the
+// process locks its memory.
 func Zeroes() []byte { return zeroes() }
 
 var zeroes = sync.OnceValue(func() []byte {

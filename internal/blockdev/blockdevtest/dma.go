@@ -2,6 +2,6 @@
 
 package blockdevtest
 
-// dma copies as a disk does, past all that Go knows of memory: the engine may
-// have read what is being overwritten, and find out afterwards.
+// dma copies as a disk does, without regard to Go's memory model. The engine may read
+// what is being overwritten, and find that out afterwards.
 func dma(dst, src []byte) int { return copy(dst, src) }

@@ -2,9 +2,9 @@
 
 package blockdevtest
 
-// dma copies as a disk does, past all that Go knows of memory: the engine may
-// have read what is being overwritten, and find out afterwards. The race
-// detector watches copy even here, but not a loop.
+// dma copies as a disk does, without regard to Go's memory model. The engine may read
+// what is being overwritten, and find that out afterwards. The race detector watches
+// the builtin copy even here, but not a loop.
 //
 //go:norace
 func dma(dst, src []byte) int {

@@ -89,7 +89,7 @@ func NewMemoryFile(name string, limit int64) *Memory {
 	return m
 }
 
-// MapMemory makes mem itself a file, as a file in /run mapped shared is: what
+// MapMemory makes mem itself a file, like a file in /run that is mapped shared: what
 // is written to the one is read from the other. It takes any alignment.
 func MapMemory(name string, mem []byte) *Memory {
 	return &Memory{name: name, size: int64(len(mem)), blockSize: 1, mapped: mem}
@@ -160,9 +160,9 @@ func (m *Memory) LoseUnsynced() {
 	m.syncedSize = m.size
 }
 
-// PowerFail sets every sector that was not made durable to one of the contents
-// that it had since it last was: choose picks one of n. Operations in flight
-// must be dealt with first (Sched.PowerFail does both).
+// PowerFail sets every sector that was not made durable to one of the contents that it
+// has had since it last was durable. choose picks one of n. Operations in flight must
+// be dealt with first (Sched.PowerFail does both).
 func (m *Memory) PowerFail(choose func(n int) int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -290,7 +290,8 @@ func (m *Memory) apply(op *blockdev.Op, by *landing, off, n int64) {
 
 func (m *Memory) growLocked(end int64) { m.size = max(m.size, end) }
 
-// begun is the moment that a Flush submitted now covers writes up to.
+// begun is the present moment. A Flush that is submitted now covers the writes up to
+// it.
 func (m *Memory) begun() uint64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -319,8 +320,8 @@ func (m *Memory) completed(op *blockdev.Op, by *landing, mark uint64) {
 	}
 }
 
-// settleLocked makes the last version of a sector that durable says yes to
-// its first.
+// settleLocked makes the last version of a sector for which durable says yes the
+// sector's first version.
 func (m *Memory) settleLocked(sector int64, durable func(*landing) bool) {
 	history := m.unsynced[sector]
 	for i := len(history) - 1; i > 0; i-- {

@@ -11,9 +11,9 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
-// Sched plays the threads and the disks of a process in one goroutine: it has
-// any number of Queues, and Step lets one thing happen. What happens next is
-// decided by a seed, so a run can be repeated exactly.
+// Sched plays the threads and the disks of a process in one goroutine. It has any
+// number of Queues, and Step lets one thing happen. A seed decides what happens next,
+// so a run can be repeated exactly.
 //
 // An operation on a Memory file takes effect at some moment between Submit and
 // Done, a longer one in pieces with other things in between. So overlapping
@@ -128,8 +128,8 @@ func (s *Sched) NewQueue(name string) *SchedQueue {
 	return &SchedQueue{s: s, name: name}
 }
 
-// NewMemoryQueue is the one queue of a world of its own in which everything
-// happens in order: for unit tests, with Run.
+// NewMemoryQueue makes a world of its own with one queue, in which everything happens
+// in order. It is for unit tests, with Run.
 func NewMemoryQueue() *SchedQueue { return NewSched(0).NewQueue("q") }
 
 // Name is the name given at creation.
@@ -214,8 +214,8 @@ func (q *SchedQueue) Post(t *blockdev.Task) {
 	q.s.push(&event{queue: q, posted: true}, q.s.now+q.s.delay(0))
 }
 
-// After runs f on q at a time to come, later the larger slow is; not in any
-// order with posted tasks. For what is not part of the engine.
+// After runs f on q at a later time, which is the later the larger slow is. f and
+// posted tasks have no order. It is for what is not part of the engine.
 func (q *SchedQueue) After(slow uint, f func()) {
 	q.s.push(&event{queue: q, call: f}, q.s.now+q.s.delay(slow))
 }
@@ -380,8 +380,8 @@ func (s *Sched) orphan(e *event) {
 	e.at = s.now + s.delay(uint(s.random.Intn(4)))
 }
 
-// stuckFiles is the stuck files in the order of their first event, for a run
-// must not depend on the order of a map.
+// stuckFiles is the stuck files in the order of their first event, because a run must
+// not depend on the order of a map.
 func (s *Sched) stuckFiles() []*Memory {
 	var files []*Memory
 	for m, es := range s.stuck {
@@ -397,9 +397,9 @@ func (s *Sched) stuckFiles() []*Memory {
 	return files
 }
 
-// Settle lets the operations that killed queues left behind take effect, those
-// on files that keep says yes to (all when it is nil), before anything else
-// happens, on stuck files too: what a recovery waits for.
+// Settle lets the operations that killed queues left behind take effect before anything
+// else happens, on stuck files too. That is what a recovery waits for. If keep is not
+// nil, Settle does so only for the files for which keep says yes.
 func (s *Sched) Settle(keep func(*Memory) bool) {
 	var rest, mine []*event
 	for _, m := range s.stuckFiles() {
