@@ -33,12 +33,12 @@ func (l *Lost) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "the daemon before (process %d) died", l.PID)
 	sep := ", and with it "
-	for _, v := range l.Devices {
+	for _, dev := range l.Devices {
 		what := "the filter"
-		if v.Waits {
+		if dev.Waits {
 			what = "the server of the filter, whose I/O waits,"
 		}
-		fmt.Fprintf(&b, "%s%s %s over %s (%s)", sep, what, v.Name, v.Original, v.Path)
+		fmt.Fprintf(&b, "%s%s %s over %s (%s)", sep, what, dev.Name, dev.Original, dev.Path)
 		sep = ", "
 	}
 	for _, s := range l.Snapshots {

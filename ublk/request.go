@@ -48,7 +48,7 @@ type Request struct {
 	// may keep state of its own for each tag.
 	Tag int
 
-	to Completer
+	completer Completer
 }
 
 // Completer takes the result of a request: a ublk queue, or a test that plays
@@ -61,12 +61,12 @@ type Completer interface {
 
 // NewRequest makes the request of one tag. The queue fills it in again and again.
 func NewRequest(tag int, to Completer) *Request {
-	return &Request{Tag: tag, to: to}
+	return &Request{Tag: tag, completer: to}
 }
 
 // Complete gives the request back with its result: 0, or the errno that the issuer
 // shall see. It is called exactly once for each Handle, on the queue's thread.
-func (r *Request) Complete(errno unix.Errno) { r.to.Completed(r, errno) }
+func (r *Request) Complete(errno unix.Errno) { r.completer.Completed(r, errno) }
 
 // Handler serves the requests of one queue.
 type Handler interface {

@@ -84,8 +84,8 @@ func (p *program) markFile(c *cobra.Command, device, path string) error {
 		device = d.DisplayPath()
 	}
 	var ranges []string
-	for _, x := range extents {
-		ranges = append(ranges, control.Range{Sector: uint64(x.Offset) / sector.Size, Count: uint64(x.Length) / sector.Size}.String())
+	for _, ext := range extents {
+		ranges = append(ranges, control.Range{Sector: uint64(ext.Offset) / sector.Size, Count: uint64(ext.Length) / sector.Size}.String())
 	}
 	// The daemon takes no more of one request.
 	for some := range slices.Chunk(ranges, 32<<10) {

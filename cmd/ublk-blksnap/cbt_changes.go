@@ -39,8 +39,8 @@ everything has to be copied.`,
 					return p.changesJSON(ctx, api, r)
 				}
 				w := bufio.NewWriter(p.out)
-				_, err := api.CBTChanges(ctx, r, func(x control.Range) error {
-					_, err := fmt.Fprintln(w, x)
+				_, err := api.CBTChanges(ctx, r, func(changed control.Range) error {
+					_, err := fmt.Fprintln(w, changed)
 					return err
 				})
 				return errors.Join(err, w.Flush())
@@ -55,8 +55,8 @@ everything has to be copied.`,
 func (p *program) changesJSON(ctx context.Context, api control.API, r control.ChangesRequest) error {
 	w := bufio.NewWriter(p.out)
 	start := `{"ranges":[`
-	i, err := api.CBTChanges(ctx, r, func(x control.Range) error {
-		b, err := json.Marshal(x)
+	i, err := api.CBTChanges(ctx, r, func(changed control.Range) error {
+		b, err := json.Marshal(changed)
 		if err == nil {
 			_, err = fmt.Fprintf(w, "%s\n%s", start, b)
 		}

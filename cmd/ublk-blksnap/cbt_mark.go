@@ -24,11 +24,11 @@ func (p *program) markRanges(c *cobra.Command, device string, ranges []string) e
 	}
 	r := control.MarkRequest{Device: dev}
 	for _, s := range ranges {
-		x, err := control.ParseRange(s)
+		marked, err := control.ParseRange(s)
 		if err != nil {
 			return usage("%s %s: %v", c.Name(), device, err)
 		}
-		r.Ranges = append(r.Ranges, x)
+		r.Ranges = append(r.Ranges, marked)
 	}
 	return p.with(c, func(ctx context.Context, api control.API) error { return api.MarkDirty(ctx, r) })
 }

@@ -144,8 +144,8 @@ type Op struct {
 	// Done is called once, on the queue's thread, never from inside Submit.
 	Done func(*Op)
 
-	next  *Op   // in a list of the Queue
-	moved int64 // bytes done by earlier partial transfers
+	next        *Op   // in a list of the Queue
+	transferred int64 // bytes done by earlier partial transfers
 }
 
 // Task is a piece of work for another thread. The poster owns it and may post

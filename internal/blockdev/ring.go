@@ -80,11 +80,11 @@ type RingQueue struct {
 	cqes        [64]uring.CQE
 
 	// Shared with posters.
-	posted   atomic.Pointer[Task] // newest first
-	armed    atomic.Bool          // the queue may sleep: a poster has to wake it
-	stopping atomic.Bool
-	leaving  atomic.Bool // the end does not wait for commands
-	ended    chan struct{}
+	posted    atomic.Pointer[Task] // newest first
+	armed     atomic.Bool          // the queue may sleep: a poster has to wake it
+	stopping  atomic.Bool
+	abandoned atomic.Bool // the end does not wait for commands
+	ended     chan struct{}
 
 	mu      sync.Mutex // guards wakeFd against its close
 	wakeFd  int        // eventfd, -1 after the end
@@ -238,6 +238,6 @@ func (q *RingQueue) Stop() {
 // kernel cancels them, and OnCommand is not called for them. It is for a driver that
 // would keep its commands for ever.
 func (q *RingQueue) Abandon() {
-	q.leaving.Store(true)
+	q.abandoned.Store(true)
 	q.Stop()
 }

@@ -57,7 +57,7 @@ func (l *opList) pop() *Op {
 // Submit starts op. Its File is an *OSFile.
 func (q *RingQueue) Submit(op *Op) {
 	op.Err = 0
-	op.moved = 0
+	op.transferred = 0
 	switch {
 	case op.Kind != Flush && (op.Off < 0 || op.Len <= 0):
 		op.Err = unix.EINVAL
@@ -96,7 +96,7 @@ func (q *RingQueue) issue(i uint32) {
 	file := op.File.(*OSFile)
 	s := q.sqe()
 	fd, fixed := q.fileRef(file)
-	off, n := uint64(op.Off+op.moved), uint64(op.Len-op.moved)
+	off, n := uint64(op.Off+op.transferred), uint64(op.Len-op.transferred)
 	switch sl.method {
 	case methodDiscard:
 		s.PrepCommand(fd, blockDiscard)
@@ -124,7 +124,7 @@ func (q *RingQueue) issue(i uint32) {
 func (q *RingQueue) preparePlain(s *uring.SQE, op *Op, fd int, off, n uint64) {
 	length := uint32(min(n, q.maxTransfer))
 	// For pages of the kernel Mem is nil, and the offset itself is the address.
-	addr := uint64(uintptr(op.Buf.Mem)) + uint64(op.Buf.Off+op.moved)
+	addr := uint64(uintptr(op.Buf.Mem)) + uint64(op.Buf.Off+op.transferred)
 	index := q.bufIndex(op.Buf)
 	switch op.Kind {
 	case Read:
@@ -201,8 +201,8 @@ func (q *RingQueue) completed(i uint32, res int32) {
 		// This is the end of the file or device, so nothing more will come.
 		errno = unix.EIO
 	case transfer:
-		op.moved += int64(res)
-		if op.moved < op.Len {
+		op.transferred += int64(res)
+		if op.transferred < op.Len {
 			sl.tries, sl.async = 0, op.ForceAsync
 			q.issue(i)
 			return

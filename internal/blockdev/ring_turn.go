@@ -88,7 +88,7 @@ func (q *RingQueue) run() {
 
 // idle says whether nothing is left to do.
 func (q *RingQueue) idle() bool {
-	return q.inFlight == 0 && (q.commands == 0 || q.leaving.Load()) && q.waiting.head == nil &&
+	return q.inFlight == 0 && (q.commands == 0 || q.abandoned.Load()) && q.waiting.head == nil &&
 		q.finished.head == nil && q.posted.Load() == nil
 }
 

@@ -24,16 +24,16 @@ import "context"
 func Call[T any](ctx context.Context, f func() T, undo func(T)) (T, error) {
 	done := make(chan T)
 	go func() {
-		x := f()
+		result := f()
 		select {
-		case done <- x:
+		case done <- result:
 		case <-ctx.Done():
-			undo(x)
+			undo(result)
 		}
 	}()
 	select {
-	case x := <-done:
-		return x, nil
+	case result := <-done:
+		return result, nil
 	case <-ctx.Done():
 		var none T
 		return none, ctx.Err()

@@ -54,7 +54,7 @@ func ask[T any](end time.Time, question string, f func() T, undo func(T)) (T, er
 	ctx, cancel := context.WithTimeout(context.Background(), max(time.Until(end), grace))
 	defer cancel()
 	ended := make(chan struct{})
-	x, err := bounded.Call(ctx, func() T {
+	answer, err := bounded.Call(ctx, func() T {
 		defer close(ended)
 		return f()
 	}, undo)
@@ -64,7 +64,7 @@ func ask[T any](end time.Time, question string, f func() T, undo func(T)) (T, er
 		unanswered.Unlock()
 		return none, ErrNoAnswer
 	}
-	return x, nil
+	return answer, nil
 }
 
 // askPath is ask about a path.
@@ -73,8 +73,8 @@ func askPath[T any](h *Host, what, path string, f func() T, undo func(T)) (T, er
 	n := len(unanswered.ended)
 	unanswered.Unlock()
 	if n < maxUnanswered {
-		if x, err := ask(h.deadline(), what+" "+filepath.Join(h.Root, path), f, undo); err == nil {
-			return x, nil
+		if answer, err := ask(h.deadline(), what+" "+filepath.Join(h.Root, path), f, undo); err == nil {
+			return answer, nil
 		}
 	}
 	var none T

@@ -52,11 +52,11 @@ func (m *model) add(dev int) {
 func (d *devModel) begin(generation uuid.UUID, number uint8) {
 	d.epochs = append(d.epochs, epoch{generation, number, make([]bool, len(d.last))})
 	// What is being written now is written in this epoch too.
-	for _, x := range d.w.allDevices() {
-		if x.dev != d.dev {
+	for _, other := range d.w.allDevices() {
+		if other.dev != d.dev {
 			continue
 		}
-		for _, h := range x.queues {
+		for _, h := range other.queues {
 			for _, r := range h.waiting {
 				d.may(r)
 			}
@@ -82,7 +82,7 @@ func (d *devModel) resize(size int64) {
 
 // renew starts an epoch if a new process has found the map in another one.
 func (d *devModel) renew(info cbtmap.Info) {
-	if x := d.epochs[len(d.epochs)-1]; x.generation != info.GenerationID || x.number != info.ChangesNumber {
+	if e := d.epochs[len(d.epochs)-1]; e.generation != info.GenerationID || e.number != info.ChangesNumber {
 		d.begin(info.GenerationID, info.ChangesNumber)
 	}
 }
@@ -125,9 +125,9 @@ func (d *devModel) changed(off, n int64) {
 // exactly also that no block is marked for nothing.
 func (d *devModel) checkMap(readable []byte, generation uuid.UUID, number uint8, exactly bool) {
 	for b, v := range readable {
-		if e := d.last[b]; e >= 0 {
-			if x := d.epochs[e]; x.generation == generation && v <= x.number && x.number < number {
-				d.w.fail("I3: disk%d block %d changed after take %d, its byte says %d at take %d", d.dev, b, x.number, v, number)
+		if last := d.last[b]; last >= 0 {
+			if e := d.epochs[last]; e.generation == generation && v <= e.number && e.number < number {
+				d.w.fail("I3: disk%d block %d changed after take %d, its byte says %d at take %d", d.dev, b, e.number, v, number)
 			}
 		}
 		if v > number {
@@ -136,8 +136,8 @@ func (d *devModel) checkMap(readable []byte, generation uuid.UUID, number uint8,
 		if !exactly || v == 0 {
 			continue
 		}
-		for _, x := range d.epochs {
-			if x.generation == generation && x.number == v-1 && !x.may[b] {
+		for _, e := range d.epochs {
+			if e.generation == generation && e.number == v-1 && !e.may[b] {
 				d.w.fail("disk%d block %d is marked with %d though nothing was written there after take %d", d.dev, b, v, v-1)
 			}
 		}

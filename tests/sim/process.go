@@ -147,8 +147,8 @@ func (p *process) serve() {
 
 func (p *process) serveOf(dev int) {
 	for n, h := range p.w.devices[dev].queues {
-		x := p.handlers[dev][n]
-		h.serve(x.thread, x.handler)
+		server := p.handlers[dev][n]
+		h.serve(server.thread, server.handler)
 	}
 }
 

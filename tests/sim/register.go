@@ -30,8 +30,8 @@ type cell []written
 
 // superseded says whether w is overwritten for a read that began at start.
 func (c cell) superseded(w written, start moment) bool {
-	for _, x := range c {
-		if !x.weak && x.from > w.to && x.to < start {
+	for _, later := range c {
+		if !later.weak && later.from > w.to && later.to < start {
 			return true
 		}
 	}
@@ -40,8 +40,8 @@ func (c cell) superseded(w written, start moment) bool {
 
 // lost says whether w is overwritten for whoever looks after a power failure.
 func (c cell) lost(w written) bool {
-	for _, x := range c {
-		if x.hard && !x.weak && x.from > w.to {
+	for _, later := range c {
+		if later.hard && !later.weak && later.from > w.to {
 			return true
 		}
 	}
