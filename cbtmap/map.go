@@ -46,7 +46,7 @@ func (m *Map) release() {
 	}
 }
 
-// mark writes the byte v, which is the highest the map may hold, for the blocks
+// mark writes the byte of pattern, the highest that the map may hold, for the blocks
 // that [off, off+length) touches. The range lies on the device and is not empty.
 // Words that already say so are only read.
 func (g *geometry) mark(words []uint64, off, length int64, pattern uint64) {

@@ -67,7 +67,7 @@ func snapshotError(err error, format string, args ...any) error {
 		set(control.NoSpace, unix.ENOSPC)
 	case errors.Is(err, snapimage.ErrTaken), errors.Is(err, snapimage.ErrAdded):
 		set(control.Exists, unix.EALREADY)
-	case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapshots.ErrFreezeTimeout), errors.Is(err, snapshots.ErrStuck):
+	case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapshots.ErrFreezeTimeout), errors.Is(err, snapshots.ErrNoAnswer):
 		set(control.Timeout, unix.ETIMEDOUT)
 	case errors.Is(err, snapshots.ErrStorageInUse):
 		set(control.Busy, unix.EBUSY)

@@ -59,7 +59,7 @@ func (d *Daemon) destroyBroken(id string, dev *device) error {
 // disk does not answer, the operation has waited for it already, so abandon does not
 // wait again.
 func (d *Daemon) abandon(s *snapshot, err error) error {
-	if errors.Is(err, snapshots.ErrStuck) {
+	if errors.Is(err, snapshots.ErrNoAnswer) {
 		return errors.Join(err, d.startDestroy(s))
 	}
 	return errors.Join(err, d.destroy(s))
@@ -146,7 +146,7 @@ func (d *Daemon) awaitDestroyed(ctx context.Context, s *snapshot) error {
 	hanging := s.hanging()
 	s.use.RUnlock()
 	d.opts.Log.Warn("a disk of a destroyed snapshot does not answer: the rest is given back when it does", "snapshot", s.id, "disks", hanging)
-	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when the disk answers", strings.Join(hanging, ", "), snapshots.ErrStuck)
+	return fmt.Errorf("%s: %w: what is left of the snapshot goes by itself when the disk answers", strings.Join(hanging, ", "), snapshots.ErrNoAnswer)
 }
 
 // hanging are the disks that hold a snapshot up: those that its log waits for,

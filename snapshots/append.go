@@ -8,12 +8,12 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 )
 
-// ErrStuck: a disk of the snapshot, of its storage or an original, does not
+// ErrNoAnswer: a disk of the snapshot, of its storage or an original, does not
 // answer.
-var ErrStuck = errors.New("does not answer")
+var ErrNoAnswer = errors.New("does not answer")
 
 // Append gives the snapshot storage. It returns when the first portion is
-// allocated, or with ErrStuck when that takes longer than Config.StorageTimeout, all
+// allocated, or with ErrNoAnswer when that takes longer than Config.StorageTimeout, all
 // in all: the storage is used then if it answers after all, and given back with the
 // others.
 func (s *Snapshot) Append(c StorageConfig) error {
@@ -28,7 +28,7 @@ func (s *Snapshot) Append(c StorageConfig) error {
 	select {
 	case err = <-s.start(func(done func(error)) { s.engine.Append(st.engine(), done) }):
 	case <-ctx.Done():
-		return fmt.Errorf("%s: %w", path, ErrStuck)
+		return fmt.Errorf("%s: %w", path, ErrNoAnswer)
 	}
 	if err == nil {
 		return nil
@@ -67,7 +67,7 @@ func (s *Snapshot) openStorage(ctx context.Context, c StorageConfig) (*storage, 
 	})
 	if late != nil {
 		s.awaitLater(back)
-		return nil, fmt.Errorf("%s: %w", c.Place.Path, ErrStuck)
+		return nil, fmt.Errorf("%s: %w", c.Place.Path, ErrNoAnswer)
 	}
 	return o.st, o.err
 }

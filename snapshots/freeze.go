@@ -67,7 +67,7 @@ func (f *frozenMounts) thaw() error {
 	for _, m := range slices.Backward(f.mounts) {
 		switch err := Thaw(m, f.limit); {
 		case err == nil:
-		case errors.Is(err, ErrStuck):
+		case errors.Is(err, ErrNoAnswer):
 			errs = append(errs, fmt.Errorf("%w: it goes on when its disk answers", err))
 		case errors.Is(err, unix.EINVAL):
 			errs = append(errs, fmt.Errorf("thaw %s: somebody else thawed it first: the images may show it as it was in use", m.Name()))
@@ -80,7 +80,7 @@ func (f *frozenMounts) thaw() error {
 }
 
 // Thaw lets the filesystem that f lies on go on; EINVAL if it is not frozen. That
-// may have to write to the disk: ErrStuck if it does not answer within limit, and
+// may have to write to the disk: ErrNoAnswer if it does not answer within limit, and
 // the filesystem goes on when it does.
 func Thaw(f *os.File, limit time.Duration) error {
 	own, err := dup(f) // f may be closed while the request is under way
@@ -96,7 +96,7 @@ func Thaw(f *os.File, limit time.Duration) error {
 		return ioctlMount(own, uapi.FITHAW)
 	}, func(error) {})
 	if err != nil {
-		thawed = ErrStuck
+		thawed = ErrNoAnswer
 	}
 	if thawed != nil {
 		return fmt.Errorf("thaw %s: %w", f.Name(), thawed)
