@@ -1,8 +1,9 @@
 #!/bin/bash
-# run.sh TIME BINARIES REGEXP runs the test binaries in a directory one after the other, each in the folder here that it
-# is built of, and fails if any fails. TIME is for all of them: the binary that has no time left tells where it hangs.
+# run.sh MINUTES BINARIES REGEXP runs the test binaries in a directory one after the other, each in the folder here that it
+# is built of, and fails if any fails. The minutes are for all of them; a binary that is still running then tells where it
+# hangs.
 cd "$(dirname "$0")/../.." || exit
-limit=$((${1%m} * 60)) binaries=$(realpath "$2") status=0
+limit=$(($1 * 60)) binaries=$(realpath "$2") status=0
 for binary in "$binaries"/*.test; do
 	folder=$(basename "$binary" .test)
 	echo "# $folder"

@@ -33,7 +33,7 @@ func Await[T any](t testing.TB, what string, c <-chan T) T {
 	}
 }
 
-// Context bounds one call of the daemon.
+// Context bounds one call of the daemon, or a few of the driver.
 func Context(t testing.TB) context.Context {
 	c, cancel := context.WithTimeout(context.Background(), Patience)
 	t.Cleanup(cancel)

@@ -13,21 +13,19 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/direct"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// ublkResources is what a process and the driver hold.
-type ublkResources struct{ fds, threads, mappings, devices int }
+// resources is what a process and the driver hold.
+type resources struct{ fds, threads, mappings, devices int }
 
-func ublkHeld(t testing.TB) ublkResources {
+func heldNow(t testing.TB) resources {
 	t.Helper()
 	count := func(dir string) int {
 		entries, err := os.ReadDir(dir)
@@ -41,7 +39,7 @@ func ublkHeld(t testing.TB) ublkResources {
 		t.Fatal(err)
 	}
 	blocks, _ := filepath.Glob("/sys/block/ublkb*")
-	return ublkResources{
+	return resources{
 		fds:      count("/proc/self/fd"),
 		threads:  count("/proc/self/task"),
 		mappings: strings.Count(string(maps), "\n"),
@@ -49,12 +47,12 @@ func ublkHeld(t testing.TB) ublkResources {
 	}
 }
 
-// ublkSettled waits until nothing above what was held before is held.
-func ublkSettled(t testing.TB, before ublkResources, slackThreads int) {
+// settled waits until nothing above what was held before is held.
+func settled(t testing.TB, before resources, slackThreads int) {
 	t.Helper()
-	var now ublkResources
+	var now resources
 	for end := time.Now().Add(guest.Patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		now = ublkHeld(t)
+		now = heldNow(t)
 		if now.fds <= before.fds && now.devices <= before.devices && now.threads <= before.threads+slackThreads &&
 			now.mappings <= before.mappings+4*slackThreads+4 {
 			return
@@ -64,12 +62,12 @@ func ublkSettled(t testing.TB, before ublkResources, slackThreads int) {
 }
 
 func TestUblkLifeCycle(t *testing.T) {
-	ctl := ublkControl(t)
-	for _, mode := range ublkModes(ctl) {
+	ctl := openControl(t)
+	for _, mode := range payloadModes(ctl) {
 		t.Run(mode.String(), func(t *testing.T) {
-			cfg, _ := ublkConfig(t, mode, min(2, ublk.MaxQueues()), 16)
+			cfg, _ := memoryConfig(t, mode, min(2, ublk.MaxQueues()), 16)
 			round := func(i int) {
-				ctx := ublkContext(t)
+				ctx := guest.Context(t)
 				d, err := ublk.Add(ctx, ctl, cfg)
 				if err != nil {
 					t.Fatalf("round %d: %v", i, err)
@@ -101,12 +99,12 @@ func TestUblkLifeCycle(t *testing.T) {
 				round(i)
 			}
 			procs := runtime.GOMAXPROCS(0)
-			before := ublkHeld(t)
+			before := heldNow(t)
 			goroutines := runtime.NumGoroutine()
 			for i := range 50 {
 				round(i)
 			}
-			ublkSettled(t, before, 3)
+			settled(t, before, 3)
 			if n := runtime.NumGoroutine(); n > goroutines {
 				t.Errorf("%d goroutines, %d before", n, goroutines)
 			}
@@ -118,18 +116,18 @@ func TestUblkLifeCycle(t *testing.T) {
 }
 
 func TestUblkStopUnderIO(t *testing.T) {
-	ctl := ublkControl(t)
-	for _, mode := range ublkModes(ctl) {
+	ctl := openControl(t)
+	for _, mode := range payloadModes(ctl) {
 		for _, recovery := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/recovery=%v", mode, recovery), func(t *testing.T) {
-				cfg, _ := ublkConfig(t, mode, 1, 32)
+				cfg, _ := memoryConfig(t, mode, 1, 32)
 				cfg.Recovery = recovery
-				d := ublkAdd(t, ctl, cfg)
+				d := add(t, ctl, cfg)
 				var stop atomic.Bool
 				var done, failed atomic.Int64
 				var wg sync.WaitGroup
 				for w := range 8 {
-					f := ublkOpen(t, d.Path, 0)
+					f := openDisk(t, d.Path, 0)
 					buf := direct.Pages(t, 64<<10)
 					wg.Add(1)
 					go func() {
@@ -146,7 +144,7 @@ func TestUblkStopUnderIO(t *testing.T) {
 					}()
 				}
 				guest.WaitFor(t, "writes", func() bool { return done.Load() >= 100 })
-				if err := d.Delete(ublkContext(t)); err != nil {
+				if err := d.Delete(guest.Context(t)); err != nil {
 					t.Fatal(err)
 				}
 				// Every writer gets an error; none hangs.
@@ -155,7 +153,7 @@ func TestUblkStopUnderIO(t *testing.T) {
 					t.Errorf("%d of 8 writers saw the end", failed.Load())
 				}
 				guest.WaitFor(t, "the end of the device", func() bool {
-					_, err := ctl.Info(ublkContext(t), d.ID)
+					_, err := ctl.Info(guest.Context(t), d.ID)
 					return errors.Is(err, unix.ENODEV)
 				})
 			})
@@ -165,11 +163,11 @@ func TestUblkStopUnderIO(t *testing.T) {
 
 // TestUblkDeleteWhileOpen deletes a device that somebody keeps open.
 func TestUblkDeleteWhileOpen(t *testing.T) {
-	ctl := ublkControl(t)
-	cfg, _ := ublkConfig(t, ublk.ModeCopy, 1, 4)
-	d := ublkAdd(t, ctl, cfg)
-	f := ublkOpen(t, d.Path, 0)
-	if err := d.Delete(ublkContext(t)); err != nil {
+	ctl := openControl(t)
+	cfg, _ := memoryConfig(t, ublk.ModeCopy, 1, 4)
+	d := add(t, ctl, cfg)
+	f := openDisk(t, d.Path, 0)
+	if err := d.Delete(guest.Context(t)); err != nil {
 		t.Fatal(err)
 	}
 	buf := direct.Pages(t, 4096)
@@ -178,17 +176,17 @@ func TestUblkDeleteWhileOpen(t *testing.T) {
 	}
 	f.Close()
 	guest.WaitFor(t, "the end of the device after its last close", func() bool {
-		_, err := ctl.Info(ublkContext(t), d.ID)
+		_, err := ctl.Info(guest.Context(t), d.ID)
 		return errors.Is(err, unix.ENODEV)
 	})
 }
 
 func TestUblkTryStop(t *testing.T) {
-	ctl := ublkControl(t)
-	cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 16)
+	ctl := openControl(t)
+	cfg, _ := memoryConfig(t, ublk.ModeAuto, 1, 16)
 	cfg.Recovery = true
 	file := cfg.Files[0]
-	d := ublkAdd(t, ctl, cfg)
+	d := add(t, ctl, cfg)
 
 	// Written through the page cache and not synced by the writer; open in
 	// another process, too.
@@ -206,7 +204,7 @@ func TestUblkTryStop(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Close()
-	err = d.TryStop(ublkContext(t))
+	err = d.TryStop(guest.Context(t))
 	if !errors.Is(err, ublk.ErrBusy) || !strings.Contains(err.Error(), "sleep (process") {
 		t.Errorf("try stop of an open disk: %v", err)
 	}
@@ -214,18 +212,18 @@ func TestUblkTryStop(t *testing.T) {
 	other.Wait()
 
 	// Claimed, as by a mount.
-	d2cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 16)
-	d2 := ublkAdd(t, ctl, d2cfg)
-	held := ublkClaim(t, d2.Path)
-	if err := d2.TryStop(ublkContext(t)); !errors.Is(err, ublk.ErrBusy) {
+	d2cfg, _ := memoryConfig(t, ublk.ModeAuto, 1, 16)
+	d2 := add(t, ctl, d2cfg)
+	held := claim(t, d2.Path)
+	if err := d2.TryStop(guest.Context(t)); !errors.Is(err, ublk.ErrBusy) {
 		t.Errorf("try stop of a claimed disk: %v", err)
 	}
 	held.Close()
-	if err := d2.TryStop(ublkContext(t)); err != nil {
+	if err := d2.TryStop(guest.Context(t)); err != nil {
 		t.Errorf("try stop of a free disk: %v", err)
 	}
 
-	if err := d.TryStop(ublkContext(t)); err != nil {
+	if err := d.TryStop(guest.Context(t)); err != nil {
 		t.Fatal(err)
 	}
 	got := make([]byte, len(want))
@@ -235,11 +233,11 @@ func TestUblkTryStop(t *testing.T) {
 }
 
 func TestUblkErrors(t *testing.T) {
-	ctl := ublkControl(t)
-	ctx := ublkContext(t)
-	base, _ := ublkConfig(t, ublk.ModeCopy, 1, 8)
-	first := ublkAdd(t, ctl, base)
-	before := ublkHeld(t)
+	ctl := openControl(t)
+	ctx := guest.Context(t)
+	base, _ := memoryConfig(t, ublk.ModeCopy, 1, 8)
+	first := add(t, ctl, base)
+	before := heldNow(t)
 
 	unopened := blockdev.NewOSFile(1<<19, "never opened")
 	cases := map[string]struct {
@@ -283,7 +281,7 @@ func TestUblkErrors(t *testing.T) {
 			t.Errorf("error %v", err)
 		}
 	})
-	ublkSettled(t, before, 3)
+	settled(t, before, 3)
 
 	if _, err := ctl.Info(ctx, 1<<19); !errors.Is(err, unix.ENODEV) {
 		t.Errorf("info of no device: %v", err)
@@ -294,11 +292,11 @@ func TestUblkErrors(t *testing.T) {
 }
 
 func TestUblkList(t *testing.T) {
-	ctl := ublkControl(t)
-	cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 7)
+	ctl := openControl(t)
+	cfg, _ := memoryConfig(t, ublk.ModeAuto, 1, 7)
 	cfg.Tag = ublk.NewTag(0x5a)
-	d := ublkAdd(t, ctl, cfg)
-	list, err := ctl.List(ublkContext(t))
+	d := add(t, ctl, cfg)
+	list, err := ctl.List(guest.Context(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -315,184 +313,14 @@ func TestUblkList(t *testing.T) {
 	t.Errorf("device %d not in %+v", d.ID, list)
 }
 
-// TestUblkGeometry checks what the kernel made of the geometry.
-func TestUblkGeometry(t *testing.T) {
-	ctl := ublkControl(t)
-	for _, mode := range ublkModes(ctl) {
-		for name, want := range map[string]ublk.Geometry{
-			"plain": {Size: 10<<20 + 512, LogicalBlock: 512, PhysicalBlock: 512, IOMin: 512},
-			"4k": {Size: 8 << 20, LogicalBlock: 4096, PhysicalBlock: 4096, IOMin: 4096, IOOpt: 1 << 20,
-				Rotational: true, ReadOnly: true},
-			"all": {Size: 5<<20 + 1536, LogicalBlock: 512, PhysicalBlock: 4096, IOMin: 65536, IOOpt: 262144,
-				MaxDiscard: (1<<32 - 512), DiscardGranularity: 8192, MaxWriteZeroes: (1<<32 - 512),
-				VolatileCache: true, FUA: true, DMAMask: 511, VirtBoundaryMask: 4095},
-		} {
-			t.Run(mode.String()+"/"+name, func(t *testing.T) {
-				cfg, _ := ublkConfig(t, mode, 1, 4)
-				cfg.Geometry = want
-				d := ublkAdd(t, ctl, cfg)
-				got, err := ublk.ReadGeometry(d.Path)
-				if err != nil {
-					t.Fatal(err)
-				}
-				// Without discard the driver has its own granularity, and only
-				// zero copy makes demands on memory.
-				if want.MaxDiscard == 0 {
-					got.DiscardGranularity = 0
-				}
-				if mode == ublk.ModeCopy || want.DMAMask == 0 {
-					got.DMAMask = want.DMAMask
-				}
-				if mode == ublk.ModeCopy {
-					got.VirtBoundaryMask = want.VirtBoundaryMask
-				}
-				if got != want {
-					t.Errorf("the disk has\n%+v, want\n%+v", got, want)
-				}
-			})
-		}
-	}
-}
-
-// TestUblkOps sends every kind of request.
-func TestUblkOps(t *testing.T) {
-	ctl := ublkControl(t)
-	for _, mode := range ublkModes(ctl) {
-		t.Run(mode.String(), func(t *testing.T) {
-			const size = 12 << 30 // sparse: ranges longer than 4 GiB
-			cfg, counts := ublkConfig(t, mode, 1, 16)
-			cfg.Geometry = ublkGeometry(size)
-			if err := unix.Ftruncate(cfg.Files[0].Fd(), size); err != nil {
-				t.Fatal(err)
-			}
-			d := ublkAdd(t, ctl, cfg)
-			f := ublkOpen(t, d.Path, 0)
-			buf := direct.Pages(t, 8192)
-			for i := range buf {
-				buf[i] = byte(i%251) + 1
-			}
-			at := func(off int64) bool {
-				got := make([]byte, len(buf))
-				if _, err := unix.Pread(cfg.Files[0].Fd(), got, off); err != nil {
-					t.Fatal(err)
-				}
-				return string(got) == string(buf)
-			}
-			zero := func(off int64) bool {
-				got := make([]byte, len(buf))
-				if _, err := unix.Pread(cfg.Files[0].Fd(), got, off); err != nil {
-					t.Fatal(err)
-				}
-				return strings.Count(string(got), "\x00") == len(got)
-			}
-			count := func(op ublk.Op) int64 { return counts.ops[op].Load() }
-			ioctl := func(req uintptr, off, n uint64) {
-				t.Helper()
-				r := [2]uint64{off, n}
-				if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), req, uintptr(unsafe.Pointer(&r))); e != 0 {
-					t.Fatalf("ioctl %#x: %v", req, e)
-				}
-			}
-			for _, off := range []int64{0, 5 << 30, 9 << 30} {
-				if _, err := f.WriteAt(buf, off); err != nil {
-					t.Fatal(err)
-				}
-				if !at(off) {
-					t.Fatalf("write at %d did not arrive", off)
-				}
-			}
-			if n := counts.fua.Load(); n != 0 {
-				t.Errorf("%d writes with FUA", n)
-			}
-			dsync := ublkOpen(t, d.Path, unix.O_DSYNC)
-			if _, err := dsync.WriteAt(buf, 1<<20); err != nil {
-				t.Fatal(err)
-			}
-			if n := counts.fua.Load(); n == 0 {
-				t.Error("O_DSYNC made no write with FUA")
-			}
-			flushes := count(ublk.OpFlush)
-			if err := f.Sync(); err != nil {
-				t.Fatal(err)
-			}
-			if count(ublk.OpFlush) == flushes {
-				t.Error("fsync made no flush")
-			}
-			// 4.5 GiB: more than one request can have.
-			ioctl(unix.BLKDISCARD, 4<<30, 4608<<20)
-			if n := count(ublk.OpDiscard); n < 2 {
-				t.Errorf("%d discards for 4.5 GiB", n)
-			}
-			if !zero(5<<30) || !at(0) || !at(9<<30) {
-				t.Error("the discard did something else")
-			}
-			ioctl(unix.BLKZEROOUT, 7<<30, 4608<<20)
-			if n := count(ublk.OpWriteZeroes); n < 2 || counts.noUnmap.Load() != n {
-				t.Errorf("%d write-zeroes for 4.5 GiB, %d of them without unmap", n, counts.noUnmap.Load())
-			}
-			if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 1<<20, 1<<20); err != nil {
-				t.Fatal(err)
-			}
-			if count(ublk.OpWriteZeroes) == counts.noUnmap.Load() {
-				t.Error("punching a hole made no write-zeroes with unmap")
-			}
-			if !zero(1 << 20) {
-				t.Error("the hole is not empty")
-			}
-			if !zero(9<<30) || !at(0) {
-				t.Error("the write-zeroes did something else")
-			}
-		})
-	}
-}
-
-// TestUblkHandlerErrors returns errors to the issuer as they are.
-func TestUblkHandlerErrors(t *testing.T) {
-	ctl := ublkControl(t)
-	for _, mode := range ublkModes(ctl) {
-		t.Run(mode.String(), func(t *testing.T) {
-			cfg, counts := ublkConfig(t, mode, 1, 8)
-			var errno atomic.Uint32
-			file := cfg.Files[0]
-			cfg.NewHandler = func(_ int, bq blockdev.Queue) ublk.Handler {
-				h := newUblkMemory(bq, file, 8, counts)
-				h.hold = func(r *ublk.Request) bool {
-					if e := unix.Errno(errno.Load()); e != 0 {
-						r.Complete(e)
-						return true
-					}
-					return false
-				}
-				return h
-			}
-			d := ublkAdd(t, ctl, cfg)
-			f := ublkOpen(t, d.Path, 0)
-			buf := direct.Pages(t, 4096)
-			for _, e := range []unix.Errno{unix.EIO, unix.ENOSPC} {
-				errno.Store(uint32(e))
-				if _, err := f.WriteAt(buf, 0); !errors.Is(err, e) {
-					t.Errorf("write: %v, want %v", err, e)
-				}
-				if _, err := f.ReadAt(buf, 0); !errors.Is(err, e) {
-					t.Errorf("read: %v, want %v", err, e)
-				}
-			}
-			errno.Store(0)
-			if _, err := f.ReadAt(buf, 0); err != nil {
-				t.Errorf("read after the errors: %v", err)
-			}
-		})
-	}
-}
-
 // TestUblkStopWaits stops a device whose handler keeps a request.
 func TestUblkStopWaits(t *testing.T) {
-	ctl := ublkControl(t)
-	cfg, counts := ublkConfig(t, ublk.ModeAuto, 1, 8)
+	ctl := openControl(t)
+	cfg, counts := memoryConfig(t, ublk.ModeAuto, 1, 8)
 	file := cfg.Files[0]
 	held := make(chan func(), 1)
 	cfg.NewHandler = func(_ int, bq blockdev.Queue) ublk.Handler {
-		h := newUblkMemory(bq, file, 8, counts)
+		h := newMemoryDisk(bq, file, 8, counts)
 		h.hold = func(r *ublk.Request) bool {
 			if r.Op != ublk.OpWrite {
 				return false
@@ -503,8 +331,8 @@ func TestUblkStopWaits(t *testing.T) {
 		}
 		return h
 	}
-	d := ublkAdd(t, ctl, cfg)
-	f := ublkOpen(t, d.Path, 0)
+	d := add(t, ctl, cfg)
+	f := openDisk(t, d.Path, 0)
 	buf := direct.Pages(t, 4096)
 	wrote := make(chan error, 1)
 	go func() {
@@ -521,57 +349,17 @@ func TestUblkStopWaits(t *testing.T) {
 		cancel()
 	}
 	// The driver is busy with that stop; others must get through.
-	if _, err := ctl.Info(ublkContext(t), 1<<19); !errors.Is(err, unix.ENODEV) {
+	if _, err := ctl.Info(guest.Context(t), 1<<19); !errors.Is(err, unix.ENODEV) {
 		t.Errorf("another command meanwhile: %v", err)
 	}
-	other, _ := ublkConfig(t, ublk.ModeAuto, 1, 8)
-	ublkAdd(t, ctl, other)
+	other, _ := memoryConfig(t, ublk.ModeAuto, 1, 8)
+	add(t, ctl, other)
 	release()
 	if err := <-wrote; err != nil {
 		t.Errorf("the write in hand: %v", err)
 	}
 	f.Close()
-	if err := d.Delete(ublkContext(t)); err != nil {
+	if err := d.Delete(guest.Context(t)); err != nil {
 		t.Errorf("the last delete: %v", err)
-	}
-}
-
-// TestUblkPartitions looks whether the kernel finds a partition.
-func TestUblkPartitions(t *testing.T) {
-	ctl := ublkControl(t)
-	for _, hide := range []bool{false, true} {
-		t.Run(fmt.Sprintf("hide=%v", hide), func(t *testing.T) {
-			cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 8)
-			cfg.NoPartScan = hide
-			// A table of the old kind with one partition, sectors 2048 to 4095.
-			table := make([]byte, 512)
-			copy(table[446:], []byte{0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0})
-			copy(table[510:], []byte{0x55, 0xaa})
-			if _, err := unix.Pwrite(cfg.Files[0].Fd(), table, 0); err != nil {
-				t.Fatal(err)
-			}
-			d := ublkAdd(t, ctl, cfg)
-			// Where the driver cannot leave the table alone it looks all the same.
-			want := !hide || !ctl.Has(uapi.UBLK_F_NO_AUTO_PART_SCAN)
-			found := func() bool { _, err := os.Stat(d.Path + "p1"); return err == nil }
-			if want {
-				guest.WaitFor(t, "the partition", found)
-				part := ublkClaim(t, d.Path+"p1")
-				if err := d.TryStop(ublkContext(t)); !errors.Is(err, ublk.ErrBusy) {
-					t.Errorf("try stop with a partition in use: %v", err)
-				}
-				part.Close()
-			} else if time.Sleep(500 * time.Millisecond); found() {
-				t.Error("the kernel shows a partition")
-			}
-			// Whoever looked for partitions may still have the device open.
-			guest.WaitFor(t, "the last user", func() bool {
-				err := d.TryStop(ublkContext(t))
-				if err != nil && !errors.Is(err, ublk.ErrBusy) {
-					t.Fatal(err)
-				}
-				return err == nil
-			})
-		})
 	}
 }

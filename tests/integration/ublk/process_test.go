@@ -23,8 +23,8 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// ublkStatus is a line of /proc/self/status, in KiB.
-func ublkStatus(t testing.TB, name string) (kib int) {
+// procStatus is a line of /proc/self/status, in KiB.
+func procStatus(t testing.TB, name string) (kib int) {
 	t.Helper()
 	b, err := os.ReadFile("/proc/self/status")
 	if err != nil {
@@ -43,7 +43,7 @@ func ublkStatus(t testing.TB, name string) (kib int) {
 // TestUblkProcess prepares a process of its own and looks at it; the device
 // tests below it run in it too.
 func TestUblkProcess(t *testing.T) {
-	ublkVM(t)
+	guest.Need(t)
 	if os.Getenv("UBLK_TEST_PREPARED") == "" {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestUblkProcess$", "-test.v")
 		cmd.Env = append(os.Environ(), "UBLK_TEST_PREPARED=1")
@@ -54,7 +54,7 @@ func TestUblkProcess(t *testing.T) {
 		}
 		return
 	}
-	before := ublkStatus(t, "VmRSS")
+	before := procStatus(t, "VmRSS")
 	for _, err := range ublk.PrepareProcess() {
 		if strings.Contains(err.Error(), "cgo") {
 			t.Log(err) // the test program's affair
@@ -62,35 +62,35 @@ func TestUblkProcess(t *testing.T) {
 		}
 		t.Error(err)
 	}
-	if n := ublkStatus(t, "VmLck"); n == 0 {
+	if n := procStatus(t, "VmLck"); n == 0 {
 		t.Error("no memory is locked")
 	}
-	if n := ublkStatus(t, "VmRSS"); n > before+(64<<10) {
+	if n := procStatus(t, "VmRSS"); n > before+(64<<10) {
 		t.Errorf("locking took %d MiB", (n-before)>>10)
 	}
 	if b, err := os.ReadFile("/proc/self/oom_score_adj"); err != nil || strings.TrimSpace(string(b)) != "-1000" {
 		t.Errorf("oom_score_adj %q, %v", b, err)
 	}
-	ctl := ublkControl(t)
-	cfg, _ := ublkConfig(t, ublk.ModeCopy, 1, 16)
-	d := ublkAdd(t, ctl, cfg)
-	ublkVerify(t, d.Path, 2, 20)
+	ctl := openControl(t)
+	cfg, _ := memoryConfig(t, ublk.ModeCopy, 1, 16)
+	d := add(t, ctl, cfg)
+	verify(t, d.Path, 2, 20)
 	// Memory that the runtime gave back must come back to it.
 	for range 20 {
 		_ = make([]byte, 8<<20)
 	}
 	debug.FreeOSMemory()
 	runtime.GC()
-	t.Logf("resident %d MiB, %d MiB before; locked ranges %d MiB", ublkStatus(t, "VmRSS")>>10, before>>10, ublkStatus(t, "VmLck")>>10)
+	t.Logf("resident %d MiB, %d MiB before; locked ranges %d MiB", procStatus(t, "VmRSS")>>10, before>>10, procStatus(t, "VmLck")>>10)
 }
 
 // TestUblkSteady serves many requests and counts what the Go runtime did.
 func TestUblkSteady(t *testing.T) {
-	ctl := ublkControl(t)
-	for _, mode := range ublkModes(ctl) {
+	ctl := openControl(t)
+	for _, mode := range payloadModes(ctl) {
 		t.Run(mode.String(), func(t *testing.T) {
-			cfg, counts := ublkConfig(t, mode, 1, 32)
-			d := ublkAdd(t, ctl, cfg)
+			cfg, counts := memoryConfig(t, mode, 1, 32)
+			d := add(t, ctl, cfg)
 			// Another process makes the requests, so that this one only serves.
 			load := func(n int) {
 				t.Helper()
@@ -124,9 +124,9 @@ func TestUblkSteady(t *testing.T) {
 
 // TestUblkCollect collects garbage all the time while queues work and sleep.
 func TestUblkCollect(t *testing.T) {
-	ctl := ublkControl(t)
-	cfg, _ := ublkConfig(t, ublk.ModeAuto, ublk.MaxQueues(), 16)
-	d := ublkAdd(t, ctl, cfg)
+	ctl := openControl(t)
+	cfg, _ := memoryConfig(t, ublk.ModeAuto, ublk.MaxQueues(), 16)
+	d := add(t, ctl, cfg)
 	var stop atomic.Bool
 	var wg sync.WaitGroup
 	wg.Add(1)
@@ -140,7 +140,7 @@ func TestUblkCollect(t *testing.T) {
 		}
 	}()
 	for range 3 {
-		ublkVerify(t, d.Path, 4, 15)
+		verify(t, d.Path, 4, 15)
 		time.Sleep(20 * time.Millisecond)
 	}
 	stop.Store(true)
@@ -156,7 +156,7 @@ func TestUblkCollect(t *testing.T) {
 // TestUblkDisk passes a real disk through, of odd size and with its own
 // geometry.
 func TestUblkDisk(t *testing.T) {
-	ctl := ublkControl(t)
+	ctl := openControl(t)
 	dir := t.TempDir()
 	image := filepath.Join(dir, "image")
 	const size = 40<<20 + 512
@@ -184,20 +184,20 @@ func TestUblkDisk(t *testing.T) {
 	if want.Size != size || want.LogicalBlock != 512 || want.MaxDiscard == 0 || !want.VolatileCache {
 		t.Fatalf("geometry of %s: %+v", loop, want)
 	}
-	for _, mode := range ublkModes(ctl) {
+	for _, mode := range payloadModes(ctl) {
 		t.Run(mode.String(), func(t *testing.T) {
 			file, err := blockdev.OpenExclusive(loop, loop, unix.O_RDWR|unix.O_DIRECT)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer file.Close()
-			cfg, counts := ublkConfig(t, mode, 1, 16)
+			cfg, counts := memoryConfig(t, mode, 1, 16)
 			cfg.Geometry = want
 			cfg.Files = []*blockdev.OSFile{file}
 			cfg.NewHandler = func(_ int, bq blockdev.Queue) ublk.Handler {
-				return newUblkMemory(bq, file, 16, counts)
+				return newMemoryDisk(bq, file, 16, counts)
 			}
-			d := ublkAdd(t, ctl, cfg)
+			d := add(t, ctl, cfg)
 			got, err := ublk.ReadGeometry(d.Path)
 			if err != nil {
 				t.Fatal(err)
@@ -206,7 +206,7 @@ func TestUblkDisk(t *testing.T) {
 				got.VolatileCache != want.VolatileCache || got.DiscardGranularity != want.DiscardGranularity {
 				t.Errorf("the device has\n%+v, its disk\n%+v", got, want)
 			}
-			f := ublkOpen(t, d.Path, 0)
+			f := openDisk(t, d.Path, 0)
 			buf := direct.Pages(t, 4096)
 			copy(buf, "the last sector of "+mode.String())
 			if _, err := f.WriteAt(buf[:512], size-512); err != nil {
@@ -216,7 +216,7 @@ func TestUblkDisk(t *testing.T) {
 				t.Error("wrote past the end")
 			}
 			f.Close()
-			if err := d.TryStop(ublkContext(t)); err != nil {
+			if err := d.TryStop(guest.Context(t)); err != nil {
 				t.Fatal(err)
 			}
 			b, err := os.ReadFile(image)
@@ -226,7 +226,7 @@ func TestUblkDisk(t *testing.T) {
 			if !strings.HasPrefix(string(b[size-512:]), "the last sector of "+mode.String()) {
 				t.Error("the last sector did not arrive")
 			}
-			if err := d.Delete(ublkContext(t)); err != nil {
+			if err := d.Delete(guest.Context(t)); err != nil {
 				t.Error(err)
 			}
 		})
@@ -235,10 +235,10 @@ func TestUblkDisk(t *testing.T) {
 
 // TestUblkResize changes the size of a disk that is open.
 func TestUblkResize(t *testing.T) {
-	ctl := ublkControl(t)
-	cfg, _ := ublkConfig(t, ublk.ModeAuto, 1, 4)
-	d := ublkAdd(t, ctl, cfg)
-	err := d.UpdateSize(ublkContext(t), ublkSize*2)
+	ctl := openControl(t)
+	cfg, _ := memoryConfig(t, ublk.ModeAuto, 1, 4)
+	d := add(t, ctl, cfg)
+	err := d.UpdateSize(guest.Context(t), diskSize*2)
 	if !ctl.Has(uapi.UBLK_F_UPDATE_SIZE) {
 		if !errors.Is(err, ublk.ErrTooOld) {
 			t.Errorf("update of the size: %v", err)
@@ -249,16 +249,16 @@ func TestUblkResize(t *testing.T) {
 		t.Fatal(err)
 	}
 	g, err := ublk.ReadGeometry(d.Path)
-	if err != nil || g.Size != ublkSize*2 {
+	if err != nil || g.Size != diskSize*2 {
 		t.Errorf("size %d, %v", g.Size, err)
 	}
-	if err := d.UpdateSize(ublkContext(t), 1000); err == nil {
+	if err := d.UpdateSize(guest.Context(t), 1000); err == nil {
 		t.Error("a size of 1000 bytes was taken")
 	}
 }
 
 func TestUblkProbes(t *testing.T) {
-	ctl := ublkControl(t)
+	ctl := openControl(t)
 	release := ublk.KernelRelease()
 	for _, p := range ctl.Probes() {
 		since := !ublk.OlderThan(release, p.Since)

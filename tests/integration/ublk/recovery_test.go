@@ -24,8 +24,8 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// ublkFileConfig is a disk in the file at path, the same for every process.
-func ublkFileConfig(t testing.TB, path string, mode ublk.Mode) ublk.Config {
+// fileConfig is a disk in the file at path, the same for every process.
+func fileConfig(t testing.TB, path string, mode ublk.Mode) ublk.Config {
 	t.Helper()
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -34,15 +34,15 @@ func ublkFileConfig(t testing.TB, path string, mode ublk.Mode) ublk.Config {
 	file := blockdev.NewOSFile(fd, path)
 	t.Cleanup(func() { file.Close() })
 	const depth = 32
-	counts := &ublkCounts{}
+	counts := &requestCounts{}
 	return ublk.Config{
 		Name: "child", Tag: ublk.NewTag('r'), ID: ublk.AnyID,
 		Queues: min(2, ublk.MaxQueues()), Depth: depth, MaxIO: 128 << 10, Mode: mode,
-		Geometry: ublkGeometry(ublkSize),
+		Geometry: geometry(diskSize),
 		Recovery: os.Getenv("UBLK_TEST_NO_RECOVERY") == "",
 		Files:    []*blockdev.OSFile{file},
 		NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler {
-			return newUblkMemory(bq, file, depth, counts)
+			return newMemoryDisk(bq, file, depth, counts)
 		},
 	}
 }
@@ -54,10 +54,10 @@ func TestUblkChild(t *testing.T) {
 	if len(args) != 4 {
 		return
 	}
-	ctl := ublkControl(t)
+	ctl := openControl(t)
 	mode, _ := strconv.Atoi(args[3])
-	cfg := ublkFileConfig(t, args[2], ublk.Mode(mode))
-	ctx := ublkContext(t)
+	cfg := fileConfig(t, args[2], ublk.Mode(mode))
+	ctx := guest.Context(t)
 	var d *ublk.Device
 	var err error
 	if args[0] == "add" {
@@ -73,27 +73,27 @@ func TestUblkChild(t *testing.T) {
 	time.Sleep(time.Hour)
 }
 
-type ublkServer struct {
+type server struct {
 	cmd *exec.Cmd
 	id  int
 }
 
 // kill is kill -9, and the wait until it is dead.
-func (s *ublkServer) kill() {
+func (s *server) kill() {
 	s.cmd.Process.Kill()
 	s.cmd.Wait()
 }
 
-// startUblkServer starts a process that makes a device, or with id >= 0
+// startServer starts a process that makes a device, or with id >= 0
 // recovers one.
-func startUblkServer(t testing.TB, id int, path string, mode ublk.Mode) *ublkServer {
+func startServer(t testing.TB, id int, path string, mode ublk.Mode) *server {
 	t.Helper()
 	verb := "add"
 	if id >= 0 {
 		verb = "recover"
 	}
 	child, said := guest.StartChild(t, "TestUblkChild", fmt.Sprintf("UBLK_TEST_CHILD=%s %d %s %d", verb, id, path, mode), "serving ")
-	s := &ublkServer{cmd: child}
+	s := &server{cmd: child}
 	s.id, _ = strconv.Atoi(said)
 	return s
 }
@@ -101,21 +101,21 @@ func startUblkServer(t testing.TB, id int, path string, mode ublk.Mode) *ublkSer
 // TestUblkRecovery kills the server again and again under I/O: no request
 // fails, and nothing that was acknowledged is lost.
 func TestUblkRecovery(t *testing.T) {
-	ctl := ublkControl(t)
-	for _, mode := range ublkModes(ctl) {
+	ctl := openControl(t)
+	for _, mode := range payloadModes(ctl) {
 		t.Run(mode.String(), func(t *testing.T) {
 			path := filepath.Join("/dev/shm", t.Name()[len("TestUblkRecovery/"):])
 			if err := os.WriteFile(path, nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
 			defer os.Remove(path)
-			if err := os.Truncate(path, ublkSize); err != nil {
+			if err := os.Truncate(path, diskSize); err != nil {
 				t.Fatal(err)
 			}
-			s := startUblkServer(t, -1, path, mode)
+			s := startServer(t, -1, path, mode)
 			id := s.id
 			defer func() {
-				ctx := ublkContext(t)
+				ctx := guest.Context(t)
 				for errors.Is(ctl.DeleteDevice(ctx, id), ublk.ErrBusy) && ctx.Err() == nil {
 					time.Sleep(20 * time.Millisecond)
 				}
@@ -125,12 +125,12 @@ func TestUblkRecovery(t *testing.T) {
 			noise := make([]byte, 1<<20)
 			rand.New(rand.NewSource(99)).Read(noise)
 			const writers = 8
-			const part = ublkSize / writers
+			const part = diskSize / writers
 			var stop atomic.Bool
 			var done atomic.Int64
 			var wg sync.WaitGroup
 			for w := range writers {
-				f := ublkOpen(t, dev, 0)
+				f := openDisk(t, dev, 0)
 				buf := direct.Pages(t, 128<<10)
 				wg.Add(1)
 				go func() {
@@ -169,19 +169,19 @@ func TestUblkRecovery(t *testing.T) {
 			for range 4 {
 				s.kill()
 				time.Sleep(50 * time.Millisecond) // requests pile up
-				s = startUblkServer(t, id, path, mode)
+				s = startServer(t, id, path, mode)
 				progress()
 			}
 			s.kill()
 
 			// The last one is this process, which makes a mess of it first.
-			cfg := ublkFileConfig(t, path, mode)
+			cfg := fileConfig(t, path, mode)
 			bad := cfg
 			bad.Files = []*blockdev.OSFile{blockdev.NewOSFile(1<<19, "never opened")}
-			if _, err := ublk.Recover(ublkContext(t), ctl, id, bad); err == nil {
+			if _, err := ublk.Recover(guest.Context(t), ctl, id, bad); err == nil {
 				t.Error("recovery with a bad file succeeded")
 			}
-			d, err := ublk.Recover(ublkContext(t), ctl, id, cfg)
+			d, err := ublk.Recover(guest.Context(t), ctl, id, cfg)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -190,11 +190,11 @@ func TestUblkRecovery(t *testing.T) {
 			}
 			progress()
 			if d.Flags&uapi.UBLK_F_QUIESCE != 0 {
-				if err := d.Quiesce(ublkContext(t)); err != nil {
+				if err := d.Quiesce(guest.Context(t)); err != nil {
 					t.Fatal(err)
 				}
 				guest.WaitFor(t, "the device to be quiesced", func() bool {
-					i, err := ctl.Info(ublkContext(t), id)
+					i, err := ctl.Info(guest.Context(t), id)
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -205,17 +205,17 @@ func TestUblkRecovery(t *testing.T) {
 				if n := done.Load(); n > from+writers {
 					t.Errorf("%d requests went through a quiesced device", n-from)
 				}
-				if d, err = ublk.Recover(ublkContext(t), ctl, id, cfg); err != nil {
+				if d, err = ublk.Recover(guest.Context(t), ctl, id, cfg); err != nil {
 					t.Fatal(err)
 				}
 				progress()
 			}
 			stop.Store(true)
 			wg.Wait()
-			if err := d.TryStop(ublkContext(t)); err != nil {
+			if err := d.TryStop(guest.Context(t)); err != nil {
 				t.Error(err)
 			}
-			if err := d.Delete(ublkContext(t)); err != nil {
+			if err := d.Delete(guest.Context(t)); err != nil {
 				t.Error(err)
 			}
 		})
@@ -225,8 +225,8 @@ func TestUblkRecovery(t *testing.T) {
 // TestUblkServerDeath kills the server and deletes what it left. Without
 // recovery requests fail at once, with it when the device is deleted.
 func TestUblkServerDeath(t *testing.T) {
-	ctl := ublkControl(t)
-	for _, mode := range ublkModes(ctl) {
+	ctl := openControl(t)
+	for _, mode := range payloadModes(ctl) {
 		for _, recovery := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/recovery=%v", mode, recovery), func(t *testing.T) {
 				path := "/dev/shm/death"
@@ -234,14 +234,14 @@ func TestUblkServerDeath(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer os.Remove(path)
-				if err := os.Truncate(path, ublkSize); err != nil {
+				if err := os.Truncate(path, diskSize); err != nil {
 					t.Fatal(err)
 				}
 				if !recovery {
 					t.Setenv("UBLK_TEST_NO_RECOVERY", "1")
 				}
-				s := startUblkServer(t, -1, path, mode)
-				f := ublkOpen(t, fmt.Sprintf("/dev/ublkb%d", s.id), 0)
+				s := startServer(t, -1, path, mode)
+				f := openDisk(t, fmt.Sprintf("/dev/ublkb%d", s.id), 0)
 				buf := direct.Pages(t, 4096)
 				failed := make(chan error, 1)
 				var ok atomic.Int64
@@ -263,7 +263,7 @@ func TestUblkServerDeath(t *testing.T) {
 					case <-time.After(100 * time.Millisecond):
 					}
 				}
-				ctx := ublkContext(t)
+				ctx := guest.Context(t)
 				guest.WaitFor(t, "the deletion", func() bool {
 					err := ctl.DeleteDevice(ctx, s.id)
 					if err != nil && !errors.Is(err, ublk.ErrBusy) {
