@@ -69,5 +69,5 @@
 // generation that was cut short leaves the map corrupted, even if a take began it.
 // The next take begins another generation, and with it the map is whole again.
 //
-// Nothing here survives a power failure. [Map.Save] is for a clean shutdown.
+// Nothing here survives a power failure. what [Map.Save] returns is for a clean shutdown.
 package cbtmap

@@ -177,8 +177,8 @@ func TestKillWhileLoadingLosesNoChange(t *testing.T) {
 	old.Mark(512, 512)
 	old.Switch()
 	old.Mark(blocks*512-512, 512)
-	path := filepath.Join(t.TempDir(), "map")
-	if err := old.Save(path); err != nil {
+	saved, err := old.Save()
+	if err != nil {
 		t.Fatal(err)
 	}
 	m := newMap(t, blocks)
@@ -186,7 +186,7 @@ func TestKillWhileLoadingLosesNoChange(t *testing.T) {
 	m.Mark(1024, 512)
 	loaded := 0
 	for n, memory := range states(m, rng, func(m *Map) {
-		if err := m.Load(path); err != nil {
+		if err := m.Load(saved); err != nil {
 			t.Fatal(err)
 		}
 	}) {

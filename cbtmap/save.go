@@ -5,9 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
-	"os"
-	"path/filepath"
 )
 
 var (
@@ -27,20 +24,17 @@ var (
 //	last 4   CRC-32C of all before, little endian
 const savedHeader = 8 * headerWords
 
-// Save writes the map to a file, for a clean shutdown: every write that was
-// marked is in it. It is on stable storage when Save returns nil; path never
-// holds a part of it. A corrupted map is refused with ErrCorrupted. The file is
-// stale from the next mark on, and the caller removes it before that.
-func (m *Map) Save(path string) error {
+// Save is the map as it is kept while the device has no filter: every write that
+// was marked is in it. A corrupted map is refused with ErrCorrupted. What Save
+// returned is stale from the next mark on; whoever keeps it sees to that it is used
+// once at most.
+func (m *Map) Save() ([]byte, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.corrupted() {
-		return fmt.Errorf("save change map: %w", ErrCorrupted)
+		return nil, fmt.Errorf("save change map: %w", ErrCorrupted)
 	}
-	if err := writeFile(machine{}, path, m.encodeSavedLocked()); err != nil {
-		return fmt.Errorf("save change map: %w", err)
-	}
-	return nil
+	return m.encodeSavedLocked(), nil
 }
 
 func (m *Map) encodeSavedLocked() []byte {
@@ -56,79 +50,16 @@ func (m *Map) encodeSavedLocked() []byte {
 
 func savedSize(g geometry) int64 { return savedHeader + 2*g.count + 4 }
 
-// filesystem is what saving needs of one: the machine's, or one that a test
-// takes the power from.
-type filesystem interface {
-	create(path string) (file, error)
-	rename(from, to string) error
-	remove(path string) error
-	syncDir(path string) error
-}
-
-type file interface {
-	io.WriteCloser
-	Sync() error
-}
-
-type machine struct{}
-
-func (machine) create(path string) (file, error) {
-	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-}
-func (machine) rename(from, to string) error { return os.Rename(from, to) }
-func (machine) remove(path string) error     { return os.Remove(path) }
-func (machine) syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
-}
-
-// writeFile replaces the file at path durably by one that holds b.
-func writeFile(fs filesystem, path string, b []byte) error {
-	f, err := fs.create(path + newSuffix)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = fs.rename(path+newSuffix, path)
-	}
-	if err != nil {
-		return errors.Join(err, fs.remove(path+newSuffix))
-	}
-	return fs.syncDir(filepath.Dir(path))
-}
-
-// Load gives a new map the history that Save wrote: generation, number and
+// Load gives a new map the history that Save returned: generation, number and
 // marks. What has been marked in m before counts as changed since the last take.
 // The caller has proved that nothing else wrote to the device in between. On an
 // error m is as it was: ErrForeign, ErrTorn, ErrMismatch, ErrInUse if m has had a
-// take, ErrCorrupted if m is corrupted, or what opening and reading the file
-// gave.
-func (m *Map) Load(path string) error {
+// take, or ErrCorrupted if m is corrupted.
+func (m *Map) Load(saved []byte) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	f, err := os.Open(path)
-	if err != nil {
+	if err := m.loadLocked(saved); err != nil {
 		return fmt.Errorf("load change map: %w", err)
-	}
-	defer f.Close()
-	// One byte more than fits tells a longer file.
-	b, err := io.ReadAll(io.LimitReader(f, savedSize(m.geometry)+1))
-	if err != nil {
-		return fmt.Errorf("load change map: %w", err)
-	}
-	if err := m.loadLocked(b); err != nil {
-		return fmt.Errorf("load change map %s: %w", path, err)
 	}
 	return nil
 }
@@ -155,8 +86,7 @@ func (m *Map) loadLocked(b []byte) error {
 	return nil
 }
 
-// decodeSaved checks b, of which no more than a byte too many need be there,
-// against the geometry it is to be loaded into. The maps are parts of b.
+// decodeSaved checks b against the geometry it is to be loaded into. The maps are parts of b.
 func decodeSaved(b []byte, want geometry) (h header, active, readable []byte, err error) {
 	if len(b) < savedHeader {
 		return h, nil, nil, fmt.Errorf("%w: only %d bytes", ErrTorn, len(b))

@@ -92,7 +92,9 @@ var disks = []disk{
 		[]string{"ext superblock", "ext superblock copy in group 1", "ext superblock copy in group 3", "ext superblock copy in group 5", "ext superblock copy in group 7", "ext journal head"}},
 	{"ext3 in small blocks", func(t testing.TB) *os.File { return image(t, 64<<20, "mkfs.ext3 -q -F -b 1024 %s") },
 		[]string{"ext superblock", "ext superblock copy in group 1", "ext superblock copy in group 3", "ext journal head"}},
-	{"ext2", func(t testing.TB) *os.File { return image(t, 64<<20, "mkfs.ext2 -q -F -O ^sparse_super,^resize_inode -b 1024 %s") },
+	{"ext2", func(t testing.TB) *os.File {
+		return image(t, 64<<20, "mkfs.ext2 -q -F -O ^sparse_super,^resize_inode -b 1024 %s")
+	},
 		[]string{"ext superblock", "ext superblock copy in group 1", "ext superblock copy in group 2"}},
 	{"ext4 with two copies", func(t testing.TB) *os.File { return image(t, 1<<30, "mkfs.ext4 -q -F -O sparse_super2 -b 4096 %s") },
 		[]string{"ext superblock", "ext superblock copy in group 1", "ext superblock copy in group 7"}},

@@ -1,8 +1,6 @@
 package sim
 
 import (
-	"os"
-	"path/filepath"
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
@@ -12,7 +10,6 @@ import (
 // TestSavedMapAfterPowerFailure: a saved change map of which only some sectors
 // reached the disk is never taken for a map.
 func TestSavedMapAfterPowerFailure(t *testing.T) {
-	dir := t.TempDir()
 	params := cbtmap.Params{MinimumShift: 9, MaximumShift: 9, MaximumCount: 1 << 20}
 	const size = 4000 * sectorSize
 	m, err := cbtmap.NewMemory(size, params)
@@ -25,7 +22,7 @@ func TestSavedMapAfterPowerFailure(t *testing.T) {
 			m.Mark(int64(r.Intn(4000))*sectorSize, sectorSize)
 		}
 	}
-	old, fresh := saved(t, m, dir, mark), saved(t, m, dir, mark)
+	old, fresh := saved(t, m, mark), saved(t, m, mark)
 	rejected := 0
 	for i := 0; i < 2000; i++ {
 		torn := append([]byte(nil), old...)
@@ -45,7 +42,7 @@ func TestSavedMapAfterPowerFailure(t *testing.T) {
 		if r.OneIn(5) {
 			torn = torn[:r.Intn(len(torn))]
 		}
-		if err := load(t, dir, torn, size, params); err != nil {
+		if err := load(t, torn, size, params); err != nil {
 			rejected++
 		} else if string(torn) != string(old) && string(torn) != string(fresh) {
 			t.Fatalf("a map with %d bytes of another one in it is loaded", changed)
@@ -55,38 +52,30 @@ func TestSavedMapAfterPowerFailure(t *testing.T) {
 		t.Errorf("only %d of 2000 torn files rejected", rejected)
 	}
 	for _, whole := range [][]byte{old, fresh} {
-		if err := load(t, dir, whole, size, params); err != nil {
+		if err := load(t, whole, size, params); err != nil {
 			t.Errorf("a whole map is rejected: %v", err)
 		}
 	}
 }
 
 // saved changes a map, takes, and is what Save writes then.
-func saved(t *testing.T, m *cbtmap.Map, dir string, change func()) []byte {
+func saved(t *testing.T, m *cbtmap.Map, change func()) []byte {
 	t.Helper()
 	change()
 	m.Switch()
-	path := filepath.Join(dir, "saved")
-	if err := m.Save(path); err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(path)
+	b, err := m.Save()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return b
 }
 
-// load has a new map read a file of content.
-func load(t *testing.T, dir string, content []byte, size int64, p cbtmap.Params) error {
+// load has a new map load content.
+func load(t *testing.T, content []byte, size int64, p cbtmap.Params) error {
 	t.Helper()
-	path := filepath.Join(dir, "torn")
-	if err := os.WriteFile(path, content, 0o600); err != nil {
-		t.Fatal(err)
-	}
 	m, err := cbtmap.NewMemory(size, p)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return m.Load(path)
+	return m.Load(content)
 }
