@@ -95,7 +95,7 @@ func (l *layout) rewrite(b []byte, with func(i int, old byte) byte) {
 }
 
 func (l *layout) fill(b []byte, v byte) {
-	if v == 0 { // the fast way, for the wrap is part of a take
+	if v == 0 { // the fast way, because the wrap is part of a take
 		l.eachPiece(func(from, to int) { clear(b[from:to]) })
 		return
 	}

@@ -63,11 +63,11 @@ func (m *Map) checkReaderLocked(generation uuid.UUID) error {
 	return nil
 }
 
-// ReadMap reads the readable map of the generation from block off on, as
-// [io.ReaderAt] does. It is read in parts, as the caller may: a map read in parts
-// is right if every part was read, for a take between two of them can only add
-// changes, or is refused with ErrGeneration. Bytes above ChangesNumber do not
-// occur but for such a take.
+// ReadMap reads the readable map of the generation from block off on, as [io.ReaderAt]
+// does. ReadMap reads in parts, and so may the caller. The result is right if every part
+// was read, because a take between two parts can only add changes, or ends the
+// generation: then the next part fails with ErrGeneration. Bytes above ChangesNumber
+// occur only after such a take.
 func (m *Map) ReadMap(generation uuid.UUID, dst []byte, off int64) (n int, err error) {
 	for {
 		part := dst[n:min(len(dst), n+maxHeld)]

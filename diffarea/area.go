@@ -351,8 +351,9 @@ func (c *Copy) lendData(errno unix.Errno) {
 		next := f.sibling
 		f.lead, f.sibling = nil, nil
 		if f.started {
-			// The follower has a slot, or has given up; else it will read for
-			// itself, for the original is not overwritten before it is done.
+			// The follower has a slot, or has given up. A follower that has neither yet
+			// will read for itself, because the original is not overwritten before the
+			// follower is done.
 			if errno == 0 && f.granted {
 				copy(f.memory(), c.memory()[f.begin()-c.begin():])
 				f.finish(0)

@@ -11,11 +11,12 @@ import (
 // Storage without a File is one that could not be appended. Then every area is
 // taken over with OpenArea, and Resume ends it.
 //
-// The dead process has no I/O under way any more, which its death alone does not
-// say. What its queues had begun has ended when the driver has let go of the
-// device, whose file their rings hold; stores of the control queue when the
-// storage could be claimed anew, for I/O under way keeps its file open. Copies
-// that had not landed never happened; their regions are not used again.
+// The caller has made sure that the dead process has no I/O under way any more. Its
+// death alone does not prove that. The I/O of its queues has ended when the driver has
+// let go of the device, because the queues' rings hold the device's file. The stores of
+// its control queue have ended when the storage could be claimed anew, because I/O
+// under way keeps its file open. Copies that had not landed never happened; their
+// regions are not used again.
 func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 	s := newLogState(c.State)
 	if s.get(stateMagic) != logMagic {

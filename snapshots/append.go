@@ -12,10 +12,9 @@ import (
 // answer.
 var ErrNoAnswer = errors.New("does not answer")
 
-// Append gives the snapshot storage. It returns when the first portion is
-// allocated, or with ErrNoAnswer when that takes longer than Config.StorageTimeout, all
-// in all: the storage is used then if it answers after all, and given back with the
-// others.
+// Append gives the snapshot storage. It returns when the first portion is allocated. If
+// all of that takes longer than Config.StorageTimeout, it fails with ErrNoAnswer. Then the
+// storage is used if it answers after all, and is given back with the others.
 func (s *Snapshot) Append(c StorageConfig) error {
 	path := c.Place.Path
 	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.StorageTimeout)
@@ -44,7 +43,8 @@ func (s *Snapshot) Append(c StorageConfig) error {
 	return err
 }
 
-// openStorage is for what may hang itself: a file of a dead file server.
+// openStorage opens a storage. The opening may hang itself, for a file of a dead file
+// server.
 func (s *Snapshot) openStorage(ctx context.Context, c StorageConfig) (*storage, error) {
 	type opened struct {
 		st  *storage
@@ -72,8 +72,8 @@ func (s *Snapshot) openStorage(ctx context.Context, c StorageConfig) (*storage, 
 	return o.st, o.err
 }
 
-// returning is a storage on its way back. What it takes may hang for as long as
-// the storage does not answer; the file or device stays claimed until then.
+// returning is a storage that is being given back. That may hang for as long as the
+// storage does not answer. The file or device stays claimed until then.
 type returning struct {
 	path string
 	done chan struct{} // closed when it is back

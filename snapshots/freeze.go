@@ -59,9 +59,9 @@ func freezeMount(ctx context.Context, m *os.File) error {
 	return err
 }
 
-// thaw lets all of them go on, and says how it failed for any. The last one that
-// was frozen goes on first: the thawing of a filesystem in a file writes to the
-// one that the file is on.
+// thaw lets all of them go on. Its error says for which of them that failed. The last
+// one that was frozen goes on first, because to thaw a filesystem in a file writes to
+// the filesystem that the file is on.
 func (f *frozenMounts) thaw() error {
 	var errs []error
 	for _, m := range slices.Backward(f.mounts) {
@@ -79,9 +79,10 @@ func (f *frozenMounts) thaw() error {
 	return errors.Join(errs...)
 }
 
-// Thaw lets the filesystem that f lies on go on; EINVAL if it is not frozen. That
-// may have to write to the disk: ErrNoAnswer if it does not answer within limit, and
-// the filesystem goes on when it does.
+// Thaw lets the filesystem that f lies on go on. It fails with EINVAL if the filesystem
+// is not frozen. To thaw it may have to write to the disk. If the disk does not answer
+// within limit, Thaw fails with ErrNoAnswer, and the filesystem goes on when the disk
+// answers.
 func Thaw(f *os.File, limit time.Duration) error {
 	own, err := dup(f) // f may be closed while the request is under way
 	if err != nil {

@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// identity is what a file is known by, whatever its names. Its handle finds it
-// by no name at all, and tells it from a later file of the same number; on a
-// filesystem that has none the time of its birth has to do that.
+// identity is what a file is known by, whatever its names are. Its handle finds the
+// file without any name, and tells it from a later file of the same number. On a
+// filesystem that has no handles the time of the file's birth has to do that.
 type identity struct {
 	Dev    uint64 `json:"dev"`
 	Ino    uint64 `json:"ino"`
@@ -43,7 +43,8 @@ var errGone = errors.New("does not exist any more")
 // open opens the file, which was at path. It fails with errGone, or with
 // fs.ErrNotExist if the file is not found, wherever it may be.
 func (id identity) open(path string, flags int) (fd int, err error) {
-	// As a place only, at first: to open what another put there may have effects.
+	// It is opened as a place only at first, because to open what somebody else put
+	// there may have effects.
 	const place = unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC
 	at, err := id.openHandle(path, place)
 	if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, unix.EPERM) { // a container may lack the capability

@@ -13,10 +13,10 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
-// A storage file with a name outlives a daemon that is killed, and with it the
-// data of the disks that was copied. And a file that was there misses the space
-// that it lent. So each is on record in the snapshot's state directory, for the
-// next daemon to put right.
+// If a daemon is killed, a storage file with a name outlives it, and so does the
+// copied data of the disks. And a file that was there before still misses the space
+// that it lent. So each such file is on record in the snapshot's state directory, and
+// the next daemon puts it right.
 
 // record is a file that was made for a snapshot, or one that lent its space.
 type record struct {
@@ -30,8 +30,8 @@ type record struct {
 
 const recordName = "storage"
 
-// remember puts a storage on record that needs something done when the daemon is
-// killed; where is a path of it for the next one.
+// remember puts a storage on record if something has to be done to it when the daemon
+// is killed. where is a path by which the next daemon finds it.
 func (s *state) remember(st *storage, where string) error {
 	r := record{Path: where}
 	fd := st.file.Fd()
@@ -58,10 +58,10 @@ func (s *state) remember(st *storage, where string) error {
 	return errors.Join(json.NewEncoder(f).Encode(r), f.Close())
 }
 
-// ClearLeftover removes what a snapshot of a dead daemon left: its directory
-// dir below Config.StateDir, and before it its storage files with all that
-// was copied there. Block devices are not touched: they may be in other use
-// since. The memory goes first, for storage may not answer.
+// ClearLeftover removes what a snapshot of a dead daemon left: its directory dir below
+// Config.StateDir, and before that its storage files with all that was copied there.
+// It does not touch block devices, because somebody else may use them by now. The
+// memory goes first, because storage may not answer.
 func ClearLeftover(dir string) error {
 	(&state{dir: dir}).free()
 	var errs []error

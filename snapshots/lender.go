@@ -79,8 +79,8 @@ func (s *storage) openBeside(c StorageConfig, align int) (err error) {
 	return nil
 }
 
-// lease says whether the file is open or mapped by other means than fd, as far as
-// its filesystem tells. If it is not, whoever wants to open it waits for release.
+// lease says whether somebody else has the file open or mapped, as far as its
+// filesystem tells. If nobody has, whoever wants to open the file waits for release.
 func lease(fd int) (open bool, release func()) {
 	_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK)
 	return errors.Is(err, unix.EAGAIN), func() { _, _ = unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK) }
@@ -115,8 +115,8 @@ func (s *storage) borrow(size int64) error {
 	return nil
 }
 
-// allocate gives a file space for its first n bytes, as far as it still has as
-// many, and a name.
+// allocate gives a file space for its first n bytes, or for all of it if it is shorter
+// by now. A file without a name gets none.
 func allocate(fd int, n int64) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {

@@ -17,10 +17,10 @@ type name struct{ *disk.Place }
 // errMoved: a file has another name than the one that it was given.
 var errMoved = errors.New("the file was moved away or given another name: it remains there, and it is empty")
 
-// remove takes the name from the file fd, if it still is that file's. Between
-// the look and the removal somebody may exchange what has the name, but only who
-// may remove it as well: all that can be lost is what he could have removed
-// himself.
+// remove takes the name from the file fd, if the name is still that file's. Between the
+// look and the removal somebody may put another file under the name. But only somebody
+// who may remove that other file can do so. So nothing is lost that he could not have
+// removed himself.
 func (n *name) remove(fd int) error {
 	dir := int(n.Dir.Fd())
 	var own, st unix.Stat_t

@@ -34,8 +34,8 @@ var signatures = []struct {
 	{"a partition table or a boot sector", 510, "\x55\xaa"},
 }
 
-// checkUnused refuses a block device that holds something, as far as that can be
-// known. The list above is what blkid passes over when it finds it damaged.
+// checkUnused refuses a block device that holds something, as far as that can be known.
+// The list above has what blkid does not report if it is damaged.
 func (c StorageConfig) checkUnused() error {
 	const way = "if it is not needed, wipe it (wipefs -a) or overwrite it (--overwrite)"
 	fd, err := reopen(c.Place.File, unix.O_RDONLY)
@@ -59,8 +59,8 @@ func (c StorageConfig) checkUnused() error {
 	return nil
 }
 
-// signature says what a device seems to hold, empty if nothing. Both of its ends
-// have to be readable: what is not, blkid takes for empty.
+// signature says what a device seems to hold, empty if nothing. It fails if it cannot
+// read both ends of the device, because blkid takes what it cannot read for empty.
 func signature(f *os.File) (string, error) {
 	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {

@@ -27,7 +27,7 @@ type Config struct {
 	// StateDir is a directory on a tmpfs that outlives the daemon. The snapshot
 	// makes a directory of its own in it.
 	StateDir string
-	// StorageTimeout is how long storage may take to answer who appends it.
+	// StorageTimeout is how long a caller that appends storage waits for it.
 	StorageTimeout time.Duration
 	// Control is the queue for control work; its thread is not the caller's.
 	Control blockdev.Queue
@@ -127,12 +127,12 @@ func (s *Snapshot) Waiting() (waits bool, done uint64) { return s.log.Waiting() 
 // thread.
 func (s *Snapshot) UnderWay() []string { return s.log.UnderWay() }
 
-// Break breaks the snapshot, for a disk that does not answer: see Waiting. It
-// may be called on any thread.
+// Break breaks the snapshot, because a disk does not answer: see Waiting. It may be
+// called on any thread.
 func (s *Snapshot) Break(errno unix.Errno) { s.post(func() { s.engine.Break(errno) }) }
 
-// Abort gives the snapshot up without waiting for anything: the original disks
-// need it no more, and its images give errors. To destroy it is what is left.
+// Abort gives the snapshot up without waiting for anything. The original disks need it
+// no more, and its images give errors. After that the caller can only destroy it.
 func (s *Snapshot) Abort() {
 	_ = s.call(func(done func(error)) {
 		s.engine.Abort()
@@ -146,9 +146,9 @@ func (s *Snapshot) Destroy() {
 	_ = s.call(func(done func(error)) { s.engine.Destroy(func() { done(nil) }) })
 }
 
-// GiveBack gives memory and storage of a destroyed snapshot back, with nothing
-// left to read in them. The memory goes at once, each storage when it answers,
-// and last of all the record of what was still to be done.
+// GiveBack gives the memory and storage of a destroyed snapshot back, with nothing left
+// to read in them. The memory goes at once. Each storage goes when it answers. Last of
+// all goes the record of what was still to be done.
 func (s *Snapshot) GiveBack() error {
 	for _, st := range s.storage {
 		used := s.log.Used(st.file)

@@ -9,8 +9,8 @@ import (
 )
 
 // CheckSpace makes sure that the filesystem of dir could hold size bytes more if all
-// its sparse files were full. Whatever is put on the state's tmpfs asks first: a
-// page that is promised and not there kills the daemon when it is touched.
+// its sparse files were full. Whoever puts a file on the state's tmpfs asks first,
+// because the daemon is killed when it touches a page for which there is no memory.
 func CheckSpace(dir string, size int64) error {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil {

@@ -17,12 +17,11 @@ import (
 //	pool     its slots
 //	words-N  the chunk words of device N
 //
-// It lies on a tmpfs. A page that the tmpfs had no room for would kill the
-// daemon when touched, so room for the whole of every file is made sure of
-// beforehand: the pool is allocated and mapped page by page, which spares the
-// copies their page faults as well, and so are small tables; large ones, of
-// which mostly little is ever touched, are counted against the size of the
-// tmpfs.
+// It lies on a tmpfs. If the daemon touched a page for which the tmpfs has no room, it
+// would be killed. So there has to be room for the whole of every file beforehand. The
+// pool and small tables are allocated and mapped page by page, which spares the copies
+// their page faults too. Mostly little of a large table is ever touched, so a large
+// table is only counted against the size of the tmpfs.
 type state struct {
 	dir  string
 	maps [][]byte
@@ -65,8 +64,8 @@ func (s *state) file(name string, size int64, allocate bool) (mem []byte, f *os.
 	}
 	if allocate {
 		if size >= largePage {
-			// The kernel pins a transfer page by page: few large ones make
-			// copies up to twice as fast. A refusal costs only that.
+			// The kernel pins a transfer page by page, so a few large pages make copies
+			// up to twice as fast. If the kernel gives none, only that is lost.
 			_ = unix.Madvise(mem, unix.MADV_HUGEPAGE)
 		}
 		if err = unix.Madvise(mem, unix.MADV_POPULATE_WRITE); err != nil {

@@ -12,9 +12,9 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
-// storage is a piece of difference storage on this machine: what its file holds
-// is all of a disk, and nobody else may read it, now or later. So the file is
-// always one that was made for it and that nobody else can have open:
+// storage is a piece of difference storage on this machine. Its file holds data of
+// disks, which nobody else may read, now or later. So the file is always one that was
+// made for it, and that nobody else can have open:
 //
 //	nothing there   a file of that name
 //	a directory     a nameless file in it
@@ -49,11 +49,11 @@ type StorageConfig struct {
 // ErrStorageInUse: the file has content, or somebody uses the device.
 var ErrStorageInUse = errors.New("in use")
 
-// ErrNoStorageThere: the path leads to something else, as a character device.
+// ErrNoStorageThere: the path leads to something else, for example a character device.
 var ErrNoStorageThere = errors.New("neither a file, a directory nor a block device")
 
-// open opens the storage for a snapshot whose smallest logical block is align
-// bytes. What the error is about, the caller says.
+// open opens the storage for a snapshot whose smallest logical block is align bytes.
+// The error does not name the storage; the caller does.
 func (c StorageConfig) open(align int) (s *storage, err error) {
 	p := c.Place
 	defer func() {
@@ -118,7 +118,7 @@ func (s *storage) claim(align int) error {
 	if err := lock(fd); err != nil {
 		return err
 	}
-	// The mode it was made with is less what the process masks.
+	// The file was made without the mode bits that the process masks.
 	_ = unix.Fchmod(fd, ownMode)
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
@@ -127,7 +127,8 @@ func (s *storage) claim(align int) error {
 	if st.Mode&0o777 != ownMode {
 		return fmt.Errorf("a file here has the mode %o, and others could read what is stored: choose another place", st.Mode&0o777)
 	}
-	// Not at the opening: some filesystems make the file before they refuse.
+	// O_DIRECT is set only now, because some filesystems make the file before they
+	// refuse it.
 	if s.setDirect(true) == nil {
 		s.align = directAlign(fd)
 	}
@@ -150,9 +151,9 @@ func (s *storage) setDirect(on bool) error {
 	return err
 }
 
-// fitAlign makes the storage fit for a snapshot whose images are read and written
-// in pieces of align bytes. If that is less than it can do directly: through
-// the page cache, then, and all of it.
+// fitAlign makes the storage fit for a snapshot whose images are read and written in
+// pieces of align bytes. If the storage cannot do pieces so small directly, all its I/O
+// goes through the page cache.
 func (s *storage) fitAlign(align int) error {
 	if s.align <= align {
 		return nil
@@ -216,8 +217,8 @@ func (s *storage) engine() diffarea.Storage {
 	return diffarea.Storage{File: s.file, Size: s.size, Fixed: s.fixed}
 }
 
-// wipe gives the storage back with nothing left to read in it: a file is
-// emptied and loses its name, a device is zeroed as far as it was used.
+// wipe gives the storage back with nothing left to read in it. A file is emptied and
+// loses its name. A device is zeroed as far as it was used.
 func (s *storage) wipe(used int64) error {
 	fd := s.file.Fd()
 	var errs []error

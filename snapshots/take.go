@@ -19,9 +19,9 @@ type TakeOptions struct {
 	Limit time.Duration
 }
 
-// Take makes the cut and returns for how long filesystems were frozen. With an
-// error nothing was taken, unless Taken says otherwise: then the images are not to
-// be trusted, and the snapshot is for destroying.
+// Take makes the cut, and returns for how long filesystems were frozen. If it fails,
+// nothing was taken, unless Taken says otherwise. In that case nobody may trust the
+// images, and the snapshot has to be destroyed.
 func (s *Snapshot) Take(ctx context.Context, o TakeOptions) (frozen time.Duration, err error) {
 	if len(o.Freeze) == 0 {
 		return 0, s.cut(ctx, o.Limit)
@@ -31,7 +31,7 @@ func (s *Snapshot) Take(ctx context.Context, o TakeOptions) (frozen time.Duratio
 		return 0, err
 	}
 	defer func() { // even if the cut panics
-		// A filesystem that somebody thawed early was cut in use.
+		// If somebody else thawed a filesystem early, it may have been in use at the cut.
 		thawErr := f.thaw()
 		frozen = time.Since(f.since)
 		err = errors.Join(err, thawErr)

@@ -152,8 +152,8 @@ func (c *Control) queueCPUs(ctx context.Context, id, q int) (*unix.CPUSet, error
 	return &set, nil
 }
 
-// A tag marks a device as this program's and tells it from every other, for a number
-// is used again as soon as it is free.
+// A tag marks a device as this program's, and tells it from every other device. The
+// device's number cannot do that, because it is used again as soon as it is free.
 //
 //	bits  63..32   31..8    7..0
 //	      tagMagic nonce    kind, the caller's

@@ -156,8 +156,8 @@ func (p *program) daemonStop() *cobra.Command {
 		Short: "Remove all filters and end the daemon, unless one is in use",
 		Long: `Remove all filters and end the daemon, unless one is mounted, open or held by a
 snapshot: then nothing changes, and the status is 5. It returns when the daemon
-has ended. Under systemd too this is the way: "systemctl stop" is refused, as it
-would take the unit's word for it that the daemon has ended.`,
+has ended. This is the way under systemd too. "systemctl stop" is refused, because
+systemd would lose hold of a daemon that has to stay for its users.`,
 		Args: args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
 			return p.with(c, func(ctx context.Context, api control.API) error { return api.Stop(ctx) })

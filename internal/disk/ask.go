@@ -17,25 +17,26 @@ var ErrNoAnswer = errors.New("does not answer")
 const (
 	// defaultTimeout is the Timeout of a Host that has none.
 	defaultTimeout = 5 * time.Second
-	// grace is how long any one question is waited for, though the time for all
-	// of them is over: what answers at all does so at once.
+	// grace is how long each question is waited for, even if the time for all of them
+	// is over. What answers at all does so at once.
 	grace = time.Second
-	// maxUnanswered is how many questions may hang before no further path is looked
-	// up. There are as many paths as somebody thinks of, and each takes a thread.
+	// maxUnanswered is how many questions may hang before no further path is looked up.
+	// Callers may ask about any number of paths, and each that hangs takes a thread.
 	maxUnanswered = 100
 )
 
-// unanswered are the questions that nobody waits for any more and that have not
-// ended. A question that is among them is not put again: each hangs in a thread.
-// They are of the machine, not of a Host.
+// unanswered are the questions that have not ended and that nobody waits for any more.
+// A question that is among them is not asked again, because each hangs in a thread. All
+// Hosts share them, because they are about the machine.
 var unanswered = struct {
 	sync.Mutex
 	ended map[string]<-chan struct{}
 }{ended: map[string]<-chan struct{}{}}
 
-// ask runs f, which may hang, under a name by which the question is known again.
-// It waits until end, or for the grace, and fails with ErrNoAnswer then, or at
-// once if the same question hangs already. undo takes back what a late f did.
+// ask runs f, which may hang. question is a name by which the same question is known
+// again. ask waits until end, and for the grace at least, and then fails with
+// ErrNoAnswer. If the same question hangs already, it fails at once. undo takes back
+// what f did too late.
 func ask[T any](end time.Time, question string, f func() T, undo func(T)) (T, error) {
 	var none T
 	unanswered.Lock()

@@ -114,8 +114,8 @@ func (d *Disk) DisplayName() string {
 	return d.Name
 }
 
-// DisplayPath is the path that a person knows the disk by: a device-mapper device by
-// its name, as its number changes.
+// DisplayPath is the path that a person knows the disk by. For a device-mapper device
+// it has the device's name, because its number changes.
 func (d *Disk) DisplayPath() string {
 	if d.DMName != "" {
 		return "/dev/mapper/" + d.DMName
@@ -226,8 +226,8 @@ func (h *Host) statPath(path string) (status, error) {
 	return a.st, a.err
 }
 
-// Exists says whether something is at path, below Root. What does not answer is
-// not there.
+// Exists says whether something is at path, below Root. If a path does not answer,
+// nothing counts as being there.
 func (h *Host) Exists(path string) bool {
 	_, err := h.statPath(path)
 	return err == nil

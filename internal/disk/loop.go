@@ -16,9 +16,9 @@ import (
 // else may have that name: in another mount namespace, behind another mount.
 func backingName(attr string) string { return strings.TrimSuffix(attr, " (deleted)") }
 
-// backingStatus is the status of the file below a loop device, by the device itself. Its
-// filesystem may have to ask its server for that. Where the device cannot be asked
-// it goes by the name that sysfs has for the file.
+// backingStatus is the status of the file below a loop device, according to the device
+// itself. The file's filesystem may have to ask a server for it. If the device cannot be
+// asked, backingStatus uses the name that sysfs has for the file.
 func (h *Host) backingStatus(name, file string, end time.Time) (status, error) {
 	node := "/dev/" + name
 	get := h.loop

@@ -66,8 +66,8 @@ func (h *Host) rootOf(m Mount) string {
 	return filepath.Join(h.Proc, strconv.Itoa(m.PID), "root")
 }
 
-// OpenMount opens the root of a mounted filesystem for reading. It fails if
-// another mount hides it: what is on the path now is not what is meant.
+// OpenMount opens the root of a mounted filesystem for reading. It fails if another
+// mount hides it, because the path leads to something else then.
 func (h *Host) OpenMount(m Mount) (*os.File, error) {
 	at := *h
 	at.Root = h.rootOf(m)

@@ -12,9 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Place is what a path led to at one moment. Whatever is done there is done
-// through its descriptors, so that it does not matter what the names come to
-// lead to later.
+// Place is what a path led to at one moment. Everything is done through its descriptors,
+// so that it does not matter where the names lead later.
 type Place struct {
 	Path string   // as it was given
 	File *os.File // what is there, opened as a place only (O_PATH); nil if nothing is
@@ -38,11 +37,12 @@ func (p *Place) Kind() uint32 { return p.Mode & unix.S_IFMT }
 // maxLinks is how many symbolic links the kernel follows in one path.
 const maxLinks = 40
 
-// OpenPlace follows an absolute path, whose last name need not exist. Symbolic
-// links are followed below Root if they are the superuser's or this process's:
-// through anybody else's link a path leads wherever its owner likes. The error
-// is an *Error with ErrForeign, ErrNoAnswer or the errno. A filesystem that an
-// ordinary user serves is refused too: its server reads whatever is stored there.
+// OpenPlace follows an absolute path, whose last name need not exist. It follows
+// symbolic links, below Root, if they belong to the superuser or to this process's
+// user. It refuses another user's link, because that user decides where it leads. It
+// also refuses a filesystem that an ordinary user serves, because the server reads
+// whatever is stored there. The error is an *Error with ErrForeign, ErrNoAnswer or the
+// errno.
 func (h *Host) OpenPlace(path string) (*Place, error) {
 	type opened struct {
 		p   *Place

@@ -18,12 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What a device holds is asked of blkid, which knows every format that there is.
-// A daemon that serves disks must not start it by itself: between fork and exec
-// the Go runtime waits for the new process without giving its processor away, so
-// that a program file on a disk that does not answer would stop the collection of
-// garbage, and with that every queue. A Prober is a process of its own, started
-// before there is any disk to serve, that does it.
+// blkid says what a device holds, because it knows every format that there is. A daemon
+// that serves disks must not start blkid by itself. Between fork and exec the Go runtime
+// waits for the new process and keeps its P. If the program file lay on a disk that does
+// not answer, the collection of garbage would stop, and every queue with it. So a Prober
+// starts blkid. It is a process of its own, started before there is any disk to serve.
 
 // ErrNoTool: there is no blkid on this machine.
 var ErrNoTool = errors.New("blkid is not installed")
@@ -113,8 +112,8 @@ func (p *Prober) Probe(ctx context.Context, dev *os.File) (string, error) {
 	return a.Holds, nil
 }
 
-// ServeProbes is the life of a Prober's process, which resolves blkid below root.
-// It ends when whoever asks has gone.
+// ServeProbes is the life of a Prober's process, which looks for blkid below root. It
+// ends when the process that asks has gone.
 func ServeProbes(fd int, root string) error {
 	// The terminal's signals are for the daemon, which may refuse to end.
 	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
@@ -170,16 +169,16 @@ func findBlkid(root string) (string, error) {
 // blkidLimit is how long blkid may run.
 const blkidLimit = time.Minute
 
-// Blkid says what the device or file f holds, as blkid found below root tells it:
-// a filesystem, a part of a larger device, a partition table; empty if it finds
-// nothing. Contents that several formats claim are an error, as is everything
-// else that leaves it in the dark.
+// Blkid says what the device or file f holds, according to the blkid below root: a
+// filesystem, a part of a larger device, or a partition table. It is empty if blkid
+// finds nothing. It is an error if several formats claim the content, or if blkid
+// cannot tell for any other reason.
 func Blkid(root string, f *os.File) (string, error) {
 	program, err := findBlkid(root)
 	if err != nil {
 		return "", err
 	}
-	// What it does not get open it takes for empty.
+	// blkid takes a device that it cannot open for an empty one.
 	dev, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 	if err != nil {
 		return "", fmt.Errorf("open for blkid: %w", err)

@@ -51,8 +51,8 @@ func (h *Host) MountsOver(target Num, lower func(Num) []Num) []Mount {
 	return out
 }
 
-// walk is one search downwards. Its methods say whether they came upon the target;
-// where they could not look, they leave a doubt.
+// walk is one search downwards. Its methods say whether they came upon the target. If
+// they could not look somewhere, they leave a doubt.
 type walk struct {
 	*Host
 	target      Num
@@ -65,7 +65,7 @@ type walk struct {
 	likely      bool  // the doubt is whether it lies on the target, and it may well
 }
 
-// recordDoubt is for a place that could not be looked at.
+// recordDoubt notes that a place could not be looked at.
 func (w *walk) recordDoubt(path string, err error) bool {
 	var e *Error
 	if !errors.As(err, &e) {

@@ -110,10 +110,10 @@ func (h *Host) isSwap(d *Disk) bool {
 	return false
 }
 
-// loopOver is the loop device whose backing file is the disk. A loop device
-// does not claim it, so that an exclusive open would not notice. One that does
-// not say, as its file lies with a dead server, is not over a disk, unless it was
-// set up by the disk's own name.
+// loopOver is the loop device whose backing file is the disk. A loop device does not
+// claim the disk, so an exclusive open would not notice it. If a loop device does not
+// answer, its file lies on a dead file server, so it is not over a disk. Only if it was
+// set up by the disk's own name it counts all the same.
 func (h *Host) loopOver(d *Disk) string {
 	files, _ := filepath.Glob(filepath.Join(h.Sys, "class/block/loop*/loop/backing_file"))
 	end := h.deadline() // of all
@@ -128,9 +128,9 @@ func (h *Host) loopOver(d *Disk) string {
 	return ""
 }
 
-// OpenExclusive opens the disk for direct reading and writing and claims it:
-// nobody can mount it or put another device on it until the file is closed.
-// A disk that somebody has claimed gives an *Error with ErrInUse.
+// OpenExclusive opens the disk for direct reading and writing, and claims it: nobody
+// can mount it or put another device on it until the file is closed. If somebody has
+// claimed the disk, the error is an *Error with ErrInUse.
 func (h *Host) OpenExclusive(d *Disk) (*blockdev.OSFile, error) {
 	f, err := blockdev.OpenExclusive(d.Node, d.DisplayPath(), unix.O_RDWR|unix.O_DIRECT)
 	if err == nil {
@@ -180,11 +180,11 @@ type Process struct {
 
 func (p Process) String() string { return fmt.Sprintf("%s (process %d)", p.Name, p.PID) }
 
-// Openers are the processes, other than this one, that have the disk or one of
-// its partitions open or mapped; none if there is no such disk. What only the
-// kernel holds (mounts, stacked devices) is not seen, nor is what a process has
-// that hangs, in the middle of a change of its memory, and does not let itself be
-// looked at.
+// Openers are the processes, other than this one, that have the disk or one of its
+// partitions open or mapped; none if there is no such disk. Openers does not see what
+// only the kernel holds (mounts, stacked devices). Nor does it see what a process has
+// that hangs in the middle of a change of its memory, because nobody can look at such a
+// process.
 func (h *Host) Openers(n Num) []Process {
 	d, err := h.byNumber(n)
 	if err != nil {

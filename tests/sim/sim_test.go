@@ -69,7 +69,8 @@ const (
 	shortSeeds = 300
 )
 
-// quick: not everything, for the race detector makes it all ten times as slow.
+// quick says not to run everything, because the race detector makes it all ten times as
+// slow.
 func quick() bool { return testing.Short() || underRace }
 
 // one runs a single case; -v traces it.
@@ -169,8 +170,8 @@ func processorTime() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// each runs TestSimulation once a core, each with its share of the seeds: a
-// process each, for the places to die are one to a process.
+// each runs TestSimulation once for each core, with a share of the seeds. Each run has a
+// process of its own, because a process can have only one place to die.
 func each(t *testing.T) {
 	var wait sync.WaitGroup
 	n := runtime.NumCPU()

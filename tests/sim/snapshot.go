@@ -296,8 +296,8 @@ func (s *snapshot) checkReported() {
 	}
 }
 
-// room is how much more the storage could take, in bytes; 0 if it has ever
-// failed or been full, for the engine need not try again.
+// room is how much more the storage could take, in bytes. It is 0 if the storage has
+// ever failed or been full, because the engine need not try again.
 func (s *snapshot) room() int64 {
 	if s.w.fired > 0 || s.w.wasFull {
 		return 0

@@ -89,9 +89,8 @@ func TestUblkData(t *testing.T) {
 	}
 }
 
-// TestUblkRegistration has the kernel fail to register payloads with their
-// requests, for the place is taken: they are registered later, by a command,
-// and no request fails of it.
+// TestUblkRegistration has the kernel fail to register payloads with their requests,
+// because the place is taken. A command registers them later, and no request fails.
 func TestUblkRegistration(t *testing.T) {
 	ctl := openControl(t)
 	if !slices.Contains(payloadModes(ctl), ublk.ModeZeroCopy) {
