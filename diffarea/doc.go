@@ -13,47 +13,47 @@
 // A write comes to a chunk that is NEW. T is the thread of its queue. "Locked"
 // means that the thread holds Log.mu. No I/O and no callback happens under it.
 //
-//  1. Claim (Area.Protect, on T, locked). T looks at the word again. If the chunk
-//     has been copied meanwhile, the write goes on. If a Copy of it is under way,
-//     the write waits for that Copy. Otherwise T makes a new Copy. The Copy waits
-//     for a region, in Log.waiting, and the write waits for the Copy.
-//  2. End of turn (Worker.endTurn, on T, locked). It runs once for everything that the
-//     turn of the queue brought. It ends in Log.settle, as every change of the log
-//     does.
-//  3. Grant (Log.grantLocked, in settle). The Copy gets the next region and that
-//     region's slot: COPYING. If the slot is still taken, the Copy waits until a
-//     store has freed it (8). If no storage is behind the region yet, the Copy
-//     waits until the storage has grown. If the storage cannot grow, the snapshot
-//     breaks.
-//  4. Read (Worker.startReady, Copy.read, on T). The old data is read from the
-//     original disk into the slot, for neighbours in one read. A follower does not
-//     read: another snapshot's Copy of a larger chunk around it lends it the data
+//  1. Claim (area.go: Area.Protect, on T, locked). T looks at the word again. If the
+//     chunk has been copied meanwhile, the write goes on. If a Copy of it is under
+//     way, the write waits for that Copy. Otherwise T makes a new Copy. The Copy
+//     waits for a region, in Log.waiting, and the write waits for the Copy.
+//  2. Grant (log.go: Log.settle, locked). At the end of the turn the Copy gets the
+//     next region and that region's slot: COPYING. If the slot is still taken, the
+//     Copy waits until a store has freed it (6). If no storage is behind the region
+//     yet, the Copy waits until the storage has grown. If the storage cannot grow,
+//     the snapshot breaks.
+//  3. Read (copy.go: copyList.start, on T). The old data is read from the original
+//     disk into the slot, for neighbours in one read. A follower does not read:
+//     another snapshot's Copy of a larger chunk around it lends it the data
 //     (lendData).
-//  5. Word (Copy.landed, finish, on T, no lock). The data is in the slot, and one
+//  4. Word (copy.go: Copy.finish, on T, no lock). The data is in the slot, and one
 //     store to the chunk's word says so: IN_MEMORY. From now on images read the
 //     chunk from the slot, and it stays there if the process dies.
-//  6. Settle (Worker.endTurn, Copy.endLocked, on T, locked). At the end of that turn
-//     the slot is LANDED, and the Copy sets free all who waited for it.
-//  7. Wake (wakeAll, no lock). The write goes on to the original disk.
-//  8. Store (Log.nextStoreLocked, store.submit, store.done). The write does not
-//     wait for this step. A stretch of landed regions goes to the storage in one
-//     write: STORING. When the data has arrived, the words say STORED, without the
-//     lock. Then, locked, the slots become FREE, and settle grants them to the
-//     Copies that wait in 3.
+//  5. Wake (log.go: Log.settle, on T). At the end of that turn, locked, the slot is
+//     LANDED (Copy.endLocked). Then, without the lock, all who waited for the Copy
+//     are woken. The write goes on to the original disk.
+//  6. Store (store.go). The write does not wait for this step. The same settle gives
+//     a stretch of landed regions to the storage in one write: STORING. When the
+//     data has arrived (store.done), the words say STORED, without the lock. Then,
+//     locked, the slots become FREE, and the next settle grants them to the Copies
+//     that wait in 2.
+//
+// Whoever changes a log says so (Worker.settleLater). At the end of the queue's turn
+// Log.settle does what all changes of the turn have made possible: one lock for all.
+// It runs nowhere else but in Resume.
 //
 // The way changes threads in three places. Any thread that settles the log may
-// grant the region (3); it then posts the Copy to T. T wakes (7) the requests of
-// other queues by posting to their threads. A store (8) runs on the thread whose
-// settle found it due, which is often T, in 6.
+// grant the region (2); it then posts the Copy to T. T wakes (5) the requests of
+// other queues by posting to their threads. A store (6) runs on the thread whose
+// settle found it due, which is often T, in 5.
 //
-// If the read fails, the slot is DEAD, the word FAILED and the log broken (6). The
+// If the read fails, the slot is DEAD, the word FAILED and the log broken (5). The
 // write goes on all the same. A broken log grants nothing any more: copies that
 // wait end without reading, and their writes go on.
 //
-// An image's write to a NEW chunk goes the same way, from Area.Fill. It settles the
-// log at once, and instead of step 4 the image fills the slot (Copy.Filled). An
-// image's write to a chunk that is IN_MEMORY waits until the chunk is stored
-// (Area.AwaitStored).
+// An image's write to a NEW chunk goes the same way, from Area.Fill. Instead of step
+// 3 the image fills the slot (Copy.Filled). An image's write to a chunk that is
+// IN_MEMORY waits until the chunk is stored (Area.AwaitStored).
 //
 // # What outlives the process
 //

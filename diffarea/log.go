@@ -18,15 +18,6 @@ const (
 	MaxChunkSize = 64 << 20
 )
 
-// Limits of the store queue. A small store waits while another is under way or
-// copies are about to land, so that the next one is larger; full ones go out
-// side by side.
-const (
-	storeBatch = 1 << 20   // bytes in one write to the storage, or one chunk if that is more
-	maxStores  = 4         // writes to the storage at a time
-	storeAsync = 256 << 10 // bytes from which a store is left to a kernel worker
-)
-
 // Pool is the memory of a log: a ring buffer of slots, one chunk each. Mem and
 // File are the same bytes: copies and stores go through Mem, image devices read
 // and write File straight from and to the kernel's pages.
@@ -188,14 +179,20 @@ func (l *Log) locate(w Word) (blockdev.File, int64) {
 	return l.file(ext.source), ext.off + int64(r-ext.first)<<l.shift
 }
 
-// settle ends every change of the log: it does what the change made possible.
-// mu is held on entry and released. woken are waiters that the change itself
-// set free. w is the worker of the calling thread.
-func (l *Log) settle(w *Worker, woken waitList) {
+// settle takes the copies out of the log that have ended in a turn, and does what
+// all changes of the turn have made possible. It runs at the turn's end, on w's
+// thread: see Worker.settleLater. If no copy has ended, the log may have been closed
+// by then, and its memory given back: it is dead, and nothing here looks at that.
+func (l *Log) settle(w *Worker, ended copyList) {
+	l.mu.Lock()
+	var woken waitList
+	for c := ended.pop(); c != nil; c = ended.pop() {
+		c.endLocked(&woken)
+	}
 	granted := l.grantLocked()
 	if l.dead.Load() != 0 {
 		// Whoever waits for a place has nothing to wait for any more.
-		granted.append(&l.waiting)
+		l.waiting.moveTo(&granted)
 		for i := 0; !l.released && i < len(l.slots); i++ {
 			l.slots[i].waiters.moveTo(&woken)
 		}
@@ -226,18 +223,11 @@ func (l *Log) settle(w *Worker, woken waitList) {
 	if grow {
 		l.growth.submit(w)
 	}
-	for c := granted.pop(); c != nil; c = granted.pop() {
-		if c.w == w {
-			w.ready.push(c)
-		} else {
-			c.w.q.Post(&c.task)
-		}
-	}
-	w.startReady()
+	granted.start(w)
 	for _, e := range events {
 		l.onEvent(e)
 	}
-	wakeAll(w, woken.head)
+	woken.wake(w)
 	for _, done := range refused {
 		done(fmt.Errorf("the snapshot is broken: %w", l.Err()))
 	}
@@ -293,7 +283,8 @@ func (l *Log) Close(w *Worker, done func()) {
 	l.mu.Lock()
 	l.endLocked()
 	l.closing = done
-	l.settle(w, waitList{})
+	l.mu.Unlock()
+	w.settleLater(l)
 }
 
 // endLocked ends the log's life without an event. Like a break it is on record
@@ -313,14 +304,16 @@ func (l *Log) endLocked() {
 func (l *Log) Abort(w *Worker) {
 	l.mu.Lock()
 	l.endLocked()
-	l.settle(w, waitList{})
+	l.mu.Unlock()
+	w.settleLater(l)
 }
 
 // Break is Abort with an event, of a log that has broken down: see Waiting.
 func (l *Log) Break(w *Worker, errno unix.Errno) {
 	l.mu.Lock()
 	l.breakLocked(errno, l.victimLocked())
-	l.settle(w, waitList{})
+	l.mu.Unlock()
+	w.settleLater(l)
 }
 
 // Waiting says whether original I/O waits for another disk than its own, the
@@ -375,106 +368,6 @@ func (l *Log) victimLocked() *Area {
 		}
 	}
 	return nil
-}
-
-// store is one write of neighbouring regions to the storage.
-type store struct {
-	l     *Log
-	w     *Worker
-	first Region
-	n     Region
-	op    blockdev.Op
-	next  *store
-}
-
-// nextStoreLocked takes the stretch of landed regions at storeNext, if it is
-// worth a write now.
-func (l *Log) nextStoreLocked() *store {
-	if l.dead.Load() != 0 || l.stores >= maxStores {
-		return nil
-	}
-	for l.storeNext < l.next && l.slot(l.storeNext).state == slotDead {
-		l.slot(l.storeNext).state = slotFree
-		l.storeNext++
-	}
-	first := l.storeNext
-	if first == l.next {
-		return nil
-	}
-	// A write ends where the pool wraps, the storage continues elsewhere, or
-	// the batch is full.
-	ext := l.state.find(first)
-	most := min(max(Region(storeBatch>>l.shift), 1), l.poolSlots-first%l.poolSlots, ext.first+ext.count-first)
-	l.landed = max(l.landed, first)
-	for l.landed < l.next && l.slot(l.landed).state == slotLanded {
-		l.landed++
-	}
-	n := min(l.landed-first, most)
-	wanted := first < l.urgent || l.waiting.head != nil
-	grows := l.landed < l.next && l.slot(l.landed).state == slotCopying
-	if n == 0 || n < most && (l.stores > 0 || grows && !wanted) {
-		return nil
-	}
-	s := l.freeStores
-	if s == nil {
-		s = &store{l: l}
-		s.op.Kind = blockdev.Write
-		s.op.Done = s.done
-	} else {
-		l.freeStores = s.next
-	}
-	for r := first; r < first+n; r++ {
-		l.slot(r).state = slotStoring
-	}
-	s.first, s.n = first, n
-	s.op.File = l.file(ext.source)
-	s.op.Off = ext.off + int64(first-ext.first)<<l.shift
-	s.op.MinSize = l.minSizeLocked(ext.source)
-	l.storeNext += n
-	l.stores++
-	l.busy++
-	return s
-}
-
-func (s *store) submit(w *Worker) {
-	l := s.l
-	s.w = w
-	s.op.Len = int64(s.n) << l.shift
-	s.op.Buf = w.slots(l, s.first)
-	if s.op.ForceAsync = s.op.Len >= storeAsync; s.op.ForceAsync {
-		// The worker comes to it later: the place may be empty by then.
-		s.op.Buf.Index = blockdev.NoIndex
-	}
-	w.q.Submit(&s.op)
-}
-
-// done runs when the regions have reached the storage. The words say so before
-// the slots are given away: a reader that saw IN_MEMORY sees a changed word if
-// its slot was used again.
-func (s *store) done(op *blockdev.Op) {
-	l := s.l
-	if op.Err == 0 {
-		for r := s.first; r < s.first+s.n; r++ {
-			slot := l.slot(r)
-			slot.area.table.set(slot.chunk, makeWord(Stored, r))
-		}
-	}
-	var woken waitList
-	l.mu.Lock()
-	if op.Err != 0 {
-		l.breakLocked(op.Err, l.slot(s.first).area)
-	} else {
-		for r := s.first; r < s.first+s.n; r++ {
-			slot := l.slot(r)
-			slot.state = slotFree
-			slot.waiters.moveTo(&woken)
-		}
-	}
-	l.stores--
-	l.ended++
-	l.busy--
-	s.next, l.freeStores = l.freeStores, s
-	l.settle(s.w, woken)
 }
 
 // Usage is how full a log is.

@@ -113,10 +113,11 @@ func OpenArea(c AreaConfig, data func(yield func(from, to int64))) (*Area, error
 	return a, err
 }
 
-// Resume starts a log from OpenLog: what was not stored goes on its way.
+// Resume starts a log from OpenLog: what was not stored goes on its way. It settles
+// the log at once, so that the slots of copies that died are free before anybody asks
+// for one.
 func (l *Log) Resume(w *Worker) {
-	l.mu.Lock()
-	l.settle(w, waitList{})
+	l.settle(w, copyList{})
 }
 
 // Used is Log.Used from a log's state alone, for the storage at that place in the

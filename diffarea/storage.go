@@ -183,7 +183,8 @@ func (l *Log) Append(w *Worker, s Storage, done func(error)) {
 	l.lowSent = false
 	if !s.Fixed {
 		src.appended = done
-		l.settle(w, waitList{})
+		l.mu.Unlock()
+		w.settleLater(l)
 		return
 	}
 	src.done = true
@@ -191,7 +192,8 @@ func (l *Log) Append(w *Worker, s Storage, done func(error)) {
 	if !ok {
 		l.dropSourceLocked(src)
 	}
-	l.settle(w, waitList{})
+	l.mu.Unlock()
+	w.settleLater(l)
 	if !ok {
 		done(errExtents(s.File))
 		return
@@ -315,7 +317,8 @@ func (l *Log) refuseLocked() (done []func(error)) {
 func (l *Log) Expect(w *Worker, size int64) {
 	l.mu.Lock()
 	l.expected += Region(Chunks(size, l.chunkSize))
-	l.settle(w, waitList{})
+	l.mu.Unlock()
+	w.settleLater(l)
 }
 
 // needLocked is how many regions the areas can come to need: one for each chunk.
@@ -385,7 +388,7 @@ func (g *growth) submit(w *Worker) {
 // finished takes the portion into use. A full file system, or quota, is asked
 // again for half as much, until not even a chunk fits.
 func (g *growth) finished(op *blockdev.Op) {
-	l := g.l
+	l, w := g.l, g.w // g may be used again without the lock
 	l.mu.Lock()
 	l.ended++
 	s := l.sources[g.source]
@@ -395,7 +398,8 @@ func (g *growth) finished(op *blockdev.Op) {
 		s.portion = op.Len / 2
 		g.active = false
 		l.busy--
-		l.settle(g.w, waitList{})
+		l.mu.Unlock()
+		w.settleLater(l)
 		return
 	case op.Err != 0:
 		s.done = true
@@ -413,7 +417,8 @@ func (g *growth) finished(op *blockdev.Op) {
 	if done != nil && err != nil {
 		l.dropSourceLocked(s)
 	}
-	l.settle(g.w, waitList{})
+	l.mu.Unlock()
+	w.settleLater(l)
 	if done != nil {
 		done(err)
 	}

@@ -10,25 +10,30 @@ import (
 // to start I/O, and its free copies and waiters, so that the steady state
 // allocates nothing. It belongs to the queue's thread.
 //
-// What a turn of the queue brings, requests and completions alike, is gathered
-// and put to the logs at the turn's end: one lock for all, and what lies side
-// by side is read together.
+// The logs that a turn of the queue has changed, by requests and completions
+// alike, are settled at the turn's end: one lock for all changes, and what lies
+// side by side is read and stored together.
 type Worker struct {
 	q           blockdev.Queue
 	freeCopies  *Copy
 	freeWaiters *waiter
 
-	ended   copyList // whose data has landed, or never will
-	touched []*Log   // of these, and of claimed copies
-	spare   []*Log   // to take turns with touched
-	task    blockdev.Task
-	posted  bool
-	ready   copyList // to be started
+	turn   []change // what this turn has brought, by log
+	spare  []change // to take turns with turn
+	task   blockdev.Task
+	posted bool
 
 	use     []*Area // see Use
 	useTask blockdev.Task
 	using   bool // useTask is posted
 	pinned  []pinnedPool
+}
+
+// change is what a turn has brought to one log: copies that have ended, perhaps
+// none, and whatever else was changed under the log's lock.
+type change struct {
+	log   *Log
+	ended copyList // their data has landed, or never will
 }
 
 // pinnedPool is a log's pool that the queue holds ready.
@@ -94,64 +99,33 @@ func (w *Worker) slots(l *Log, r Region) blockdev.Buf {
 	return b.At(int64(r%l.poolSlots) << l.shift)
 }
 
-// settleLater has the log settled at the end of the turn.
-func (w *Worker) settleLater(l *Log) {
-	if !slices.Contains(w.touched, l) {
-		w.touched = append(w.touched, l)
-	}
+// settleLater has the log settled at the end of the turn. Every change of a log
+// ends with it, on w's thread and without the lock. It returns what the turn has
+// brought to the log, good until the next call.
+func (w *Worker) settleLater(l *Log) *change {
 	if !w.posted {
 		w.posted = true
 		w.q.Post(&w.task)
 	}
+	for i := range w.turn {
+		if w.turn[i].log == l {
+			return &w.turn[i]
+		}
+	}
+	w.turn = append(w.turn, change{log: l})
+	return &w.turn[len(w.turn)-1]
 }
 
-// endTurn is the end of a turn.
+// endTurn is the end of a turn. What it changes itself is for the next one.
 func (w *Worker) endTurn() {
 	w.posted = false
-	logs, ended := w.touched, w.ended
-	w.touched, w.ended = w.spare, copyList{}
-	for _, l := range logs {
-		var woken waitList
-		var others copyList
-		l.mu.Lock()
-		for c := ended.pop(); c != nil; c = ended.pop() {
-			if c.area.log == l {
-				c.endLocked(&woken)
-			} else {
-				others.push(c)
-			}
-		}
-		ended = others
-		l.settle(w, woken)
+	turn := w.turn
+	w.turn = w.spare
+	for _, ch := range turn {
+		ch.log.settle(w, ch.ended)
 	}
-	clear(logs)
-	w.spare = logs[:0]
-}
-
-// readBatch is how many bytes of several chunks are read at a time.
-const readBatch = 1 << 20
-
-// startReady starts what is ready. The chunks of a read follow each other on
-// the disk and in the pool; followers have nothing to read and may stand in
-// between.
-func (w *Worker) startReady() {
-	var first, last *Copy // of a read
-	for c := w.ready.pop(); c != nil; c = w.ready.pop() {
-		switch {
-		case !c.reads():
-			c.start()
-		case last != nil && last.adjoins(c) && c.end()-first.begin() <= readBatch:
-			last.joined, last, c.started = c, c, true
-		default:
-			if first != nil {
-				first.start()
-			}
-			first, last = c, c
-		}
-	}
-	if first != nil {
-		first.start()
-	}
+	clear(turn)
+	w.spare = turn[:0]
 }
 
 // waiter is a request that waits for a chunk. It is woken once, on its own
@@ -184,19 +158,6 @@ func (wt *waiter) run() {
 	wake()
 }
 
-// wakeAll wakes a list of waiters from w's thread.
-func wakeAll(w *Worker, list *waiter) {
-	for list != nil {
-		wt := list
-		list = wt.next
-		if wt.w == w {
-			wt.run()
-		} else {
-			wt.w.q.Post(&wt.task)
-		}
-	}
-}
-
 // waitList is a list of waiters in order.
 type waitList struct{ head, tail *waiter }
 
@@ -221,4 +182,17 @@ func (l *waitList) moveTo(dst *waitList) {
 	}
 	dst.tail = l.tail
 	l.head, l.tail = nil, nil
+}
+
+// wake wakes all of the list from w's thread, with no lock held.
+func (l *waitList) wake(w *Worker) {
+	for wt := l.head; wt != nil; {
+		next := wt.next
+		if wt.w == w {
+			wt.run()
+		} else {
+			wt.w.q.Post(&wt.task)
+		}
+		wt = next
+	}
 }

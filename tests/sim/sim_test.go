@@ -227,7 +227,7 @@ func small(seed uint64) Case {
 // that a death may leave half done, with an increment over them.
 var scenes = []string{`
 config Devices=1 Size0=61 Size1=8 Size2=8 Queues=2 IQueues=2 Depth=4 MaxIO=64 Block=12 Slots=2 Storages=2 Limit=56 Portion=8 Sector=1
-order 1
+order 2
 create snap=0 off=0 len=2 arg=1
 create snap=1 off=1 len=1 arg=1
 append snap=0

@@ -35,14 +35,15 @@ type snapshot struct {
 	before   []cbtmap.Info      // of the devices, before the take
 	takes    []cbtmap.Info      // of the devices, at the take
 
-	cut       bool // the instant was: this is the record on which recovery relies
-	taken     bool // and Take has said so
-	aborted   bool // its end has begun
-	leaving   bool // which is on record: its images go, Destroy follows
-	gone      bool // Destroy has begun
-	images    []*image
-	corrupted int // events
-	noSpace   int
+	cut         bool // the instant was: this is the record on which recovery relies
+	taken       bool // and Take has said so
+	aborted     bool // its end has begun
+	brokeBefore bool // it was broken by then
+	leaving     bool // which is on record: its images go, Destroy follows
+	gone        bool // Destroy has begun
+	images      []*image
+	corrupted   int // events
+	noSpace     int
 }
 
 func (s *snapshot) String() string { return fmt.Sprintf("snapshot %d", s.slot) }
@@ -289,10 +290,11 @@ func (s *snapshot) event(e diffarea.Event) {
 	}
 }
 
-// checkReported sees to it that a break is reported, once, and nothing else.
-func (s *snapshot) checkReported() {
-	if reported := s.corrupted > 0; s.w.deaths == 0 && !s.aborted && reported != s.broken() {
-		s.w.fail("I5: %v is broken: %v (%v); reported: %v", s, s.broken(), s.snap.Log().Err(), reported)
+// checkReported sees to it that a break is reported, and nothing else: broken says whether
+// there was one. It is reported at the end of the turn, so nothing may be under way.
+func (s *snapshot) checkReported(broken bool) {
+	if reported := s.corrupted > 0; s.w.deaths == 0 && reported != broken {
+		s.w.fail("I5: %v is broken: %v (%v); reported: %v", s, broken, s.snap.Log().Err(), reported)
 	}
 }
 
@@ -475,8 +477,7 @@ func (s *snapshot) destroy() {
 			done()
 			return
 		}
-		s.checkReported()
-		s.aborted = true
+		s.aborted, s.brokeBefore = true, s.broken()
 		s.snap.Abort()
 		w.proc.control.After(0, func() {
 			s.leaving = true
@@ -499,6 +500,7 @@ func (s *snapshot) destroyIdle(done func()) {
 	}
 	s.gone = true
 	s.snap.Destroy(func() {
+		s.checkReported(s.brokeBefore)
 		s.checkUsed()
 		s.giveBack()
 		w.snaps[s.slot] = nil
@@ -567,7 +569,9 @@ func (s *snapshot) checkUsage() {
 	if s.w.deaths == 0 && s.w.fired == 0 && !s.broken() && copied != u.Regions {
 		s.w.fail("%v: %d regions handed out for %d chunks", s, u.Regions, copied)
 	}
-	s.checkReported()
+	if !s.aborted {
+		s.checkReported(s.broken())
+	}
 }
 
 // request issues a step's request to the image of a device, if there is one.
