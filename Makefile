@@ -52,7 +52,7 @@ test: check bin/vm overlay
 check: setup lint
 	go test ./...
 	go test -race -short ./...
-	go test -tags deathpoints ./internal/deathpoint
+	go test -tags deathpoints ./internal/deathpoint ./snapshots
 
 lint: setup overlay $(LINT)
 	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "gofmt would change: $$files"; exit 1; }

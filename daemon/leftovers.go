@@ -57,9 +57,12 @@ func (d *Daemon) removeLeftovers() {
 		for _, e := range maps {
 			_ = os.RemoveAll(filepath.Join(d.cbtDir(), e.Name()))
 		}
-		left, _ := os.ReadDir(d.snapshotsDir())
-		for _, e := range left {
-			d.clearSnapshot(ctx, e.Name())
+		left, err := snapshots.LeftBehind(d.snapshotsDir())
+		if err != nil {
+			d.opts.Log.Warn("cannot look for snapshots of a dead daemon", "error", err)
+		}
+		for _, l := range left {
+			d.clearSnapshot(ctx, l)
 		}
 	}
 	notes, _ := os.ReadDir(d.opts.Dir.udev())
@@ -70,16 +73,19 @@ func (d *Daemon) removeLeftovers() {
 	}
 }
 
-// clearSnapshot removes the snapshot id of a dead daemon. If its storage does not
+// clearSnapshot removes a snapshot of a dead daemon. If its storage does not
 // answer, the removal takes as long as that lasts, but clearSnapshot itself returns
 // when ctx ends, because somebody waits for this daemon to start.
-func (d *Daemon) clearSnapshot(ctx context.Context, id string) {
+func (d *Daemon) clearSnapshot(ctx context.Context, l *snapshots.Left) {
+	id := filepath.Base(l.Dir)
 	say := func(err error) {
 		if err != nil {
 			d.opts.Log.Warn("a part of a dead daemon's snapshot cannot be removed", "snapshot", id, "error", publicPaths(err.Error()))
 		}
 	}
-	err, late := bounded.Call(ctx, func() error { return snapshots.ClearLeftover(filepath.Join(d.snapshotsDir(), id)) }, say)
+	err, late := bounded.Call(ctx, func() error {
+		return l.Clear(snapshots.Config{Root: d.host.Root, StorageTimeout: d.opts.Config.StorageTimeout})
+	}, say)
 	if late != nil {
 		d.opts.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", id)
 		return

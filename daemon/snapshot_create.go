@@ -68,6 +68,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		ID: id, ChunkSize: chunk, PoolSize: pool,
 		Portion:        d.opts.Config.DiffStorageMinimum * sector.Size,
 		StateDir:       d.snapshotsDir(),
+		Root:           d.host.Root,
 		StorageTimeout: d.opts.Config.StorageTimeout,
 		Control:        d.queue,
 		OnEvent: func(e diffarea.Event) {
@@ -186,7 +187,9 @@ func (d *Daemon) addTo(s *snapshot, dev *device) error {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add " + dev.Name + ": it is being removed",
 			Fix: "end that first: ublk-blksnap remove " + dev.Name}
 	}
-	if err := s.snap.Add(dev.filter, unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor), dev.geo.LogicalBlock); err != nil {
+	if err := s.snap.Add(dev.filter, snapshots.Device{
+		Name: dev.Name, Number: unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor), Block: dev.geo.LogicalBlock,
+	}); err != nil {
 		return snapshotError(err, "add %s", dev.Name)
 	}
 	d.mu.Lock()

@@ -87,7 +87,9 @@ func (d *Daemon) startDestroy(s *snapshot) error {
 	// Abort comes first of all, so that the original disks do not wait, whatever hangs
 	// below.
 	broken := s.snap.Err() == unix.EIO || s.snap.Err() == unix.ETIMEDOUT
-	s.snap.Abort()
+	if err := s.snap.Abort(); err != nil {
+		d.opts.Log.Warn("cannot keep on record that a snapshot is being destroyed", "snapshot", s.id, "error", err)
+	}
 	for _, im := range s.images {
 		if im.ublk == nil {
 			continue

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 )
 
 // ErrNoAnswer: a disk of the snapshot, of its storage or an original, does not
@@ -24,13 +25,9 @@ func (s *Snapshot) Append(c StorageConfig) error {
 		return err
 	}
 	s.storage = append(s.storage, st)
-	select {
-	case err = <-s.start(func(done func(error)) { s.engine.Append(st.engine(), done) }):
-	case <-ctx.Done():
-		return fmt.Errorf("%s: %w", path, ErrNoAnswer)
-	}
-	if err == nil {
-		return nil
+	late, err := s.give(ctx, st)
+	if late || err == nil {
+		return err
 	}
 	s.storage = s.storage[:len(s.storage)-1]
 	r := s.giveBack(path, func() error { return st.wipe(0) })
@@ -43,6 +40,18 @@ func (s *Snapshot) Append(c StorageConfig) error {
 	return err
 }
 
+// give gives the engine a storage, for as long as ctx lasts.
+func (s *Snapshot) give(ctx context.Context, st *storage) (late bool, err error) {
+	deathpoint.Point()
+	select {
+	case err = <-s.start(func(done func(error)) { s.engine.Append(st.engine(), done) }):
+		deathpoint.Point()
+		return false, err
+	case <-ctx.Done():
+		return true, fmt.Errorf("%s: %w", st.path, ErrNoAnswer)
+	}
+}
+
 // openStorage opens a storage. The opening may hang itself, for a file of a dead file
 // server.
 func (s *Snapshot) openStorage(ctx context.Context, c StorageConfig) (*storage, error) {
@@ -53,11 +62,7 @@ func (s *Snapshot) openStorage(ctx context.Context, c StorageConfig) (*storage, 
 	align := s.align
 	back := &returning{path: c.Place.Path, done: make(chan struct{})}
 	o, late := bounded.Call(ctx, func() (o opened) {
-		if o.st, o.err = c.open(align); o.err == nil {
-			if o.err = s.state.remember(o.st, c.RealPath); o.err != nil {
-				o.err = errors.Join(o.err, o.st.wipe(0))
-			}
-		}
+		o.st, o.err = s.state.openStorage(c, align)
 		return o
 	}, func(o opened) {
 		if o.err == nil {

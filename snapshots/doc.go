@@ -26,17 +26,17 @@
 // data goes to a file that was made for it, or to a block device that nobody else
 // holds, and the storage is emptied before it is given back. See storage.
 //
-// # What is on disk
+// # What outlives the daemon
 //
-//	StateDir/UUID/log       the log's state     diffarea
-//	StateDir/UUID/pool      its pool            diffarea
-//	StateDir/UUID/words-N   words of device N   diffarea
-//	StateDir/UUID/storage   what has to be put right when the daemon is killed:
-//	                        an object of JSON for each file that was made under a
-//	                        name, and for each that lent its space
+//	StateDir/UUID/record.json  what the snapshot is: devices, storage, images
+//	StateDir/UUID/log          the log's state     diffarea
+//	StateDir/UUID/pool         its pool            diffarea
+//	StateDir/UUID/words-N      words of device N   diffarea
+//	StateDir/UUID/take         the take, whose one store says that it was made
+//	StateDir/UUID/storage-N    where storage N is mounted, which keeps it
 //
 // StateDir is on a tmpfs: all of this outlives the process, and a power failure
-// loses it. [ClearLeftover] removes a snapshot's directory, and the storage files
-// that the directory names. Storage itself has no format: without the state nobody
-// can tell what it holds.
+// loses it. The daemon may be killed at any instruction. The next one finds the
+// snapshots with [LeftBehind], and [Left] says what can be done with each. Storage
+// itself has no format: without the state nobody can tell what it holds.
 package snapshots

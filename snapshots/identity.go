@@ -6,8 +6,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // identity is what a file is known by, whatever its names are. Its handle finds the
@@ -37,6 +41,12 @@ func identify(fd int) (identity, error) {
 	return id, nil
 }
 
+// same says whether it is the same file: a number may be another's by now, but not
+// with the same time of birth.
+func (id identity) same(as identity) bool {
+	return id.Dev == as.Dev && id.Ino == as.Ino && id.Born == as.Born
+}
+
 // errGone: a file does not exist any more, under whatever name.
 var errGone = errors.New("does not exist any more")
 
@@ -58,7 +68,7 @@ func (id identity) open(path string, flags int) (fd int, err error) {
 	switch now, err := identify(at); {
 	case err != nil:
 		return -1, err
-	case now.Dev != id.Dev || now.Ino != id.Ino || now.Born != id.Born:
+	case !now.same(id):
 		return -1, fmt.Errorf("another file is there: %w", fs.ErrNotExist)
 	}
 	return reopen(f, flags|unix.O_NONBLOCK)
@@ -96,4 +106,36 @@ func openOn(dev uint64, path string) (int, error) {
 			return -1, fmt.Errorf("its filesystem is not mounted there any more: %w", fs.ErrNotExist)
 		}
 	}
+}
+
+// deviceIdentity is what a block device is known by: the kernel gives a number to
+// another disk when one is gone, but a sequence number only once.
+type deviceIdentity struct {
+	Number   uint64 `json:"number"`   // as unix.Mkdev makes it
+	Sequence uint64 `json:"sequence"` // of the whole disk
+	Start    string `json:"start"`    // of a partition, in sectors
+	Size     int64  `json:"size"`     // bytes
+}
+
+// identifyDevice is the identity of an open block device.
+func identifyDevice(f *blockdev.OSFile) (id deviceIdentity, err error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(f.Fd(), &st); err != nil {
+		return id, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return id, errors.New("not a block device")
+	}
+	id.Number = st.Rdev
+	if id.Size, err = f.Size(); err != nil {
+		return id, err
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(f.Fd()), unix.BLKGETDISKSEQ, uintptr(unsafe.Pointer(&id.Sequence))); errno != 0 {
+		return id, fmt.Errorf("ask for the disk's sequence number: %w", errno)
+	}
+	sys := fmt.Sprintf("/sys/dev/block/%d:%d/start", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+	if b, err := os.ReadFile(sys); err == nil {
+		id.Start = strings.TrimSpace(string(b))
+	}
+	return id, nil
 }

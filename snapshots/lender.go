@@ -27,7 +27,7 @@ func (s *storage) openBeside(c StorageConfig, align int) (err error) {
 		return err
 	}
 	defer func() {
-		if err != nil {
+		if s.lender == nil {
 			unix.Close(fd)
 		}
 	}()
@@ -63,20 +63,25 @@ func (s *storage) openBeside(c StorageConfig, align int) (err error) {
 	if mountOf(fd) != mountOf(int(p.Dir.Fd())) {
 		return errors.New("the file is on another filesystem than its directory: name a directory there")
 	}
-	if err := s.openTmpfile(p.Dir, align); err != nil {
+	if err := s.makeFile(p.Dir, "", align); err != nil {
 		return err
 	}
-	s.lender = &lender{fd: fd}
+	space := int64(0)
+	if !open && st.Blocks*512 >= st.Size { // else what is written there by now is not ours to lose
+		space = st.Size
+	}
+	id, err := identify(fd)
+	if err != nil {
+		return err
+	}
+	if err := s.update(func(r *recordStorage) { r.Lender, r.Space = &id, space }); err != nil {
+		return err
+	}
+	s.lender = &lender{fd: fd, space: space} // closes fd and gives the space back from now on
 	if open {
-		return nil // what is written there by now is not ours to lose
+		return nil
 	}
-	if st.Blocks*512 >= st.Size {
-		s.lender.space = st.Size
-	}
-	if err := s.borrow(st.Size); err != nil {
-		return errors.Join(err, s.file.Close(), allocate(fd, s.lender.space))
-	}
-	return nil
+	return s.borrow(st.Size)
 }
 
 // lease says whether somebody else has the file open or mapped, as far as its

@@ -3,9 +3,7 @@ package snapshots
 import (
 	"errors"
 	"io/fs"
-	"os"
 
-	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
@@ -22,11 +20,17 @@ var errMoved = errors.New("the file was moved away or given another name: it rem
 // who may remove that other file can do so. So nothing is lost that he could not have
 // removed himself.
 func (n *name) remove(fd int) error {
-	dir := int(n.Dir.Fd())
 	var own, st unix.Stat_t
 	if err := unix.Fstat(fd, &own); err != nil {
 		return err
 	}
+	if n.Dir == nil { // of a dead daemon's file, and it is not found
+		if own.Nlink > 0 {
+			return errMoved
+		}
+		return nil
+	}
+	dir := int(n.Dir.Fd())
 	err := unix.Fstatat(dir, n.Base, &st, unix.AT_SYMLINK_NOFOLLOW)
 	switch {
 	case err == nil && st.Dev == own.Dev && st.Ino == own.Ino:
@@ -43,27 +47,17 @@ func (n *name) remove(fd int) error {
 	return nil
 }
 
-const newFile = unix.O_RDWR | unix.O_EXCL | unix.O_CLOEXEC
+// hiddenPrefix is what the name of every file begins with that is being made.
+const hiddenPrefix = ".ublk-blksnap-"
 
-// tmpfile makes a file without a name in a directory, with O_TMPFILE.
-func tmpfile(dir *os.File) (fd int, err error) {
-	fd, err = unix.Openat(int(dir.Fd()), ".", newFile|unix.O_TMPFILE, ownMode)
-	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) {
-		return unlinkedFile(dir)
+// rename gives a file another name in its directory, which nothing there may have.
+func (n *name) rename(base string) error {
+	dir := int(n.Dir.Fd())
+	err := unix.Renameat2(dir, n.Base, dir, base, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // not every file server can
+		if err = unix.Linkat(dir, n.Base, dir, base, 0); err == nil {
+			err = unix.Unlinkat(dir, n.Base, 0)
+		}
 	}
-	return fd, err
-}
-
-// unlinkedFile is tmpfile on a filesystem that has no O_TMPFILE.
-func unlinkedFile(dir *os.File) (fd int, err error) {
-	n := &name{&disk.Place{Dir: dir, Base: ".ublk-blksnap-" + uuid.NewString()}}
-	fd, err = unix.Openat(int(dir.Fd()), n.Base, newFile|unix.O_CREAT|unix.O_NOFOLLOW, ownMode)
-	if err != nil {
-		return -1, err
-	}
-	if err := n.remove(fd); err != nil {
-		unix.Close(fd)
-		return -1, err
-	}
-	return fd, nil
+	return err
 }

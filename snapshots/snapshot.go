@@ -1,9 +1,11 @@
 package snapshots
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 )
@@ -27,6 +30,11 @@ type Config struct {
 	// StateDir is a directory on a tmpfs that outlives the daemon. The snapshot
 	// makes a directory of its own in it.
 	StateDir string
+	// Root is the root directory that everybody sees, as of a disk.Host: another than
+	// "/" says that this process has a mount namespace of its own. Empty is "/".
+	Root string
+	// Pending: nobody has been told of the snapshot yet. See SetPending.
+	Pending bool
 	// StorageTimeout is how long a caller that appends storage waits for it.
 	StorageTimeout time.Duration
 	// Control is the queue for control work; its thread is not the caller's.
@@ -44,9 +52,9 @@ type Snapshot struct {
 	log     *diffarea.Log       // of engine, for what may be asked on any thread
 	state   *state
 	storage []*storage
-	devices int            // added
-	align   int            // smallest logical block of the devices, bytes
-	taken   []*takenDevice // by device, empty before the take
+	filters []*filter.Filter // of the devices, in the order of Add
+	align   int              // smallest logical block of the devices, bytes
+	taken   []*takenDevice   // by device, empty before the take
 
 	mu        sync.Mutex
 	returning []*returning
@@ -63,18 +71,29 @@ func New(c Config) (*Snapshot, error) {
 	if err := diffarea.CheckChunkSize(c.ChunkSize); err != nil {
 		return nil, err
 	}
-	st, err := newState(filepath.Join(c.StateDir, c.ID.String()))
+	st, err := newState(filepath.Join(c.StateDir, c.ID.String()), c.Root, record{
+		ID: c.ID, Chunk: c.ChunkSize, Pool: c.PoolSize, Portion: c.Portion, Created: time.Now(), Pending: c.Pending,
+	})
 	if err != nil {
 		return nil, fmt.Errorf("make state of snapshot %s: %w", c.ID, err)
 	}
-	log, err := st.logConfig(c.ChunkSize, c.PoolSize)
+	s, err := beginSnapshot(c, st)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("make state of snapshot %s: %w", c.ID, err), st.close())
+	}
+	return s, nil
+}
+
+// beginSnapshot makes an empty snapshot in fresh memory.
+func beginSnapshot(c Config, st *state) (*Snapshot, error) {
+	log, err := st.logConfig(st.file, c.ChunkSize, c.PoolSize)
+	if err != nil {
+		return nil, err
 	}
 	log.Portion, log.OnEvent = c.Portion, c.OnEvent
 	engine, err := snapimage.New(snapimage.Config{ID: c.ID, Log: log, Memory: st.memory}, c.Control)
 	if err != nil {
-		return nil, errors.Join(err, st.close())
+		return nil, err
 	}
 	return &Snapshot{cfg: c, engine: engine, log: engine.Log(), state: st, align: sector.Size}, nil
 }
@@ -92,24 +111,67 @@ func (s *Snapshot) start(f func(done func(error))) (result chan error) {
 // post runs f on the control queue's thread, some time.
 func (s *Snapshot) post(f func()) { s.cfg.Control.Post(&blockdev.Task{Run: f}) }
 
-// Add makes a device part of the snapshot; device is its original's number, for
-// events, block its logical block size in bytes.
-func (s *Snapshot) Add(f *filter.Filter, device uint64, block int) error {
-	if s.devices > 0 {
+// Add makes a device part of the snapshot.
+func (s *Snapshot) Add(f *filter.Filter, d Device) error {
+	if s.Taken() || slices.Contains(s.filters, f) {
+		return s.add(f, d) // says what is wrong
+	}
+	at := len(s.filters)
+	if err := s.state.update(func(r *record) {
+		r.Devices = append(r.Devices[:at], recordDevice{Device: d, Size: f.Size(), Image: Image{Number: NoImage}})
+	}); err != nil {
+		return err
+	}
+	err := s.add(f, d)
+	if err != nil {
+		err = errors.Join(err, s.state.update(func(r *record) { r.Devices = r.Devices[:at] }))
+	}
+	return err
+}
+
+// add is Add without the record.
+func (s *Snapshot) add(f *filter.Filter, d Device) error {
+	block := int(min(int64(d.Block), s.cfg.ChunkSize))
+	if len(s.filters) > 0 {
 		block = min(block, s.align)
 	}
-	block = int(min(int64(block), s.cfg.ChunkSize))
 	for _, st := range s.storage {
 		if err := st.fitAlign(block); err != nil {
 			return fmt.Errorf("storage %s: %w", st.path, err)
 		}
 	}
-	if err := s.call(func(done func(error)) { done(s.engine.Add(f, device)) }); err != nil {
+	if err := s.call(func(done func(error)) { done(s.engine.Add(f, d.Number)) }); err != nil {
 		return err
 	}
-	s.devices++
+	s.filters = append(s.filters, f)
 	s.align = block
 	return nil
+}
+
+// SetImage puts the ublk device of an image on record, that of the device that was
+// added as the i-th. The record comes before the ublk device, and goes after it:
+// then its number is NoImage.
+func (s *Snapshot) SetImage(i int, im Image) error {
+	return s.state.update(func(r *record) { r.Devices[i].Image = im })
+}
+
+// SetPending puts on record whether nobody has been told of the snapshot yet: the
+// next daemon destroys it then.
+func (s *Snapshot) SetPending(pending bool) error {
+	return s.state.update(func(r *record) { r.Pending = pending })
+}
+
+// SetNote puts on record what the owner wants to know of the snapshot again.
+func (s *Snapshot) SetNote(n json.RawMessage) error {
+	return s.state.update(func(r *record) { r.Note = n })
+}
+
+// Told puts on record that the owner knows, where it outlives the daemon, that the
+// snapshot is broken: else the next daemon is told it again.
+func (s *Snapshot) Told() {
+	if s.state.page.mem != nil {
+		s.state.page.told()
+	}
 }
 
 // Err is the errno that broke the snapshot, 0 while it is whole. Until GiveBack,
@@ -132,12 +194,16 @@ func (s *Snapshot) UnderWay() []string { return s.log.UnderWay() }
 func (s *Snapshot) Break(errno unix.Errno) { s.post(func() { s.engine.Break(errno) }) }
 
 // Abort gives the snapshot up without waiting for anything. The original disks need it
-// no more, and its images give errors. After that the caller can only destroy it.
-func (s *Snapshot) Abort() {
+// no more, and its images give errors. After that the caller can only destroy it, and
+// that is on record. An error says that the record could not be written; the caller
+// goes on all the same.
+func (s *Snapshot) Abort() error {
 	_ = s.call(func(done func(error)) {
 		s.engine.Abort()
 		done(nil)
 	})
+	deathpoint.Point()
+	return s.state.update(func(r *record) { r.Destroying = true })
 }
 
 // Destroy takes the snapshot, whose image devices are gone, off its devices. It
@@ -150,6 +216,8 @@ func (s *Snapshot) Destroy() {
 // to read in them. The memory goes at once. Each storage goes when it answers. Last of
 // all goes the record of what was still to be done.
 func (s *Snapshot) GiveBack() error {
+	// If that fails, the next daemon finds a log that was given up.
+	_ = s.state.update(func(r *record) { r.Destroying = true })
 	for _, st := range s.storage {
 		used := s.log.Used(st.file)
 		s.giveBack(st.path, func() error { return st.wipe(used) })

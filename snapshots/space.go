@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,7 +25,7 @@ func CheckSpace(dir string, size int64) error {
 	pages := func(n int64) int64 { return (n + fs.Bsize - 1) / fs.Bsize * fs.Bsize }
 	promised := int64(0)
 	err := filepath.WalkDir(top, func(_ string, e os.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
+		if err != nil || !e.Type().IsRegular() || strings.HasPrefix(e.Name(), pinPrefix) {
 			return nil //nolint:nilerr // a file that just went needs no room
 		}
 		if info, err := e.Info(); err == nil {

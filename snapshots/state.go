@@ -4,18 +4,28 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 )
 
-// state is a snapshot's directory of mapped files: what outlives the daemon.
+// state is a snapshot's directory: what outlives the daemon.
 //
-//	log      the log's state
-//	pool     its slots
-//	words-N  the chunk words of device N
+//	record.json  what the snapshot is: record
+//	log          the log's state
+//	pool         its slots
+//	words-N      the chunk words of device N
+//	take         the take: takePage
+//	storage-N    where storage N is kept: pins
 //
 // It lies on a tmpfs. If the daemon touched a page for which the tmpfs has no room, it
 // would be killed. So there has to be room for the whole of every file beforehand. The
@@ -24,19 +34,46 @@ import (
 // table is only counted against the size of the tmpfs.
 type state struct {
 	dir  string
+	pins pins
 	maps [][]byte
 	pool *os.File
+	page takePage // of a take that was tried
+
+	mu  sync.Mutex
+	rec record // as it is on record
 }
 
-// newState makes the directory, which must not exist.
-func newState(dir string) (*state, error) {
+// newState makes the directory, which must not exist, with the first record. root
+// is Config.Root.
+func newState(dir, root string, r record) (*state, error) {
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return nil, err
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
-	return &state{dir: dir}, nil
+	deathpoint.Point()
+	s, err := openState(dir, root)
+	if err == nil {
+		err = s.update(func(rec *record) { *rec = r })
+	}
+	if err != nil {
+		os.RemoveAll(dir)
+		return nil, err
+	}
+	return s, nil
+}
+
+// openState takes over the directory, which is there.
+func openState(dir, root string) (*state, error) {
+	dir, err := filepath.Abs(dir)
+	if err == nil {
+		dir, err = filepath.EvalSymlinks(dir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &state{dir: dir, pins: pins{dir: dir, root: root}}, nil
 }
 
 // file makes a file of zeroes and maps it.
@@ -58,9 +95,18 @@ func (s *state) file(name string, size int64, allocate bool) (mem []byte, f *os.
 	if err = f.Truncate(size); err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", path, err)
 	}
-	mem, err = unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if mem, err = s.mmap(f, size, allocate); err != nil {
+		return nil, nil, err
+	}
+	deathpoint.Point()
+	return mem, f, nil
+}
+
+// mmap maps a file, with all of its pages if they are to be allocated.
+func (s *state) mmap(f *os.File, size int64, allocate bool) ([]byte, error) {
+	mem, err := unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%s: map %d bytes: %w", path, size, err)
+		return nil, fmt.Errorf("%s: map %d bytes: %w", f.Name(), size, err)
 	}
 	if allocate {
 		if size >= largePage {
@@ -70,11 +116,37 @@ func (s *state) file(name string, size int64, allocate bool) (mem []byte, f *os.
 		}
 		if err = unix.Madvise(mem, unix.MADV_POPULATE_WRITE); err != nil {
 			_ = unix.Munmap(mem)
-			return nil, nil, fmt.Errorf("%s: make room for %d bytes: %w", path, size, err)
+			return nil, fmt.Errorf("%s: make room for %d bytes: %w", f.Name(), size, err)
 		}
 	}
 	s.maps = append(s.maps, mem)
-	return mem, f, nil
+	return mem, nil
+}
+
+// reopen maps a file that a dead daemon left.
+func (s *state) reopen(name string, size int64, allocate bool) (mem []byte, f *os.File, err error) {
+	path := filepath.Join(s.dir, name)
+	f, err = os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	if err = statefile.CheckOwn(f); err != nil {
+		return nil, nil, err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return nil, nil, err
+	}
+	if st.Size() != size {
+		return nil, nil, damaged(path, fmt.Sprintf("it has %d bytes, not %d", st.Size(), size))
+	}
+	mem, err = s.mmap(f, size, allocate)
+	return mem, f, err
 }
 
 // memory is the Memory of a snapimage.Config.
@@ -86,16 +158,19 @@ func (s *state) memory(name string, size int64) ([]byte, error) {
 	return mem, f.Close()
 }
 
-// logConfig makes the memory of a log.
-func (s *state) logConfig(chunk, pool int64) (diffarea.LogConfig, error) {
-	head, f, err := s.file("log", diffarea.LogStateSize, true)
+// opener is state.file or state.reopen.
+type opener func(name string, size int64, allocate bool) ([]byte, *os.File, error)
+
+// logConfig makes the memory of a log, or finds it again.
+func (s *state) logConfig(open opener, chunk, pool int64) (diffarea.LogConfig, error) {
+	head, f, err := open(logName, diffarea.LogStateSize, true)
 	if err != nil {
 		return diffarea.LogConfig{}, err
 	}
 	if err := f.Close(); err != nil {
 		return diffarea.LogConfig{}, err
 	}
-	mem, f, err := s.file("pool", max(pool/chunk, minPoolSlots)*chunk, true)
+	mem, f, err := open("pool", max(pool/chunk, minPoolSlots)*chunk, true)
 	if err != nil {
 		return diffarea.LogConfig{}, err
 	}
@@ -107,6 +182,41 @@ func (s *state) logConfig(chunk, pool int64) (diffarea.LogConfig, error) {
 	}, nil
 }
 
+const logName = "log"
+
+func wordsName(device int) string { return fmt.Sprintf("words-%d", device) }
+
+// newTake makes the record of a take that is about to be tried.
+func (s *state) newTake(before []cbtmap.Info) error {
+	fresh := takeName + ".new"
+	os.Remove(filepath.Join(s.dir, fresh))
+	mem, f, err := s.file(fresh, takeSize(len(before)), true)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	s.page = takePage{mem}
+	s.page.format(before)
+	deathpoint.Point()
+	err = os.Rename(filepath.Join(s.dir, fresh), filepath.Join(s.dir, takeName))
+	deathpoint.Point()
+	return err
+}
+
+// endTake takes a take that was not made off the record.
+func (s *state) endTake() error {
+	s.unmap(s.page.mem)
+	s.page = takePage{}
+	err := os.Remove(filepath.Join(s.dir, takeName))
+	deathpoint.Point()
+	return err
+}
+
+func (s *state) unmap(mem []byte) {
+	s.maps = slices.DeleteFunc(s.maps, func(m []byte) bool { return unsafe.SliceData(m) == unsafe.SliceData(mem) })
+	unix.Munmap(mem)
+}
+
 // smallTable is the size up to which a table is allocated: a million chunks.
 const smallTable = 8 << 20
 
@@ -116,29 +226,51 @@ const largePage = 2 << 20
 // minPoolSlots keeps copies and stores overlapping at the largest chunk sizes.
 const minPoolSlots = 4
 
-// free gives the memory back, all but the record of storage; nothing of the
-// snapshot is in use any more.
-func (s *state) free() {
+// release lets go of the memory, which stays for the next one to open it.
+func (s *state) release() {
 	for _, m := range s.maps {
 		unix.Munmap(m)
 	}
-	s.maps = nil
+	s.maps, s.page = nil, takePage{}
 	if s.pool != nil {
-		// Whoever still has the file open finds nothing in it.
-		_ = s.pool.Truncate(0)
 		s.pool.Close()
 		s.pool = nil
 	}
+}
+
+// free gives the memory back, but for what tells of the storage: the record, the
+// log's state, and the mount points. Nothing of the snapshot is in use any more.
+func (s *state) free() {
+	if s.pool != nil {
+		// Whoever still has the file open finds nothing in it.
+		_ = s.pool.Truncate(0)
+	}
+	s.release()
+	s.removeAll(recordName, logName)
+}
+
+// format gives the memory back, and what there is of a take: a snapshot that was
+// not taken begins anew.
+func (s *state) format() { s.removeAll(recordName) }
+
+// removeAll removes the files of the directory except mount points and those named.
+func (s *state) removeAll(but ...string) {
 	files, _ := os.ReadDir(s.dir)
 	for _, f := range files {
-		if f.Name() != recordName {
+		if !slices.Contains(but, f.Name()) && !strings.HasPrefix(f.Name(), pinPrefix) {
 			os.Remove(filepath.Join(s.dir, f.Name()))
+			deathpoint.Point()
 		}
 	}
 }
 
-// close gives the rest back too.
+// close gives the rest back too, but nothing that is still pinned.
 func (s *state) close() error {
 	s.free()
+	if len(s.pins.all()) > 0 {
+		return nil
+	}
+	os.Remove(filepath.Join(s.dir, logName))
+	deathpoint.Point()
 	return os.RemoveAll(s.dir)
 }

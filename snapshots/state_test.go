@@ -2,7 +2,6 @@ package snapshots
 
 import (
 	"os"
-	"path/filepath"
 	"testing"
 	"unsafe"
 
@@ -12,17 +11,9 @@ import (
 // TestPoolIsPresent: no page of the pool is left to be made when a copy first
 // touches it, where the tmpfs could have no room for it.
 func TestPoolIsPresent(t *testing.T) {
-	dir, err := os.MkdirTemp("/dev/shm", "pool-") // state lies on a tmpfs
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
-	s, err := newState(filepath.Join(dir, "snapshot"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := testState(t)    // on a tmpfs
 	const size = 5 << 20 // of pages large and small
-	c, err := s.logConfig(64<<10, size)
+	c, err := s.logConfig(s.file, 64<<10, size)
 	if err != nil {
 		t.Fatal(err)
 	}

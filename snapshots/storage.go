@@ -1,14 +1,17 @@
 package snapshots
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
@@ -22,7 +25,16 @@ import (
 //	                somebody has it open. The file keeps name, mode and size,
 //	                and gets its space back
 //	a block device  the device, which nobody else holds
+//
+// A daemon may die at any step of the making and of the end. So the record says
+// what is about to be, a file begins under a hidden name that nobody else has, and
+// a pin keeps it before it has another name or none:
+//
+//	record: MAKING, hidden name ──> file ──> pin ──> name ──> record: USED ──> Append
+//	record: LEAVING ──> empty ──> no name ──> lender's space ──> no pin ──> record: GONE
 type storage struct {
+	state  *state
+	n      int    // in state.rec.Storage
 	path   string // as it was given
 	file   *blockdev.OSFile
 	name   *name   // of file, if it has one
@@ -30,6 +42,11 @@ type storage struct {
 	fixed  bool
 	size   int64 // 0: as much as the filesystem gives
 	align  int   // what direct I/O needs, bytes; 0 if it is not done
+}
+
+// update changes what is on record of the storage.
+func (s *storage) update(change func(*recordStorage)) error {
+	return s.state.update(func(r *record) { change(&r.Storage[s.n]) })
 }
 
 // StorageConfig says what to use as difference storage.
@@ -44,6 +61,8 @@ type StorageConfig struct {
 	Overwrite bool
 	// Probe says what a block device holds, empty for nothing: see disk.Blkid.
 	Probe func(*os.File) (string, error)
+	// Note is kept on record, for the owner to find again: see Left.
+	Note json.RawMessage
 }
 
 // ErrStorageInUse: the file has content, or somebody uses the device.
@@ -52,56 +71,114 @@ var ErrStorageInUse = errors.New("in use")
 // ErrNoStorageThere: the path leads to something else, for example a character device.
 var ErrNoStorageThere = errors.New("neither a file, a directory nor a block device")
 
-// open opens the storage for a snapshot whose smallest logical block is align bytes.
-// The error does not name the storage; the caller does.
-func (c StorageConfig) open(align int) (s *storage, err error) {
+// openStorage opens a storage for a snapshot whose smallest logical block is align bytes.
+// The error does not name the storage; the caller does. Nothing is left after an error.
+func (st *state) openStorage(c StorageConfig, align int) (s *storage, err error) {
 	p := c.Place
 	defer func() {
 		if err != nil || s.name == nil {
 			p.Close()
 		}
 	}()
-	s = &storage{path: p.Path, size: c.Limit}
-	switch p.Kind() {
-	case 0:
-		return s, s.openNew(p, align)
-	case unix.S_IFDIR:
-		return s, s.openTmpfile(p.File, align)
-	case unix.S_IFREG:
-		return s, s.openBeside(c, align)
-	case unix.S_IFBLK:
-		return s, s.openDevice(c, align)
+	kind := p.Kind()
+	switch kind {
+	case 0, unix.S_IFDIR, unix.S_IFREG, unix.S_IFBLK:
+	default:
+		return nil, ErrNoStorageThere
 	}
-	return nil, ErrNoStorageThere
+	s = &storage{state: st, path: p.Path, size: c.Limit}
+	if err := st.update(func(r *record) {
+		s.n = len(r.Storage)
+		r.Storage = append(r.Storage, recordStorage{
+			Stage: storageMaking, Path: p.Path, RealPath: c.RealPath, Limit: c.Limit, Overwrite: c.Overwrite, Note: c.Note,
+		})
+	}); err != nil {
+		return nil, err
+	}
+	switch kind {
+	case 0:
+		err = s.openNew(p, align)
+	case unix.S_IFDIR:
+		err = s.makeFile(p.File, "", align)
+	case unix.S_IFREG:
+		err = s.openBeside(c, align)
+	case unix.S_IFBLK:
+		err = s.openDevice(c, align)
+	}
+	if err == nil {
+		err = s.update(func(r *recordStorage) { r.Stage, r.Size, r.Fixed = storageUsed, s.size, s.fixed })
+	}
+	if err == nil {
+		return s, nil
+	}
+	if left := s.undo(); left != nil {
+		err = errors.Join(err, left)
+	}
+	return nil, err
+}
+
+// undo gives back what was made of a storage that is not to be.
+func (s *storage) undo() error {
+	if s.file == nil {
+		return s.leave(nil)
+	}
+	return s.wipe(0)
 }
 
 // ownMode is the mode of a file that holds what was on a disk.
 const ownMode = 0o600
 
 func (s *storage) openNew(p *disk.Place, align int) error {
-	fd, err := unix.Openat(int(p.Dir.Fd()), p.Base, newFile|unix.O_CREAT|unix.O_NOFOLLOW, ownMode)
-	if err != nil {
+	if err := s.makeFile(p.Dir, p.Base, align); err != nil {
 		return err
 	}
-	s.file = blockdev.NewOSFile(fd, p.Path)
 	s.name = &name{p}
-	if err := s.claim(align); err != nil {
-		return errors.Join(err, s.name.remove(fd), s.file.Close())
-	}
 	return nil
 }
 
-func (s *storage) openTmpfile(dir *os.File, align int) error {
-	fd, err := tmpfile(dir)
+// makeFile makes the file, in a directory, under the name base or without one.
+func (s *storage) makeFile(dir *os.File, base string, align int) (err error) {
+	in, err := identify(int(dir.Fd()))
+	if err != nil {
+		return err
+	}
+	hidden := &name{&disk.Place{Dir: dir, Base: hiddenPrefix + uuid.NewString()}}
+	if err := s.update(func(r *recordStorage) { r.Dir, r.Hidden, r.Base = &in, hidden.Base, base }); err != nil {
+		return err
+	}
+	fd, err := unix.Openat(int(dir.Fd()), hidden.Base, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, ownMode)
 	if err != nil {
 		return err
 	}
 	s.file = blockdev.NewOSFile(fd, s.path)
+	now := hidden
+	defer func() {
+		if err != nil {
+			_ = now.remove(fd) // what has another name is empty
+		}
+	}()
+	deathpoint.Point()
 	if err := s.claim(align); err != nil {
-		s.file.Close()
 		return err
 	}
-	return nil
+	if err := s.state.pins.hold(s.n, fd); err != nil {
+		return err
+	}
+	deathpoint.Point()
+	if base == "" {
+		err = hidden.remove(fd)
+	} else if err = hidden.rename(base); err == nil {
+		now = &name{&disk.Place{Dir: dir, Base: base}}
+	}
+	deathpoint.Point()
+	if err != nil {
+		return err
+	}
+	id, err := identify(fd)
+	if err != nil {
+		return err
+	}
+	return s.update(func(r *recordStorage) { r.File = &id })
 }
 
 // lock claims a file for one snapshot, until the last I/O on it has ended.
@@ -171,19 +248,14 @@ func reopen(f *os.File, flags int) (fd int, err error) {
 func reopening(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
 
 func (s *storage) openDevice(c StorageConfig, align int) (err error) {
-	s.file, err = blockdev.OpenExclusive(reopening(c.Place.File), c.Place.Path, unix.O_RDWR|unix.O_DIRECT)
+	f, err := blockdev.OpenExclusive(reopening(c.Place.File), c.Place.Path, unix.O_RDWR|unix.O_DIRECT)
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		return fmt.Errorf("%w: the device is mounted or held", ErrStorageInUse)
 	case err != nil:
 		return err
 	}
-	s.fixed = true
-	defer func() {
-		if err != nil {
-			s.file.Close()
-		}
-	}()
+	s.file, s.fixed = f, true
 	if !c.Overwrite {
 		if err := c.checkUnused(); err != nil {
 			return err
@@ -199,7 +271,19 @@ func (s *storage) openDevice(c StorageConfig, align int) (err error) {
 	if s.align, err = unix.IoctlGetInt(s.file.Fd(), unix.BLKSSZGET); err != nil {
 		return err
 	}
-	return s.fitAlign(align)
+	if err := s.fitAlign(align); err != nil {
+		return err
+	}
+	id, err := identifyDevice(s.file)
+	if err != nil {
+		return err
+	}
+	// The node, so that the next daemon finds it whatever its name is by then.
+	if err := s.state.pins.hold(s.n, int(c.Place.File.Fd())); err != nil {
+		return err
+	}
+	deathpoint.Point()
+	return s.update(func(r *recordStorage) { r.Device = &id })
 }
 
 // directAlign is the alignment that direct I/O on fd needs, 0 if the kernel
@@ -214,35 +298,51 @@ func directAlign(fd int) int {
 
 // engine is the storage as the log knows it.
 func (s *storage) engine() diffarea.Storage {
-	return diffarea.Storage{File: s.file, Size: s.size, Fixed: s.fixed}
+	return diffarea.Storage{File: s.file, Size: s.size, Fixed: s.fixed, Index: s.n}
 }
 
 // wipe gives the storage back with nothing left to read in it. A file is emptied and
-// loses its name. A device is zeroed as far as it was used.
+// loses its name. A device is zeroed as far as it was used. If a step fails, the others
+// are done all the same.
 func (s *storage) wipe(used int64) error {
+	err := s.update(func(r *recordStorage) { r.Stage = storageLeaving })
 	fd := s.file.Fd()
-	var errs []error
 	if s.fixed {
-		if used > 0 {
-			err := unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, used)
-			if err != nil {
-				err = unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE, 0, used)
-			}
-			errs = append(errs, err)
-		}
-		errs = append(errs, unix.Fsync(fd))
+		err = errors.Join(err, zero(fd, used), unix.Fsync(fd))
 	} else {
-		errs = append(errs, unix.Ftruncate(fd, 0))
+		err = errors.Join(err, unix.Ftruncate(fd, 0))
 	}
+	deathpoint.Point()
 	if s.name != nil {
-		errs = append(errs, s.name.remove(fd))
+		err = errors.Join(err, s.name.remove(fd))
 		s.name.Close()
+		deathpoint.Point()
 	}
-	errs = append(errs, s.file.Close())
+	return s.leave(errors.Join(err, s.file.Close()))
+}
+
+// zero makes the first n bytes of a device read as zeroes.
+func zero(fd int, n int64) error {
+	if n == 0 {
+		return nil
+	}
+	err := unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, n)
+	if err != nil {
+		err = unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE, 0, n)
+	}
+	return err
+}
+
+// leave is the end of a storage, whose file is gone: err is what went wrong so far.
+func (s *storage) leave(err error) error {
 	if s.lender != nil {
-		errs = append(errs, allocate(s.lender.fd, s.lender.space), unix.Close(s.lender.fd))
+		err = errors.Join(err, allocate(s.lender.fd, s.lender.space), unix.Close(s.lender.fd))
+		deathpoint.Point()
 	}
-	if err := errors.Join(errs...); err != nil {
+	err = errors.Join(err, s.state.pins.release(s.n))
+	deathpoint.Point()
+	err = errors.Join(err, s.update(func(r *recordStorage) { *r = recordStorage{Stage: storageGone} }))
+	if err != nil {
 		return fmt.Errorf("give back storage %s: %w", s.path, err)
 	}
 	return nil

@@ -8,24 +8,85 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
+// memoryDir makes a directory on a tmpfs.
+func memoryDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "snapshots-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// testState makes the state of a snapshot without one. What a test leaves mounted
+// goes with it.
+func testState(t *testing.T) *state {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: storage is kept by a mount")
+	}
+	id := uuid.New()
+	st, err := newState(filepath.Join(memoryDir(t), id.String()), "", record{ID: id, Chunk: 4 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unpin(t, st.pins)
+	return st
+}
+
+func unpin(t *testing.T, p pins) {
+	t.Cleanup(func() {
+		for _, n := range p.all() {
+			if err := p.release(n); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// leftOf is what a dead daemon would have left of a state.
+func leftOf(t *testing.T, st *state) *Left {
+	t.Helper()
+	left, err := LeftBehind(filepath.Dir(st.dir))
+	if err != nil || len(left) != 1 {
+		t.Fatalf("%d left, %v", len(left), err)
+	}
+	return left[0]
+}
+
 // openStorage opens a path as storage, as the daemon does it.
-func openStorage(path string, overwrite bool) (*storage, error) {
+func openStorage(t *testing.T, path string, overwrite bool) (*storage, error) {
+	t.Helper()
 	p, err := disk.Machine().OpenPlace(path)
 	if err != nil {
 		return nil, err
 	}
-	return StorageConfig{Place: p, Overwrite: overwrite, Probe: func(*os.File) (string, error) { return "", nil }}.open(512)
+	st := testState(t)
+	s, err := st.openStorage(StorageConfig{
+		Place: p, RealPath: path, Overwrite: overwrite, Probe: func(*os.File) (string, error) { return "", nil },
+	}, 512)
+	if err != nil {
+		for n, r := range st.recorded().Storage {
+			if r.Stage != storageGone || len(st.pins.all()) > 0 {
+				t.Errorf("refused, and there is %d: %+v, %v", n, r, st.pins.all())
+			}
+		}
+	}
+	return s, err
 }
 
 func mustOpenStorage(t *testing.T, path string, overwrite bool) *storage {
 	t.Helper()
-	s, err := openStorage(path, overwrite)
+	s, err := openStorage(t, path, overwrite)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,7 +163,7 @@ func TestStorageOfOthers(t *testing.T) {
 	}
 	for _, path := range refused {
 		for _, overwrite := range []bool{false, true} {
-			if _, err := openStorage(path, overwrite); !errors.Is(err, ErrStorageInUse) {
+			if _, err := openStorage(t, path, overwrite); !errors.Is(err, ErrStorageInUse) {
 				t.Errorf("%s, overwrite %v: %v, want %v", path, overwrite, err, ErrStorageInUse)
 			}
 		}
@@ -115,7 +176,7 @@ func TestStorageOfOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{fifo, "/dev/null"} {
-		if _, err := openStorage(path, true); err == nil || !strings.Contains(err.Error(), "neither") {
+		if _, err := openStorage(t, path, true); err == nil || !strings.Contains(err.Error(), "neither") {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
@@ -126,7 +187,7 @@ func TestStorageOfOthers(t *testing.T) {
 			t.Errorf("%s: mode %o, %v", path, st.Mode, err)
 		}
 		if path != dir {
-			if _, err := openStorage(path, true); !errors.Is(err, ErrStorageInUse) {
+			if _, err := openStorage(t, path, true); !errors.Is(err, ErrStorageInUse) {
 				t.Errorf("%s for a second snapshot: %v", path, err)
 			}
 		}
@@ -169,11 +230,11 @@ func TestStorageThatWasThere(t *testing.T) {
 			_, _ = io.Copy(io.Discard, io.NewSectionReader(f, 0, size)) // into the page cache
 			before := stat(t, path)
 			if c.overwrite {
-				_, err := openStorage(path, false)
+				_, err := openStorage(t, path, false)
 				if !errors.Is(err, ErrStorageInUse) || !strings.Contains(err.Error(), "--overwrite") {
 					t.Errorf("without overwrite: %v", err)
 				}
-				_, err = openStorage(path, true)
+				_, err = openStorage(t, path, true)
 				if !errors.Is(err, ErrStorageInUse) || !strings.Contains(err.Error(), "open") {
 					t.Errorf("while somebody has it open: %v", err)
 				}
@@ -183,7 +244,7 @@ func TestStorageThatWasThere(t *testing.T) {
 				}
 			}
 			s := mustOpenStorage(t, path, c.overwrite)
-			if _, err := openStorage(path, true); !errors.Is(err, ErrStorageInUse) {
+			if _, err := openStorage(t, path, true); !errors.Is(err, ErrStorageInUse) {
 				t.Errorf("for a second snapshot: %v", err)
 			}
 			if c.overwrite {
@@ -295,20 +356,12 @@ func TestStorageMoved(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer f.Close()
-				st, err := newState(filepath.Join(dir, "state", "id"))
-				if err != nil {
-					t.Fatal(err)
-				}
-				if err := st.remember(s, path); err != nil {
-					t.Fatal(err)
-				}
 				if err := c.do(dir); err != nil {
 					t.Fatal(err)
 				}
 				if killed {
-					s.file.Close()
-					s.name.Close()
-					err = ClearLeftover(st.dir)
+					s.close()
+					err = leftOf(t, s.state).Clear(Config{StorageTimeout: time.Minute})
 				} else {
 					err = s.wipe(int64(len(secret)))
 				}
@@ -333,27 +386,5 @@ func TestStorageMoved(t *testing.T) {
 				}
 			})
 		}
-	}
-}
-
-// TestUnlinkedFile is a directory on a filesystem that has no O_TMPFILE.
-func TestUnlinkedFile(t *testing.T) {
-	dir := t.TempDir()
-	d, err := os.Open(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Close()
-	fd, err := unlinkedFile(d)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil || st.Nlink != 0 || st.Mode&0o777 != 0o600 {
-		t.Errorf("%+v, %v", st, err)
-	}
-	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
-		t.Errorf("left: %v, %v", left, err)
 	}
 }

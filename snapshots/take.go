@@ -3,10 +3,12 @@ package snapshots
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 )
 
@@ -42,6 +44,12 @@ func (s *Snapshot) Take(ctx context.Context, o TakeOptions) (frozen time.Duratio
 // cut makes the cut, or cancels it when ctx or limit ends before the writes in
 // flight do.
 func (s *Snapshot) cut(ctx context.Context, limit time.Duration) error {
+	first := !s.Taken() && len(s.filters) > 0
+	if first {
+		if err := s.prepare(); err != nil {
+			return err
+		}
+	}
 	ctx, end := context.WithTimeout(ctx, limit)
 	defer end()
 	cancelled := make(chan struct{})
@@ -50,11 +58,13 @@ func (s *Snapshot) cut(ctx context.Context, limit time.Duration) error {
 		close(cancelled)
 	})
 	err := s.call(func(done func(error)) {
-		s.engine.Take(nil, func(err error) {
+		s.engine.Take(func() {
+			deathpoint.Point()
+			s.state.page.taken(len(s.filters), s.engine.TakeInfo)
+			deathpoint.Point()
+		}, func(err error) {
 			if err == nil {
-				for i := range s.devices {
-					s.taken = append(s.taken, &takenDevice{s.engine.Image(i), s.engine.TakeInfo(i)})
-				}
+				s.setTaken()
 			}
 			done(err)
 		})
@@ -63,7 +73,34 @@ func (s *Snapshot) cut(ctx context.Context, limit time.Duration) error {
 		// A Cancel that came later would be for the next take.
 		<-cancelled
 	}
+	deathpoint.Point()
+	if err != nil && first {
+		err = errors.Join(err, s.state.endTake())
+	}
 	return err
+}
+
+// prepare puts on record what the change maps say before a take.
+func (s *Snapshot) prepare() error {
+	var before []cbtmap.Info
+	for _, f := range s.filters {
+		info := cbtmap.Info{}
+		if m := f.CBT(); m != nil {
+			info, _ = m.Info() // a map that is corrupted begins anew with the take
+		}
+		before = append(before, info)
+	}
+	if err := s.state.newTake(before); err != nil {
+		return fmt.Errorf("put the take on record: %w", err)
+	}
+	return nil
+}
+
+// setTaken is for the thread of the engine's snapshot, or before it has begun.
+func (s *Snapshot) setTaken() {
+	for i := range s.filters {
+		s.taken = append(s.taken, &takenDevice{s.engine.Image(i), s.engine.TakeInfo(i)})
+	}
 }
 
 // Taken says whether the images exist.
