@@ -80,9 +80,18 @@ type Info struct {
 	Activity string `json:"doing,omitempty"`
 	// LogLinesLost are the lines of the log that were dropped, as nobody took them.
 	LogLinesLost uint64 `json:"log_lines_lost,omitempty"`
-	// Lost is what a daemon before this one had, which died, until all its disks
-	// have filters again.
+	// Recovered is set if this daemon has taken over from one that died.
+	Recovered *Recovered `json:"recovered,omitempty"`
+	// Lost is what this daemon could not take over, or not yet.
 	Lost *Lost `json:"lost,omitempty"`
+}
+
+// Recovered is how a daemon took over from one that died.
+type Recovered struct {
+	At      time.Time     `json:"at"`
+	Count   int           `json:"count"`    // how often that has happened since the devices were first added
+	Pause   time.Duration `json:"pause_ns"` // from the start of it to the last device that was served again
+	Devices int           `json:"devices"`  // filters and images
 }
 
 // AddRequest asks for a filter. Zero values mean the configured ones.
@@ -92,9 +101,6 @@ type AddRequest struct {
 	Queues int    `json:"queues,omitempty"`
 	Depth  int    `json:"depth,omitempty"` // requests in flight per queue
 	Mode   Mode   `json:"mode,omitempty"`
-	// Recovery makes a device that survives its daemon: its I/O waits for the
-	// next one.
-	Recovery *bool `json:"recovery,omitempty"`
 }
 
 // RemoveRequest asks to remove a filter.
@@ -120,7 +126,6 @@ type Device struct {
 	Queues            int       `json:"queues"`
 	Depth             int       `json:"depth"`
 	Mode              Mode      `json:"mode"`
-	Recovery          bool      `json:"recovery"`
 	Added             time.Time `json:"added"`
 	Snapshots         []string  `json:"snapshots"` // that hold it
 }

@@ -5,48 +5,67 @@ import (
 	"strings"
 )
 
-// Lost is what a daemon had that died.
+// Lost is what a daemon that died had, while no other has taken it over; and from then
+// on what that one could not take over.
 type Lost struct {
 	PID       int            `json:"pid"`
 	Devices   []LostDevice   `json:"devices"`
 	Snapshots []LostSnapshot `json:"snapshots"`
 }
 
-// LostDevice is a filter that went with its daemon.
+// LostDevice is a filter without a server.
 type LostDevice struct {
 	Name     string `json:"name"`
 	Original string `json:"original"`
 	Path     string `json:"path"` // of the ublk device
-	// Waits: it was made to survive its daemon, and its I/O waits.
+	// Waits: its I/O waits to be taken over, or until it is removed by force.
 	Waits bool `json:"waits,omitempty"`
+	// Reason is why it could not be taken over; empty if no daemon has tried.
+	Reason string `json:"reason,omitempty"`
 }
 
-// LostSnapshot is a snapshot that went with its daemon.
+// LostSnapshot is a snapshot without a server.
 type LostSnapshot struct {
 	ID      string   `json:"id"`
 	Devices []string `json:"devices"` // names
 	Storage []string `json:"storage"` // paths
+	// Reason is why it has ended; empty if no daemon has tried to take it over.
+	Reason string `json:"reason,omitempty"`
 }
 
 // String says it in one line.
 func (l *Lost) String() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "the daemon before (process %d) died", l.PID)
-	sep := ", and with it "
-	for _, dev := range l.Devices {
-		what := "the filter"
-		if dev.Waits {
-			what = "the server of the filter, whose I/O waits,"
+	var waiting, ended []string
+	add := func(what, reason string) {
+		if reason == "" {
+			waiting = append(waiting, what)
+		} else {
+			ended = append(ended, what+": "+reason)
 		}
-		fmt.Fprintf(&b, "%s%s %s over %s (%s)", sep, what, dev.Name, dev.Original, dev.Path)
-		sep = ", "
+	}
+	for _, dev := range l.Devices {
+		what := "the filter " + dev.Name
+		if dev.Original != "" {
+			what += fmt.Sprintf(" over %s (%s)", dev.Original, dev.Path)
+		}
+		if dev.Waits && dev.Reason != "" {
+			what += ", whose I/O waits"
+		}
+		add(what, dev.Reason)
 	}
 	for _, s := range l.Snapshots {
-		fmt.Fprintf(&b, "%sthe snapshot %s of %s", sep, s.ID, strings.Join(s.Devices, " "))
+		what := fmt.Sprintf("the snapshot %s of %s", s.ID, strings.Join(s.Devices, " "))
 		if len(s.Storage) > 0 {
-			fmt.Fprintf(&b, " with differences in %s", strings.Join(s.Storage, " "))
+			what += " with differences in " + strings.Join(s.Storage, " ")
 		}
-		sep = ", "
+		add(what, s.Reason)
 	}
-	return b.String()
+	said := fmt.Sprintf("the daemon before (process %d) died", l.PID)
+	if len(waiting) > 0 {
+		said += ", and for the next one wait " + strings.Join(waiting, ", ")
+	}
+	if len(ended) > 0 {
+		said += "; not taken over: " + strings.Join(ended, "; ")
+	}
+	return said
 }

@@ -182,8 +182,7 @@ func calls(ctx context.Context, a control.API) map[string]struct {
 		asked any
 		do    func() (any, error)
 	}
-	yes := true
-	add := control.AddRequest{Path: "/dev/vdb", Name: "n", Queues: 2, Depth: 3, Mode: control.ModeCopy, Recovery: &yes}
+	add := control.AddRequest{Path: "/dev/vdb", Name: "n", Queues: 2, Depth: 3, Mode: control.ModeCopy}
 	remove := control.RemoveRequest{Device: "n", Force: true}
 	changes := control.ChangesRequest{Device: "n", Since: control.Take{Generation: uuid.UUID{1}, Number: 7}}
 	mark := control.MarkRequest{Device: "n", Ranges: []control.Range{{Sector: 1, Count: 2}, {Sector: 4, Count: 4}}}

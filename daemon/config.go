@@ -36,7 +36,6 @@ type Config struct {
 	Queues        int64
 	QueueDepth    int64
 	Mode          control.Mode
-	Recovery      bool
 	StateSize     int64 // bytes
 	FreezeTimeout time.Duration
 	// StorageTimeout is how long difference storage is waited for: by writes, and by
@@ -104,7 +103,6 @@ func (c *Config) Params() []Param {
 		{"queues", "queues of a filter device, each with a thread of its own", number{&c.Queues}},
 		{"queue_depth", "requests in flight per queue (1 to 4096)", number{&c.QueueDepth}},
 		{"mode", "auto, copy or zerocopy", mode{&c.Mode}},
-		{"recovery", "devices survive their daemon: their I/O waits for the next one (experimental)", boolean{&c.Recovery}},
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", byteSize{&c.StateSize}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
@@ -148,21 +146,6 @@ func (d duration) Set(s string) error {
 		return fmt.Errorf("%q is not a duration: write 500ms or 10s", s)
 	}
 	*d.v = v
-	return nil
-}
-
-type boolean struct{ v *bool }
-
-func (b boolean) String() string { return strconv.FormatBool(*b.v) }
-func (b boolean) Type() string   { return "bool" }
-
-// IsBoolFlag lets the flag stand without a value.
-func (b boolean) IsBoolFlag() bool { return true }
-func (b boolean) Set(s string) error {
-	if s != "true" && s != "false" {
-		return fmt.Errorf("%q is neither true nor false", s)
-	}
-	*b.v = s == "true"
 	return nil
 }
 
@@ -294,6 +277,9 @@ func (c *Config) parse(path, content string) error {
 	slices.SortFunc(keys, func(a, b string) int { return lineOf(content, a) - lineOf(content, b) })
 	for _, key := range keys {
 		p, ok := params[key]
+		if key == "recovery" {
+			return wrong(key, "is gone, as every device outlives its daemon now: remove the line")
+		}
 		if !ok {
 			return wrong(key, "no such parameter")
 		}

@@ -18,7 +18,6 @@ func TestConfigFile(t *testing.T) {
 queues = 4
 queue_depth = 32
 mode = "copy"
-recovery = true
 diff_buffer_pool_size = "16M"
 state_size = 2147483648
 freeze_timeout = "500ms"
@@ -28,7 +27,7 @@ chunk_minimum_shift = 12
 		t.Fatal(err)
 	}
 	want := DefaultConfig()
-	want.Queues, want.QueueDepth, want.Mode, want.Recovery = 4, 32, control.ModeCopy, true
+	want.Queues, want.QueueDepth, want.Mode = 4, 32, control.ModeCopy
 	want.DiffBufferPoolSize, want.StateSize, want.FreezeTimeout, want.ChunkMinimumShift = 16<<20, 2<<30, 500*time.Millisecond, 12
 	if c != want {
 		t.Fatalf("got %+v\nwant %+v", c, want)
@@ -46,7 +45,7 @@ func TestConfigErrors(t *testing.T) {
 		"queues = 1.5":             "f:1: queues: not a number",
 		"queues = [1]":             "f:1: queues: not a number",
 		`mode = "fast"`:            `f:1: mode: "fast" is not a mode: write auto, copy or zerocopy`,
-		"recovery = 1":             `f:1: recovery: "1" is neither true nor false`,
+		"recovery = true":          "f:1: recovery: is gone, as every device outlives its daemon now: remove the line",
 		`state_size = "10x"`:       `f:1: state_size: "10x" is not a size`,
 		"queue_depth = 4097":       "f:1: queue_depth: 4097 is not within 1 to 4096",
 		"chunk_minimum_shift = 11": "f:1: chunk_minimum_shift: 11 is not within 12 to 26",

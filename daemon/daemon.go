@@ -38,28 +38,38 @@ type Daemon struct {
 	mu        sync.Mutex
 	devices   map[string]*device // by name
 	snapshots map[string]*snapshot
-	lost      *control.Lost // with a daemon before this one
+	waiting   map[string]*survivor // by name: devices that could not be taken over yet
+	lost      *control.Lost        // see notTakenOver
 
 	// Under opLock: what of the above is on record, if a record is kept.
 	recorded bool
 	onRecord []byte
+
+	// What this daemon has found at its start.
+	predecessor int                    // the process that died
+	recovered   *control.Recovered     // nil: there was nothing
+	damaged     []control.LostDevice   // that are not taken over; under opLock
+	ended       []control.LostSnapshot // the same
+
+	stopRetry context.CancelFunc
 }
 
 var _ control.API = (*Daemon)(nil)
 
-// New opens the ublk driver and clears away what a dead daemon left. The caller
-// has locked the run directory and mounted the state directory.
+// New opens the ublk driver and takes over what a dead daemon left. The
+// run directory is locked, with the state directory mounted.
 func New(o Options) (*Daemon, error) {
 	d := &Daemon{
 		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
 		opLock: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
+		waiting: map[string]*survivor{},
 	}
 	d.activity.Store(new(string))
 	err := errors.Join(o.Dir.subdir(stateName, 0o700), o.Dir.subdir(udevName, 0o755))
 	if err != nil {
 		return nil, fail(err, "make the state directory")
 	}
-	for _, dir := range []string{d.cbtDir(), d.snapshotsDir()} {
+	for _, dir := range []string{d.cbtDir(), d.countersDir(), d.devicesDir(), d.snapshotsDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fail(err, "make the state directory")
 		}
@@ -71,8 +81,14 @@ func New(o Options) (*Daemon, error) {
 		d.ctl.Close()
 		return nil, driverError(err, "start the daemon")
 	}
-	d.removeLeftovers()
-	d.reportLost()
+	if r, ok := o.Dir.lastRecord(); ok {
+		d.predecessor = r.PID
+	}
+	d.takeOver(context.Background())
+	d.startRecord()
+	retrying, stop := context.WithCancel(context.Background())
+	d.stopRetry = stop
+	go d.retry(retrying)
 	return d, nil
 }
 
@@ -150,7 +166,7 @@ func (d *Daemon) Info(context.Context) (control.Info, error) {
 	defer d.mu.Unlock()
 	return control.Info{
 		Version: control.Version, PID: os.Getpid(), Started: d.started,
-		RunDir: string(d.opts.Dir), Config: d.opts.ConfigPath, Activity: *d.activity.Load(), Lost: d.lost, LogLinesLost: d.opts.Log.Lost(),
+		RunDir: string(d.opts.Dir), Config: d.opts.ConfigPath, Activity: *d.activity.Load(), Recovered: d.recovered, Lost: d.lost, LogLinesLost: d.opts.Log.Lost(),
 	}, nil
 }
 
@@ -168,6 +184,9 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 			err = fail(err, "stop")
 		}
 	}()
+	for _, w := range d.sortedWaiting() {
+		return w.waitingError(w.record.Name)
+	}
 	all := d.sortedDevices()
 	for _, dev := range all {
 		if err := d.checkIdle(dev); err != nil {
@@ -208,6 +227,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 
 // Close implements stopper.
 func (d *Daemon) Close() {
+	d.stopRetry()
 	d.queue.Stop()
 	d.ctl.Close()
 }

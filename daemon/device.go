@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,13 +21,14 @@ import (
 // device is a filter over a disk.
 type device struct {
 	control.Device
-	disk    *disk.Disk // the original
-	orig    *blockdev.OSFile
-	cbt     *cbtmap.Map
-	cbtPath string // its file
-	filter  *filter.Filter
-	ublk    *ublk.Device
-	geo     ublk.Geometry
+	disk     *disk.Disk // the original
+	orig     *blockdev.OSFile
+	cbt      *cbtmap.Map
+	cbtPath  string // its file
+	counters *counters
+	filter   *filter.Filter
+	ublk     *ublk.Device
+	geo      ublk.Geometry
 
 	// use is read-locked by those who look into the above without holding
 	// Daemon.opLock. takeDown locks it while the device goes away.
@@ -77,6 +79,9 @@ func (d *Daemon) findDevice(ref string) (*device, error) {
 	if dev := d.deviceNamed(ref); dev != nil {
 		return dev, nil
 	}
+	if w := d.findWaiting(ref); w != nil {
+		return nil, w.waitingError(w.record.Name)
+	}
 	all := d.sortedDevices()
 	bdev, err := d.host.Lookup(ref)
 	if err != nil {
@@ -93,6 +98,11 @@ func (d *Daemon) findDevice(ref string) (*device, error) {
 			e.Message, e.Fix = de.What, ""
 		}
 		return nil, d.explainDevice(e, ref)
+	}
+	for _, w := range d.sortedWaiting() {
+		if w.record.Original.Number == bdev.Num.String() || fmt.Sprintf("ublkb%d", w.record.ID) == bdev.Name {
+			return nil, w.waitingError(w.record.Name)
+		}
 	}
 	for _, dev := range all {
 		if dev.disk.Num == bdev.Num || dev.ublk.Num == bdev.Num {

@@ -16,6 +16,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
@@ -71,6 +72,11 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	if err := checkName(r.Name); err != nil {
 		return nil, err
 	}
+	for _, w := range d.sortedWaiting() {
+		if w.record.Name == r.Name || w.record.Original.Number == dev.disk.Num.String() {
+			return nil, w.waitingError(w.record.Name)
+		}
+	}
 	if old := d.deviceNamed(r.Name); old != nil {
 		return nil, &control.Error{Code: control.Exists, Errno: unix.EEXIST,
 			Message: fmt.Sprintf("the name %s is taken by the filter over %s", r.Name, old.Original), Fix: "choose another with --name"}
@@ -105,9 +111,6 @@ func (d *Daemon) applyDefaults(r *control.AddRequest) error {
 	}
 	if r.Mode == "" {
 		r.Mode = c.Mode
-	}
-	if r.Recovery == nil {
-		r.Recovery = &c.Recovery
 	}
 	if n := ublk.MaxQueues(); r.Queues < 1 || r.Queues > n {
 		return invalid("%d queues: this machine has processors for 1 to %d", r.Queues, n)
@@ -192,24 +195,28 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		return err
 	}
 	undo = append(undo, dev.closeCBT)
-	dev.filter = filter.New(filter.Config{Orig: dev.orig, Size: dev.geo.Size, CBT: dev.cbt, Queues: r.Queues})
+	if dev.counters, err = openCounters(d.countersFile(r.Name), r.Queues); err != nil {
+		return err
+	}
+	undo = append(undo, dev.counters.remove)
+	dev.filter = filter.New(filter.Config{Orig: dev.orig, Size: dev.geo.Size, CBT: dev.cbt, Queues: r.Queues, Counters: dev.counters.queues})
+	added := time.Now()
+	undo = append(undo, func() { d.removeDeviceRecord(r.Name) })
+	deathpoint.Point()
 
 	dev.ublk, err = d.addUblk(ctx, filterKind, r.Name, ublk.Config{
 		Name: r.Name, Queues: r.Queues, Depth: r.Depth, MaxIO: ublk.DefaultMaxIO,
-		Mode: ublkMode(r.Mode), Geometry: dev.geo, Recovery: *r.Recovery,
+		Mode: ublkMode(r.Mode), Geometry: dev.geo,
 		Files:      []*blockdev.OSFile{dev.orig},
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
+	}, func(id int, tag uint64) error {
+		return d.writeDeviceRecord(deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added})
 	})
+	deathpoint.Point()
 	if dev.ublk == nil {
 		return err
 	}
-	dev.Device = control.Device{
-		Name: r.Name, Original: dev.disk.DisplayPath(), OriginalNumber: dev.disk.Num.String(),
-		Path: dev.ublk.Path, Number: dev.ublk.Num.String(), ID: uint32(dev.ublk.ID),
-		Size: dev.geo.Size, LogicalBlockSize: dev.geo.LogicalBlock, PhysicalBlockSize: dev.geo.PhysicalBlock,
-		Queues: dev.ublk.Queues, Depth: dev.ublk.Depth, Mode: modeOf(dev.ublk.Mode), Recovery: *r.Recovery,
-		Added: time.Now(), Snapshots: []string{},
-	}
+	dev.describe(r.Name, added)
 	if err == nil {
 		dev.Link, err = d.link(ctx, r.Name, dev.ublk)
 	}
@@ -223,8 +230,20 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		}
 		return err
 	}
+	deathpoint.Point()
 	rescan(dev.disk.Name)
 	return nil
+}
+
+// describe says what the device is, which its ublk device makes final.
+func (dev *device) describe(name string, added time.Time) {
+	dev.Device = control.Device{
+		Name: name, Original: dev.disk.DisplayPath(), OriginalNumber: dev.disk.Num.String(),
+		Path: dev.ublk.Path, Number: dev.ublk.Num.String(), ID: uint32(dev.ublk.ID),
+		Size: dev.geo.Size, LogicalBlockSize: dev.geo.LogicalBlock, PhysicalBlockSize: dev.geo.PhysicalBlock,
+		Queues: dev.ublk.Queues, Depth: dev.ublk.Depth, Mode: modeOf(dev.ublk.Mode),
+		Added: added, Snapshots: []string{},
+	}
 }
 
 // openOriginal opens a disk for a filter, so that nobody else can claim it.
@@ -280,7 +299,7 @@ func (d *Daemon) createChangeMap(dev *device, name string) error {
 	if err := snapshots.CheckSpace(d.cbtDir(), n); err != nil {
 		return fmt.Errorf("make the change map: %w", err)
 	}
-	dev.cbtPath = filepath.Join(d.cbtDir(), name)
+	dev.cbtPath = d.cbtFile(name)
 	dev.cbt, err = cbtmap.Create(dev.cbtPath, dev.geo.Size, d.opts.Config.CBTParams())
 	return err
 }

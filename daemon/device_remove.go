@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +23,18 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 		return err
 	}
 	defer end()
+	if w := d.findWaiting(r.Device); w != nil {
+		if !r.Force {
+			return w.waitingError("remove " + r.Device)
+		}
+		ctx, cancel := d.withDiskTimeout(context.Background())
+		defer cancel()
+		if err := d.removeWaiting(ctx, w); err != nil {
+			return fail(err, "remove %s", r.Device)
+		}
+		d.opts.Log.Info("a device that waited is removed", "name", w.record.Name)
+		return nil
+	}
 	dev, err := d.findDevice(r.Device)
 	if err != nil {
 		// A device that a dead daemon left: r names it by the name it had, or by a
@@ -78,7 +91,7 @@ func (d *Daemon) removeOrphan(r control.RemoveRequest, id int) error {
 		return fail(err, "remove %s", r.Device)
 	}
 	d.mu.Lock()
-	d.lost = waitEnded(d.lost, fmt.Sprintf("/dev/ublkb%d", id))
+	d.damaged = slices.DeleteFunc(d.damaged, func(l control.LostDevice) bool { return l.Path == fmt.Sprintf("/dev/ublkb%d", id) })
 	d.mu.Unlock()
 	d.clearLinks(ctx)
 	d.opts.Log.Info("device of a dead daemon removed", "device", r.Device)
@@ -221,10 +234,13 @@ func (d *Daemon) takeDown(dev *device) error {
 	dev.use.Lock()
 	dev.gone = true
 	dev.closeCBT()
+	dev.counters.remove()
 	dev.use.Unlock()
 	d.forgetNote(dev.disk.Name)
 	rescan(dev.disk.Name)
+	d.removeDeviceRecord(dev.Name)
 	d.mu.Lock()
+	d.damaged = slices.DeleteFunc(d.damaged, func(l control.LostDevice) bool { return l.Name == dev.Name })
 	delete(d.devices, dev.Name)
 	d.mu.Unlock()
 	return nil

@@ -44,7 +44,8 @@
 // whom, and keeps running, because its end would cut a mounted filesystem from its
 // disk. Unmount the filesystem, then stop the daemon again.
 //
-// What comes after a SIGKILL depends on the devices. The I/O of those that were
-// added with recovery waits (state "quiesced") for a daemon that takes them over.
-// The others fail all I/O and go.
+// After a SIGKILL the I/O of the devices waits (state "quiesced") for the next
+// daemon, which takes them over before it listens: see takeover.go. What that one
+// cannot take over is in [control.Info].Lost, and stays until it can, or until it is
+// removed by force.
 package daemon

@@ -33,8 +33,8 @@ var neededFeatures = map[string]bool{"CMD_IOCTL_ENCODE": true}
 // wantedFeatures are the flags that make something better, and what is missing
 // without them.
 var wantedFeatures = map[string]string{
-	"USER_RECOVERY":         "--recovery does not work",
-	"USER_RECOVERY_REISSUE": "--recovery does not work",
+	"USER_RECOVERY":         "devices cannot outlive their daemon: none can be added",
+	"USER_RECOVERY_REISSUE": "devices cannot outlive their daemon: none can be added",
 	"AUTO_BUF_REG":          "payloads are copied: mode zerocopy does not work",
 	"SUPPORT_ZERO_COPY":     "payloads are copied: mode zerocopy does not work",
 	"SAFE_STOP_DEV":         "remove looks for users of a device itself",

@@ -12,65 +12,89 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// removeLeftovers removes what a dead daemon left: ublk devices without a disk, and
-// links and notes of devices that are not there.
-func (d *Daemon) removeLeftovers() {
-	d.thawLeftover()
-	ctx, cancel := d.withDiskTimeout(context.Background())
+// removeLeftovers removes what a dead daemon left and nobody takes over: ublk devices
+// without a disk, images, and files, links and notes of devices that are not there.
+func (d *Daemon) removeLeftovers(ctx context.Context) {
+	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	left, err := d.ctl.List(ctx)
 	if err != nil {
 		d.opts.Log.Warn("cannot look for devices of a dead daemon", "error", err)
 		return
 	}
-	waiting := map[string]bool{} // the kernel's names of devices left alone
+	names, noted := d.known()
 	for _, info := range left {
-		if _, ours := ublk.IsOurs(info.Tag); !ours {
+		kind, ours := ublk.IsOurs(info.Tag)
+		kernelName := fmt.Sprintf("ublkb%d", info.ID)
+		if !ours || noted[kernelName] {
 			continue
 		}
 		if now, err := d.ctl.SettledInfo(ctx, info.ID); err == nil {
 			info = now
 		}
-		if info.State != ublk.Dead {
-			// Somebody may have it mounted, so the daemon must not throw it away.
-			waiting[fmt.Sprintf("ublkb%d", info.ID)] = true
-			d.opts.Log.Warn("a device of another daemon is left alone", "device", fmt.Sprintf("/dev/ublkb%d", info.ID), "state", info.State.String(), "pid", info.PID)
+		// An image that was noted here is of no use without its snapshot.
+		if info.State != ublk.Dead && !(kind == imageKind && d.opts.Dir.has(filepath.Join(udevName, kernelName)) && !info.Served()) {
+			// Somebody may have it mounted: not ours to throw away.
+			noted[kernelName] = true
+			d.opts.Log.Warn("a device of another daemon is left alone", "device", "/dev/"+kernelName, "state", info.State.String(), "pid", info.PID)
 			continue
 		}
 		if isOpen(fmt.Sprintf("/dev/ublkc%d", info.ID)) {
-			waiting[fmt.Sprintf("ublkb%d", info.ID)] = true
+			noted[kernelName] = true
 			d.opts.Log.Info("a device that another daemon makes or removes is left alone", "device", info.ID)
 			continue
 		}
 		if err := d.ctl.DeleteDevice(ctx, info.ID); err != nil {
 			d.opts.Log.Warn("cannot remove the device of a dead daemon", "device", info.ID, "error", err)
 		}
+		deathpoint.Point()
 	}
 	d.clearLinks(ctx)
-	if len(waiting) == 0 {
-		// The memory of devices and snapshots that nobody can take over.
-		maps, _ := os.ReadDir(d.cbtDir())
-		for _, e := range maps {
-			_ = os.RemoveAll(filepath.Join(d.cbtDir(), e.Name()))
-		}
-		left, err := snapshots.LeftBehind(d.snapshotsDir())
-		if err != nil {
-			d.opts.Log.Warn("cannot look for snapshots of a dead daemon", "error", err)
-		}
-		for _, l := range left {
-			d.clearSnapshot(ctx, l)
+	for _, dir := range []string{d.cbtDir(), d.countersDir()} {
+		for _, e := range dirEntries(dir) {
+			if !names[e.Name()] {
+				_ = os.Remove(filepath.Join(dir, e.Name()))
+			}
 		}
 	}
-	notes, _ := os.ReadDir(d.opts.Dir.udev())
-	for _, e := range notes {
-		if !waiting[e.Name()] {
+	snaps, err := snapshots.LeftBehind(d.snapshotsDir())
+	if err != nil {
+		d.opts.Log.Warn("cannot look for snapshots of a dead daemon", "error", err)
+	}
+	for _, l := range snaps {
+		d.clearSnapshot(ctx, l)
+	}
+	for _, e := range dirEntries(d.opts.Dir.udev()) {
+		if !noted[e.Name()] {
 			d.forgetNote(e.Name())
 		}
 	}
+}
+
+func dirEntries(dir string) []os.DirEntry {
+	entries, _ := os.ReadDir(dir)
+	return entries
+}
+
+// known are the names of the devices that there are, or wait, or whose record cannot be
+// trusted; and the kernel's names that there are notes of.
+func (d *Daemon) known() (names, noted map[string]bool) {
+	names, noted = map[string]bool{}, map[string]bool{}
+	for _, dev := range d.sortedDevices() {
+		names[dev.Name], noted[filepath.Base(dev.Path)], noted[dev.disk.Name] = true, true, true
+	}
+	for _, s := range d.sortedWaiting() {
+		names[s.record.Name], noted[fmt.Sprintf("ublkb%d", s.record.ID)], noted[s.record.Original.Name] = true, true, true
+	}
+	for _, l := range d.damaged {
+		names[l.Name] = true
+	}
+	return names, noted
 }
 
 // clearSnapshot removes a snapshot of a dead daemon. If its storage does not

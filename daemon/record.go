@@ -14,13 +14,14 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
 
-// record is what a daemon keeps in its run directory about itself while it lives.
-// After its death the record tells what was lost.
+// record is what a daemon keeps in its run directory about itself while it
+// lives, so that after its death it can be told what waits for the next one. The next
+// one itself does not go by it.
 type record struct {
 	Version      int    `json:"version"` // recordVersion
 	Process      string `json:"birth"`   // tells the process from another of its number
-	control.Lost        // what will be, if it dies
-	// Before is what was lost already, and has not been made again.
+	control.Lost        // what will wait for the next one, if it dies
+	// Before is what this one could not take over of the one before it.
 	Before *control.Lost `json:"before,omitempty"`
 }
 
@@ -46,13 +47,8 @@ func processIdentity(pid int) string {
 // lost is what the last daemon of the directory had, if it died. It is nil if the
 // daemon lives or ended as it should, and if the record cannot be read.
 func (d RunDir) lost() *control.Lost {
-	f, err := d.file(recordName, os.O_RDONLY, 0)
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
-	var r record
-	if json.NewDecoder(io.LimitReader(f, 16<<20)).Decode(&r) != nil || r.Version != recordVersion || processIdentity(r.PID) == r.Process {
+	r, ok := d.lastRecord()
+	if !ok || processIdentity(r.PID) == r.Process {
 		return nil
 	}
 	if r.Before != nil {
@@ -62,6 +58,17 @@ func (d RunDir) lost() *control.Lost {
 	return &r.Lost
 }
 
+// lastRecord is the record of the last daemon of the directory.
+func (d RunDir) lastRecord() (r record, ok bool) {
+	f, err := d.file(recordName, os.O_RDONLY, 0)
+	if err != nil {
+		return r, false
+	}
+	defer f.Close()
+	err = json.NewDecoder(io.LimitReader(f, 16<<20)).Decode(&r)
+	return r, err == nil && r.Version == recordVersion
+}
+
 // saveRecord writes the record if it has changed; needs opLock.
 func (d *Daemon) saveRecord() {
 	if !d.recorded {
@@ -69,7 +76,7 @@ func (d *Daemon) saveRecord() {
 	}
 	r := record{Version: recordVersion, Process: processIdentity(os.Getpid()), Lost: control.Lost{PID: os.Getpid()}}
 	for _, dev := range d.sortedDevices() {
-		r.Devices = append(r.Devices, control.LostDevice{Name: dev.Name, Original: dev.Original, Path: dev.Path, Waits: dev.Recovery})
+		r.Devices = append(r.Devices, control.LostDevice{Name: dev.Name, Original: dev.Original, Path: dev.Path, Waits: true})
 	}
 	for _, s := range d.sortedSnapshots() {
 		lost := control.LostSnapshot{ID: s.id}
@@ -87,9 +94,9 @@ func (d *Daemon) saveRecord() {
 		d.mu.Unlock()
 		r.Snapshots = append(r.Snapshots, lost)
 	}
+	r.Before = d.notTakenOver()
 	d.mu.Lock()
-	d.lost = stillLost(d.lost, r.Devices)
-	r.Before = d.lost
+	d.lost = r.Before
 	d.mu.Unlock()
 	text, err := json.Marshal(r)
 	if err == nil && !bytes.Equal(text, d.onRecord) {
@@ -101,83 +108,61 @@ func (d *Daemon) saveRecord() {
 	}
 }
 
-// stillLost is what is still lost when there are these devices again. When all
-// filters are back, nothing counts as lost any more, not even the snapshots.
-func stillLost(l *control.Lost, there []control.LostDevice) *control.Lost {
-	if l == nil {
+// notTakenOver is what this daemon could not take over, or not yet; nil if there is
+// nothing; needs opLock.
+func (d *Daemon) notTakenOver() *control.Lost {
+	l := &control.Lost{PID: d.predecessor, Devices: slices.Clone(d.damaged), Snapshots: d.ended}
+	for _, s := range d.sortedWaiting() {
+		l.Devices = append(l.Devices, s.lost())
+	}
+	if len(l.Devices)+len(l.Snapshots) == 0 {
 		return nil
 	}
-	rest := *l
-	rest.Devices = slices.DeleteFunc(slices.Clone(l.Devices), func(lost control.LostDevice) bool {
-		return slices.ContainsFunc(there, func(dev control.LostDevice) bool { return dev.Name == lost.Name || dev.Original == lost.Original })
-	})
-	if len(rest.Devices) == 0 && len(there) > 0 {
-		return nil
-	}
-	return &rest
+	return l
 }
 
-// waitEnded is l after the I/O of the ublk device at path has ended its wait.
-func waitEnded(l *control.Lost, path string) *control.Lost {
-	if l == nil {
-		return nil
-	}
-	rest := *l
-	rest.Devices = slices.Clone(l.Devices)
-	for i := range rest.Devices {
-		if rest.Devices[i].Path == path {
-			rest.Devices[i].Waits = false
-		}
-	}
-	return &rest
-}
-
-// reportLost says what a daemon before this one lost, and puts this one on record.
-func (d *Daemon) reportLost() {
-	if l := d.opts.Dir.lost(); l != nil {
-		for _, dev := range l.Devices {
-			d.opts.Log.Warn("lost with a daemon that died: a filter", "pid", l.PID, "name", dev.Name, "disk", dev.Original, "device", dev.Path, "waits", dev.Waits)
-		}
-		for _, s := range l.Snapshots {
-			d.opts.Log.Warn("lost with a daemon that died: a snapshot", "pid", l.PID, "snapshot", s.ID, "devices", s.Devices, "storage", s.Storage)
-		}
-		if len(l.Devices)+len(l.Snapshots) > 0 {
-			d.lost = l
-		}
+// startRecord puts this daemon on record.
+func (d *Daemon) startRecord() {
+	if l := d.notTakenOver(); l != nil {
+		d.opts.Log.Error(l.String())
 	}
 	d.recorded = true
 	d.saveRecord()
 }
 
-// explain adds to an error about something that is not found, that it was lost with
-// a daemon that died.
-func (d *Daemon) explain(e *control.Error, has func(*control.Lost) (fix string, ok bool)) *control.Error {
+// explain adds to an error about what is not found why it was not taken over.
+func (d *Daemon) explain(e *control.Error, has func(*control.Lost) (reason, fix string, ok bool)) *control.Error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.lost == nil {
 		return e
 	}
-	if fix, ok := has(d.lost); ok {
-		e.Message += ": lost with the daemon before, process " + strconv.Itoa(d.lost.PID) + ", which died"
+	if reason, fix, ok := has(d.lost); ok {
+		e.Message += ": not taken over from the daemon before, process " + strconv.Itoa(d.lost.PID) + ", which died: " + reason
 		e.Fix = fix
 	}
 	return e
 }
 
 func (d *Daemon) explainDevice(e *control.Error, ref string) *control.Error {
-	return d.explain(e, func(l *control.Lost) (string, bool) {
+	return d.explain(e, func(l *control.Lost) (reason, fix string, ok bool) {
 		for _, dev := range l.Devices {
-			if ref == dev.Name || ref == dev.Original || ref == dev.Path || ref == linkDir+"/"+dev.Name {
-				return fmt.Sprintf("add it again: ublk-blksnap add %s --name %s", dev.Original, dev.Name), true
+			if ref != "" && (ref == dev.Name || ref == dev.Original || ref == dev.Path || ref == linkDir+"/"+dev.Name) {
+				return dev.Reason, "let its I/O fail and remove it: ublk-blksnap remove --force " + dev.Name, true
 			}
 		}
-		return "", false
+		return "", "", false
 	})
 }
 
 func (d *Daemon) explainSnapshot(e *control.Error, id string) *control.Error {
-	return d.explain(e, func(l *control.Lost) (string, bool) {
-		return "", slices.ContainsFunc(l.Snapshots, func(s control.LostSnapshot) bool { return s.ID == id })
+	return d.explain(e, func(l *control.Lost) (reason, fix string, ok bool) {
+		for _, s := range l.Snapshots {
+			if s.ID == id {
+				return s.Reason, "take another", true
+			}
+		}
+		return "", "", false
 	})
 }
 
@@ -192,6 +177,12 @@ func (d RunDir) replace(name string, text []byte) error {
 		err = os.Rename(d.path(fresh), d.path(name))
 	}
 	return err
+}
+
+// has says whether there is something of that name in the directory.
+func (d RunDir) has(name string) bool {
+	_, err := os.Lstat(d.path(name))
+	return err == nil
 }
 
 func (d RunDir) remove(name string) error {

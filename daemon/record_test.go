@@ -7,21 +7,25 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
 
-// TestRecord: a daemon's record follows what it has, and what was lost before it
-// until that is there again.
+// TestRecord: a daemon's record follows what it has, and what it could not take over of
+// the one before.
 func TestRecord(t *testing.T) {
 	dir := RunDir(filepath.Join(t.TempDir(), "run"))
 	if err := dir.make(); err != nil {
 		t.Fatal(err)
 	}
 	daemon := func() *Daemon {
-		d := &Daemon{opts: Options{Dir: dir, Log: quiet()}, opLock: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{}}
+		d := &Daemon{opts: Options{Dir: dir, Log: quiet()}, opLock: make(chan struct{}, 1), devices: map[string]*device{}, waiting: map[string]*survivor{}, snapshots: map[string]*snapshot{}}
 		d.activity.Store(new(string))
-		d.reportLost()
+		if r, ok := dir.lastRecord(); ok {
+			d.predecessor = r.PID
+		}
+		d.startRecord()
 		return d
 	}
 	ctx := context.Background()
@@ -45,8 +49,8 @@ func TestRecord(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	a := &device{Device: control.Device{Name: "a", Original: "/dev/vda", Path: "/dev/ublkb0"}}
-	b := &device{Device: control.Device{Name: "b", Original: "/dev/vdb", Path: "/dev/ublkb1", Recovery: true}}
+	a := &device{Device: control.Device{Name: "a", Added: time.Unix(1, 0), Original: "/dev/vda", Path: "/dev/ublkb0"}}
+	b := &device{Device: control.Device{Name: "b", Added: time.Unix(2, 0), Original: "/dev/vdb", Path: "/dev/ublkb1"}}
 	s := &snapshot{id: "02e091ec-dae8-41ba-9dae-4e66f1473dd6", images: []*image{{device: a}}, storage: []control.Storage{{Path: "/s"}}}
 	first := daemon()
 	change(first, func() { first.devices["a"], first.devices["b"], first.snapshots[s.id] = a, b, s })
@@ -57,29 +61,43 @@ func TestRecord(t *testing.T) {
 	gone := &snapshot{id: "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8", releasing: true}
 	change(first, func() { first.snapshots[gone.id] = gone })
 	die()
+	l := dir.lost()
+	if l == nil || len(l.Devices) != 2 || len(l.Snapshots) != 1 || l.Devices[1] != (control.LostDevice{Name: "b", Original: "/dev/vdb", Path: "/dev/ublkb1", Waits: true}) {
+		t.Fatalf("a daemon died and left %+v", l)
+	}
+
+	// The next one takes a over, but b has to wait, and the snapshot has ended.
 	second := daemon()
-	for _, ref := range []string{"a", "/dev/vda", "/dev/ublkb0", "/dev/ublk-blksnap/a"} {
-		e := second.explainDevice(&control.Error{Code: control.NotFound, Message: "no filter"}, ref)
-		if !strings.Contains(e.Message, "which died") || e.Fix != "add it again: ublk-blksnap add /dev/vda --name a" {
-			t.Errorf("%s: %v", ref, e)
+	change(second, func() {
+		second.devices["a"] = a
+		second.waiting["b"] = &survivor{record: deviceRecord{Name: "b", ID: 1, Original: originalRecord{Path: "/dev/vdb"}}, reason: errors.New("no such disk")}
+		second.ended = []control.LostSnapshot{{ID: s.id, Devices: []string{"b"}, Reason: "its storage is gone"}}
+	})
+	if i, err := second.Info(ctx); err != nil || i.Lost == nil || len(i.Lost.Devices) != 1 || i.Lost.Devices[0].Reason != "no such disk" || !i.Lost.Devices[0].Waits {
+		t.Errorf("%+v, %v", i.Lost, err)
+	}
+	for _, ref := range []string{"b", "/dev/vdb", "/dev/ublkb1", "/dev/ublk-blksnap/b"} {
+		if _, err := second.findDevice(ref); control.CodeOf(err) != control.Busy || !strings.Contains(err.Error(), "no such disk") || !strings.Contains(err.Error(), "remove --force b") {
+			t.Errorf("%s: %v", ref, err)
 		}
 	}
 	if _, err := second.findSnapshot(gone.id); control.CodeOf(err) != control.NotFound || strings.Contains(err.Error(), "died") {
 		t.Errorf("a snapshot that was destroyed: %v", err)
 	}
-	if _, err := second.findSnapshot(s.id); control.CodeOf(err) != control.NotFound || !strings.Contains(err.Error(), "which died") {
+	if _, err := second.findSnapshot(s.id); control.CodeOf(err) != control.NotFound || !strings.Contains(err.Error(), "its storage is gone") {
 		t.Errorf("%v", err)
 	}
-	change(second, func() { second.devices["a"] = a })
-	die()
-	third := daemon()
-	i, err := third.Info(ctx)
-	if err != nil || i.Lost == nil || len(i.Lost.Devices) != 2 || len(i.Lost.Snapshots) != 1 || i.Lost.Devices[1] != (control.LostDevice{Name: "b", Original: "/dev/vdb", Path: "/dev/ublkb1", Waits: true}) {
-		t.Fatalf("%+v, %v", i.Lost, err)
+	if err := second.Stop(ctx); control.CodeOf(err) != control.Busy {
+		t.Errorf("stopped while a device waits: %v", err)
 	}
-	change(third, func() { third.devices["a"], third.devices["other"] = a, b })
+	die()
+	if l := dir.lost(); l == nil || len(l.Devices) != 2 || l.Devices[0].Reason != "" || l.Devices[1].Reason == "" {
+		t.Errorf("the next one died and left %+v", l)
+	}
+	third := daemon()
+	change(third, func() { third.devices["a"], third.devices["b"] = a, b })
 	if i, _ := third.Info(ctx); i.Lost != nil {
-		t.Errorf("all is there again, and yet lost: %+v", i.Lost)
+		t.Errorf("all is taken over, and yet lost: %+v", i.Lost)
 	}
 	third.devices = nil
 	if err := third.Stop(ctx); err != nil {

@@ -93,10 +93,9 @@ func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
 		dev, err := d.addUblk(ctx, imageKind, im.device.Name+"-"+s.id, ublk.Config{
 			Name: im.device.Name + "@", Queues: im.device.Queues, Depth: min(im.device.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
 			Mode: im.device.ublk.Mode, Geometry: geo, NoPartScan: true,
-			Recovery:   im.device.Recovery,
 			Files:      []*blockdev.OSFile{im.device.orig},
 			NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.snap.Image(i).NewQueue(bq) },
-		})
+		}, func(int, uint64) error { return nil })
 		d.mu.Lock()
 		im.ublk, im.take = dev, s.snap.TakeInfo(i)
 		d.mu.Unlock()

@@ -202,7 +202,7 @@ func TestConnectStartsNothing(t *testing.T) {
 		}
 	}
 	record(os.Getpid(), "another boot", "")
-	says(fmt.Sprintf("the daemon before (process %d) died, and with it the filter data over /dev/vdb (/dev/ublkb3), ", os.Getpid()),
+	says(fmt.Sprintf("the daemon before (process %d) died, and for the next one wait the filter data over /dev/vdb (/dev/ublkb3), ", os.Getpid()),
 		"the snapshot u of data with differences in /var/tmp /dev/vdd")
 	// One that starts its daemon is told as well.
 	var told *control.Lost
@@ -220,9 +220,9 @@ func TestConnectStartsNothing(t *testing.T) {
 	if told == nil || told.Devices[0].Name != "data" {
 		t.Errorf("told %+v", told)
 	}
-	// What was lost earlier is not forgotten.
-	record(os.Getpid(), "another boot", `,"before":{"pid":1,"devices":[{"name":"old","original":"/dev/vdc","path":"/dev/ublkb1","waits":true}]}`)
-	says("the filter data over", "the server of the filter, whose I/O waits, old over /dev/vdc")
+	// What could not be taken over earlier is not forgotten.
+	record(os.Getpid(), "another boot", `,"before":{"pid":1,"devices":[{"name":"old","original":"/dev/vdc","path":"/dev/ublkb1","waits":true,"reason":"no such device"}]}`)
+	says("the filter data over", "; not taken over: the filter old over /dev/vdc (/dev/ublkb1), whose I/O waits: no such device")
 
 	// This process lives: nothing is lost.
 	record(os.Getpid(), processIdentity(os.Getpid()), "")

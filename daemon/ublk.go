@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -19,13 +20,15 @@ const (
 	imageKind  = 'i'
 )
 
-// addUblk adds a ublk device of ours. It chooses the device's number itself, because
-// the note for udev has to be written before the device appears. If it returns a
-// device together with an error, the driver does not let go of that device.
-func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.Config) (*ublk.Device, error) {
+// addUblk adds a ublk device of ours, with its note for udev written before it
+// appears, and put on record by the caller's function: therefore its number is chosen
+// here. It outlives this process. A device returned with an error is one that the
+// driver does not let go.
+func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.Config, record func(id int, tag uint64) error) (*ublk.Device, error) {
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	cfg.Tag = ublk.NewTag(kind)
+	cfg.Recovery = true
 	cfg.OpenedBy = d.openedBy
 	noteKind := "filter"
 	if kind == imageKind {
@@ -42,6 +45,10 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 		cfg.ID = id
 		kernelName := fmt.Sprintf("ublkb%d", id)
 		if err := d.note(kernelName, noteKind, name); err != nil {
+			return nil, err
+		}
+		if err := record(id, cfg.Tag); err != nil {
+			d.forgetNote(kernelName)
 			return nil, err
 		}
 		dev, err := ublk.Add(ctx, d.ctl, cfg)
@@ -63,7 +70,9 @@ func (d *Daemon) removeUblk(dev *ublk.Device, link string) error {
 	// The name goes first, because it must not lead to another device that takes the
 	// number.
 	d.unlink(link, dev.Path)
+	deathpoint.Point()
 	err := dev.Delete(ctx)
+	deathpoint.Point()
 	if err == nil {
 		d.forgetNote(filepath.Base(dev.Path))
 		// udev may have looked at the device once more, and is not done with its end.

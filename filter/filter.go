@@ -43,6 +43,9 @@ type Config struct {
 	Size   int64       // of the original disk, bytes
 	CBT    *cbtmap.Map // nil: changes are not tracked
 	Queues int
+	// Counters, one for each queue, is where the queues count, if that shall outlive
+	// the process; nil: in memory of the filter's own.
+	Counters []Counters
 }
 
 // Filter is the filter over one original disk.
@@ -51,6 +54,7 @@ type Filter struct {
 	size   int64
 	cbt    *cbtmap.Map
 	queues []*Queue
+	counts []Counters // by queue
 
 	// areas are those of the snapshots held; owned by whoever makes cuts, one at
 	// a time.
@@ -62,7 +66,10 @@ type Filter struct {
 // New makes a filter; its queues are added by NewQueue, all before the first
 // cut.
 func New(c Config) *Filter {
-	f := &Filter{orig: c.Orig, size: c.Size, cbt: c.CBT, queues: make([]*Queue, c.Queues)}
+	f := &Filter{orig: c.Orig, size: c.Size, cbt: c.CBT, queues: make([]*Queue, c.Queues), counts: c.Counters}
+	if f.counts == nil {
+		f.counts = make([]Counters, c.Queues)
+	}
 	f.publish()
 	return f
 }
@@ -80,7 +87,7 @@ func (f *Filter) CBT() *cbtmap.Map { return f.cbt }
 func (f *Filter) Held() bool { return len(f.areas) > 0 }
 
 // Counters count what a queue has done since it began. Bytes and requests are
-// counted at completion.
+// counted at completion. They fill cache lines of their own.
 type Counters struct {
 	Requests [ublk.OpWriteZeroes + 1]atomic.Uint64 // by ublk.Op
 	Bytes    [ublk.OpWriteZeroes + 1]atomic.Uint64
@@ -89,10 +96,11 @@ type Counters struct {
 	// Skipped counts the bytes of discards that were not passed on because a
 	// snapshot needs them.
 	Skipped atomic.Uint64
+	_       uint64
 }
 
 // Counters are those of queue i; safe from any thread.
-func (f *Filter) Counters(i int) *Counters { return &f.queues[i].counters }
+func (f *Filter) Counters(i int) *Counters { return &f.counts[i] }
 
 // Queue is one queue of the filter device: a ublk.Handler.
 type Queue struct {
@@ -103,12 +111,12 @@ type Queue struct {
 	reqs  []*request       // by tag
 	gate  gate
 
-	counters Counters
+	counters *Counters
 }
 
 // NewQueue makes queue i, served by q's thread. Called once for each i.
 func (f *Filter) NewQueue(i int, q blockdev.Queue) *Queue {
-	fq := &Queue{f: f, q: q, w: diffarea.NewWorker(q), areas: f.publishedAreas()}
+	fq := &Queue{f: f, q: q, w: diffarea.NewWorker(q), areas: f.publishedAreas(), counters: &f.counts[i]}
 	f.queues[i] = fq
 	return fq
 }
@@ -291,7 +299,7 @@ func (req *request) forwarded(op *blockdev.Op) {
 // finish gives the request back to the kernel.
 func (req *request) finish(errno unix.Errno) {
 	q, r := req.q, req.kernel
-	n := &q.counters
+	n := q.counters
 	n.Requests[r.Op].Add(1)
 	n.Bytes[r.Op].Add(uint64(r.Len))
 	if errno != 0 {

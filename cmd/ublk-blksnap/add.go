@@ -13,7 +13,6 @@ import (
 func (p *program) add() *cobra.Command {
 	var r control.AddRequest
 	var mode string
-	var recovery bool
 	c := &cobra.Command{
 		Use:   "add DEV [flags]",
 		Short: "Put a filter over a disk",
@@ -41,9 +40,6 @@ The content stays where it is: after "remove" the disk is used directly again.`,
 					return usage("add %s: --%s %d: must be at least 1", args[0], flag, v)
 				}
 			}
-			if c.Flags().Changed("recovery") {
-				r.Recovery = &recovery
-			}
 			return p.start(c, func(ctx context.Context, api control.API) error {
 				d, err := api.AddDevice(ctx, r)
 				if err != nil {
@@ -58,6 +54,5 @@ The content stays where it is: after "remove" the disk is used directly again.`,
 	f.IntVar(&r.Queues, "queues", 0, "queues, each with a thread of its own (default: as configured)")
 	f.IntVar(&r.Depth, "depth", 0, "requests in flight per queue, 1 to 4096 (default: as configured)")
 	f.StringVar(&mode, "mode", "", "how payloads travel: auto, copy or zerocopy (default: as configured)")
-	f.BoolVar(&recovery, "recovery", false, "experimental: I/O waits for the next daemon if this one dies")
 	return c
 }

@@ -7,11 +7,10 @@ import (
 )
 
 func TestDeviceCommands(t *testing.T) {
-	yes := true
 	runGolden(t, []golden{
 		{"ublk-blksnap add /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "/dev/ublk-blksnap/vdb\n"},
-		{"ublk-blksnap add vdb --name n --queues 2 --depth 3 --mode zerocopy --recovery",
-			[]any{control.AddRequest{Path: "vdb", Name: "n", Queues: 2, Depth: 3, Mode: control.ModeZeroCopy, Recovery: &yes}}, "/dev/ublk-blksnap/vdb\n"},
+		{"ublk-blksnap add vdb --name n --queues 2 --depth 3 --mode zerocopy",
+			[]any{control.AddRequest{Path: "vdb", Name: "n", Queues: 2, Depth: 3, Mode: control.ModeZeroCopy}}, "/dev/ublk-blksnap/vdb\n"},
 		{"ublk-blksnap remove vdb", []any{control.RemoveRequest{Device: "vdb"}}, ""},
 		{"ublk-blksnap remove --force /dev/vdb", []any{control.RemoveRequest{Device: "/dev/vdb", Force: true}}, ""},
 		{"ublk-blksnap list", []any{"list"}, "" +
@@ -26,7 +25,6 @@ size:            1073741824 bytes (1G)
 block size:      512 logical, 4096 physical
 queues:          2 of depth 64
 mode:            copy
-recovery:        no
 added:           2025-01-02T03:04:05Z
 snapshots:       ` + id1 + " " + id2 + `
 read:            10 requests, 5120 bytes

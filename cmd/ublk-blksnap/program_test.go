@@ -401,13 +401,13 @@ func TestWhatStartsADaemon(t *testing.T) {
 	}
 }
 
-// TestLostIsTold: beside what there is, what is not there any more.
+// TestLostIsTold: beside what there is, what could not be taken over.
 func TestLostIsTold(t *testing.T) {
 	f := newFake()
-	f.lost = &control.Lost{PID: 7, Devices: []control.LostDevice{{Name: "old", Original: "/dev/vdc", Path: "/dev/ublkb4"}}}
+	f.lost = &control.Lost{PID: 7, Devices: []control.LostDevice{{Name: "old", Original: "/dev/vdc", Path: "/dev/ublkb4", Waits: true, Reason: "no such device"}}}
 	for _, line := range []string{"ublk-blksnap list", "ublk-blksnap snapshot list --json"} {
 		status, out, errs := execute(f, strings.Fields(line)...)
-		if status != 0 || out == "" || errs != "ublk-blksnap: the daemon before (process 7) died, and with it the filter old over /dev/vdc (/dev/ublkb4)\n" {
+		if status != 0 || out == "" || errs != "ublk-blksnap: the daemon before (process 7) died; not taken over: the filter old over /dev/vdc (/dev/ublkb4), whose I/O waits: no such device\n" {
 			t.Errorf("%s: status %d, %q", line, status, errs)
 		}
 	}

@@ -34,6 +34,9 @@ func (p *program) status() *cobra.Command {
 				}
 				return p.print(s, func(w io.Writer) {
 					writeStatus(w, s)
+					if r := info.Recovered; r != nil {
+						fmt.Fprintf(w, "%-16s %s, %d devices, I/O waited for %v\n", "taken over:", r.At.Format(time.RFC3339), r.Devices, r.Pause.Round(time.Millisecond))
+					}
 					if info.LogLinesLost > 0 {
 						fmt.Fprintf(w, "%-16s %d lines, because nobody took them\n", "log lost:", info.LogLinesLost)
 					}
@@ -54,7 +57,6 @@ func writeStatus(w io.Writer, s control.DeviceStatus) {
 	line("block size", fmt.Sprintf("%d logical, %d physical", s.LogicalBlockSize, s.PhysicalBlockSize))
 	line("queues", fmt.Sprintf("%d of depth %d", s.Queues, s.Depth))
 	line("mode", s.Mode)
-	line("recovery", yesNo(s.Recovery))
 	line("added", s.Added.Format(time.RFC3339))
 	snapshots := "none"
 	if len(s.Snapshots) > 0 {
@@ -77,11 +79,4 @@ func writeStatus(w io.Writer, s control.DeviceStatus) {
 		line("change tracking", fmt.Sprintf("%d blocks of %s, take %s",
 			s.CBT.BlockCount, control.FormatSize(s.CBT.BlockSize), s.CBT.Take))
 	}
-}
-
-func yesNo(b bool) string {
-	if b {
-		return "yes"
-	}
-	return "no"
 }

@@ -99,6 +99,9 @@ type Disk struct {
 	// Parent is the kernel's name of the whole disk when this is a partition,
 	// else empty.
 	Parent string
+	// Sequence tells a disk from every other that has or had its number in this boot;
+	// a partition has that of its disk. 0: the kernel does not tell (before Linux 5.15).
+	Sequence uint64
 	// DMName is the device-mapper name, for a device-mapper device.
 	DMName string
 
@@ -349,7 +352,9 @@ func (h *Host) byNumber(n Num) (*Disk, error) {
 	d.Path = d.Node
 	if exists(filepath.Join(sys, "partition")) {
 		d.Parent = filepath.Base(filepath.Dir(sys))
+		sys = filepath.Dir(sys)
 	}
+	d.Sequence, _ = strconv.ParseUint(readText(filepath.Join(sys, "diskseq")), 10, 64)
 	return d, nil
 }
 

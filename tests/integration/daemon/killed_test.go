@@ -1,11 +1,13 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -17,16 +19,16 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
 )
 
-// TestKilled: without recovery SIGKILL ends the I/O of its devices with errors.
-// Nothing hangs, and the next daemon begins from a clean machine.
+// TestKilled: a SIGKILL of the daemon is a pause for those who use its devices. The
+// next daemon goes on with what the dead one had.
 func TestKilled(t *testing.T) {
 	guest.Need(t)
 	disks := guest.RAMDisks(t, 2, 64<<20)
 	d := program.Start(t)
-	dev, other := d.Add(disks[0]), d.Add(disks[1])
-	s := d.Take(0, other)
+	dev, other := d.Add(disks[0]), d.Add(disks[1], program.Queues(min(2, runtime.NumCPU()), 16))
 	guest.Ext4.Make(t, dev.Link)
-	dir := guest.Mount(t, dev.Link, "errors=continue")
+	dir := guest.Mount(t, dev.Link)
+	stop := make(chan struct{})
 	writer := func(path string) chan error {
 		end := make(chan error, 1)
 		f, err := os.OpenFile(path, os.O_RDWR|unix.O_SYNC|os.O_CREATE, 0o600)
@@ -35,8 +37,24 @@ func TestKilled(t *testing.T) {
 		}
 		go func() {
 			defer f.Close()
-			for {
-				if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
+			block := make([]byte, 4096)
+			for n := uint64(1); ; n++ {
+				select {
+				case <-stop:
+					end <- nil
+					return
+				default:
+				}
+				back := make([]byte, len(block))
+				binary.LittleEndian.PutUint64(block, n)
+				_, err := f.WriteAt(block, int64(n%1024)*4096)
+				if err == nil {
+					_, err = f.ReadAt(back, int64(n%1024)*4096)
+				}
+				if err == nil && !bytes.Equal(back, block) {
+					err = fmt.Errorf("write %d reads as %d", n, binary.LittleEndian.Uint64(back))
+				}
+				if err != nil {
 					end <- err
 					return
 				}
@@ -44,27 +62,21 @@ func TestKilled(t *testing.T) {
 		}()
 		return end
 	}
-	writers := []chan error{writer(filepath.Join(dir, "file")), writer(other.Path), writer(s.Images[0].Path)}
+	writers := []chan error{writer(filepath.Join(dir, "file")), writer(other.Path)}
 	time.Sleep(300 * time.Millisecond)
-	if err := unix.Kill(d.PID, unix.SIGKILL); err != nil {
+	before := d.CBT(other)
+	status, err := d.DeviceStatus(guest.Context(t), other.Name)
+	if err != nil {
 		t.Fatal(err)
 	}
-	for i, w := range writers {
-		t.Logf("writer %d: %v", i, guest.Await(t, "the end of a writer", w))
-	}
-	if !d.Ended(guest.Patience) {
-		t.Fatal("the process does not end")
-	}
-	if _, err := guest.Try("umount", dir); err != nil {
-		t.Errorf("the dead filesystem cannot be unmounted: %v", err)
-	}
+	dead := d.PID
+	d.Kill()
 
 	// Who looks is told, and no daemon is started.
-	for _, args := range [][]string{{"list"}, {"status", dev.Name}, {"remove", dev.Name}, {"snapshot", "list"}, {"cbt", "info", dev.Name}, {"snapshot", "take", s.ID}} {
+	for _, args := range [][]string{{"list"}, {"status", dev.Name}, {"remove", dev.Name}, {"snapshot", "list"}, {"cbt", "info", dev.Name}} {
 		a := d.Call("ublk-blksnap", args...)
-		for _, w := range []string{"no daemon runs", fmt.Sprintf("process %d", d.PID), "start it with",
-			"filter " + dev.Name + " over " + disks[0] + " (" + dev.Path + ")", "filter " + other.Name + " over " + disks[1],
-			"snapshot " + s.ID + " of " + other.Name + " with differences in /dev/shm"} {
+		for _, w := range []string{"no daemon runs", fmt.Sprintf("process %d", dead), "start it with", "for the next one wait",
+			"filter " + dev.Name + " over " + disks[0] + " (" + dev.Path + ")", "filter " + other.Name + " over " + disks[1]} {
 			if a.Status != 4 || a.Out != "" || !strings.Contains(a.Err, w) {
 				t.Errorf("%v without a daemon: %+v; want %q", args, a, w)
 			}
@@ -80,132 +92,163 @@ func TestKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The next daemon on the same directory.
-	next := exec.Command(program.Path(t), "daemon", "--run-dir", string(d.RunDir))
-	next.Stdout, next.Stderr = os.Stdout, os.Stderr
-	if err := next.Start(); err != nil {
-		t.Fatal(err)
+	for i := range 3 {
+		d.Restart()
+		info, err := d.Info(guest.Context(t))
+		if err != nil || info.Recovered == nil || info.Recovered.Devices != 2 || info.Recovered.Count != i+1 || info.Lost != nil {
+			t.Fatalf("the daemon says of itself %+v, %v", info, err)
+		}
+		t.Logf("taken over, I/O waited for %v", info.Recovered.Pause)
+		if i < 2 {
+			time.Sleep(200 * time.Millisecond)
+			d.Kill()
+		}
 	}
-	guest.WaitFor(t, "the next daemon", func() bool { _, err := d.Info(guest.Context(t)); return err == nil })
 	if _, err := guest.Try("fsfreeze", "-u", frozen); err == nil {
 		t.Error("a filesystem that the dead daemon froze still stands still")
 	}
-	if left := guest.UblkDevices(); len(left) > 0 {
-		t.Errorf("devices of the dead daemon: %v", left)
+	now, err := d.Devices(guest.Context(t))
+	if err != nil || len(now) != 2 {
+		t.Fatalf("devices %+v, %v", now, err)
 	}
-	for _, kind := range []string{"cbt", "snapshots"} {
+	for i, want := range []control.Device{dev, other} {
+		if got := now[i]; !got.Added.Equal(want.Added) || got.Path != want.Path || got.Link != want.Link || got.Number != want.Number || got.Queues != want.Queues || got.Depth != want.Depth || got.Mode != want.Mode || got.Size != want.Size {
+			t.Errorf("taken over as %+v, was %+v", got, want)
+		}
+	}
+	if after := d.CBT(other); after.GenerationID != before.GenerationID || after.Take != before.Take {
+		t.Errorf("the change map was at %+v, is at %+v", before, after)
+	}
+	if s, err := d.DeviceStatus(guest.Context(t), other.Name); err != nil || s.Operations[control.OpWrite].Requests < status.Operations[control.OpWrite].Requests || s.State != "live" {
+		t.Errorf("status was %+v, is %+v, %v", status, s, err)
+	}
+	time.Sleep(200 * time.Millisecond)
+	close(stop)
+	for i, w := range writers {
+		if err := guest.Await(t, "the end of a writer", w); err != nil {
+			t.Errorf("writer %d: %v", i, err)
+		}
+	}
+	guest.Unmount(t, dir)
+	d.Remove(dev)
+	d.Remove(other)
+	for _, kind := range []string{"cbt", "counters", "devices", "snapshots"} {
 		if left, err := os.ReadDir(filepath.Join(d.RunDir.State(), kind)); err != nil || len(left) > 0 {
-			t.Errorf("state of the dead daemon: %v, %v", left, err)
+			t.Errorf("state of devices that are gone: %v, %v", left, err)
 		}
 	}
-	// It knows what is missing until it is there again.
-	lost := fmt.Sprintf("ublk-blksnap: the daemon before (process %d) died, and with it the filter %s over", d.PID, dev.Name)
-	if a := d.Call("ublk-blksnap", "list"); a.Status != 0 || !strings.HasPrefix(a.Err, lost) {
-		t.Errorf("list after a death: %+v", a)
-	}
-	if a := d.Call("ublk-blksnap", "status", other.Name); a.Status != 3 || !strings.Contains(a.Err, "which died: add it again: ublk-blksnap add "+disks[1]) {
-		t.Errorf("status of what died: %+v", a)
-	}
-	if a := d.Call("ublk-blksnap", "snapshot", "info", s.ID); a.Status != 3 || !strings.Contains(a.Err, "which died") {
-		t.Errorf("snapshot info of what died: %+v", a)
-	}
-	var back []control.Device
-	for _, disk := range disks {
-		again, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: disk})
-		if err != nil {
-			t.Error(err)
-			continue
-		}
-		back = append(back, again)
-	}
-	if i, err := d.Info(guest.Context(t)); err != nil || i.Lost != nil {
-		t.Errorf("all filters are there again, and missed: %+v, %v", i.Lost, err)
-	}
-	for _, again := range back {
-		if err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: again.Name}); err != nil {
-			t.Error(err)
-		}
-	}
-	if err := next.Process.Signal(unix.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	if err := next.Wait(); err != nil {
-		t.Error(err)
-	}
-	guest.Run(t, "e2fsck", "-p", disks[0])
+	guest.Run(t, "e2fsck", "-fn", disks[0])
 }
 
-// TestOrphan: a device with recovery outlives its daemon, its I/O waiting. The
-// next daemon throws it away only when told to; then the I/O fails.
-func TestOrphan(t *testing.T) {
+// TestDiskInUse: a filter whose disk cannot be had, because somebody took it while no
+// daemon lived, waits, and goes on when he lets go of it. All of it counts as changed
+// then. Or it is removed by force, and the I/O fails.
+func TestDiskInUse(t *testing.T) {
 	guest.Need(t)
-	disk := guest.RAMDisks(t, 1, 64<<20)[0]
+	disks := guest.RAMDisks(t, 2, 64<<20)
 	d := program.Start(t)
-	yes := true
-	dev := d.Add(disk, func(r *control.AddRequest) { r.Recovery = &yes })
-	if !dev.Recovery {
-		t.Fatal("no recovery")
+	dev, other := d.Add(disks[0]), d.Add(disks[1])
+	before := d.CBT(dev)
+	d.Kill()
+	claim := func(disk string) (f *os.File) {
+		guest.WaitFor(t, "the dead process to let go of "+disk, func() (ok bool) {
+			var err error
+			f, err = os.OpenFile(disk, os.O_RDWR|unix.O_EXCL, 0)
+			return err == nil
+		})
+		return f
 	}
-	guest.Ext4.Make(t, dev.Link)
-	dir := guest.Mount(t, dev.Link, "errors=continue")
-	if err := unix.Kill(d.PID, unix.SIGKILL); err != nil {
-		t.Fatal(err)
+	thief, second := claim(disks[0]), claim(disks[1])
+	defer thief.Close()
+	defer second.Close()
+	written := make(chan error, 2)
+	for _, path := range []string{dev.Path, other.Path} {
+		go func() {
+			f, err := os.OpenFile(path, os.O_RDWR|unix.O_DSYNC, 0)
+			if err == nil {
+				_, err = f.WriteAt(make([]byte, 4096), 32<<20)
+				f.Close()
+			}
+			written <- err
+		}()
 	}
-	if !d.Ended(guest.Patience) {
-		t.Fatal("the process does not end")
-	}
-	written := make(chan error, 1)
-	go func() {
-		f, err := os.OpenFile(dev.Path, os.O_RDWR|unix.O_DSYNC, 0)
-		if err == nil {
-			_, err = f.WriteAt(make([]byte, 4096), 32<<20)
-			f.Close()
-		}
-		written <- err
-	}()
-	next := exec.Command(program.Path(t), "daemon", "--run-dir", string(d.RunDir))
-	next.Stdout, next.Stderr = os.Stdout, os.Stderr
-	if err := next.Start(); err != nil {
-		t.Fatal(err)
-	}
-	guest.WaitFor(t, "the next daemon", func() bool { _, err := d.Info(guest.Context(t)); return err == nil })
-	d.Refused([]string{"left by a daemon that died", "remove --force " + dev.Path}, "remove", dev.Path)
-	d.Refused([]string{"left by a daemon that died", "remove --force " + dev.Name}, "remove", dev.Name)
-	d.Refused([]string{"the name " + dev.Name + " is taken by " + dev.Path, "remove --force " + dev.Path}, "add", disk)
-	if a := d.Call("ublk-blksnap", "list"); a.Status != 0 || !strings.Contains(a.Err, "whose I/O waits, "+dev.Name) {
+	d.Restart()
+	d.Refused([]string{"waits to be taken over", "remove --force " + dev.Name}, "remove", dev.Path)
+	d.Refused([]string{"waits to be taken over", "opened exclusively by"}, "remove", dev.Name)
+	d.Refused([]string{"waits to be taken over"}, "add", disks[0])
+	d.Refused([]string{"waits to be taken over"}, "status", dev.Name)
+	d.Refused([]string{"waits to be taken over"}, "daemon", "stop")
+	if a := d.Call("ublk-blksnap", "list"); a.Status != 0 || !strings.Contains(a.Err, "the filter "+dev.Name+" over "+disks[0]) || !strings.Contains(a.Err, "whose I/O waits") {
 		t.Errorf("list while I/O waits: %+v", a)
 	}
 	select {
 	case err := <-written:
-		t.Fatalf("the write did not wait: %v", err)
+		t.Fatalf("a write did not wait: %v", err)
 	case <-time.After(100 * time.Millisecond):
 	}
-	if a := d.Call("ublk-blksnap", "remove", "--force", dev.Name); a.Status != 0 {
+
+	thief.Close()
+	if err := guest.Await(t, "the write", written); err != nil {
+		t.Error(err)
+	}
+	guest.WaitFor(t, "the filter", func() bool { _, err := d.DeviceStatus(guest.Context(t), dev.Name); return err == nil })
+	if after := d.CBT(dev); after.GenerationID == before.GenerationID {
+		t.Errorf("the change map of a disk that somebody else had goes on: %+v", after)
+	}
+
+	if a := d.Call("ublk-blksnap", "remove", "--force", other.Name); a.Status != 0 {
 		t.Errorf("%+v", a)
 	}
 	if err := guest.Await(t, "the end of the write", written); err == nil {
-		t.Error("a write succeeded without a daemon")
+		t.Error("a write succeeded without a filter")
 	}
-	if a := d.Call("ublk-blksnap", "list"); a.Status != 0 || !strings.Contains(a.Err, "the filter "+dev.Name) || strings.Contains(a.Err, "waits") {
-		t.Errorf("list when nothing waits any more: %+v", a)
+	if i, err := d.Info(guest.Context(t)); err != nil || i.Lost != nil {
+		t.Errorf("nothing waits any more, but %+v, %v", i.Lost, err)
 	}
-	if _, err := guest.Try("umount", dir); err != nil {
-		t.Error(err)
-	}
-	guest.WaitFor(t, "the end of the device", func() bool { return len(guest.UblkDevices()) == 0 })
-	again, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: disk})
+	second.Close()
+	d.Remove(d.Add(disks[1]))
+	d.Remove(dev)
+}
+
+// TestDamagedRecord: a record that cannot be trusted is left alone and told, with the
+// way out, and so is the device of it.
+func TestDamagedRecord(t *testing.T) {
+	guest.Need(t)
+	disks := guest.RAMDisks(t, 2, 64<<20)
+	d := program.Start(t)
+	dev, other := d.Add(disks[0]), d.Add(disks[1])
+	d.Kill()
+	record := filepath.Join(d.RunDir.State(), "devices", dev.Name+".json")
+	text, err := os.ReadFile(record)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: again.Name}); err != nil {
-		t.Error(err)
-	}
-	if err := next.Process.Signal(unix.SIGTERM); err != nil {
+	damaged := bytes.Clone(text)
+	damaged[len(damaged)/2] ^= 1
+	if err := os.WriteFile(record, damaged, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := next.Wait(); err != nil {
-		t.Error(err)
+	if err := os.WriteFile(filepath.Join(d.RunDir.State(), "cbt", other.Name), []byte("no map"), 0o600); err != nil {
+		t.Fatal(err)
 	}
+	d.Restart()
+	if a := d.Call("ublk-blksnap", "list"); a.Status != 0 || !strings.Contains(a.Out, other.Name) || !strings.Contains(a.Err, record) {
+		t.Errorf("%+v", a)
+	}
+	if i := d.CBT(other); i.Take.Number != 0 {
+		t.Errorf("the map of a damaged file is at %+v", i)
+	}
+	// Mended, it is taken over.
+	d.Kill()
+	if err := os.WriteFile(record, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.Restart()
+	if i, err := d.Info(guest.Context(t)); err != nil || i.Lost != nil || i.Recovered == nil || i.Recovered.Devices != 2 {
+		t.Errorf("%+v, %v", i, err)
+	}
+	d.Remove(dev)
+	d.Remove(other)
 }
 
 // TestRemovedByForce: the users of a filter get errors, those of its images too,

@@ -44,10 +44,13 @@ type Daemon struct {
 	t      testing.TB
 	RunDir daemon.RunDir
 	PID    int
-	cmd    *exec.Cmd
-	Log    string        // file
-	end    chan struct{} // closed when the process has ended
-	Err    error         // of its end
+	// Program is another program than that under test, for the next Launch.
+	Program string
+	args    []string
+	cmd     *exec.Cmd
+	Log     string        // file
+	end     chan struct{} // closed when the process has ended
+	Err     error         // of its end
 }
 
 // testParams are the parameters of daemons here: small enough for a machine
@@ -87,27 +90,9 @@ func StartLogging(t testing.TB, stderr *os.File, params ...string) *Daemon {
 	if err := os.WriteFile(config, []byte(b.String()), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	log, err := os.Create(d.Log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer log.Close()
 	before := guest.UblkDevices()
-
-	d.cmd = exec.Command(Path(t), "daemon", "--run-dir", string(d.RunDir), "--config", config)
-	d.cmd.Stdout, d.cmd.Stderr = log, log
-	if stderr != nil {
-		d.cmd.Stderr = stderr
-	}
-	if err := d.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	d.PID = d.cmd.Process.Pid
-	d.end = make(chan struct{})
-	go func() {
-		d.Err = d.cmd.Wait()
-		close(d.end)
-	}()
+	d.args = []string{"daemon", "--run-dir", string(d.RunDir), "--config", config}
+	d.launch(stderr)
 	d.Client = control.NewClient(d.RunDir.Socket())
 	t.Cleanup(func() {
 		d.StopAndWait()
@@ -119,16 +104,78 @@ func StartLogging(t testing.TB, stderr *os.File, params ...string) *Daemon {
 		_ = unix.Unmount(d.RunDir.State(), unix.MNT_DETACH)
 		d.Close()
 	})
-	guest.WaitFor(t, "an answer of the daemon", func() bool {
+	d.answers()
+	return d
+}
+
+// launch starts the process.
+func (d *Daemon) launch(stderr *os.File, env ...string) {
+	d.t.Helper()
+	log, err := os.OpenFile(d.Log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer log.Close()
+	program := d.Program
+	if program == "" {
+		program = Path(d.t)
+	}
+	d.cmd = exec.Command(program, d.args...)
+	d.cmd.Env = append(os.Environ(), env...)
+	d.cmd.Stdout, d.cmd.Stderr = log, log
+	if stderr != nil {
+		d.cmd.Stderr = stderr
+	}
+	if err := d.cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+	d.PID = d.cmd.Process.Pid
+	cmd, end := d.cmd, make(chan struct{})
+	d.end = end
+	go func() {
+		d.Err = cmd.Wait()
+		close(end)
+	}()
+}
+
+// answers waits until the daemon does.
+func (d *Daemon) answers() {
+	d.t.Helper()
+	guest.WaitFor(d.t, "an answer of the daemon", func() bool {
 		select {
 		case <-d.end:
-			t.Fatalf("the daemon ended at once: %v", d.Err)
+			d.showLog()
+			d.t.Fatalf("the daemon ended at once: %v", d.Err)
 		default:
 		}
-		_, err := d.Info(guest.Context(t))
+		_, err := d.Info(guest.Context(d.t))
 		return err == nil
 	})
-	return d
+}
+
+// Kill is kill -9, and the wait until the process is dead.
+func (d *Daemon) Kill() {
+	d.t.Helper()
+	if err := unix.Kill(d.PID, unix.SIGKILL); err != nil {
+		d.t.Fatal(err)
+	}
+	if !d.Ended(guest.Patience) {
+		d.t.Fatal("the process does not end")
+	}
+}
+
+// Launch starts the process again, on what the dead one left, and does not wait for
+// its answer. env is added to its environment.
+func (d *Daemon) Launch(env ...string) {
+	d.t.Helper()
+	d.launch(nil, env...)
+}
+
+// Restart is Launch, and the wait for its answer.
+func (d *Daemon) Restart(env ...string) {
+	d.t.Helper()
+	d.Launch(env...)
+	d.answers()
 }
 
 // In is the daemon for a part of a test.

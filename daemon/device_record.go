@@ -1,0 +1,138 @@
+package daemon
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// deviceRecord is what the next daemon has to know of a filter, in
+// state/devices/NAME.json. It is written before the kernel makes the device, and
+// removed last of all of it. So whether there is such a device the driver knows: it
+// has one of that number with that very tag, or the record is of one that was never
+// made, or is gone.
+type deviceRecord struct {
+	Name     string         `json:"name"`
+	ID       int            `json:"id"`  // N in /dev/ublkbN
+	Tag      uint64         `json:"tag"` // see ublk.NewTag
+	Original originalRecord `json:"original"`
+	Geometry ublk.Geometry  `json:"geometry"`
+	Added    time.Time      `json:"added"`
+}
+
+// originalRecord tells a disk from any other.
+type originalRecord struct {
+	Path     string `json:"path"`   // that a person knows it by
+	Name     string `json:"name"`   // the kernel's
+	Number   string `json:"number"` // major:minor
+	Sequence uint64 `json:"sequence,omitempty"`
+}
+
+func originalOf(d *disk.Disk) originalRecord {
+	return originalRecord{Path: d.DisplayPath(), Name: d.Name, Number: d.Num.String(), Sequence: d.Sequence}
+}
+
+// find is the disk that is on record, if it is still there.
+func (o originalRecord) find(h *disk.Host) (*disk.Disk, error) {
+	n, err := disk.ParseNum(o.Number)
+	if err != nil {
+		return nil, err
+	}
+	bdev, err := h.ByNumber(n)
+	if err != nil {
+		return nil, err
+	}
+	if bdev.Sequence != o.Sequence {
+		return nil, fmt.Errorf("another disk is %s now", bdev.DisplayPath())
+	}
+	bdev.Path = o.Path
+	return bdev, nil
+}
+
+const (
+	devicesName  = "devices"
+	countersName = "counters"
+	recordSuffix = ".json"
+
+	deviceKind   = "device" // of the statefile
+	deviceFormat = 1
+)
+
+func (d *Daemon) cbtFile(name string) string      { return filepath.Join(d.cbtDir(), name) }
+func (d *Daemon) countersFile(name string) string { return filepath.Join(d.countersDir(), name) }
+
+func (d *Daemon) devicesDir() string  { return filepath.Join(d.opts.Dir.State(), devicesName) }
+func (d *Daemon) countersDir() string { return filepath.Join(d.opts.Dir.State(), countersName) }
+func (d *Daemon) deviceRecordFile(name string) string {
+	return filepath.Join(d.devicesDir(), name+recordSuffix)
+}
+
+// writeDeviceRecord puts a device on record: whole, or not at all.
+func (d *Daemon) writeDeviceRecord(r deviceRecord) error {
+	if err := statefile.Write(d.deviceRecordFile(r.Name), deviceKind, deviceFormat, r); err != nil {
+		return fmt.Errorf("put it on record: %w", err)
+	}
+	return nil
+}
+
+func (d *Daemon) removeDeviceRecord(name string) {
+	deathpoint.Point()
+	if err := os.Remove(d.deviceRecordFile(name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		d.opts.Log.Warn("the record of a device stays", "name", name, "error", err)
+	}
+	deathpoint.Point()
+}
+
+// readDeviceRecord reads and checks the record of the device of that name.
+func (d *Daemon) readDeviceRecord(name string) (r deviceRecord, err error) {
+	path := d.deviceRecordFile(name)
+	text, _, err := statefile.Read(path, deviceKind, deviceFormat)
+	if err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(text, &r); err != nil {
+		return r, fmt.Errorf("%s: %w", path, err)
+	}
+	kind, ours := ublk.IsOurs(r.Tag)
+	_, err = disk.ParseNum(r.Original.Number)
+	if err != nil || r.Name != name || checkName(name) != nil || !ours || kind != filterKind || r.ID < 0 || r.Geometry.Size <= 0 || r.Geometry.LogicalBlock <= 0 {
+		return r, fmt.Errorf("%s: it describes no filter of this name", path)
+	}
+	return r, nil
+}
+
+// deviceRecords reads what is on record. What cannot be trusted is left as it is, and
+// told by its name.
+func (d *Daemon) deviceRecords() (records []deviceRecord, damaged []control.LostDevice) {
+	dir := d.devicesDir()
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		d.opts.Log.Error("cannot read what is on record", "error", err)
+	}
+	for _, f := range files {
+		name, ok := strings.CutSuffix(f.Name(), recordSuffix)
+		if !ok {
+			_ = os.Remove(filepath.Join(dir, f.Name())) // a record that was never whole
+			continue
+		}
+		r, err := d.readDeviceRecord(name)
+		if err != nil {
+			reason := fmt.Sprintf("its record cannot be trusted: %v", err)
+			d.opts.Log.Error("a filter is not taken over", "name", name, "reason", reason)
+			damaged = append(damaged, control.LostDevice{Name: name, Reason: reason})
+			continue
+		}
+		records = append(records, r)
+	}
+	return records, damaged
+}

@@ -1,0 +1,426 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// A daemon begins with what the one before it left, if that died. Its devices wait
+// with their I/O, and go on under the same numbers:
+//
+//	records ── claim all ──> open disks, maps, counters ──> serve
+//	   │           │                 │
+//	   │           │                 └ not to be had: it waits, and is tried again
+//	   │           └ stopped, or not there: an add or a remove that died; its rest goes
+//	   └ damaged: said, and left alone
+//
+// This daemon may die in turn at any step of it: the next one does it again.
+
+// survivor is a filter of a dead daemon that this one does not serve yet.
+type survivor struct {
+	record  deviceRecord
+	claimed *ublk.Claimed
+	dev     *device // that is about to be served
+	reason  error   // why it waits
+	// taken: somebody else had claimed the disk, and may have written to it.
+	taken bool
+}
+
+const (
+	// claimTimeout is how long the kernel may take to let go of a dead server: before
+	// Linux 6.9 it looks every 5 s, and what the server had begun ends first.
+	claimTimeout = 15 * time.Second
+	// retryInterval is how often a device that waits for its disk is tried again.
+	retryInterval = 2 * time.Second
+)
+
+// takeOver makes this daemon the server of what a dead one left.
+func (d *Daemon) takeOver(ctx context.Context) {
+	began := time.Now()
+	d.thawLeftover()
+	records, damaged := d.deviceRecords()
+	d.damaged = damaged
+	var left []*survivor
+	for _, r := range records {
+		left = append(left, &survivor{record: r})
+	}
+	left = d.claimAll(ctx, left)
+	eachAtOnce(left, func(s *survivor) {
+		if s.reason == nil {
+			s.dev, s.reason = d.reopen(ctx, s)
+		}
+	})
+	served := 0
+	for _, s := range left {
+		if s.reason == nil {
+			deathpoint.Point()
+			d.resume(ctx, s)
+			served++
+		}
+	}
+	pause := time.Since(began)
+	for _, s := range left {
+		if s.dev != nil {
+			d.nameAgain(ctx, s)
+		} else {
+			d.wait(s)
+		}
+	}
+	if served > 0 {
+		d.recovered = &control.Recovered{At: time.Now(), Count: d.countRecovery(), Pause: pause, Devices: served}
+		d.opts.Log.Warn("taken over from a daemon that died", "filters", served, "waiting", len(d.waiting), "pause", pause)
+	}
+	d.removeLeftovers(ctx)
+}
+
+// recoveries is how often daemons have taken over, in state/recoveries.
+type recoveries struct {
+	Count int `json:"count"`
+}
+
+// countRecovery counts this one.
+func (d *Daemon) countRecovery() int {
+	const kind, format = "recoveries", 1
+	path := filepath.Join(d.opts.Dir.State(), kind)
+	var r recoveries
+	if text, _, err := statefile.Read(path, kind, format); err == nil {
+		_ = json.Unmarshal(text, &r)
+	}
+	r.Count++
+	if err := statefile.Write(path, kind, format, r); err != nil {
+		d.opts.Log.Warn("cannot count how often a daemon has taken over", "error", err)
+	}
+	return r.Count
+}
+
+// eachAtOnce calls f for all of them, each on a goroutine of its own, and waits.
+func eachAtOnce(all []*survivor, f func(*survivor)) {
+	var wg sync.WaitGroup
+	for _, s := range all {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			f(s)
+		}()
+	}
+	wg.Wait()
+}
+
+// claimAll claims the devices of the driver before any is served, because only then
+// has everything ended that the dead daemon had begun. It returns those that there
+// are.
+func (d *Daemon) claimAll(ctx context.Context, all []*survivor) []*survivor {
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	gone := make([]bool, len(all))
+	eachAtOnce(all, func(s *survivor) { gone[slices.Index(all, s)] = d.claim(ctx, s) })
+	var there []*survivor
+	for i, s := range all {
+		if !gone[i] {
+			there = append(there, s)
+			continue
+		}
+		// It was being added or removed, and whoever did that has had no answer.
+		d.opts.Log.Warn("what a dead daemon began to add or to remove is removed", "name", s.record.Name, "disk", s.record.Original.Path)
+		d.forget(ctx, s.record)
+	}
+	return there
+}
+
+// claim claims the device of s, or says that there is none.
+func (d *Daemon) claim(ctx context.Context, s *survivor) (gone bool) {
+	if s.claimed != nil {
+		return false
+	}
+	info, err := d.ctl.Info(ctx, s.record.ID)
+	if errors.Is(err, unix.ENODEV) || err == nil && info.Tag != s.record.Tag {
+		return true
+	}
+	if err == nil {
+		s.claimed, err = ublk.Claim(ctx, d.ctl, s.record.ID)
+	}
+	deathpoint.Point()
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return true
+	case errors.Is(err, ublk.ErrDead):
+		if err = d.ctl.DeleteDevice(ctx, s.record.ID); err == nil {
+			deathpoint.Point()
+			return true
+		}
+	case errors.Is(err, context.DeadlineExceeded):
+		err = errors.New("what the dead daemon had begun on its disks has not ended")
+	}
+	s.reason = err
+	return false
+}
+
+// forget removes what is left of a device that the driver does not have any more.
+func (d *Daemon) forget(ctx context.Context, r deviceRecord) {
+	d.unlink(filepath.Join(linkDir, r.Name), fmt.Sprintf("ublkb%d", r.ID))
+	d.forgetNote(fmt.Sprintf("ublkb%d", r.ID))
+	_ = os.Remove(d.cbtFile(r.Name))
+	_ = os.Remove(d.countersFile(r.Name))
+	if bdev, err := r.Original.find(d.host); err == nil {
+		d.forgetNote(bdev.Name)
+		// Its partitions may have been changed through the filter.
+		_, _ = bounded.Call(ctx, func() error { return rereadPartitions(bdev) }, func(error) {})
+		rescan(bdev.Name)
+	}
+	d.removeDeviceRecord(r.Name)
+}
+
+func rereadPartitions(bdev *disk.Disk) error {
+	if bdev.Parent != "" {
+		return nil
+	}
+	f, err := os.OpenFile(bdev.Node, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
+	return unix.IoctlSetInt(int(f.Fd()), unix.BLKRRPART, 0)
+}
+
+// reopen makes a claimed device's filter from what outlived the dead daemon. It does
+// not serve yet.
+func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error) {
+	r := &s.record
+	dev := &device{geo: r.Geometry}
+	defer func() {
+		if err != nil {
+			d.closeAgain(dev)
+		}
+	}()
+	if dev.disk, err = r.Original.find(d.host); err != nil {
+		return nil, err
+	}
+	if dev.disk.Size < r.Geometry.Size {
+		return nil, fmt.Errorf("%s has shrunk from %d to %d bytes", r.Original.Path, r.Geometry.Size, dev.disk.Size)
+	}
+	if dev.orig, err = d.claimOriginal(ctx, dev.disk); err != nil {
+		s.taken = s.taken || errors.Is(err, disk.ErrInUse)
+		return nil, err
+	}
+	deathpoint.Point()
+	if err := d.adoptChangeMap(dev, s); err != nil {
+		return nil, err
+	}
+	if dev.counters, err = openCounters(d.countersFile(r.Name), s.claimed.Queues); err != nil {
+		return nil, err
+	}
+	dev.filter = filter.New(filter.Config{Orig: dev.orig, Size: dev.geo.Size, CBT: dev.cbt, Queues: s.claimed.Queues, Counters: dev.counters.queues})
+	limited, cancel := d.withDiskTimeout(ctx)
+	defer cancel()
+	prepared, err := s.claimed.Prepare(limited, ublk.Config{
+		Name: r.Name, Files: []*blockdev.OSFile{dev.orig}, OpenedBy: d.openedBy,
+		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
+	})
+	if err != nil {
+		return nil, err
+	}
+	deathpoint.Point()
+	dev.ublk = prepared
+	dev.describe(r.Name, r.Added)
+	return dev, nil
+}
+
+// claimOriginal opens the disk of a dead daemon's filter. Its last user may still be
+// on the way out, and a passer-by may look at it.
+func (d *Daemon) claimOriginal(ctx context.Context, bdev *disk.Disk) (*blockdev.OSFile, error) {
+	for until := time.Now().Add(settleLimit); ; {
+		f, err := d.openOriginal(ctx, bdev)
+		if err == nil || !errors.Is(err, disk.ErrInUse) || time.Now().After(until) || ctx.Err() != nil {
+			return f, err
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// adoptChangeMap takes the map over, or begins another if it cannot be believed.
+func (d *Daemon) adoptChangeMap(dev *device, s *survivor) error {
+	name := s.record.Name
+	dev.cbtPath = d.cbtFile(name)
+	m, err := cbtmap.Open(dev.cbtPath)
+	if err == nil {
+		var info cbtmap.Info
+		if info, err = m.Info(); err == nil && info.DeviceCapacity != dev.geo.Size {
+			err = fmt.Errorf("it is for %d bytes, not %d", info.DeviceCapacity, dev.geo.Size)
+		}
+		if err == nil || errors.Is(err, cbtmap.ErrCorrupted) { // stays so until the next take
+			dev.cbt = m
+			if s.taken {
+				d.opts.Log.Warn("somebody else had the disk while no daemon did: all of it counts as changed", "name", name, "disk", s.record.Original.Path)
+				m.NewGeneration()
+			}
+			return nil
+		}
+		_ = m.Close()
+	}
+	d.opts.Log.Error("the change map cannot be taken over: all of the disk counts as changed", "name", name, "error", err)
+	return d.createChangeMap(dev, name)
+}
+
+// closeAgain lets go of a device that could not be taken over: what is in files stays.
+func (d *Daemon) closeAgain(dev *device) {
+	if dev.counters != nil {
+		dev.counters.unmap()
+	}
+	if dev.cbt != nil {
+		_ = dev.cbt.Close()
+	}
+	if dev.orig != nil {
+		d.closeOriginal(dev, func() {})
+	}
+}
+
+// resume serves a device. One that the driver does not give back is kept all the same:
+// whatever waits for its queues' threads goes on, and it can be removed by force.
+func (d *Daemon) resume(ctx context.Context, s *survivor) {
+	dev := s.dev
+	if err := dev.ublk.Resume(ctx); err != nil {
+		s.reason = err
+		dev.removing = true
+		d.damaged = append(d.damaged, s.lost())
+		d.opts.Log.Error("the driver does not give the device back: its I/O waits until it is removed", "name", dev.Name, "error", err)
+	}
+	deathpoint.Point()
+	d.mu.Lock()
+	d.devices[dev.Name] = dev
+	d.mu.Unlock()
+}
+
+// nameAgain makes good the names of a device that may have been about to be added or
+// removed.
+func (d *Daemon) nameAgain(ctx context.Context, s *survivor) {
+	dev := s.dev
+	err := errors.Join(d.note(filepath.Base(dev.Path), "filter", dev.Name), d.note(dev.disk.Name, "original", dev.Name))
+	link, linkErr := d.link(ctx, dev.Name, dev.ublk)
+	if err = errors.Join(err, linkErr); err != nil {
+		d.opts.Log.Warn("a device has lost its name", "name", dev.Name, "device", dev.Path, "error", err)
+	}
+	d.mu.Lock()
+	dev.Link = link
+	d.mu.Unlock()
+	d.opts.Log.Info("taken over", "name", dev.Name, "disk", dev.Original, "device", dev.Path)
+}
+
+// wait keeps a device that cannot be served yet.
+func (d *Daemon) wait(s *survivor) {
+	d.opts.Log.Error("a filter cannot be taken over yet: its I/O waits", "name", s.record.Name, "disk", s.record.Original.Path, "reason", s.reason)
+	d.mu.Lock()
+	d.waiting[s.record.Name] = s
+	d.mu.Unlock()
+}
+
+// lost is what is told of a device that waits.
+func (s *survivor) lost() control.LostDevice {
+	return control.LostDevice{Name: s.record.Name, Original: s.record.Original.Path, Path: fmt.Sprintf("/dev/ublkb%d", s.record.ID), Waits: true, Reason: publicPaths(s.reason.Error())}
+}
+
+// retry tries the waiting devices again until none is left or ctx ends.
+func (d *Daemon) retry(ctx context.Context) {
+	for len(d.sortedWaiting()) > 0 {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(retryInterval):
+		}
+		end, err := d.begin(ctx, "look for the disks of waiting devices")
+		if err != nil {
+			return
+		}
+		for _, s := range d.sortedWaiting() {
+			d.tryAgain(ctx, s)
+		}
+		end()
+	}
+}
+
+// tryAgain needs opLock.
+func (d *Daemon) tryAgain(ctx context.Context, s *survivor) {
+	before := s.reason
+	s.reason = nil
+	limited, cancel := context.WithTimeout(ctx, retryInterval)
+	defer cancel()
+	gone := d.claim(limited, s)
+	if gone {
+		d.forget(ctx, s.record)
+	} else if s.reason == nil {
+		s.dev, s.reason = d.reopen(ctx, s)
+	}
+	d.mu.Lock()
+	if gone || s.reason == nil {
+		delete(d.waiting, s.record.Name)
+	}
+	d.mu.Unlock()
+	switch {
+	case gone:
+	case s.reason == nil:
+		d.resume(ctx, s)
+		d.nameAgain(ctx, s)
+	case s.reason.Error() != before.Error():
+		d.opts.Log.Error("a filter cannot be taken over yet: its I/O waits", "name", s.record.Name, "disk", s.record.Original.Path, "reason", s.reason)
+	}
+}
+
+func (d *Daemon) sortedWaiting() []*survivor {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := make([]*survivor, 0, len(d.waiting))
+	for _, s := range d.waiting {
+		out = append(out, s)
+	}
+	slices.SortFunc(out, func(a, b *survivor) int { return strings.Compare(a.record.Name, b.record.Name) })
+	return out
+}
+
+// findWaiting is the waiting device that ref names, nil if there is none.
+func (d *Daemon) findWaiting(ref string) *survivor {
+	for _, s := range d.sortedWaiting() {
+		path := fmt.Sprintf("/dev/ublkb%d", s.record.ID)
+		if slices.Contains([]string{s.record.Name, s.record.Original.Path, path, filepath.Join(linkDir, s.record.Name)}, ref) {
+			return s
+		}
+	}
+	return nil
+}
+
+// removeWaiting lets the I/O of a waiting device fail; needs opLock.
+func (d *Daemon) removeWaiting(ctx context.Context, s *survivor) error {
+	if err := d.ctl.DeleteDevice(ctx, s.record.ID); err != nil && !errors.Is(err, unix.ENODEV) {
+		return err
+	}
+	d.forget(ctx, s.record)
+	d.mu.Lock()
+	delete(d.waiting, s.record.Name)
+	d.mu.Unlock()
+	return nil
+}
+
+// waitingError refuses what a waiting device cannot do.
+func (s *survivor) waitingError(what string) error {
+	return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: fmt.Sprintf("%s: its filter waits to be taken over from a daemon that died: %s", what, publicPaths(s.reason.Error())),
+		Fix: "mend that, or let its I/O fail and remove it: ublk-blksnap remove --force " + s.record.Name}
+}
