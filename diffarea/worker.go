@@ -50,6 +50,13 @@ func NewWorker(q blockdev.Queue) *Worker {
 	return w
 }
 
+// UseFromStart is Use on another thread, before w's serves anything.
+func (w *Worker) UseFromStart(areas []*Area) {
+	if _, ok := w.q.(blockdev.Pinner); ok && len(areas) > 0 {
+		w.q.Post(&blockdev.Task{Run: func() { w.Use(areas) }})
+	}
+}
+
 // Use tells the worker which areas it will work on from now on, so that their
 // pools are pinned and no others; see blockdev.Pinner. On w's thread. Pinning
 // takes a while: what the caller starts beside goes first.

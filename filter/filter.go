@@ -118,6 +118,7 @@ type Queue struct {
 func (f *Filter) NewQueue(i int, q blockdev.Queue) *Queue {
 	fq := &Queue{f: f, q: q, w: diffarea.NewWorker(q), areas: f.publishedAreas(), counters: &f.counts[i]}
 	f.queues[i] = fq
+	fq.w.UseFromStart(fq.areas)
 	return fq
 }
 

@@ -83,6 +83,7 @@ func (f *Filter) Install(a *diffarea.Area) {
 	for _, q := range f.queues {
 		if q != nil {
 			q.areas = f.publishedAreas()
+			q.w.UseFromStart(q.areas)
 		}
 	}
 }

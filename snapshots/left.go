@@ -175,7 +175,7 @@ func (l *Left) read() {
 // barelyMade says whether the daemon died before it could write the first record.
 func (l *Left) barelyMade() bool {
 	entries, err := os.ReadDir(l.Dir)
-	return err == nil && (len(entries) == 0 || len(entries) == 1 && entries[0].Name() == recordName+".new")
+	return err == nil && (len(entries) == 0 || len(entries) == 1 && entries[0].Name() == freshRecord)
 }
 
 // readOwn reads a file of ours, of that size.

@@ -35,9 +35,15 @@ func (st *state) reclaim(ctx context.Context, n, align int) (*storage, error) {
 		err error
 	}
 	r := st.recorded().Storage[n]
+	until := ctx
+	if end, ok := ctx.Deadline(); ok { // before it, so that it can be told from what does not answer
+		var cancel context.CancelFunc
+		until, cancel = context.WithDeadline(ctx, end.Add(-time.Until(end)/10))
+		defer cancel()
+	}
 	c, late := bounded.Call(ctx, func() (c claimed) {
 		s := &storage{state: st, n: n, path: r.Path, fixed: r.Fixed, size: r.Size}
-		if c.err = s.reopen(ctx, &r, align); c.err != nil {
+		if c.err = s.reopen(until, &r, align); c.err != nil {
 			s.close()
 			return c
 		}

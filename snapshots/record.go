@@ -91,6 +91,7 @@ const (
 
 const (
 	recordName    = "record.json"
+	freshRecord   = recordName + ".new" // while it is written
 	recordKind    = "snapshot"
 	recordVersion = 1
 )

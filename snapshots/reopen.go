@@ -195,7 +195,8 @@ func (l *Left) Reopen(c Config, filters []*filter.Filter) (*Snapshot, error) {
 	}
 	engine, err := snapimage.Reopen(snapimage.Config{ID: c.ID, Log: log, Memory: st.memory}, c.Control, members, sources)
 	if err != nil {
-		return fail(err)
+		l.release()
+		return nil, err
 	}
 	s := &Snapshot{cfg: c, engine: engine, log: engine.Log(), state: st, storage: kept(l.claimed), filters: filters, align: sector.Size}
 	s.setTaken()

@@ -246,7 +246,7 @@ func (s *state) free() {
 		_ = s.pool.Truncate(0)
 	}
 	s.release()
-	s.removeAll(recordName, logName)
+	s.removeAll(recordName, freshRecord, logName) // storage on its way back writes the record
 }
 
 // format gives the memory back, and what there is of a take: a snapshot that was
