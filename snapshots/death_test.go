@@ -51,14 +51,17 @@ func TestDeath(t *testing.T) {
 	}
 	for _, kind := range lifeKinds {
 		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
 			each(t, func(t *testing.T) life { return newLife(t, kind) }, "run")
 		})
 	}
 	t.Run("two", func(t *testing.T) {
+		t.Parallel()
 		each(t, func(t *testing.T) life { return newLife(t, "lender", "new") }, "run")
 	})
 	for _, until := range []string{"append", "write", "abort"} {
 		t.Run("taking over after "+until, func(t *testing.T) {
+			t.Parallel()
 			each(t, func(t *testing.T) life {
 				l := newLife(t, lifeKinds...)
 				l.Until = until

@@ -210,6 +210,12 @@ func (d *daemon) serve() error {
 		return err
 	}
 	d.step(stage.String())
+	// A copy of a pin in this namespace would keep the storage for as long as it lives.
+	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil {
+		return err
+	} else if d.Root != "" && bytes.Contains(mounts, []byte(d.path("state"))) {
+		return errors.New("it has pins of its own")
+	}
 	d.step("over")
 	if s == nil {
 		return nil

@@ -209,7 +209,7 @@ func TestSnapshot(t *testing.T) {
 // its cancelling does not reach the next one.
 func TestTakeCancelled(t *testing.T) {
 	o := newOriginal(t, make([]byte, 64<<10))
-	s, _ := newSnapshot(t)
+	s, state := newSnapshot(t)
 	if err := s.Add(o.filter, disk1); err != nil {
 		t.Fatal(err)
 	}
@@ -221,6 +221,9 @@ func TestTakeCancelled(t *testing.T) {
 		if _, err := s.Take(context.Background(), TakeOptions{Limit: time.Millisecond}); !errors.Is(err, snapimage.ErrCancelled) || s.Taken() {
 			t.Fatalf("%v, taken: %v", err, s.Taken())
 		}
+	}
+	if left, err := LeftBehind(state); err != nil || len(left) != 1 || left[0].Stage != Created {
+		t.Errorf("on record is %+v, %v", left, err)
 	}
 	o.keep(false)
 	if errno := <-written; errno != 0 {
