@@ -335,13 +335,16 @@ func TestStuckFile(t *testing.T) {
 		t.Errorf("create on storage of another: %v", err)
 	}
 	thaw()
-	guest.WaitFor(t, "the end of one file and the use of the other", func() bool {
-		_, gone := os.Stat(filepath.Join(dir, "new"))
+	guest.WaitFor(t, "the end of one file", func() bool {
+		_, err := os.Stat(filepath.Join(dir, "new"))
+		return errors.Is(err, os.ErrNotExist)
+	})
+	guest.WaitFor(t, "the use of the other", func() bool {
 		_, err := d.AppendStorage(guest.Context(t), control.StorageRequest{ID: s.ID, Storage: control.Storage{Path: there}})
 		if err != nil && control.CodeOf(err) != control.Busy {
 			t.Fatal(err)
 		}
-		return err == nil && errors.Is(gone, os.ErrNotExist)
+		return err == nil
 	})
 	win := w.Open()
 	s = d.Taken(s.ID)
