@@ -35,6 +35,17 @@ func (l *Left) check(stage Stage, filters int) error {
 	return nil
 }
 
+// align is the smallest logical block of the devices: see Snapshot.
+func (l *Left) align() int {
+	align := sector.Size
+	for i, d := range l.Devices {
+		if block := int(min(int64(d.Block), l.Chunk)); i == 0 || block < align {
+			align = block
+		}
+	}
+	return align
+}
+
 // Claim claims the storages anew, within c.StorageTimeout: after that nothing of the
 // dead daemon is under way on them. Again and Reopen do it too; alone it may be
 // called beside that of other snapshots.
@@ -47,13 +58,7 @@ func (l *Left) Claim(c Config) error {
 		return fmt.Errorf("snapshot %s: %w", l.ID, err)
 	}
 	st.rec = *l.rec
-	align := sector.Size
-	for i, d := range l.Devices {
-		block := int(min(int64(d.Block), l.Chunk))
-		if i == 0 || block < align {
-			align = block
-		}
-	}
+	align := l.align()
 	ctx, cancel := context.WithTimeout(context.Background(), c.StorageTimeout)
 	defer cancel()
 	claimed := make([]*storage, len(l.rec.Storage))
@@ -198,7 +203,7 @@ func (l *Left) Reopen(c Config, filters []*filter.Filter) (*Snapshot, error) {
 		l.release()
 		return nil, err
 	}
-	s := &Snapshot{cfg: c, engine: engine, log: engine.Log(), state: st, storage: kept(l.claimed), filters: filters, align: sector.Size}
+	s := &Snapshot{cfg: c, engine: engine, log: engine.Log(), state: st, storage: kept(l.claimed), filters: filters, align: l.align()}
 	s.setTaken()
 	l.state, l.claimed = nil, nil
 	s.tellBroken()

@@ -154,6 +154,9 @@ func (l life) left(t *testing.T) *Left {
 func TestLeft(t *testing.T) {
 	l := newLife(t, "directory", "new")
 	im := Image{Number: 7, Tag: 1<<63 | 1, Link: "/dev/link"}
+	old := disk1
+	disk1.Block = 4 << 10
+	defer func() { disk1 = old }()
 	dieTaken(t, l, func(_ *daemon, s *Snapshot) {
 		if err := errors.Join(s.SetImage(0, im), s.SetNote(json.RawMessage(`{"frozen":1}`))); err != nil {
 			t.Fatal(err)
@@ -172,6 +175,9 @@ func TestLeft(t *testing.T) {
 	}
 	if err := s.SetPending(false); err != nil {
 		t.Fatal(err)
+	}
+	if s.align != disk1.Block {
+		t.Errorf("storage has to fit blocks of %d bytes", s.align)
 	}
 	// What the next daemon changes is on record too, and one more storage.
 	dir := t.TempDir()
