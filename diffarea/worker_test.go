@@ -81,3 +81,19 @@ func TestUsePins(t *testing.T) {
 		}
 	}
 }
+
+// A queue that takes over areas pins their pools before it serves anything.
+func TestUseFromStart(t *testing.T) {
+	b := newBench(t, 8, 8, 8*chunk)
+	q := &pinQueue{Queue: b.sched.NewQueue("pins"), places: make([]*byte, 1)}
+	w := diffarea.NewWorker(q)
+	w.UseFromStart(nil)
+	w.UseFromStart([]*diffarea.Area{b.area})
+	if q.places[0] != nil {
+		t.Error("pinned on another thread")
+	}
+	b.sched.Run()
+	if q.places[0] == nil {
+		t.Error("not pinned")
+	}
+}
