@@ -41,8 +41,9 @@ func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 	for i := range s.extents() {
 		ext := s.extent(i)
 		src := l.sources[ext.source]
-		src.used = max(src.used, ext.off+int64(ext.count)<<l.shift)
-		if src.file == nil || src.size != 0 && src.used > src.size {
+		misplaced := ext.off != src.used // a storage is taken into use without gaps
+		src.used = ext.off + int64(ext.count)<<l.shift
+		if misplaced || src.file == nil || src.size != 0 && src.used > src.size {
 			return nil, fmt.Errorf("open log: %w: extent %d: regions %d+%d at %d of storage %d, which has %d bytes", ErrState, i, ext.first, ext.count, ext.off, ext.source, src.size)
 		}
 	}

@@ -409,3 +409,52 @@ func TestVoid(t *testing.T) {
 	}
 	l.checkGone(t)
 }
+
+// TestLogFlipped flips a bit in each byte of the log's heading and of its first
+// stretch of storage: the snapshot is refused, or broken, or its image is right.
+func TestLogFlipped(t *testing.T) {
+	refused := 0
+	for i := range 64 + 32 {
+		if testing.Short() && i%5 != 0 {
+			continue
+		}
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			l := newLife(t, "directory")
+			dieTaken(t, l, nil)
+			path := filepath.Join(l.path("state"), l.ID, logName)
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b[i] ^= 1 << (i % 8)
+			if err := os.WriteFile(path, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			d := daemonOf(t, l)
+			left := l.left(t)
+			s, err := left.Reopen(d.config(), []*filter.Filter{d.filter})
+			if err != nil {
+				refused++
+				if err := left.Clear(d.config()); err != nil {
+					t.Error(err)
+				}
+				l.checkGone(t)
+				return
+			}
+			if err := d.write(lifeSize/2, lifeSize/2, 'B'); err != nil {
+				t.Error(err)
+			}
+			if err := d.checkImage(s); err != nil && s.Err() == 0 {
+				t.Error(err)
+			}
+			if err := d.destroy(s); err != nil {
+				t.Error(err)
+			}
+			l.checkGone(t)
+		})
+	}
+	if refused < 32 && !testing.Short() {
+		t.Errorf("only %d were refused", refused)
+	}
+	t.Logf("%d were refused", refused)
+}
