@@ -71,6 +71,7 @@ $(LINT): | setup
 integration: build bin/vm
 	rm -rf .cache/test/integration
 	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o .cache/test/integration/ ./tests/integration/...
+	CGO_ENABLED=0 go test -c -o .cache/test/snapshots.test ./snapshots
 	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 30m 'exec tests/integration/run.sh 29 .cache/test/integration "$(RUN)"'
 
 systemd: build bin/vm
