@@ -5,6 +5,7 @@
 #   make check                         format, vet, lint, unit tests with and without the race detector: no machine
 #   make integration [KERNEL=] [RUN=] [BUILD=giouring]  the tests that need ublk, or those that match RUN
 #   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
+#   make reboot [KERNEL=]              change tracking over restarts of a machine
 #   make sim [SEEDS=] [MINUTES=]       the simulator
 #   make bench [JSON=out.json] [BENCH=pattern] [KERNEL=]    figures, of both kernels unless one is named
 #   make vm CMD='…' [KERNEL=]          one command in the machine: its output and nothing else
@@ -33,7 +34,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration systemd sim overlay bench vm build install clean setup-go setup bin/vm
+.PHONY: demo test check lint integration systemd reboot sim overlay bench vm build install clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -45,6 +46,7 @@ test: check bin/vm overlay
 	$(MAKE) integration KERNEL=6.12
 	$(MAKE) integration KERNEL=newest
 	$(MAKE) systemd KERNEL=newest
+	$(MAKE) reboot KERNEL=newest
 	$(MAKE) integration KERNEL=newest BUILD=giouring RUN=Ublk
 	$(MAKE) integration KERNEL=6.1 RUN=OldKernel
 	$(MAKE) demo KERNEL=newest
@@ -77,6 +79,9 @@ integration: build bin/vm
 systemd: build bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd
 	bin/vm -no-skips -again -systemd -disk data=128M -timeout 15m 'cd tests/systemd && exec ../../.cache/test/systemd.test -test.v'
+
+reboot: build bin/vm
+	tests/reboot/run.sh
 
 sim: overlay
 	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test $(OVERLAY) ./tests/sim -v -count=1 -timeout 0

@@ -128,6 +128,8 @@ type Device struct {
 	Mode              Mode      `json:"mode"`
 	Added             time.Time `json:"added"`
 	Snapshots         []string  `json:"snapshots"` // that hold it
+	// History is whether its change map goes on where the last one ended.
+	History History `json:"history"`
 }
 
 // The kinds of requests, as keys of [DeviceStatus].Operations.
@@ -169,7 +171,34 @@ type CBTInfo struct {
 	GenerationID   string `json:"generation_id"`
 	ChangesNumber  uint8  `json:"changes_number"` // of the last take
 	Take           Take   `json:"take"`           // the last take: both of the above
+	// History is what became of what was known before the filter was added. In the
+	// answer to a question about a map or about changes it is empty.
+	History History `json:"history"`
 }
+
+// History says whether a change map goes on where the filter before it ended.
+type History struct {
+	Continued bool `json:"continued"`
+	// Reason is why it does not: one of the constants.
+	Reason string `json:"reason,omitempty"`
+	Text   string `json:"text,omitempty"` // the same for people
+}
+
+// The reasons of a History that is not continued.
+const (
+	HistoryNone        = "no-state"    // nothing was kept of this disk
+	HistoryUnclean     = "unclean"     // the last filter had no clean end
+	HistoryUsed        = "used"        // what was kept was used before
+	HistoryOtherDisk   = "other-disk"  // what was kept under the name is of another disk
+	HistoryOtherSize   = "size"        // the disk has another size
+	HistoryOtherBlock  = "block-size"  // change tracking has another block size
+	HistoryWritten     = "written"     // the disk was written to while it had no filter
+	HistoryDamaged     = "damaged"     // what was kept is not whole
+	HistoryVersion     = "version"     // another version of the program kept it
+	HistoryUntrusted   = "untrusted"   // somebody else can write to where it was kept
+	HistoryUnavailable = "unavailable" // the state directory cannot be used now
+	HistoryUnknown     = "unknown"     // the disk cannot be known again, or not be looked at
+)
 
 // ChangesRequest asks what changed between a take and the last one.
 type ChangesRequest struct {
@@ -295,16 +324,21 @@ type Event struct {
 	// Device (major:minor of the original) and Errno (negative) with corrupted.
 	Device string `json:"device,omitempty"`
 	Errno  int    `json:"error_code,omitempty"`
+	// Text says why, with new_generation.
+	Text string `json:"text,omitempty"`
 }
 
 // The kinds of events.
 const (
-	EventCreated      = "created"
-	EventTaken        = "taken"
-	EventDestroyed    = "destroyed"
-	EventLowFreeSpace = "low_free_space"
-	EventNoSpace      = "no_space"
-	EventCorrupted    = "corrupted"
+	// EventNewGeneration belongs to a device and no snapshot: what was kept of its
+	// changes is not believed.
+	EventNewGeneration = "new_generation"
+	EventCreated       = "created"
+	EventTaken         = "taken"
+	EventDestroyed     = "destroyed"
+	EventLowFreeSpace  = "low_free_space"
+	EventNoSpace       = "no_space"
+	EventCorrupted     = "corrupted"
 )
 
 // Version is the program's version.

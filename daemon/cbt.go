@@ -50,7 +50,9 @@ func (d *Daemon) CBTInfo(_ context.Context, ref string) (control.CBTInfo, error)
 	if err != nil {
 		return control.CBTInfo{}, cbtError(err, "change map of %s", ref)
 	}
-	return cbtInfo(info), nil
+	answer := cbtInfo(info)
+	answer.History = dev.History
+	return answer, nil
 }
 
 // mapPart is how many blocks of a map are read at a time for an answer.

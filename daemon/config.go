@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -33,10 +34,13 @@ type Config struct {
 	DiffBufferPoolSize        int64 // bytes
 	DiffStorageMinimum        int64 // sectors of 512 bytes
 
-	Queues        int64
-	QueueDepth    int64
-	Mode          control.Mode
-	StateSize     int64 // bytes
+	Queues     int64
+	QueueDepth int64
+	Mode       control.Mode
+	StateSize  int64 // bytes
+	// StateDir is where change maps are kept while their disks have no filter; empty:
+	// nowhere.
+	StateDir      string
 	FreezeTimeout time.Duration
 	// StorageTimeout is how long difference storage is waited for: by writes, and by
 	// callers that append storage or destroy a snapshot.
@@ -64,6 +68,7 @@ func DefaultConfig() Config {
 		QueueDepth:                128,
 		Mode:                      control.ModeAuto,
 		StateSize:                 1 << 30,
+		StateDir:                  "/var/lib/ublk-blksnap",
 		FreezeTimeout:             10 * time.Second,
 		StorageTimeout:            30 * time.Second,
 		DiskTimeout:               30 * time.Second,
@@ -104,6 +109,7 @@ func (c *Config) Params() []Param {
 		{"queue_depth", "requests in flight per queue (1 to 4096)", number{&c.QueueDepth}},
 		{"mode", "auto, copy or zerocopy", mode{&c.Mode}},
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", byteSize{&c.StateSize}},
+		{"state_dir", "directory in which change maps are kept while their disks have no filter, over a restart of the machine too; it must not lie on a disk with a filter; empty: they are not kept", path{&c.StateDir}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
@@ -159,6 +165,18 @@ func (m mode) Set(s string) error {
 		*m.v = v
 	}
 	return err
+}
+
+type path struct{ v *string }
+
+func (p path) String() string { return *p.v }
+func (p path) Type() string   { return "path" }
+func (p path) Set(s string) error {
+	if s != "" && (!filepath.IsAbs(s) || filepath.Clean(s) != s || s == "/") {
+		return fmt.Errorf("%q is not the absolute path of a directory", s)
+	}
+	*p.v = s
+	return nil
 }
 
 type level struct{ v *string }

@@ -41,6 +41,9 @@ type Daemon struct {
 	waiting   map[string]*survivor // by name: devices that could not be taken over yet
 	lost      *control.Lost        // see notTakenOver
 
+	// Under opLock: what is kept of disks that must not be believed any more, and
+	// could not be used up yet; see useLater.
+	outdated map[string]disk.Identity
 	// Under opLock: what of the above is on record, if a record is kept.
 	recorded bool
 	onRecord []byte
@@ -62,7 +65,7 @@ func New(o Options) (*Daemon, error) {
 	d := &Daemon{
 		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
 		opLock: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
-		waiting: map[string]*survivor{},
+		waiting: map[string]*survivor{}, outdated: map[string]disk.Identity{},
 	}
 	d.activity.Store(new(string))
 	err := errors.Join(o.Dir.subdir(stateName, 0o700), o.Dir.subdir(udevName, 0o755))

@@ -195,6 +195,13 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		return err
 	}
 	undo = append(undo, dev.closeCBT)
+	d.loadHistory(ctx, dev, r.Name)
+	undo = append(undo, func() {
+		// It was used up, for nothing.
+		if dev.Name = r.Name; dev.History.Continued {
+			d.keepHistory(dev)
+		}
+	})
 	if dev.counters, err = openCounters(d.countersFile(r.Name), r.Queues); err != nil {
 		return err
 	}
@@ -210,7 +217,7 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		Files:      []*blockdev.OSFile{dev.orig},
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
 	}, func(id int, tag uint64) error {
-		return d.writeDeviceRecord(deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added})
+		return d.writeDeviceRecord(deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History})
 	})
 	deathpoint.Point()
 	if dev.ublk == nil {
@@ -242,7 +249,7 @@ func (dev *device) describe(name string, added time.Time) {
 		Path: dev.ublk.Path, Number: dev.ublk.Num.String(), ID: uint32(dev.ublk.ID),
 		Size: dev.geo.Size, LogicalBlockSize: dev.geo.LogicalBlock, PhysicalBlockSize: dev.geo.PhysicalBlock,
 		Queues: dev.ublk.Queues, Depth: dev.ublk.Depth, Mode: modeOf(dev.ublk.Mode),
-		Added: added, Snapshots: []string{},
+		Added: added, Snapshots: []string{}, History: dev.History,
 	}
 }
 

@@ -28,6 +28,8 @@ type deviceRecord struct {
 	Original originalRecord `json:"original"`
 	Geometry ublk.Geometry  `json:"geometry"`
 	Added    time.Time      `json:"added"`
+	// History is what became of the changes known before, to be told on.
+	History control.History `json:"history"`
 }
 
 // originalRecord tells a disk from any other.

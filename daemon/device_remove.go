@@ -159,7 +159,7 @@ func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	return d.takeDown(dev)
+	return d.takeDown(dev, true)
 }
 
 // sync writes the page cache of the filter device back. Its error says why the
@@ -212,15 +212,19 @@ func (d *Daemon) removeForced(dev *device) error {
 		}
 	}
 	d.comparePartitions(dev)
-	return d.takeDown(dev)
+	return d.takeDown(dev, false)
 }
 
-// takeDown frees what a device is made of.
-func (d *Daemon) takeDown(dev *device) error {
+// takeDown frees what a device is made of. clean: nobody used it any more, and all
+// that was written to it is in the disk's hands.
+func (d *Daemon) takeDown(dev *device, clean bool) error {
 	d.step("remove %s", dev.Name)
 	dev.removing = true
 	if err := d.removeUblk(dev.ublk, dev.Link); err != nil {
 		return d.removalError(dev, err)
+	}
+	if clean {
+		d.keepHistory(dev)
 	}
 	reread := dev.repartitioned
 	d.closeOriginal(dev, func() {

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -43,8 +45,9 @@ var wantedFeatures = map[string]string{
 	"UPDATE_SIZE":           "a grown disk has to be removed and added again",
 }
 
-// Examine looks at everything that the daemon needs of this machine.
-func Examine() []Check {
+// Examine looks at everything that a daemon of this configuration needs of this
+// machine.
+func Examine(c Config) []Check {
 	var out []Check
 	add := func(name, result, text, fix string) { out = append(out, Check{name, result, text, fix}) }
 
@@ -79,6 +82,7 @@ func Examine() []Check {
 	} else {
 		add("mounts", Note, "the mounts of process 1 cannot be read: messages may not name the user of a disk", "mount /proc without hidepid")
 	}
+	out = append(out, examineState(c.StateDir))
 	return out
 }
 
@@ -157,4 +161,26 @@ func availableMemory() int64 {
 		}
 	}
 	return 0
+}
+
+// examineState looks at the directory in which change maps are kept.
+func examineState(dir string) Check {
+	const consequence = ": after a restart of the machine the next backup copies everything"
+	d := &Daemon{host: host(0), opts: Options{Config: Config{StateDir: dir}}}
+	if dir == "" {
+		return Check{"state directory", Note, "none is configured" + consequence, ""}
+	}
+	if point := d.missingMount(dir); point != "" {
+		return Check{"state directory", Note, dir + " is not there, because " + point + " is not mounted" + consequence, "choose another state_dir, which is there before the filters"}
+	}
+	store, err := cbtstate.Open(d.host.Root, dir, false)
+	var no *cbtstate.Refusal
+	switch {
+	case err == nil:
+		store.Close()
+		return Check{"state directory", OK, dir, ""}
+	case errors.As(err, &no) && no.Reason == cbtstate.NoState:
+		return Check{"state directory", OK, dir + " will be made", ""}
+	}
+	return Check{"state directory", Note, err.Error() + consequence, "make it root's alone, or choose another state_dir"}
 }

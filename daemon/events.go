@@ -56,6 +56,17 @@ func (l *eventLog) emit(e control.Event) {
 	l.more = make(chan struct{})
 }
 
+// notice adds an event that belongs to no snapshot.
+func (l *eventLog) notice(e control.Event) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.seq++
+	e.Seq, e.Time = l.seq, time.Now()
+	l.recent = latest(append(l.recent, e))
+	close(l.more)
+	l.more = make(chan struct{})
+}
+
 func latest(e []control.Event) []control.Event {
 	if len(e) > maxEvents {
 		e = append(e[:0], e[len(e)-maxEvents:]...)

@@ -242,6 +242,7 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 	}
 	deathpoint.Point()
 	dev.ublk = prepared
+	dev.History = r.History
 	dev.describe(r.Name, r.Added)
 	return dev, nil
 }

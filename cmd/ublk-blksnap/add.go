@@ -45,6 +45,9 @@ The content stays where it is: after "remove" the disk is used directly again.`,
 				if err != nil {
 					return err
 				}
+				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone {
+					p.tell(fmt.Sprintf("%s: change tracking begins anew, the next backup copies everything: %s", d.Name, h.Text))
+				}
 				return p.print(d, func(w io.Writer) { fmt.Fprintln(w, d.Link) })
 			})
 		},

@@ -15,11 +15,22 @@ func (p *program) cbtInfo() *cobra.Command {
 		Use:   "info DEV",
 		Short: "Describe the change map of a filter",
 		Long: `Describe the change map of a filter. What "take" says names the last take for
-"cbt changes --since".`,
+"cbt changes --since". "history" says whether the map goes on where the filter before
+this one ended, and if it does not, why.`,
 		Args:              args(1, 1),
 		ValidArgsFunction: p.deviceNames,
 		RunE:              func(c *cobra.Command, args []string) error { return p.showCBTInfo(c, args[0], true) },
 	}
+}
+
+func historyLines(h control.History) string {
+	switch {
+	case h.Continued:
+		return "history=continued\n"
+	case h.Reason == "":
+		return ""
+	}
+	return fmt.Sprintf("history=new\nhistory_reason=%s\nhistory_text=%s\n", h.Reason, h.Text)
 }
 
 func (p *program) showCBTInfo(c *cobra.Command, device string, token bool) error {
@@ -36,7 +47,7 @@ func (p *program) showCBTInfo(c *cobra.Command, device string, token bool) error
 			fmt.Fprintf(w, "block_size=%d\ndevice_capacity=%d\nblock_count=%d\ngeneration_id=%s\nchanges_number=%d\n",
 				i.BlockSize, i.DeviceCapacity, i.BlockCount, i.GenerationID, i.ChangesNumber)
 			if token {
-				fmt.Fprintf(w, "take=%s\n", i.Take)
+				fmt.Fprintf(w, "take=%s\n%s", i.Take, historyLines(i.History))
 			}
 		})
 	})

@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -12,11 +13,21 @@ const cbtInfoText = "block_size=65536\ndevice_capacity=1073741824\nblock_count=1
 
 func TestCBTCommands(t *testing.T) {
 	runGolden(t, []golden{
-		{"ublk-blksnap cbt info vdb", []any{"vdb"}, cbtInfoText + "take=" + id2 + ":3\n"},
+		{"ublk-blksnap cbt info vdb", []any{"vdb"}, cbtInfoText + "take=" + id2 + ":3\nhistory=new\nhistory_reason=written\nhistory_text=the disk was written to\n"},
 		{"ublk-blksnap cbt map vdb", []any{"vdb"}, "\x00\x01\x02"},
 		{"ublk-blksnap cbt changes vdb --since " + take(2).String(), []any{control.ChangesRequest{Device: "vdb", Since: take(2)}}, "0:128\n512:256\n"},
 		{"ublk-blksnap cbt mark vdb 0:1 8:16", []any{control.MarkRequest{Device: "vdb", Ranges: []control.Range{{Sector: 0, Count: 1}, {Sector: 8, Count: 16}}}}, ""},
 	})
+	f := newFake()
+	f.cbt.History = control.History{Continued: true}
+	if _, out, _ := execute(f, "ublk-blksnap", "cbt", "info", "vdb"); !strings.HasSuffix(out, ":3\nhistory=continued\n") {
+		t.Errorf("a history that goes on: %s", out)
+	}
+	f.device.History = control.History{Reason: control.HistoryWritten, Text: "why"}
+	if status, out, errs := execute(f, "ublk-blksnap", "add", "vdb"); status != 0 || out != "/dev/ublk-blksnap/vdb\n" ||
+		errs != "ublk-blksnap: vdb: change tracking begins anew, the next backup copies everything: why\n" {
+		t.Errorf("added with a new generation: %d, %s%s", status, out, errs)
+	}
 	runRefused(t, map[string]string{
 		"ublk-blksnap cbt changes vdb": "ublk-blksnap: changes: since which take?",
 		"ublk-blksnap cbt changes vdb --since 3": `ublk-blksnap: changes: --since: "3" names no take: ` +

@@ -19,12 +19,16 @@ but that the ublk driver is loaded if it can be. Status 1 if something that is
 needed is missing.`,
 		Args: args(0, 0),
 		RunE: func(*cobra.Command, []string) error {
-			checks := daemon.Examine()
+			cfg, err := readConfig(p.configFile())
+			if err != nil {
+				return err
+			}
+			checks := daemon.Examine(cfg)
 			well := true
 			for _, c := range checks {
 				well = well && c.Result != daemon.Missing
 			}
-			err := p.print(map[string]any{"ok": well, "checks": checks}, func(w io.Writer) {
+			err = p.print(map[string]any{"ok": well, "checks": checks}, func(w io.Writer) {
 				for _, c := range checks {
 					fmt.Fprintf(w, "%-7s %-24s %s\n", c.Result, c.Name, c.Text)
 					if c.Fix != "" {

@@ -132,7 +132,8 @@ func newFake() *fakeDaemon {
 		Number: "259:0", Size: 1 << 30, LogicalBlockSize: 512, PhysicalBlockSize: 4096, Queues: 2, Depth: 64,
 		Mode: control.ModeCopy, Added: at, Snapshots: []string{id1, id2},
 	}
-	cbt := control.CBTInfo{DeviceCapacity: 1 << 30, BlockSize: 65536, BlockCount: 16384, GenerationID: id2, ChangesNumber: 3, Take: take(3)}
+	cbt := control.CBTInfo{DeviceCapacity: 1 << 30, BlockSize: 65536, BlockCount: 16384, GenerationID: id2, ChangesNumber: 3, Take: take(3),
+		History: control.History{Reason: control.HistoryWritten, Text: "the disk was written to"}}
 	last := take(3)
 	image := control.SnapshotImage{Device: "vdb", Original: "/dev/vdb", Path: "/dev/ublkb1",
 		Link: "/dev/ublk-blksnap/images/vdb-" + id1, Take: &last}

@@ -38,7 +38,11 @@ destroyed, or of all snapshots from now on.`,
 }
 
 func eventLine(e control.Event) string {
-	s := fmt.Sprintf("%s %s %s", e.Time.Format(time.RFC3339Nano), e.Snapshot, e.Kind)
+	snapshot := e.Snapshot
+	if snapshot == "" {
+		snapshot = "-"
+	}
+	s := fmt.Sprintf("%s %s %s", e.Time.Format(time.RFC3339Nano), snapshot, e.Kind)
 	if e.Sectors != 0 {
 		s += fmt.Sprintf(" requested_sectors=%d", e.Sectors)
 	}
@@ -47,6 +51,9 @@ func eventLine(e control.Event) string {
 	}
 	if e.Errno != 0 {
 		s += fmt.Sprintf(" error_code=%d", e.Errno)
+	}
+	if e.Text != "" {
+		s += ": " + e.Text
 	}
 	return s
 }

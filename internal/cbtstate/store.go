@@ -127,7 +127,7 @@ func (s *Store) Find(id disk.Identity, name string, limit int64) (*Record, []byt
 	case errors.Is(err, fs.ErrNotExist) && errors.Is(usedErr, fs.ErrNotExist):
 		return nil, nil, s.explainAbsence(id, name)
 	case errors.Is(err, fs.ErrNotExist):
-		f := refuse(Unclean, "the last filter over the disk did not end cleanly")
+		f := refuse(Unclean, "the last filter over the disk did not end cleanly, or its change map could not be kept")
 		if usedErr == nil {
 			f.Record = used
 		}

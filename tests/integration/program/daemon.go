@@ -76,7 +76,7 @@ func StartLogging(t testing.TB, stderr *os.File, params ...string) *Daemon {
 	d := &Daemon{t: t, RunDir: daemon.RunDir(filepath.Join(dir, "run")), Log: filepath.Join(dir, "log")}
 	config := filepath.Join(dir, "conf")
 	values := map[string]string{}
-	for _, p := range slices.Concat(testParams, params) {
+	for _, p := range slices.Concat(testParams, []string{"state_dir=" + filepath.Join(dir, "state")}, params) {
 		key, value, _ := strings.Cut(p, "=")
 		if _, err := strconv.Atoi(value); err != nil && value != "true" && value != "false" {
 			value = strconv.Quote(value)

@@ -1,0 +1,305 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/fingerprint"
+)
+
+// What is known of a disk's changes outlives its filter, and so the machine's
+// restart: keepHistory writes it down when a filter has ended as it should,
+// loadHistory believes it when the next one comes. Package cbtstate says what has to
+// hold for that.
+
+// foundHistory is what was kept of a disk.
+type foundHistory struct {
+	identity disk.Identity // nil if it is not known
+	record   *cbtstate.Record
+	saved    []byte            // the map
+	refusal  *cbtstate.Refusal // nil if it is believed
+	unused   bool              // it could not be made sure that it is not used again
+}
+
+// loadHistory gives the new change map of a device the history that was kept of its
+// disk, or says why not. The disk must be claimed, and nothing served yet.
+func (d *Daemon) loadHistory(ctx context.Context, dev *device, name string) {
+	found := d.askHistory(ctx, dev, name)
+	if found.refusal == nil {
+		switch err := dev.cbt.Load(found.saved); {
+		case errors.Is(err, cbtmap.ErrMismatch):
+			found.refusal = &cbtstate.Refusal{Reason: cbtstate.OtherBlock, Text: "change tracking has another block size: " + err.Error(), Record: found.record}
+		case err != nil:
+			found.refusal = &cbtstate.Refusal{Reason: cbtstate.Damaged, Text: err.Error(), Record: found.record}
+		}
+	}
+	if found.unused {
+		d.useLater(found.identity)
+	}
+	no := found.refusal
+	if no == nil {
+		dev.History = control.History{Continued: true, Text: "goes on from " + found.record.Saved.Format(time.RFC3339)}
+		d.opts.Log.Info("change tracking goes on", "name", name, "disk", dev.disk.DisplayPath(), "kept", found.record.Saved)
+		return
+	}
+	dev.History = control.History{Reason: no.Reason, Text: no.Text}
+	if no.Reason == cbtstate.NoState {
+		d.opts.Log.Info("change tracking begins", "name", name, "disk", dev.disk.DisplayPath(), "reason", no.Text)
+		return
+	}
+	d.opts.Log.Warn("change tracking begins anew", "name", name, "disk", dev.disk.DisplayPath(), "reason", no.Text)
+	d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: dev.disk.Num.String(), Text: no.Text})
+}
+
+// askHistory finds what was kept, looks at the disk, and uses up what was kept. All
+// of that may hang.
+func (d *Daemon) askHistory(ctx context.Context, dev *device, name string) foundHistory {
+	refused := func(reason, text string) foundHistory {
+		return foundHistory{refusal: &cbtstate.Refusal{Reason: reason, Text: text}}
+	}
+	if d.opts.Config.StateDir == "" {
+		return refused(cbtstate.NoState, "nothing is kept: state_dir is empty")
+	}
+	limit, err := cbtmap.MemorySize(dev.geo.Size, d.opts.Config.CBTParams())
+	if err != nil {
+		return refused(cbtstate.Unknown, err.Error())
+	}
+	// What was kept may have smaller blocks.
+	limit = max(limit, 256<<20)
+	fd, err := duplicate(dev)
+	if err != nil {
+		return refused(cbtstate.Unknown, err.Error())
+	}
+	ctx, cancel := context.WithTimeout(ctx, d.opts.Config.DiskTimeout/2)
+	defer cancel()
+	found, err := bounded.Call(ctx, func() foundHistory {
+		defer unix.Close(fd)
+		return d.findHistory(ctx, fd, dev, name, limit)
+	}, func(foundHistory) {})
+	if err == nil {
+		return found
+	}
+	found = refused(cbtstate.NoPlace, "the disk or "+d.opts.Config.StateDir+" does not answer")
+	found.identity, _ = d.host.Identify(dev.disk)
+	found.unused = true
+	return found
+}
+
+func (d *Daemon) findHistory(ctx context.Context, fd int, dev *device, name string, limit int64) (found foundHistory) {
+	refuse := func(err error) foundHistory {
+		if !errors.As(err, &found.refusal) {
+			found.refusal = &cbtstate.Refusal{Reason: cbtstate.Unknown, Text: err.Error()}
+		}
+		return found
+	}
+	var err error
+	if found.identity, err = d.host.Identify(dev.disk); err != nil {
+		return refuse(err)
+	}
+	store, err := d.openState(dev, false)
+	if err != nil {
+		_ = refuse(err)
+		found.unused = found.refusal.Reason != cbtstate.NoState
+		return found
+	}
+	defer store.Close()
+	found.record, found.saved, err = store.Find(found.identity, name, limit)
+	if err == nil {
+		var now cbtstate.Disk
+		if now, err = d.lookAt(ctx, fd, dev, found.identity); err == nil {
+			if no := found.record.Judge(now); no != nil {
+				err = no
+			}
+		}
+	}
+	// Also what is not believed: from now on it is out of date.
+	if e := store.Use(found.identity); e != nil {
+		found.unused = true
+		if err == nil {
+			err = &cbtstate.Refusal{Reason: cbtstate.NoPlace, Text: e.Error(), Record: found.record}
+		}
+	}
+	if err != nil {
+		return refuse(err)
+	}
+	return found
+}
+
+// lookAt is what a disk is like now, which nobody may write to. fd is open on it.
+func (d *Daemon) lookAt(ctx context.Context, fd int, dev *device, id disk.Identity) (cbtstate.Disk, error) {
+	now := cbtstate.Disk{Identity: id, Size: dev.geo.Size}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return now, err
+	}
+	now.Boot = strings.TrimSpace(string(boot))
+	if w, err := d.host.CountWrites(dev.disk); err == nil {
+		now.Writes = &w
+	}
+	r, err := fingerprint.OpenDirect(fd, dev.geo.LogicalBlock)
+	if err != nil {
+		return now, err
+	}
+	defer r.Close()
+	if now.Fingerprint, err = fingerprint.Read(ctx, r, dev.geo.Size, dev.geo.LogicalBlock); err != nil {
+		return now, err
+	}
+	if now.Writes != nil {
+		if w, err := d.host.CountWrites(dev.disk); err != nil || w != *now.Writes {
+			return now, &cbtstate.Refusal{Reason: cbtstate.Written, Text: "somebody else writes to the disk at this moment"}
+		}
+	}
+	return now, nil
+}
+
+// openState opens the state directory, if it may be used now: not while a filesystem
+// is missing that hides it, nor on a disk with a filter. dev is a device of which the
+// tables may not know yet. The error is a *cbtstate.Refusal.
+func (d *Daemon) openState(dev *device, create bool) (*cbtstate.Store, error) {
+	dir := d.opts.Config.StateDir
+	unavailable := func(format string, args ...any) error {
+		return &cbtstate.Refusal{Reason: cbtstate.NoPlace, Text: fmt.Sprintf(format, args...)}
+	}
+	if point := d.missingMount(dir); point != "" {
+		return nil, unavailable("the state directory %s is not there: %s is not mounted", dir, point)
+	}
+	store, err := cbtstate.Open(d.host.Root, dir, create)
+	if err != nil {
+		return nil, err
+	}
+	place, err := d.host.OpenPlace(dir)
+	if err != nil {
+		store.Close()
+		return nil, unavailable("%v", err)
+	}
+	defer place.Close()
+	for _, other := range append(d.sortedDevices(), dev) {
+		// A doubt is no reason: it is for storage, which takes all writes.
+		if lies, _ := d.host.LiesOn(place, other.disk.Num, d.lowerDisks); lies {
+			store.Close()
+			return nil, unavailable("the state directory %s lies on %s, which has a filter: choose another state_dir", dir, other.disk.DisplayPath())
+		}
+	}
+	return store, nil
+}
+
+// missingMount is a mount point of fstab on the way to path where nothing is mounted.
+func (d *Daemon) missingMount(path string) string {
+	f, err := d.host.Open("/etc/fstab", os.O_RDONLY, 0)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	table, err := io.ReadAll(io.LimitReader(f, 1<<20))
+	if err != nil {
+		return ""
+	}
+	mounts, err := os.ReadFile("/proc/1/mountinfo")
+	if err != nil {
+		return ""
+	}
+	return notMounted(path, string(table), string(mounts))
+}
+
+// notMounted is missingMount of the texts of fstab and mountinfo.
+func notMounted(path, fstab, mountinfo string) string {
+	mounted := map[string]bool{}
+	for _, line := range strings.Split(mountinfo, "\n") {
+		if point, ok := disk.MountPoint(line); ok {
+			mounted[point] = true
+		}
+	}
+	for _, line := range strings.Split(fstab, "\n") {
+		f := strings.Fields(line)
+		if len(f) < 4 || strings.HasPrefix(f[0], "#") || !strings.HasPrefix(f[1], "/") {
+			continue
+		}
+		point := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\134`, `\`).Replace(f[1])
+		if len(point) > 1 {
+			point = strings.TrimRight(point, "/")
+		}
+		if (path == point || strings.HasPrefix(path, strings.TrimRight(point, "/")+"/")) && !mounted[point] {
+			return point
+		}
+	}
+	return ""
+}
+
+// duplicate is another descriptor of the original, for who may still be at it when
+// the daemon's own is closed.
+func duplicate(dev *device) (int, error) {
+	fd, err := unix.FcntlInt(uintptr(dev.orig.Fd()), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return -1, fmt.Errorf("duplicate the descriptor of %s: %w", dev.disk.DisplayPath(), err)
+	}
+	return fd, nil
+}
+
+// useAgain is how long to wait before the state of a disk is used up that could not
+// be before; it doubles up to useAgainLimit.
+const (
+	useAgain      = 5 * time.Second
+	useAgainLimit = 10 * time.Minute
+)
+
+// useLater uses up the state of a disk as soon as the state directory can be had:
+// the disk is written to from now on, and nobody may believe later in what is kept
+// there. Needs opLock.
+func (d *Daemon) useLater(id disk.Identity) {
+	if id == nil {
+		return
+	}
+	d.outdated[id.String()] = id
+	d.retryUse(useAgain)
+}
+
+func (d *Daemon) retryUse(after time.Duration) {
+	time.AfterFunc(after, func() {
+		end, err := d.begin(context.Background(), "use up old change maps")
+		if err != nil {
+			return
+		}
+		defer end()
+		if d.useOutdated(); len(d.outdated) > 0 {
+			d.retryUse(min(2*after, useAgainLimit))
+		}
+	})
+}
+
+// useOutdated needs opLock.
+func (d *Daemon) useOutdated() {
+	for name, id := range d.outdated {
+		ctx, cancel := d.withDiskTimeout(context.Background())
+		err, late := bounded.Call(ctx, func() error {
+			if point := d.missingMount(d.opts.Config.StateDir); point != "" {
+				return errors.New(point + " is not mounted")
+			}
+			store, err := cbtstate.Open(d.host.Root, d.opts.Config.StateDir, false)
+			var no *cbtstate.Refusal
+			if errors.As(err, &no) && no.Reason == cbtstate.NoState {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			defer store.Close()
+			return store.Use(id)
+		}, func(error) {})
+		cancel()
+		if err == nil && late == nil {
+			delete(d.outdated, name)
+		}
+	}
+}

@@ -1,0 +1,89 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+)
+
+// The stages of keeping a history, for who waits only so long: what is given up
+// before its last step never counts.
+const (
+	keepBegun int32 = iota
+	keepCommitted
+	keepGivenUp
+)
+
+// keepHistory keeps what is known of a disk's changes for the next filter over it.
+// The device serves nobody any more, the disk is still claimed; needs opLock.
+func (d *Daemon) keepHistory(dev *device) {
+	if d.opts.Config.StateDir == "" {
+		return
+	}
+	d.step("remove %s: keep its change map", dev.Name)
+	if err := d.tryKeepHistory(dev); err != nil {
+		d.opts.Log.Warn("the change map is not kept: the next filter over this disk begins a new generation",
+			"name", dev.Name, "disk", dev.disk.DisplayPath(), "reason", err)
+		return
+	}
+	d.opts.Log.Info("the change map is kept", "name", dev.Name, "disk", dev.disk.DisplayPath(), "directory", d.opts.Config.StateDir)
+}
+
+func (d *Daemon) tryKeepHistory(dev *device) error {
+	saved, err := dev.cbt.Save()
+	if err != nil {
+		return err
+	}
+	fd, err := duplicate(dev)
+	if err != nil {
+		return err
+	}
+	var stage atomic.Int32
+	var identity disk.Identity // set before the stage is keepCommitted
+	ctx, cancel := d.withDiskTimeout(context.Background())
+	defer cancel()
+	result, late := bounded.Call(ctx, func() error {
+		defer unix.Close(fd)
+		r := cbtstate.Record{ID: uuid.New(), Name: dev.Name, Path: dev.disk.DisplayPath(), Program: control.Version, Saved: time.Now()}
+		id, err := d.host.Identify(dev.disk)
+		if err != nil {
+			return err
+		}
+		store, err := d.openState(dev, true)
+		if err != nil {
+			return err
+		}
+		defer store.Close()
+		if err := unix.Fsync(fd); err != nil {
+			return fmt.Errorf("sync %s: %w", dev.disk.DisplayPath(), err)
+		}
+		if r.Disk, err = d.lookAt(ctx, fd, dev, id); err != nil {
+			return err
+		}
+		identity = id
+		return store.Save(r, saved, func() bool { return stage.CompareAndSwap(keepBegun, keepCommitted) })
+	}, func(error) {})
+	if late != nil {
+		// The last step may be under way, and end when the disk has a filter again.
+		if !stage.CompareAndSwap(keepBegun, keepGivenUp) {
+			d.useLater(identity)
+		}
+		return errors.New("the disk or " + d.opts.Config.StateDir + " does not answer")
+	}
+	if result == nil {
+		delete(d.outdated, identity.String())
+	} else if stage.Load() == keepCommitted {
+		d.useLater(identity)
+	}
+	return result
+}
