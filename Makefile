@@ -4,6 +4,7 @@
 #   make test                          everything below that tests, on both kernels; what CI runs
 #   make check                         format, vet, lint, unit tests with and without the race detector: no machine
 #   make integration [KERNEL=] [RUN=] [BUILD=giouring]  the tests that need ublk, or those that match RUN
+#   make soak [KERNEL=] [RUN=]         the long form of the tests of the daemon's death, for hours
 #   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
 #   make reboot [KERNEL=]              change tracking over restarts of a machine
 #   make sim [SEEDS=] [MINUTES=]       the simulator
@@ -34,7 +35,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration systemd reboot sim overlay bench vm build install clean setup-go setup bin/vm
+.PHONY: demo test check lint integration integration-binaries soak systemd reboot sim overlay bench vm build install clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -70,11 +71,22 @@ $(LINT): | setup
 		go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(LINT_VERSION)
 	mv .cache/bin/golangci-lint $@
 
-integration: build bin/vm
+integration: integration-binaries
+	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 30m 'exec tests/integration/run.sh 29 .cache/test/integration "$(RUN)"'
+
+integration-binaries: build bin/vm
 	rm -rf .cache/test/integration
+	CGO_ENABLED=0 go build -trimpath -tags deathpoints -o bin/ublk-blksnap-deathpoints ./cmd/ublk-blksnap
 	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o .cache/test/integration/ ./tests/integration/...
 	CGO_ENABLED=0 go test -c -o .cache/test/snapshots.test ./snapshots
-	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 30m 'exec tests/integration/run.sh 29 .cache/test/integration "$(RUN)"'
+
+soak: export UBLK_BLKSNAP_LONG = 1
+soak: RUN := $(if $(filter .,$(RUN)),TestKilledUnderLoad|TestDeathIn|TestUblkRecovery,$(RUN))
+soak: integration-binaries
+	@for kernel in $(or $(KERNEL),6.12 newest); do \
+		VM_CPUS=$${VM_CPUS:-4} bin/vm -kernel $$kernel -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG \
+			'exec tests/integration/run.sh 355 .cache/test/integration "$(RUN)"'; \
+	done
 
 systemd: build bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd

@@ -89,9 +89,10 @@ type Info struct {
 // Recovered is how a daemon took over from one that died.
 type Recovered struct {
 	At      time.Time     `json:"at"`
-	Count   int           `json:"count"`    // how often that has happened since the devices were first added
-	Pause   time.Duration `json:"pause_ns"` // from the start of it to the last device that was served again
-	Devices int           `json:"devices"`  // filters and images
+	Count   int           `json:"count"`           // how often that has happened since the devices were first added
+	Pause   time.Duration `json:"pause_ns"`        // from the start of it to the last filter that was served again
+	Images  time.Duration `json:"images_pause_ns"` // the same, to the last image
+	Devices int           `json:"devices"`         // filters and images
 }
 
 // AddRequest asks for a filter. Zero values mean the configured ones.
@@ -314,7 +315,7 @@ type WaitRequest struct {
 
 // Event is something that happened to a snapshot.
 type Event struct {
-	Seq      uint64    `json:"seq"` // counts the events of a daemon
+	Seq      uint64    `json:"seq"` // counts on when another daemon takes over
 	Time     time.Time `json:"time"`
 	Snapshot string    `json:"snapshot"`
 	Kind     string    `json:"event"`

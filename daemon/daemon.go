@@ -64,7 +64,7 @@ var _ control.API = (*Daemon)(nil)
 func New(o Options) (*Daemon, error) {
 	d := &Daemon{
 		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
-		opLock: make(chan struct{}, 1), events: newEventLog(), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
+		opLock: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 		waiting: map[string]*survivor{}, outdated: map[string]disk.Identity{},
 	}
 	d.activity.Store(new(string))

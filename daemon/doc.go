@@ -13,6 +13,13 @@
 //	                 what was lost if it died
 //	  state/         a tmpfs of its own, mounted in the namespace of whoever starts
 //	                 the daemon, so that it outlives the daemon
+//	    devices/     a record of each filter; statefile
+//	    cbt/         its change map, mapped
+//	    counters/    its counters, mapped; see counters.go
+//	    snapshots/   see package snapshots
+//	    events.json  what happened to snapshots; statefile
+//	    recoveries   how often a daemon has taken over; statefile
+//	    frozen       what a take has frozen
 //	  udev/          a file per kernel device name, for the udev rules
 //
 // Nobody but root may be able to write to the run directory, or to put another

@@ -2,19 +2,29 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 )
 
 // maxEvents is how many events of one snapshot are kept; older ones are dropped.
 const maxEvents = 1024
 
-// eventLog keeps what happened to each snapshot for those who ask later.
+// eventLog keeps what happened to each snapshot for those who ask later, also of the
+// next daemon.
 type eventLog struct {
+	path string          // of its file; empty: none
+	fail func(err error) // told that the file could not be written
+
 	mu        sync.Mutex
 	seq       uint64
 	snapshots map[string]*snapshotEvents
@@ -32,6 +42,75 @@ type snapshotEvents struct {
 
 func newEventLog() *eventLog {
 	return &eventLog{snapshots: map[string]*snapshotEvents{}, more: make(chan struct{})}
+}
+
+// savedEvents is an eventLog in its file.
+type savedEvents struct {
+	Seq       uint64                     `json:"seq"`
+	Snapshots map[string]savedOfSnapshot `json:"snapshots"`
+	Recent    []control.Event            `json:"recent"`
+}
+
+type savedOfSnapshot struct {
+	Events     []control.Event `json:"events"`
+	LastWaited uint64          `json:"last_waited"`
+}
+
+const (
+	eventsKind   = "events" // of the statefile
+	eventsFormat = 1
+)
+
+// openEventLog reads the events of a dead daemon at path, if there are any, and keeps
+// those to come there. With an error it begins anew.
+func openEventLog(path string, fail func(error)) (*eventLog, error) {
+	l := newEventLog()
+	l.path, l.fail = path, fail
+	text, _, err := statefile.Read(path, eventsKind, eventsFormat)
+	if errors.Is(err, fs.ErrNotExist) {
+		return l, nil
+	}
+	var saved savedEvents
+	if err == nil {
+		err = json.Unmarshal(text, &saved)
+	}
+	if err != nil {
+		return l, err
+	}
+	l.seq, l.recent = saved.Seq, saved.Recent
+	for id, s := range saved.Snapshots {
+		l.snapshots[id] = &snapshotEvents{events: s.Events, lastWaited: s.LastWaited}
+	}
+	return l, nil
+}
+
+// saveLocked writes the file.
+func (l *eventLog) saveLocked() {
+	if l.path == "" {
+		return
+	}
+	saved := savedEvents{Seq: l.seq, Snapshots: map[string]savedOfSnapshot{}, Recent: l.recent}
+	for id, s := range l.snapshots {
+		saved.Snapshots[id] = savedOfSnapshot{s.events, s.lastWaited}
+	}
+	if err := statefile.Write(l.path, eventsKind, eventsFormat, saved); err != nil {
+		l.fail(err)
+	}
+}
+
+// has says whether a snapshot has had an event of that kind.
+func (l *eventLog) has(id, kind string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.snapshots[id]
+	return s != nil && slices.ContainsFunc(s.events, func(e control.Event) bool { return e.Kind == kind })
+}
+
+// ids are the snapshots that are not destroyed.
+func (l *eventLog) ids() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Sorted(maps.Keys(l.snapshots))
 }
 
 // emit adds an event of a snapshot. It takes a lock for a moment, and no other.
@@ -52,6 +131,7 @@ func (l *eventLog) emit(e control.Event) {
 		s.gone = true
 		delete(l.snapshots, e.Snapshot)
 	}
+	l.saveLocked()
 	close(l.more)
 	l.more = make(chan struct{})
 }
@@ -63,6 +143,7 @@ func (l *eventLog) notice(e control.Event) {
 	l.seq++
 	e.Seq, e.Time = l.seq, time.Now()
 	l.recent = latest(append(l.recent, e))
+	l.saveLocked()
 	close(l.more)
 	l.more = make(chan struct{})
 }
@@ -95,6 +176,7 @@ func (l *eventLog) wait(ctx context.Context, r control.WaitRequest) (control.Eve
 		for _, e := range s.events {
 			if e.Seq > s.lastWaited && forWaiters(e.Kind) {
 				s.lastWaited = e.Seq
+				l.saveLocked()
 				l.mu.Unlock()
 				return e, nil
 			}

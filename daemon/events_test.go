@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +15,51 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
+
+// TestEventsOutliveTheDaemon: the next daemon knows all events, and which a waiter has
+// had.
+func TestEventsOutliveTheDaemon(t *testing.T) {
+	ctx := context.Background()
+	path := filepath.Join(t.TempDir(), "events.json")
+	open := func() *eventLog {
+		t.Helper()
+		l, err := openEventLog(path, func(err error) { t.Error(err) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	l := open()
+	l.emit(control.Event{Snapshot: "a", Kind: control.EventCreated})
+	l.emit(control.Event{Snapshot: "b", Kind: control.EventCreated})
+	l.emit(control.Event{Snapshot: "a", Kind: control.EventLowFreeSpace, Sectors: 7})
+	l.emit(control.Event{Snapshot: "a", Kind: control.EventCorrupted, Errno: -5})
+	l.emit(control.Event{Snapshot: "b", Kind: control.EventDestroyed})
+	if e, err := l.wait(ctx, control.WaitRequest{ID: "a"}); err != nil || e.Kind != control.EventLowFreeSpace {
+		t.Fatalf("%+v, %v", e, err)
+	}
+	l = open()
+	if !l.has("a", control.EventCorrupted) || l.has("a", control.EventTaken) || !slices.Equal(l.ids(), []string{"a"}) {
+		t.Errorf("taken over: %v", l.ids())
+	}
+	if e, err := l.wait(ctx, control.WaitRequest{ID: "a"}); err != nil || e.Kind != control.EventCorrupted || e.Seq != 4 || e.Errno != -5 {
+		t.Errorf("%+v, %v", e, err)
+	}
+	l = open()
+	if e, err := l.wait(ctx, control.WaitRequest{ID: "a"}); control.CodeOf(err) != control.Timeout {
+		t.Errorf("told twice: %+v, %v", e, err)
+	}
+	l.emit(control.Event{Snapshot: "a", Kind: control.EventDestroyed})
+	if l.seq != 6 || len(l.recent) != 6 {
+		t.Errorf("after %d events it remembers %d", l.seq, len(l.recent))
+	}
+	if err := os.WriteFile(path, []byte("no events"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := openEventLog(path, nil); err == nil || l == nil {
+		t.Errorf("a damaged file: %v, %v", l, err)
+	}
+}
 
 func TestWaitEvent(t *testing.T) {
 	ctx := context.Background()

@@ -11,7 +11,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
@@ -62,13 +61,6 @@ func (d *Daemon) removeLeftovers(ctx context.Context) {
 			}
 		}
 	}
-	snaps, err := snapshots.LeftBehind(d.snapshotsDir())
-	if err != nil {
-		d.opts.Log.Warn("cannot look for snapshots of a dead daemon", "error", err)
-	}
-	for _, l := range snaps {
-		d.clearSnapshot(ctx, l)
-	}
 	for _, e := range dirEntries(d.opts.Dir.udev()) {
 		if !noted[e.Name()] {
 			d.forgetNote(e.Name())
@@ -94,27 +86,14 @@ func (d *Daemon) known() (names, noted map[string]bool) {
 	for _, l := range d.damaged {
 		names[l.Name] = true
 	}
-	return names, noted
-}
-
-// clearSnapshot removes a snapshot of a dead daemon. If its storage does not
-// answer, the removal takes as long as that lasts, but clearSnapshot itself returns
-// when ctx ends, because somebody waits for this daemon to start.
-func (d *Daemon) clearSnapshot(ctx context.Context, l *snapshots.Left) {
-	id := filepath.Base(l.Dir)
-	say := func(err error) {
-		if err != nil {
-			d.opts.Log.Warn("a part of a dead daemon's snapshot cannot be removed", "snapshot", id, "error", publicPaths(err.Error()))
+	for _, s := range d.sortedSnapshots() {
+		for _, im := range s.images {
+			if im.ublk != nil {
+				noted[filepath.Base(im.ublk.Path)] = true
+			}
 		}
 	}
-	err, late := bounded.Call(ctx, func() error {
-		return l.Clear(snapshots.Config{Root: d.host.Root, StorageTimeout: d.opts.Config.StorageTimeout})
-	}, say)
-	if late != nil {
-		d.opts.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", id)
-		return
-	}
-	say(err)
+	return names, noted
 }
 
 // thawLeftover thaws what a dead daemon had frozen.

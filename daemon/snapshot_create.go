@@ -64,21 +64,10 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	if n := d.opts.Config.ChunkMaximumInQueue; n > 0 {
 		pool = min(pool, n*chunk)
 	}
-	s.snap, err = snapshots.New(snapshots.Config{
-		ID: id, ChunkSize: chunk, PoolSize: pool,
-		Portion:        d.opts.Config.DiffStorageMinimum * sector.Size,
-		StateDir:       d.snapshotsDir(),
-		Root:           d.host.Root,
-		StorageTimeout: d.opts.Config.StorageTimeout,
-		Control:        d.queue,
-		OnEvent: func(e diffarea.Event) {
-			select {
-			case s.engineEvents <- e:
-			default: // a queue thread must not wait; the snapshot's state says too that it broke
-			}
-		},
-	})
-	if err != nil {
+	c := d.snapshotConfig(s.engineEvents)
+	c.ID, c.ChunkSize, c.PoolSize, c.Portion = id, chunk, pool, d.opts.Config.DiffStorageMinimum*sector.Size
+	c.Pending = r.Take // until it is answered, nobody knows of it
+	if s.snap, err = snapshots.New(c); err != nil {
 		return nil, err
 	}
 	d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCreated})
@@ -107,6 +96,11 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	if err := ctx.Err(); err != nil {
 		// The caller does not learn its UUID, so nobody else could destroy it.
 		return nil, d.abandon(s, err)
+	}
+	if r.Take {
+		if err := s.snap.SetPending(false); err != nil {
+			return nil, d.abandon(s, err)
+		}
 	}
 	return s, nil
 }

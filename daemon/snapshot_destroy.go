@@ -88,9 +88,9 @@ func (d *Daemon) startDestroy(s *snapshot) error {
 	// below.
 	broken := s.snap.Err() == unix.EIO || s.snap.Err() == unix.ETIMEDOUT
 	if err := s.snap.Abort(); err != nil {
-		d.opts.Log.Warn("cannot keep on record that a snapshot is being destroyed", "snapshot", s.id, "error", err)
+		d.opts.Log.Warn("it is not on record that a snapshot is being destroyed", "snapshot", s.id, "error", err)
 	}
-	for _, im := range s.images {
+	for i, im := range s.images {
 		if im.ublk == nil {
 			continue
 		}
@@ -101,6 +101,9 @@ func (d *Daemon) startDestroy(s *snapshot) error {
 		d.mu.Lock()
 		im.ublk = nil
 		d.mu.Unlock()
+		if err := s.snap.SetImage(i, snapshots.Image{Number: snapshots.NoImage}); err != nil {
+			d.opts.Log.Warn("it is not on record that an image is gone", "snapshot", s.id, "error", err)
+		}
 	}
 	d.step("destroy snapshot %s: give the storage back", s.id)
 	d.mu.Lock()

@@ -52,6 +52,13 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 		}
 		d.opts.Log.Warn("snapshot", said...)
 		d.events.emit(ev)
+		if ev.Kind == control.EventCorrupted {
+			s.use.RLock()
+			if !s.gone {
+				s.snap.Told()
+			}
+			s.use.RUnlock()
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -46,7 +47,12 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 	}
 	overwrite := st.Overwrite || st.OverwriteFile && place.Kind() == unix.S_IFREG
 	d.step("allocate storage in %s", st.Path)
+	note, err := json.Marshal(st)
+	if err != nil {
+		return fail(err, "storage %s", st.Path)
+	}
 	if err := s.snap.Append(snapshots.StorageConfig{
+		Note:  note,
 		Place: place, RealPath: d.host.RealPath(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
 	}); err != nil {
 		if hanging := s.snap.Returning(); len(hanging) > 0 {

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
@@ -61,12 +63,22 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 		}
 		return err
 	}
-	if err := d.makeImages(ctx, s); err != nil {
+	now := time.Now()
+	note, err := json.Marshal(snapshotNote{Taken: now, Frozen: frozen})
+	if err == nil {
+		err = s.snap.SetNote(note)
+	}
+	for i := range s.images {
+		if err == nil {
+			err = d.makeImage(ctx, s, i)
+		}
+	}
+	if err != nil {
 		return d.abandon(s, fmt.Errorf("make images: %w: the snapshot is destroyed", err))
 	}
-	now := time.Now()
 	d.mu.Lock()
 	s.taken, s.frozen = &now, frozen
+	d.ended = nil // who takes another knows of those that have ended
 	d.mu.Unlock()
 	d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventTaken})
 	d.opts.Log.Info("snapshot taken", "snapshot", s.id, "frozen", frozen)
@@ -78,39 +90,48 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 // has images of its own.
 const maxImageDepth = 64
 
-func (d *Daemon) makeImages(ctx context.Context, s *snapshot) error {
-	for i, im := range s.images {
-		d.step("take snapshot %s: make the image of %s", s.id, im.device.Name)
-		name := filepath.Join(imageDir, im.device.Name+"-"+s.id)
-		geo := im.device.geo
-		// An image outlives no power failure, so there is nothing to flush; and
-		// a trim of it must not fill the storage with zeroes.
-		geo.ReadOnly, geo.VolatileCache, geo.FUA = false, false, false
-		geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
-		// Payloads go to the storage as well, which may need more alignment than the
-		// original.
-		geo.DMAMask |= sector.Size - 1
-		dev, err := d.addUblk(ctx, imageKind, im.device.Name+"-"+s.id, ublk.Config{
-			Name: im.device.Name + "@", Queues: im.device.Queues, Depth: min(im.device.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
-			Mode: im.device.ublk.Mode, Geometry: geo, NoPartScan: true,
-			Files:      []*blockdev.OSFile{im.device.orig},
-			NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.snap.Image(i).NewQueue(bq) },
-		}, func(int, uint64) error { return nil })
-		d.mu.Lock()
-		im.ublk, im.take = dev, s.snap.TakeInfo(i)
-		d.mu.Unlock()
-		if err != nil {
-			return err
-		}
-		l, err := d.link(ctx, name, dev)
-		if err != nil {
-			return err
-		}
-		d.mu.Lock()
-		im.link = l
-		d.mu.Unlock()
+// makeImage makes the ublk device of image i.
+func (d *Daemon) makeImage(ctx context.Context, s *snapshot, i int) error {
+	im := s.images[i]
+	d.step("take snapshot %s: make the image of %s", s.id, im.device.Name)
+	geo := im.device.geo
+	// An image outlives no power failure, so there is nothing to flush; and
+	// a trim of it must not fill the storage with zeroes.
+	geo.ReadOnly, geo.VolatileCache, geo.FUA = false, false, false
+	geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
+	// Payloads go to the storage as well, whatever it is.
+	geo.DMAMask |= sector.Size - 1
+	var tag uint64
+	dev, err := d.addUblk(ctx, imageKind, im.device.Name+"-"+s.id, ublk.Config{
+		Name: im.device.Name + "@", Queues: im.device.Queues, Depth: min(im.device.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
+		Mode: im.device.ublk.Mode, Geometry: geo, NoPartScan: true,
+		Files:      []*blockdev.OSFile{im.device.orig},
+		NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.snap.Image(i).NewQueue(bq) },
+	}, func(id int, chosen uint64) error {
+		tag = chosen
+		return s.snap.SetImage(i, snapshots.Image{Number: int32(id), Tag: tag})
+	})
+	deathpoint.Point()
+	d.mu.Lock()
+	im.ublk, im.take = dev, s.snap.TakeInfo(i)
+	d.mu.Unlock()
+	if err != nil {
+		return err
 	}
-	return nil
+	return d.linkImage(ctx, s, i, tag)
+}
+
+// linkImage gives image i its name.
+func (d *Daemon) linkImage(ctx context.Context, s *snapshot, i int, tag uint64) error {
+	im := s.images[i]
+	l, err := d.link(ctx, filepath.Join(imageDir, im.device.Name+"-"+s.id), im.ublk)
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	im.link = l
+	d.mu.Unlock()
+	return s.snap.SetImage(i, snapshots.Image{Number: int32(im.ublk.ID), Tag: tag, Link: l})
 }
 
 // mountsOver are the filesystems on the snapshot's devices, each once.

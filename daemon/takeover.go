@@ -22,6 +22,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -49,7 +50,11 @@ type survivor struct {
 const (
 	// claimTimeout is how long the kernel may take to let go of a dead server: before
 	// Linux 6.9 it looks every 5 s, and what the server had begun ends first.
-	claimTimeout = 15 * time.Second
+	claimTimeout = time.Minute
+	// serveTimeout is how long it may take to serve a device again. Nothing of it waits
+	// for a disk: only a machine that is very busy needs long, and it shall not lose a
+	// snapshot for that.
+	serveTimeout = 10 * time.Minute
 	// retryInterval is how often a device that waits for its disk is tried again.
 	retryInterval = 2 * time.Second
 )
@@ -57,40 +62,96 @@ const (
 // takeOver makes this daemon the server of what a dead one left.
 func (d *Daemon) takeOver(ctx context.Context) {
 	began := time.Now()
-	d.thawLeftover()
+	// Beside all else: a filesystem that goes on writes to its filter, which has to be
+	// served for that.
+	thawed := make(chan struct{})
+	go func() {
+		defer close(thawed)
+		d.thawLeftover()
+	}()
+	d.openEvents()
 	records, damaged := d.deviceRecords()
 	d.damaged = damaged
-	var left []*survivor
+	var devices []*survivor
 	for _, r := range records {
-		left = append(left, &survivor{record: r})
+		devices = append(devices, &survivor{record: r})
 	}
-	left = d.claimAll(ctx, left)
-	eachAtOnce(left, func(s *survivor) {
+	snaps := d.leftSnapshots()
+	devices = d.claimAll(ctx, devices, snaps)
+	storage := make(chan struct{})
+	go func() {
+		defer close(storage)
+		eachAtOnce(snaps, d.claimStorage)
+	}()
+	eachAtOnce(devices, func(s *survivor) {
 		if s.reason == nil {
 			s.dev, s.reason = d.reopen(ctx, s)
 		}
 	})
-	served := 0
-	for _, s := range left {
-		if s.reason == nil {
-			deathpoint.Point()
-			d.resume(ctx, s)
-			served++
+	// Those that no snapshot holds need not wait for storage.
+	served := d.resumeAll(ctx, devices, snaps, false)
+	<-storage
+	there := map[string]*device{}
+	for _, s := range devices {
+		if s.dev != nil {
+			there[s.dev.Name] = s.dev
 		}
 	}
+	reopened := make([]*snapshot, len(snaps))
+	reasons := make([]error, len(snaps))
+	for i, s := range snaps {
+		reopened[i], reasons[i] = d.reopenSnapshot(s, there)
+	}
+	served += d.resumeAll(ctx, devices, snaps, true)
 	pause := time.Since(began)
-	for _, s := range left {
+	d.resumeImages(ctx, reopened, snaps)
+	images := time.Since(began)
+	for i, s := range snaps {
+		if reopened[i] == nil {
+			continue
+		}
+		if err := d.goOn(ctx, reopened[i], s); err != nil {
+			d.opts.Log.Error("a snapshot is taken over without its images: it is destroyed", "snapshot", s.id(), "error", err)
+			d.ended = append(d.ended, control.LostSnapshot{ID: s.id(), Reason: err.Error()})
+			go d.forwardEvents(reopened[i])
+			if err := d.startDestroy(reopened[i]); err != nil {
+				d.opts.Log.Error("a snapshot cannot be destroyed", "snapshot", s.id(), "error", err)
+			}
+			continue
+		}
+		served += len(s.Images)
+	}
+	if served > 0 {
+		d.recovered = &control.Recovered{At: time.Now(), Count: d.countRecovery(), Pause: pause, Images: images, Devices: served}
+		d.opts.Log.Warn("taken over from a daemon that died", "devices", served, "pause", pause, "images", images)
+	}
+	for _, s := range devices {
 		if s.dev != nil {
 			d.nameAgain(ctx, s)
 		} else {
 			d.wait(s)
 		}
 	}
-	if served > 0 {
-		d.recovered = &control.Recovered{At: time.Now(), Count: d.countRecovery(), Pause: pause, Devices: served}
-		d.opts.Log.Warn("taken over from a daemon that died", "filters", served, "waiting", len(d.waiting), "pause", pause)
-	}
 	d.removeLeftovers(ctx)
+	d.endSnapshots(ctx, snaps, reopened, reasons)
+	d.forgetEvents(snaps)
+	<-thawed
+}
+
+// resumeAll serves the devices that a snapshot holds, or those that none does, and
+// says how many.
+func (d *Daemon) resumeAll(ctx context.Context, devices []*survivor, snaps []*leftSnapshot, held bool) (served int) {
+	for _, s := range devices {
+		holds := slices.ContainsFunc(snaps, func(l *leftSnapshot) bool {
+			return slices.ContainsFunc(l.Devices, func(known snapshots.Device) bool { return known.Name == s.record.Name })
+		})
+		if s.dev != nil && holds == held {
+			deathpoint.Point()
+			d.resume(ctx, s)
+			served++
+		}
+	}
+	return served
 }
 
 // recoveries is how often daemons have taken over, in state/recoveries.
@@ -114,7 +175,7 @@ func (d *Daemon) countRecovery() int {
 }
 
 // eachAtOnce calls f for all of them, each on a goroutine of its own, and waits.
-func eachAtOnce(all []*survivor, f func(*survivor)) {
+func eachAtOnce[T any](all []T, f func(T)) {
 	var wg sync.WaitGroup
 	for _, s := range all {
 		wg.Add(1)
@@ -129,11 +190,17 @@ func eachAtOnce(all []*survivor, f func(*survivor)) {
 // claimAll claims the devices of the driver before any is served, because only then
 // has everything ended that the dead daemon had begun. It returns those that there
 // are.
-func (d *Daemon) claimAll(ctx context.Context, all []*survivor) []*survivor {
+func (d *Daemon) claimAll(ctx context.Context, all []*survivor, snaps []*leftSnapshot) []*survivor {
 	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
 	defer cancel()
+	images := make(chan struct{})
+	go func() {
+		defer close(images)
+		eachAtOnce(snaps, func(s *leftSnapshot) { d.claimImages(ctx, s) })
+	}()
 	gone := make([]bool, len(all))
 	eachAtOnce(all, func(s *survivor) { gone[slices.Index(all, s)] = d.claim(ctx, s) })
+	<-images
 	var there []*survivor
 	for i, s := range all {
 		if !gone[i] {
@@ -231,7 +298,7 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 		return nil, err
 	}
 	dev.filter = filter.New(filter.Config{Orig: dev.orig, Size: dev.geo.Size, CBT: dev.cbt, Queues: s.claimed.Queues, Counters: dev.counters.queues})
-	limited, cancel := d.withDiskTimeout(ctx)
+	limited, cancel := context.WithTimeout(ctx, serveTimeout)
 	defer cancel()
 	prepared, err := s.claimed.Prepare(limited, ublk.Config{
 		Name: r.Name, Files: []*blockdev.OSFile{dev.orig}, OpenedBy: d.openedBy,

@@ -48,8 +48,9 @@ type Device struct {
 }
 
 const (
-	nodeTimeout      = 5 * time.Second  // for udev to be done with a node
+	nodeTimeout      = 30 * time.Second // for udev to be done with a node
 	undoTimeout      = 30 * time.Second // for the steps of a failed start
+	resumeTimeout    = 10 * time.Minute // for the fetching, of which nothing waits for a disk
 	lastCloseTimeout = 2 * time.Second  // for the last users of a deleted device
 	pollInterval     = 5 * time.Millisecond
 )

@@ -77,7 +77,7 @@ func (c *Claimed) Prepare(ctx context.Context, cfg Config) (*Device, error) {
 // After an error the queues' threads still run, so that whoever waits for a task of
 // theirs gets it done; the device is to be abandoned, or deleted.
 func (d *Device) Resume(ctx context.Context) error {
-	started, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	started, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTimeout)
 	defer cancel()
 	err := d.begin(started, uapi.UBLK_U_CMD_END_USER_RECOVERY)
 	if err == nil {

@@ -23,9 +23,11 @@ import (
 // next daemon goes on with what the dead one had.
 func TestKilled(t *testing.T) {
 	guest.Need(t)
-	disks := guest.RAMDisks(t, 2, 64<<20)
-	d := program.Start(t)
+	disks := guest.RAMDisks(t, 3, 64<<20)
+	d := program.Start(t, "freeze_timeout=1h") // a start that waits for the thawing would hang
 	dev, other := d.Add(disks[0]), d.Add(disks[1], program.Queues(min(2, runtime.NumCPU()), 16))
+	third := d.Add(disks[2])
+	guest.Ext4.Make(t, third.Link)
 	guest.Ext4.Make(t, dev.Link)
 	dir := guest.Mount(t, dev.Link)
 	stop := make(chan struct{})
@@ -64,6 +66,8 @@ func TestKilled(t *testing.T) {
 	}
 	writers := []chan error{writer(filepath.Join(dir, "file")), writer(other.Path)}
 	time.Sleep(300 * time.Millisecond)
+	onFilter := guest.Mount(t, third.Link)
+	guest.Run(t, "fsfreeze", "-f", onFilter)
 	before := d.CBT(other)
 	status, err := d.DeviceStatus(guest.Context(t), other.Name)
 	if err != nil {
@@ -83,19 +87,20 @@ func TestKilled(t *testing.T) {
 		}
 	}
 
-	// As if it had died in a take: a filesystem stands still, and is on record.
+	// As if it had died in a take: filesystems stand still, one of them on a filter, and
+	// are on record.
 	still := guest.LoopDisk(t, 64<<20, 512)
 	guest.Ext4.Make(t, still)
 	frozen := guest.Mount(t, still)
 	guest.Run(t, "fsfreeze", "-f", frozen)
-	if err := os.WriteFile(filepath.Join(d.RunDir.State(), "frozen"), []byte(frozen+"\x00"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(d.RunDir.State(), "frozen"), []byte(frozen+"\x00"+onFilter+"\x00"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 
 	for i := range 3 {
 		d.Restart()
 		info, err := d.Info(guest.Context(t))
-		if err != nil || info.Recovered == nil || info.Recovered.Devices != 2 || info.Recovered.Count != i+1 || info.Lost != nil {
+		if err != nil || info.Recovered == nil || info.Recovered.Devices != 3 || info.Recovered.Count != i+1 || info.Lost != nil {
 			t.Fatalf("the daemon says of itself %+v, %v", info, err)
 		}
 		t.Logf("taken over, I/O waited for %v", info.Recovered.Pause)
@@ -104,11 +109,13 @@ func TestKilled(t *testing.T) {
 			d.Kill()
 		}
 	}
-	if _, err := guest.Try("fsfreeze", "-u", frozen); err == nil {
-		t.Error("a filesystem that the dead daemon froze still stands still")
+	for _, dir := range []string{frozen, onFilter} {
+		if _, err := guest.Try("fsfreeze", "-u", dir); err == nil {
+			t.Error("a filesystem that the dead daemon froze still stands still")
+		}
 	}
 	now, err := d.Devices(guest.Context(t))
-	if err != nil || len(now) != 2 {
+	if err != nil || len(now) != 3 {
 		t.Fatalf("devices %+v, %v", now, err)
 	}
 	for i, want := range []control.Device{dev, other} {
@@ -130,8 +137,10 @@ func TestKilled(t *testing.T) {
 		}
 	}
 	guest.Unmount(t, dir)
+	guest.Unmount(t, onFilter)
 	d.Remove(dev)
 	d.Remove(other)
+	d.Remove(third)
 	for _, kind := range []string{"cbt", "counters", "devices", "snapshots"} {
 		if left, err := os.ReadDir(filepath.Join(d.RunDir.State(), kind)); err != nil || len(left) > 0 {
 			t.Errorf("state of devices that are gone: %v, %v", left, err)

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -229,8 +228,9 @@ func TestDestroyStuckStorage(t *testing.T) {
 	guest.Unmount(t, dir)
 }
 
-// TestKilledStuckStorage: the daemon after one that was killed serves, though what
-// is left of a storage does not answer. It goes when it does.
+// TestKilledStuckStorage: the daemon after one that was killed serves, though a
+// storage does not answer. Its snapshot ends, and what is left of it goes when the
+// storage answers. A filter that no snapshot holds does not wait for that.
 func TestKilledStuckStorage(t *testing.T) {
 	guest.Need(t)
 	guest.Run(t, "modprobe", "dm-mod")
@@ -238,16 +238,12 @@ func TestKilledStuckStorage(t *testing.T) {
 	guest.Ext4.Make(t, files)
 	dir := guest.Mount(t, files)
 	file := filepath.Join(dir, "differences")
-	d := program.Start(t)
-	dev := d.Add(guest.RAMDisks(t, 1, 8<<20)[0])
+	d := program.Start(t, "storage_timeout=5s", "disk_timeout=5s")
+	disks := guest.RAMDisks(t, 2, 8<<20)
+	dev, other := d.Add(disks[0]), d.Add(disks[1])
 	s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: file}}})
 	d.Taken(s.ID)
-	if err := unix.Kill(d.PID, unix.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	if !d.Ended(guest.Patience) {
-		t.Fatal("the process does not end")
-	}
+	d.Kill()
 	state := filepath.Join(d.RunDir.State(), "snapshots")
 	guest.Run(t, "dmsetup", "suspend", "files") // with its filesystem frozen
 	suspended := true
@@ -258,14 +254,23 @@ func TestKilledStuckStorage(t *testing.T) {
 		}
 	}
 	t.Cleanup(resume)
-	config := filepath.Join(t.TempDir(), "conf")
-	if err := os.WriteFile(config, []byte("disk_timeout = \"3s\"\n"), 0o600); err != nil {
-		t.Fatal(err)
+	d.Launch()
+	written := make(chan error, 2)
+	for _, path := range []string{other.Path, dev.Path} {
+		f, err := os.OpenFile(path, os.O_RDWR|unix.O_DSYNC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		go func() {
+			_, err := f.WriteAt(make([]byte, 4096), 0)
+			written <- err
+		}()
 	}
-	next := exec.Command(program.Path(t), "daemon", "--run-dir", string(d.RunDir), "--config", config)
-	next.Stdout, next.Stderr = os.Stdout, os.Stderr
-	if err := next.Start(); err != nil {
-		t.Fatal(err)
+	for range 2 {
+		if err := guest.Await(t, "a write", written); err != nil {
+			t.Errorf("a write: %v", err)
+		}
 	}
 	guest.WaitFor(t, "the next daemon", func() bool { _, err := d.Info(guest.Context(t)); return err == nil })
 	if _, err := os.Stat(filepath.Join(state, s.ID, "record.json")); err != nil {
@@ -274,19 +279,62 @@ func TestKilledStuckStorage(t *testing.T) {
 	if pool, err := os.Stat(filepath.Join(state, s.ID, "pool")); err == nil {
 		t.Errorf("while the storage does not answer %d bytes of memory are held", pool.Size())
 	}
+	if i, err := d.Info(guest.Context(t)); err != nil || i.Lost == nil || len(i.Lost.Devices) != 0 || len(i.Lost.Snapshots) != 1 || i.Lost.Snapshots[0].ID != s.ID {
+		t.Errorf("the daemon says %+v, %v", i.Lost, err)
+	}
+	d.Refused([]string{"not taken over", "does not answer"}, "snapshot", "info", s.ID)
 	resume()
 	guest.WaitFor(t, "the end of the storage", func() bool {
 		left, err := os.ReadDir(state)
 		_, gone := os.Stat(file)
 		return err == nil && len(left) == 0 && errors.Is(gone, os.ErrNotExist)
 	})
-	if err := next.Process.Signal(unix.SIGTERM); err != nil {
+	d.Remove(dev)
+	d.Remove(other)
+	guest.Unmount(t, dir)
+}
+
+// TestStorageGone: a block device of the storage goes while no daemon lives. The
+// snapshot ends with its events, the filter goes on.
+func TestStorageGone(t *testing.T) {
+	guest.Need(t)
+	guest.Run(t, "modprobe", "dm-mod")
+	loop := guest.LoopDisk(t, 32<<20, 512)
+	store := guest.DMDisk(t, "gone", guest.LinearTable(t, loop))
+	d := program.Start(t, "storage_timeout=5s")
+	dev := d.Add(guest.RAMDisks(t, 1, 8<<20)[0])
+	s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: store}}})
+	d.Taken(s.ID)
+	image, err := os.Open(s.Images[0].Path)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if err := next.Wait(); err != nil {
-		t.Error(err)
+	defer image.Close()
+	d.Kill()
+	guest.WaitFor(t, "the dead process to let go of the storage", func() bool {
+		_, err := guest.Try("dmsetup", "remove", "gone")
+		return err == nil
+	})
+	d.Restart()
+	i, err := d.Info(guest.Context(t))
+	if err != nil || i.Lost == nil || len(i.Lost.Devices) != 0 || len(i.Lost.Snapshots) != 1 || i.Lost.Snapshots[0].Storage[0] != store {
+		t.Fatalf("the daemon says %+v, %v", i.Lost, err)
 	}
-	guest.Unmount(t, dir)
+	if ids := program.SnapshotIDs(t, d); len(ids) != 0 {
+		t.Errorf("snapshots %v", ids)
+	}
+	if _, err := image.ReadAt(make([]byte, 4096), 0); err == nil {
+		t.Error("the image of a snapshot that has ended can be read")
+	}
+	image.Close()
+	if st, err := d.DeviceStatus(guest.Context(t), dev.Name); err != nil || st.State != "live" {
+		t.Errorf("%+v, %v", st, err)
+	}
+	d.Destroy(d.Take(0, dev).ID)
+	if i, err := d.Info(guest.Context(t)); err != nil || i.Lost != nil {
+		t.Errorf("another was taken, and told is %+v, %v", i.Lost, err)
+	}
+	d.Remove(dev)
 }
 
 // TestStuckFile has storage files on a filesystem that stands still: opening or

@@ -1,0 +1,357 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
+)
+
+// The snapshots of a dead daemon, each by the stage it was in:
+//
+//	created              goes on, empty as it was
+//	taking               the take was not made: its number is void, and it is as created
+//	taken                goes on, and so do its images
+//	being destroyed      that is brought to its end
+//	created with a take  whose maker has had no answer: nobody knows of it, it is destroyed
+//
+// One that cannot go on, because a device, a storage or a table is not to be had,
+// ends with its event. The devices do not end with it.
+
+// leftSnapshot is a snapshot of a dead daemon on its way into the hands of this one.
+type leftSnapshot struct {
+	*snapshots.Left
+	images  []*ublk.Claimed // of each device, nil if there is none
+	config  snapshots.Config
+	events  chan diffarea.Event
+	members []*device // of each device, as far as they are taken over
+}
+
+// snapshotNote is what the daemon keeps with a snapshot.
+type snapshotNote struct {
+	Taken  time.Time     `json:"taken"`
+	Frozen time.Duration `json:"frozen_ns"`
+}
+
+// leftSnapshots are the snapshots that are there.
+func (d *Daemon) leftSnapshots() []*leftSnapshot {
+	left, err := snapshots.LeftBehind(d.snapshotsDir())
+	if err != nil {
+		d.opts.Log.Error("cannot look for the snapshots of a dead daemon", "error", err)
+	}
+	slices.SortStableFunc(left, func(a, b *snapshots.Left) int { return a.Created.Compare(b.Created) })
+	var out []*leftSnapshot
+	for _, l := range left {
+		s := &leftSnapshot{Left: l, events: make(chan diffarea.Event, 256), images: make([]*ublk.Claimed, len(l.Images))}
+		s.config = d.snapshotConfig(s.events)
+		out = append(out, s)
+	}
+	return out
+}
+
+// snapshotConfig is what all snapshots have in common.
+func (d *Daemon) snapshotConfig(events chan diffarea.Event) snapshots.Config {
+	return snapshots.Config{
+		StateDir: d.snapshotsDir(), Root: d.host.Root, StorageTimeout: d.opts.Config.StorageTimeout, Control: d.queue,
+		OnEvent: func(e diffarea.Event) {
+			select {
+			case events <- e:
+			default: // a queue thread does not wait; what broke is in the state too
+			}
+		},
+	}
+}
+
+func (s *leftSnapshot) id() string { return s.Left.ID.String() }
+
+// claimImages claims the ublk devices of the images.
+func (d *Daemon) claimImages(ctx context.Context, s *leftSnapshot) {
+	for i, im := range s.Images {
+		if im.Number < 0 {
+			continue
+		}
+		info, err := d.ctl.Info(ctx, int(im.Number))
+		if errors.Is(err, unix.ENODEV) || err == nil && info.Tag != im.Tag {
+			continue
+		}
+		if err == nil {
+			s.images[i], err = ublk.Claim(ctx, d.ctl, int(im.Number))
+		}
+		deathpoint.Point()
+		if errors.Is(err, ublk.ErrDead) {
+			err = d.ctl.DeleteDevice(ctx, int(im.Number))
+		}
+		if err != nil && !errors.Is(err, unix.ENODEV) {
+			d.opts.Log.Warn("an image is not taken over: another is made", "snapshot", s.id(), "device", im.Number, "error", err)
+		}
+	}
+}
+
+// claimStorage has a snapshot's storage, if it will be needed. What it waits for it
+// says when the snapshot is reopened.
+func (d *Daemon) claimStorage(s *leftSnapshot) {
+	if s.Err == nil && !s.Pending && s.Stage != snapshots.Destroying {
+		if err := s.Claim(s.config); err != nil {
+			d.opts.Log.Warn("storage of a dead daemon's snapshot cannot be claimed", "snapshot", s.id(), "error", publicPaths(err.Error()))
+		}
+	}
+}
+
+// reopenSnapshot makes a snapshot of what outlived the dead daemon. Its devices are not
+// served yet. Without one and without a reason, it is one that shall end.
+func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ *snapshot, reason error) {
+	if s.Err != nil {
+		return nil, s.Err
+	}
+	var missing string
+	maps := make([]*cbtmap.Map, len(s.Devices))
+	filters := make([]*filter.Filter, len(s.Devices))
+	s.members = make([]*device, len(s.Devices))
+	for i, known := range s.Devices {
+		dev := devices[known.Name]
+		if dev == nil || unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor) != known.Number {
+			missing = known.Name
+			continue
+		}
+		s.members[i], maps[i], filters[i] = dev, dev.cbt, dev.filter
+	}
+	if s.Stage == snapshots.Taking {
+		if err := s.Void(maps); err != nil {
+			return nil, err
+		}
+		deathpoint.Point()
+	}
+	switch {
+	case s.Pending, s.Stage == snapshots.Destroying:
+		return nil, nil
+	case missing != "":
+		return nil, fmt.Errorf("its device %s is not taken over", missing)
+	}
+	var snap *snapshots.Snapshot
+	taken := s.Stage == snapshots.Taken
+	if taken {
+		snap, reason = s.Reopen(s.config, filters)
+	} else {
+		snap, reason = s.Again(s.config, filters)
+	}
+	if reason != nil {
+		return nil, reason
+	}
+	deathpoint.Point()
+	out := &snapshot{
+		id: s.id(), snap: snap, chunk: s.Chunk, created: s.Created,
+		engineEvents: s.events, destroyed: make(chan struct{}),
+	}
+	for i, dev := range s.members {
+		im := &image{device: dev}
+		if taken {
+			im.take = snap.TakeInfo(i)
+		}
+		out.images = append(out.images, im)
+	}
+	for _, text := range s.Storage {
+		var st control.Storage
+		if err := json.Unmarshal(text, &st); err != nil {
+			d.opts.Log.Warn("what was said of a storage is forgotten", "snapshot", out.id, "error", err)
+		}
+		out.storage = append(out.storage, st)
+	}
+	if taken {
+		note := snapshotNote{Taken: s.Created}
+		if s.Note != nil {
+			_ = json.Unmarshal(s.Note, &note) // else: when it was made
+		}
+		out.taken, out.frozen = &note.Taken, note.Frozen
+	}
+	d.mu.Lock()
+	d.snapshots[out.id] = out
+	d.mu.Unlock()
+	return out, nil
+}
+
+// goOn lets a snapshot work whose devices are served: its images come back, and its
+// events go on.
+func (d *Daemon) goOn(ctx context.Context, s *snapshot, left *leftSnapshot) error {
+	if !d.events.has(s.id, control.EventCreated) {
+		d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCreated})
+	}
+	if s.taken != nil {
+		for i := range s.images {
+			if err := d.nameImage(ctx, s, i, left.images[i]); err != nil {
+				return fmt.Errorf("the image of %s: %w", s.images[i].device.Name, err)
+			}
+		}
+		if !d.events.has(s.id, control.EventTaken) {
+			d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventTaken})
+		}
+	}
+	go d.forwardEvents(s)
+	d.opts.Log.Info("taken over", "snapshot", s.id, "images", len(s.images), "taken", s.taken != nil)
+	return nil
+}
+
+// resumeImages serves the images again, all at once. One that cannot be is left to
+// goOn.
+func (d *Daemon) resumeImages(ctx context.Context, reopened []*snapshot, left []*leftSnapshot) {
+	ctx, cancel := context.WithTimeout(ctx, serveTimeout)
+	defer cancel()
+	var all []func()
+	for i, s := range reopened {
+		if s == nil || s.taken == nil {
+			continue
+		}
+		for n, claimed := range left[i].images {
+			if claimed != nil {
+				all = append(all, func() { d.resumeImage(ctx, s, n, claimed) })
+			}
+		}
+	}
+	eachAtOnce(all, func(resume func()) { resume() })
+}
+
+// resumeImage serves an image again, or deletes its device.
+func (d *Daemon) resumeImage(ctx context.Context, s *snapshot, i int, claimed *ublk.Claimed) {
+	im := s.images[i]
+	dev, err := claimed.Prepare(ctx, ublk.Config{
+		Name: im.device.Name + "@", Files: []*blockdev.OSFile{im.device.orig}, OpenedBy: d.openedBy,
+		NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.snap.Image(i).NewQueue(bq) },
+	})
+	if err == nil {
+		if err = dev.Resume(ctx); err != nil {
+			dev.Abandon()
+		}
+	}
+	if err != nil {
+		d.opts.Log.Error("an image is not taken over: another is made, and who used that one gets errors", "snapshot", s.id, "device", claimed.ID, "error", err)
+		if err := d.ctl.DeleteDevice(ctx, claimed.ID); err != nil {
+			d.opts.Log.Warn("cannot remove an image", "snapshot", s.id, "device", claimed.ID, "error", err)
+		}
+		return
+	}
+	d.mu.Lock()
+	im.ublk = dev
+	d.mu.Unlock()
+}
+
+// nameImage gives an image its name again, or makes its device anew.
+func (d *Daemon) nameImage(ctx context.Context, s *snapshot, i int, claimed *ublk.Claimed) error {
+	deathpoint.Point()
+	im := s.images[i]
+	if im.ublk == nil {
+		return d.makeImage(ctx, s, i)
+	}
+	err := d.note(filepath.Base(im.ublk.Path), "image", im.device.Name+"-"+s.id)
+	if err = errors.Join(err, d.linkImage(ctx, s, i, claimed.Tag)); err != nil {
+		d.opts.Log.Warn("an image has lost its name", "snapshot", s.id, "device", im.ublk.Path, "error", err)
+	}
+	return nil
+}
+
+// endSnapshot ends a snapshot that cannot be taken over, with its event, or one that
+// shall end, without a reason. The rest of it goes beside what waits for this daemon,
+// by what is returned.
+func (d *Daemon) endSnapshot(ctx context.Context, s *leftSnapshot, reason error) (rest func()) {
+	if reason != nil {
+		said := publicPaths(reason.Error())
+		d.opts.Log.Error("a snapshot cannot be taken over: it ends", "snapshot", s.id(), "reason", said)
+		lost := control.LostSnapshot{ID: s.id(), Reason: said}
+		for _, dev := range s.Devices {
+			lost.Devices = append(lost.Devices, dev.Name)
+		}
+		for _, text := range s.Storage {
+			var st control.Storage
+			if json.Unmarshal(text, &st) == nil {
+				lost.Storage = append(lost.Storage, st.Path)
+			}
+		}
+		d.ended = append(d.ended, lost)
+		if !d.events.has(s.id(), control.EventCorrupted) {
+			errno := unix.EIO
+			errors.As(reason, &errno)
+			d.events.emit(control.Event{Snapshot: s.id(), Kind: control.EventCorrupted, Errno: -int(errno)})
+		}
+	} else {
+		d.opts.Log.Warn("a snapshot that was to end when its daemon died is destroyed", "snapshot", s.id(), "stage", s.Stage.String())
+	}
+	for i, claimed := range s.images {
+		if claimed == nil {
+			continue
+		}
+		d.unlink(s.Images[i].Link, fmt.Sprintf("ublkb%d", claimed.ID))
+		if err := d.ctl.DeleteDevice(ctx, claimed.ID); err != nil {
+			d.opts.Log.Warn("cannot remove the image of a snapshot that ends", "snapshot", s.id(), "device", claimed.ID, "error", err)
+		}
+		deathpoint.Point()
+	}
+	return func() { d.clearSnapshot(ctx, s) }
+}
+
+// endSnapshots ends those that were not reopened.
+func (d *Daemon) endSnapshots(ctx context.Context, snaps []*leftSnapshot, reopened []*snapshot, reasons []error) {
+	ctx, cancel := d.withDiskTimeout(ctx)
+	defer cancel()
+	var rests []func()
+	for i, s := range snaps {
+		if reopened[i] == nil {
+			rests = append(rests, d.endSnapshot(ctx, s, reasons[i]))
+		}
+	}
+	eachAtOnce(rests, func(rest func()) { rest() })
+}
+
+// clearSnapshot removes what is left of a snapshot that ends. If its storage does not
+// answer, that takes as long as that lasts, but clearSnapshot itself returns
+// when ctx ends, because somebody waits for this daemon to start.
+func (d *Daemon) clearSnapshot(ctx context.Context, s *leftSnapshot) {
+	_, late := bounded.Call(ctx, func() error {
+		if err := s.Clear(s.config); err != nil {
+			d.opts.Log.Warn("a part of a dead daemon's snapshot cannot be removed", "snapshot", s.id(), "error", publicPaths(err.Error()))
+		}
+		if slices.Contains(d.events.ids(), s.id()) {
+			d.events.emit(control.Event{Snapshot: s.id(), Kind: control.EventDestroyed})
+		}
+		return nil
+	}, func(error) {})
+	if late != nil {
+		d.opts.Log.Warn("the storage of a dead daemon's snapshot does not answer: it is given back when it does", "snapshot", s.id())
+	}
+}
+
+// forgetEvents tells the end of snapshots that a dead daemon had destroyed, all but
+// saying so.
+func (d *Daemon) forgetEvents(left []*leftSnapshot) {
+	for _, id := range d.events.ids() {
+		if !slices.ContainsFunc(left, func(s *leftSnapshot) bool { return s.id() == id }) {
+			d.events.emit(control.Event{Snapshot: id, Kind: control.EventDestroyed})
+		}
+	}
+}
+
+// openEvents takes the events of a dead daemon over.
+func (d *Daemon) openEvents() {
+	path := filepath.Join(d.opts.Dir.State(), "events.json")
+	events, err := openEventLog(path, func(err error) {
+		d.opts.Log.Warn("events cannot be kept for the next daemon", "error", err)
+	})
+	if err != nil {
+		d.opts.Log.Error("the events of a dead daemon are lost", "error", err)
+		_ = os.Remove(path)
+	}
+	d.events = events
+}

@@ -1,0 +1,351 @@
+package daemon
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/direct"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
+)
+
+// The daemon dies at the n-th step of an operation, for every n, and of taking over
+// from one that did. Whoever asked for the operation can do so again, and whoever uses
+// a device notices nothing.
+
+// victim is a daemon that can be told where to die.
+type victim struct {
+	*program.Daemon
+	t     *testing.T
+	disk  string
+	arm   string // file: steps count while it is there
+	store string
+}
+
+// pattern is what is on the disk when a snapshot is taken.
+func pattern(size int, version uint64) []byte {
+	b := make([]byte, size)
+	for i := 0; i < size; i += 8 {
+		binary.LittleEndian.PutUint64(b[i:], version<<32+uint64(i))
+	}
+	return b
+}
+
+const victimSize = 4 << 20
+
+func newVictim(t *testing.T) *victim {
+	guest.Need(t)
+	v := &victim{t: t, arm: filepath.Join(t.TempDir(), "armed"), store: guest.SmallFS(t, 128<<20)}
+	v.disk = guest.LoopDisk(t, victimSize, 512)
+	v.Daemon = program.Start(t, "storage_timeout=10s")
+	v.StopAndWait()
+	v.Program = program.Path(t) + "-deathpoints"
+	return v
+}
+
+// dies starts the daemon so that it dies at step n after the arming.
+func (v *victim) dies(n int) {
+	v.t.Helper()
+	os.Remove(v.arm)
+	v.Restart(fmt.Sprintf("%s=%d", deathpoint.DieAt, n), deathpoint.DieFile+"="+v.arm)
+}
+
+func (v *victim) armed() {
+	v.t.Helper()
+	if err := os.WriteFile(v.arm, nil, 0o600); err != nil {
+		v.t.Fatal(err)
+	}
+}
+
+// try is f with the steps counted. It says whether the daemon has died of it, and
+// starts the next if so.
+func (v *victim) try(f func() error) (died bool) {
+	v.t.Helper()
+	v.armed()
+	err := f()
+	os.Remove(v.arm)
+	if !v.Ended(0) && err != nil {
+		// It may be about to die, with the answer on its way.
+		if v.Ended(time.Second) {
+			v.Restart()
+			return true
+		}
+		v.t.Fatalf("a daemon that lives says %v", err)
+	}
+	if v.Ended(100 * time.Millisecond) {
+		v.Restart()
+		if i, err := v.Info(guest.Context(v.t)); err != nil || i.Lost != nil {
+			v.t.Errorf("after the death: %+v, %v", i.Lost, err)
+		}
+		return true
+	}
+	return false
+}
+
+// device is the filter over the disk, there by now or added.
+func (v *victim) device() control.Device {
+	v.t.Helper()
+	all, err := v.Devices(guest.Context(v.t))
+	if err != nil || len(all) > 1 {
+		v.t.Fatalf("devices %+v, %v", all, err)
+	}
+	if len(all) == 0 {
+		dev, err := v.AddDevice(guest.Context(v.t), control.AddRequest{Path: v.disk})
+		if err != nil {
+			v.t.Fatalf("add: %v", err)
+		}
+		return dev
+	}
+	return all[0]
+}
+
+// write writes version all over the filter.
+func (v *victim) write(version uint64) {
+	v.t.Helper()
+	f := direct.MustOpen(v.t, v.device().Path, unix.O_RDWR)
+	defer f.Close()
+	p := direct.Pages(v.t, victimSize)
+	copy(p, pattern(victimSize, version))
+	for at := 0; at < victimSize; at += 256 << 10 {
+		if err := f.WriteAt(p[at:at+256<<10], int64(at)); err != nil {
+			v.t.Fatalf("write: %v", err)
+		}
+	}
+}
+
+// shows makes sure that the device at path holds version.
+func (v *victim) shows(path string, version uint64) {
+	v.t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil || string(b) != string(pattern(victimSize, version)) {
+		v.t.Errorf("%s does not hold version %d: %v", path, version, err)
+	}
+}
+
+// clean removes all there is, and makes sure that nothing is left.
+func (v *victim) clean() {
+	v.t.Helper()
+	for _, id := range program.SnapshotIDs(v.t, v.Daemon) {
+		v.Destroy(id)
+	}
+	v.Remove(v.device())
+	for _, kind := range []string{"cbt", "counters", "devices", "snapshots"} {
+		if left, err := os.ReadDir(filepath.Join(v.RunDir.State(), kind)); err != nil || len(left) > 0 {
+			v.t.Errorf("left in %s: %v, %v", kind, left, err)
+		}
+	}
+	if left, err := os.ReadDir(v.store); err != nil || len(left) > 0 {
+		v.t.Errorf("left in the storage: %v, %v", left, err)
+	}
+	if left := guest.UblkDevices(); len(left) > 0 {
+		guest.WaitFor(v.t, fmt.Sprintf("the end of %v", left), func() bool { return len(guest.UblkDevices()) == 0 })
+	}
+	v.StopAndWait()
+}
+
+// everyStep runs a part for n = 1, 2, ... until it says that nothing died; in the
+// short form some of them.
+func everyStep(t *testing.T, offset int, part func(n int) (died bool)) {
+	t.Helper()
+	stride := int(guest.Span(4, 1))
+	for n := 1 + offset%stride; ; n += stride {
+		if !part(n) || t.Failed() {
+			t.Logf("lives through it at n = %d", n)
+			return
+		}
+	}
+}
+
+func TestDeathInAdd(t *testing.T) {
+	v := newVictim(t)
+	everyStep(t, 0, func(n int) bool {
+		v.dies(n)
+		died := v.try(func() error {
+			_, err := v.AddDevice(guest.Context(t), control.AddRequest{Path: v.disk})
+			return err
+		})
+		v.write(uint64(n))
+		v.shows(v.device().Link, uint64(n))
+		v.clean()
+		return died
+	})
+}
+
+func TestDeathInRemove(t *testing.T) {
+	v := newVictim(t)
+	everyStep(t, 1, func(n int) bool {
+		v.dies(n)
+		name := v.device().Name
+		v.write(uint64(n))
+		died := v.try(func() error { return v.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: name}) })
+		v.shows(v.device().Path, uint64(n))
+		v.clean()
+		v.shows(v.disk, uint64(n))
+		return died
+	})
+}
+
+// TestDeathInSnapshot dies in each of the operations on a snapshot.
+func TestDeathInSnapshot(t *testing.T) {
+	v := newVictim(t)
+	request := func(take bool) control.CreateRequest {
+		return control.CreateRequest{Devices: []string{v.device().Name}, ChunkSize: 64 << 10, Storage: []control.Storage{{Path: v.store}}, Take: take}
+	}
+	// held are the snapshots, of which there may be one.
+	held := func(t *testing.T) *control.Snapshot {
+		t.Helper()
+		all, err := v.Snapshots(guest.Context(t))
+		if err != nil || len(all) > 1 {
+			t.Fatalf("snapshots %+v, %v", all, err)
+		}
+		if len(all) == 0 {
+			return nil
+		}
+		if all[0].Errno != 0 {
+			t.Errorf("broken: %+v", all[0])
+		}
+		return &all[0]
+	}
+	call := func(f func(ctx context.Context) error) func() error {
+		return func() error { return f(guest.Context(t)) }
+	}
+	t.Run("create", func(t *testing.T) {
+		everyStep(t, 0, func(n int) bool {
+			v.dies(n)
+			v.write(uint64(n))
+			died := v.try(call(func(ctx context.Context) error { _, err := v.CreateSnapshot(ctx, request(false)); return err }))
+			if s := held(t); s != nil && len(s.Storage) == 1 && len(s.Images) == 1 {
+				v.Taken(s.ID)
+				v.write(uint64(n) + 1)
+				v.shows(held(t).Images[0].Path, uint64(n))
+			}
+			v.clean()
+			return died
+		})
+	})
+	t.Run("createTake", func(t *testing.T) {
+		everyStep(t, 1, func(n int) bool {
+			v.dies(n)
+			v.write(uint64(n))
+			var s *control.Snapshot
+			died := v.try(call(func(ctx context.Context) error {
+				made, err := v.CreateSnapshot(ctx, request(true))
+				if err == nil {
+					s = &made
+				}
+				return err
+			}))
+			v.write(uint64(n) + 1)
+			now := held(t)
+			switch {
+			case s != nil && (now == nil || now.ID != s.ID || now.State != control.SnapshotTaken):
+				t.Errorf("it was made, and is %+v", now)
+			case now != nil && now.State != control.SnapshotTaken:
+				t.Errorf("half made: %+v", now)
+			case now != nil:
+				v.shows(now.Images[0].Link, uint64(n))
+			}
+			v.clean()
+			return died
+		})
+	})
+	t.Run("take", func(t *testing.T) {
+		everyStep(t, 2, func(n int) bool {
+			v.dies(n)
+			v.write(uint64(n))
+			made := v.Create(request(false))
+			died := v.try(call(func(ctx context.Context) error {
+				_, err := v.TakeSnapshot(ctx, control.TakeRequest{ID: made.ID})
+				return err
+			}))
+			now := held(t)
+			if now == nil {
+				t.Fatal("the snapshot is gone")
+			}
+			if now.State == control.SnapshotCreated {
+				v.Taken(now.ID)
+			}
+			v.write(uint64(n) + 1)
+			v.shows(held(t).Images[0].Link, uint64(n))
+			v.shows(v.device().Link, uint64(n)+1)
+			if _, ranges, err := v.Changes(v.device(), *held(t).Images[0].Take); err != nil || len(ranges) > 0 {
+				t.Errorf("changes since the last take: %v, %v", ranges, err)
+			}
+			v.clean()
+			return died
+		})
+	})
+	t.Run("append", func(t *testing.T) {
+		everyStep(t, 3, func(n int) bool {
+			v.dies(n)
+			v.write(uint64(n))
+			made := v.Create(request(false))
+			v.Taken(made.ID)
+			v.write(uint64(n) + 1)
+			died := v.try(call(func(ctx context.Context) error {
+				_, err := v.AppendStorage(ctx, control.StorageRequest{ID: made.ID, Storage: control.Storage{Path: filepath.Join(v.store, "named")}})
+				return err
+			}))
+			v.shows(held(t).Images[0].Link, uint64(n))
+			v.clean()
+			return died
+		})
+	})
+	t.Run("destroy", func(t *testing.T) {
+		everyStep(t, 0, func(n int) bool {
+			v.dies(n)
+			v.write(uint64(n))
+			made := v.Create(request(false))
+			v.Taken(made.ID)
+			v.write(uint64(n) + 1)
+			died := v.try(call(func(ctx context.Context) error { return v.DestroySnapshot(ctx, made.ID) }))
+			if s := held(t); s != nil {
+				v.shows(s.Images[0].Link, uint64(n))
+			}
+			v.shows(v.device().Link, uint64(n)+1)
+			v.clean()
+			return died
+		})
+	})
+	t.Run("recovery", func(t *testing.T) {
+		everyStep(t, 1, func(n int) bool {
+			v.Restart()
+			v.write(uint64(n))
+			made := v.Create(request(false))
+			v.Taken(made.ID)
+			v.write(uint64(n) + 1)
+			second := v.Create(request(false)) // not taken
+			v.Kill()
+			v.armed()
+			v.Launch(fmt.Sprintf("%s=%d", deathpoint.DieAt, n))
+			died := false
+			guest.WaitFor(t, "its death, or its answer", func() bool {
+				died = v.Ended(0)
+				i, err := v.Info(guest.Context(t))
+				return died || err == nil && strings.HasPrefix(i.RunDir, string(v.RunDir))
+			})
+			if !died {
+				v.Kill() // it would die in what comes now
+			}
+			v.Restart()
+			v.shows(v.Show(made.ID).Images[0].Link, uint64(n))
+			v.shows(v.device().Link, uint64(n)+1)
+			v.Taken(second.ID)
+			v.write(uint64(n) + 2)
+			v.shows(v.Show(second.ID).Images[0].Link, uint64(n)+1)
+			v.shows(v.Show(made.ID).Images[0].Link, uint64(n))
+			v.clean()
+			return died
+		})
+	})
+}
