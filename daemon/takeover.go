@@ -291,6 +291,7 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 		return nil, err
 	}
 	deathpoint.Point()
+	dev.History = r.History
 	if err := d.adoptChangeMap(dev, s); err != nil {
 		return nil, err
 	}
@@ -309,7 +310,6 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 	}
 	deathpoint.Point()
 	dev.ublk = prepared
-	dev.History = r.History
 	dev.describe(r.Name, r.Added)
 	return dev, nil
 }
@@ -341,12 +341,14 @@ func (d *Daemon) adoptChangeMap(dev *device, s *survivor) error {
 			if s.taken {
 				d.opts.Log.Warn("somebody else had the disk while no daemon did: all of it counts as changed", "name", name, "disk", s.record.Original.Path)
 				m.NewGeneration()
+				dev.History = control.History{Reason: control.HistoryWritten, Text: "somebody else had the disk while no daemon did"}
 			}
 			return nil
 		}
 		_ = m.Close()
 	}
 	d.opts.Log.Error("the change map cannot be taken over: all of the disk counts as changed", "name", name, "error", err)
+	dev.History = control.History{Reason: control.HistoryDamaged, Text: fmt.Sprintf("the change map of the daemon before cannot be taken over: %v", err)}
 	return d.createChangeMap(dev, name)
 }
 
