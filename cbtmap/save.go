@@ -26,8 +26,7 @@ const savedHeader = 8 * headerWords
 
 // Save is the map as it is kept while the device has no filter: every write that
 // was marked is in it. A corrupted map is refused with ErrCorrupted. What Save
-// returned is stale from the next mark on; whoever keeps it sees to that it is used
-// once at most.
+// returned is stale from the next mark on. The caller must not use it more than once.
 func (m *Map) Save() ([]byte, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

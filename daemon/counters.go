@@ -95,7 +95,8 @@ func (c *counters) word(i int) *uint64 {
 	return (*uint64)(unsafe.Pointer(unsafe.SliceData(c.memory[8*i : 8*i+8])))
 }
 
-// count makes the memory the queues' counters: atomic words, of which any value is one.
+// count makes the memory the queues' counters: words that are changed atomically, of
+// which every value is valid.
 func (c *counters) count(queues int) {
 	c.queues = unsafe.Slice((*filter.Counters)(unsafe.Pointer(unsafe.SliceData(c.memory[countersHeader:]))), queues)
 }

@@ -34,7 +34,7 @@
 // operation that adds, removes or takes anything holds from beginning to end. Who
 // only looks (list, status, info, events) takes the lock "use" of the device or
 // snapshot for reading, and the mutex of the tables, mu, which is never held during
-// I/O. Lock order: opLock, use, mu. The queue threads of the devices take none of
+// I/O. Lock order: opLock, use, mu, and last the event log's, under which nothing is taken. The queue threads of the devices take none of
 // them.
 //
 // What callers can use of the daemon is bounded: see server.go. A request is

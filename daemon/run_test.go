@@ -65,7 +65,7 @@ func TestStaleSocketIsReplaced(t *testing.T) {
 	if err := os.WriteFile(dir.Socket(), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(dir.lockFile(), []byte("123456\n"), 0o600); err != nil {
+	if err := os.WriteFile(dir.path(lockName), []byte("123456\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	ended := runFake(t, dir, &fakeAPI{})

@@ -29,8 +29,7 @@ func (d RunDir) Log() string { return d.path(logName) }
 // State is the directory of what outlives the daemon.
 func (d RunDir) State() string { return d.path(stateName) }
 
-func (d RunDir) lockFile() string { return d.path(lockName) }
-func (d RunDir) udev() string     { return d.path(udevName) }
+func (d RunDir) udev() string { return d.path(udevName) }
 
 func (d RunDir) path(name string) string { return filepath.Join(string(d), name) }
 

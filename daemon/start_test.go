@@ -278,7 +278,7 @@ func TestStartTellsWhyNot(t *testing.T) {
 
 func daemonPID(t *testing.T, dir RunDir) (pid int) {
 	t.Helper()
-	b, err := os.ReadFile(dir.lockFile())
+	b, err := os.ReadFile(dir.path(lockName))
 	if err != nil {
 		t.Fatal(err)
 	}

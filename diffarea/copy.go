@@ -7,8 +7,10 @@ import (
 )
 
 // Copy is the copying of one chunk, from the claim until its word says so. It
-// belongs to its worker's thread; waiters, bucketNext and region are guarded by
-// log.mu until the copy is granted.
+// belongs to its worker's thread, but for three fields. log.mu guards waiters and
+// bucketNext until endLocked, because requests of any queue may join the copy until
+// then. granted and region are set under log.mu by whoever settles the log, and
+// belong to the worker's thread from then on.
 type Copy struct {
 	w     *Worker
 	area  *Area

@@ -344,9 +344,9 @@ func (l *Log) warnLocked() {
 	}
 }
 
-// nextGrowthLocked prepares the next growth, if there is need for one. Nothing is
-// allocated that the areas cannot come to need, but for those who append: they
-// learn whether there is anything at all.
+// nextGrowthLocked prepares the next growth, if there is need for one. It
+// allocates no more than the areas can come to need, with one exception: a storage
+// that is appended gets a first portion, so that its owner learns whether it works.
 func (l *Log) nextGrowthLocked() bool {
 	g := &l.growth
 	if g.active || l.dead.Load() != 0 {

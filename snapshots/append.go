@@ -52,8 +52,8 @@ func (s *Snapshot) give(ctx context.Context, st *storage) (late bool, err error)
 	}
 }
 
-// openStorage opens a storage. The opening may hang itself, for a file of a dead file
-// server.
+// openStorage opens a storage. Opening may hang, because
+// the file may lie on a dead file server.
 func (s *Snapshot) openStorage(ctx context.Context, c StorageConfig) (*storage, error) {
 	type opened struct {
 		st  *storage

@@ -62,9 +62,8 @@ func (l *Left) clear(c Config) error {
 	return errors.Join(append(errs, st.close())...)
 }
 
-// clearUntrusted ends a snapshot of which nothing is known but what is pinned: files
-// are emptied, for they were made by a daemon; what is done beyond that goes by a
-// record.
+// clearUntrusted ends a snapshot of which only the pins are known. It empties the
+// files, because a daemon made them. Everything else would need a record.
 func (st *state) clearUntrusted() error {
 	st.removeAll()
 	var errs []error

@@ -26,13 +26,13 @@ type Stage int
 
 // The stages.
 const (
-	// Created: it has its devices and storage, as far as they were added. Again.
+	// Created: it has the devices and storage that were added. Left.Again goes on with it.
 	Created Stage = iota + 1
-	// Taking: a take had begun, and was not made. Void, then it is Created.
+	// Taking: a take had begun, and was not made. After Left.Void it is Created.
 	Taking
-	// Taken: its images exist. Reopen.
+	// Taken: its images exist. Left.Reopen goes on with it.
 	Taken
-	// Destroying: its end had begun. Clear.
+	// Destroying: its end had begun. Left.Clear completes it.
 	Destroying
 )
 

@@ -225,7 +225,7 @@ func TestRecordDamaged(t *testing.T) {
 				t.Fatal(err)
 			}
 			st.page.taken(1, func(int) cbtmap.Info { return cbtmap.Info{BlockSize: 1, ChangesNumber: 1} })
-			st.page.told()
+			st.page.setBreakReported()
 			st.release()
 			s.close()
 			if l := leftOf(t, st); l.Err != nil || l.Stage != Taken {

@@ -170,7 +170,7 @@ func (s *Snapshot) SetNote(n json.RawMessage) error {
 // snapshot is broken: else the next daemon is told it again.
 func (s *Snapshot) Told() {
 	if s.state.page.mem != nil {
-		s.state.page.told()
+		s.state.page.setBreakReported()
 	}
 }
 

@@ -238,8 +238,8 @@ func (s *state) release() {
 	}
 }
 
-// free gives the memory back, but for what tells of the storage: the record, the
-// log's state, and the mount points. Nothing of the snapshot is in use any more.
+// free gives the memory back. What tells of the storage stays: the record, the log's
+// state, and the mount points. Nothing of the snapshot is in use any more.
 func (s *state) free() {
 	if s.pool != nil {
 		// Whoever still has the file open finds nothing in it.

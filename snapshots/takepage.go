@@ -24,7 +24,8 @@ import (
 //
 //	made, before is complete ──> the take's numbers ──> TAKEN ──> TOLD
 //
-// TOLD: that the snapshot is broken is known where it outlives the daemon.
+// TOLD means: the owner has put on record, where it outlives the daemon, that the
+// snapshot is broken.
 type takePage struct{ mem []byte }
 
 const (
@@ -97,13 +98,13 @@ func (p takePage) taken(devices int, take func(i int) cbtmap.Info) {
 	atomic.StoreUint64(p.word(takeState), takeTaken)
 }
 
-// told puts on record that the owner knows of the break.
-func (p takePage) told() { atomic.StoreUint64(p.word(takeToldAt), takeTold) }
+// setBreakReported puts on record that the owner knows of the break.
+func (p takePage) setBreakReported() { atomic.StoreUint64(p.word(takeToldAt), takeTold) }
 
-// wasTold says whether it does.
-func (p takePage) wasTold() bool { return atomic.LoadUint64(p.word(takeToldAt)) == takeTold }
+// breakReported says whether the owner knows of the break.
+func (p takePage) breakReported() bool { return atomic.LoadUint64(p.word(takeToldAt)) == takeTold }
 
-// read says what a page is about; what is not empty is what is wrong with it.
+// read returns the numbers of a page, or in words what is wrong with it.
 func (p takePage) read(devices int) (before, take []cbtmap.Info, wrong string) {
 	if int64(len(p.mem)) != takeSize(devices) {
 		return nil, nil, "its size is wrong"

@@ -78,7 +78,7 @@ type Config struct {
 	MaxIO    int
 	Mode     Mode
 	Geometry Geometry
-	// Recovery: requests wait for a new server (Recover) when this one dies,
+	// Recovery: requests wait for a new server (Claim) when this one dies,
 	// and those in its hands are repeated. Otherwise they fail, and the disk
 	// goes with its server.
 	Recovery bool

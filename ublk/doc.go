@@ -6,13 +6,14 @@
 //	       │ commands                   │ fetch, commit           │ requests
 //	 Control: 1 thread      queue: 1 thread and ring each     any program
 //	       ^                            │
-//	Add, Recover, Device            Handler.Handle(Request)
+//	Add, Claim, Device              Handler.Handle(Request)
 //
 // OpenControl loads the driver and says what is missing. Add makes a device. The
 // device's parameters come from a Geometry, and its requests go to one Handler for
 // each queue. A queue's thread is a blockdev.Queue, on which the handler starts
 // operations of its own. Device.TryStop and Device.Delete end the device again. A
-// device made with recovery outlives its process, and Recover takes it over.
+// device made with recovery outlives its process. Another one takes it over by Claim,
+// Claimed.Prepare and Device.Resume.
 //
 // The package knows devices by their numbers, and nothing of what is on them. Its
 // caller tells it who uses a disk: see Config.OpenedBy.

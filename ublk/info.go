@@ -28,7 +28,7 @@ const (
 //	        Add              TryStop
 //	Dead ─────────> Live ──────────────> Dead ──Delete──> gone
 //	                │  ^
-//	 server's death │  │ Recover
+//	 server's death │  │ Resume
 //	                v  │
 //	              Quiesced (with recovery; without: Dead)
 type State uint16

@@ -97,23 +97,6 @@ var (
 	ErrDead = errors.New("it has been stopped")
 )
 
-// Recover claims, prepares and resumes device id.
-func Recover(ctx context.Context, ctl *Control, id int, cfg Config) (*Device, error) {
-	c, err := Claim(ctx, ctl, id)
-	if err != nil {
-		return nil, err
-	}
-	d, err := c.Prepare(ctx, cfg)
-	if err != nil {
-		return nil, err
-	}
-	if err := d.Resume(ctx); err != nil {
-		d.Abandon()
-		return nil, err
-	}
-	return d, nil
-}
-
 // beginRecovery makes the driver ready for a new server. begun says whether an
 // earlier recovery had come this far already.
 func (c *Control) beginRecovery(ctx context.Context, id int) (begun bool, err error) {
@@ -152,7 +135,7 @@ func (d *Device) Abandon() {
 
 // Quiesce gives the device up without taking the disk away. It waits until every
 // request in the handlers' hands is done, ends the queues and closes the device.
-// Requests wait until a server calls Recover. The device must have recovery, and the
+// Requests wait until a server claims the device. The device must have recovery, and the
 // driver must know how to quiesce. After an error the queues that have not ended still
 // serve the device.
 func (d *Device) Quiesce(ctx context.Context) error {

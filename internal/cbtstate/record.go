@@ -89,9 +89,9 @@ func (r *Record) Judge(now Disk) *Refusal {
 		case r.Writes.Own != now.Writes.Own:
 			return no(Written, "the disk was written to: the kernel has counted %d writes and %d discards since",
 				now.Writes.Own[0]-r.Writes.Own[0], now.Writes.Own[2]-r.Writes.Own[2])
-		case r.Writes.Past != now.Writes.Past:
+		case r.Writes.WholeDisk != now.Writes.WholeDisk:
 			return no(Written, "the disk of the partition was written to: the kernel has counted %d writes and %d discards since",
-				now.Writes.Past[0]-r.Writes.Past[0], now.Writes.Past[2]-r.Writes.Past[2])
+				now.Writes.WholeDisk[0]-r.Writes.WholeDisk[0], now.Writes.WholeDisk[2]-r.Writes.WholeDisk[2])
 		}
 	}
 	if place := fingerprint.Difference(r.Fingerprint, now.Fingerprint); place != "" {

@@ -10,7 +10,7 @@ import (
 )
 
 // Store is an open state directory. Its calls may hang as long as its filesystem
-// does. One process at a time keeps state of one disk: whoever has claimed that.
+// does. Only the process that has claimed a disk keeps state of it.
 type Store struct{ folder folder }
 
 // folder is a directory as a Store needs it: the machine's, or one that a test

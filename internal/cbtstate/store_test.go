@@ -281,7 +281,7 @@ func TestJudge(t *testing.T) {
 		"another size":      {func(_ *Record, now *Disk) { now.Size++ }, OtherSize},
 		"written":           {func(_ *Record, now *Disk) { now.Writes.Own[1]++ }, Written},
 		"discarded":         {func(_ *Record, now *Disk) { now.Writes.Own[2]++ }, Written},
-		"written past it":   {func(_ *Record, now *Disk) { now.Writes.Past[0]++ }, Written},
+		"written past it":   {func(_ *Record, now *Disk) { now.Writes.WholeDisk[0]++ }, Written},
 		"no counters":       {func(r *Record, _ *Disk) { r.Writes = nil }, Unknown},
 		"no counters now":   {func(_ *Record, now *Disk) { now.Writes = nil }, Unknown},
 		"superblock":        {func(_ *Record, now *Disk) { now.Boot = "boot 2"; now.Fingerprint[0].SHA256 = "cc" }, Written},

@@ -17,8 +17,8 @@ type Writes struct {
 	Attached uint64 `json:"attached"`
 	// Own: requests and sectors of writes, then of discards.
 	Own [4]uint64 `json:"own"`
-	// Past, for a partition: what was written to the whole disk by its own name.
-	Past [4]uint64 `json:"past"`
+	// WholeDisk, for a partition: what was written to the whole disk by its own name.
+	WholeDisk [4]uint64 `json:"whole_disk"`
 }
 
 // CountWrites reads the kernel's counters.
@@ -58,7 +58,7 @@ func (h *Host) CountWrites(d *Disk) (Writes, error) {
 			}
 		}
 		if after, err := counters(whole); err == nil && after == before {
-			w.Past = past
+			w.WholeDisk = past
 			return w, nil
 		}
 		time.Sleep(time.Millisecond)

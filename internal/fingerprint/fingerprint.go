@@ -1,6 +1,6 @@
 // Package fingerprint tells whether somebody may have written to a disk meanwhile,
-// by the places that whoever uses a disk cannot help changing: a mount for writing,
-// a check or repair of a filesystem, a change of partitions or volumes.
+// by the places that every use of a disk changes: a mount for writing, a check or
+// repair of a filesystem, a change of partitions or volumes.
 //
 //	┌ first MiB ┬────────────── what the disk holds ───────────────┬ last MiB ┐
 //	│ MBR, GPT, │ partition 1          │ partition 2               │ GPT again│
@@ -10,13 +10,13 @@
 //	└───────────┴──────────────────────┴───────────────────────────┴──────────┘
 //
 // It looks at the content to know where these places are, down through partitions,
-// volumes and mirrors, and is the SHA-256 of each. What it reads may be anything: a
-// number found on a disk is believed only to lie within the disk, and how much is
-// read is bounded.
+// volumes and mirrors, and is the SHA-256 of each. It trusts
+// nothing that it reads: every number found on a disk is checked against the size of
+// the disk, and how much is read is bounded.
 //
-// Equal prints do not prove that nothing was written. A write past any filesystem
-// into the middle of the disk shows nowhere; nor does a change inside an encrypted
-// or thin volume, unless it touches what lies at its head.
+// Equal prints do not prove that nothing was written. A write past all
+// filesystems into the middle of the disk does not show. A change inside an encrypted
+// or thin volume shows only if it touches what lies at its head.
 package fingerprint
 
 import (

@@ -2,6 +2,7 @@ package ublk
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand"
@@ -64,7 +65,7 @@ func TestUblkChild(t *testing.T) {
 		d, err = ublk.Add(ctx, ctl, cfg)
 	} else {
 		id, _ := strconv.Atoi(args[1])
-		d, err = ublk.Recover(ctx, ctl, id, cfg)
+		d, err = takeOver(ctx, ctl, id, cfg)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -82,6 +83,23 @@ type server struct {
 func (s *server) kill() {
 	s.cmd.Process.Kill()
 	s.cmd.Wait()
+}
+
+// takeOver makes this process the server of device id.
+func takeOver(ctx context.Context, ctl *ublk.Control, id int, cfg ublk.Config) (*ublk.Device, error) {
+	c, err := ublk.Claim(ctx, ctl, id)
+	if err != nil {
+		return nil, err
+	}
+	d, err := c.Prepare(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.Resume(ctx); err != nil {
+		d.Abandon()
+		return nil, err
+	}
+	return d, nil
 }
 
 // startServer starts a process that makes a device, or with id >= 0
@@ -178,10 +196,10 @@ func TestUblkRecovery(t *testing.T) {
 			cfg := fileConfig(t, path, mode)
 			bad := cfg
 			bad.Files = []*blockdev.OSFile{blockdev.NewOSFile(1<<19, "never opened")}
-			if _, err := ublk.Recover(guest.Context(t), ctl, id, bad); err == nil {
+			if _, err := takeOver(guest.Context(t), ctl, id, bad); err == nil {
 				t.Error("recovery with a bad file succeeded")
 			}
-			d, err := ublk.Recover(guest.Context(t), ctl, id, cfg)
+			d, err := takeOver(guest.Context(t), ctl, id, cfg)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -205,7 +223,7 @@ func TestUblkRecovery(t *testing.T) {
 				if n := done.Load(); n > from+writers {
 					t.Errorf("%d requests went through a quiesced device", n-from)
 				}
-				if d, err = ublk.Recover(guest.Context(t), ctl, id, cfg); err != nil {
+				if d, err = takeOver(guest.Context(t), ctl, id, cfg); err != nil {
 					t.Fatal(err)
 				}
 				progress()

@@ -5,9 +5,9 @@
 //
 //	ForwardEarly sends a write to the original before its copies have landed.
 //	@@ filter/filter.go
-//	 	t.end = t.protect(t.pos, t.r.Off+t.r.Len)
-//	-	t.chunkCopied()
-//	+	t.forward(t.pos, t.end)
+//	 	req.end = req.protect(req.pos, req.kernel.Off+req.kernel.Len)
+//	-	req.chunkCopied()
+//	+	req.forward(req.pos, req.end)
 //
 // The lines that an edit takes away or keeps must stand in their file exactly once, within one function. With the edits of
 // one bug the file must be as gofmt would write it.

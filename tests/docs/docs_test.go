@@ -1,0 +1,133 @@
+// Package docs checks what the texts for people say about the tree.
+package docs
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/ublk-blksnap/ublk-blksnap/"
+
+// root is the top of the tree.
+const root = "../.."
+
+func text(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(root, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// TestPackageTable: every package stands in ARCHITECTURE's table, and imports only
+// those that stand below it.
+func TestPackageTable(t *testing.T) {
+	var table []string
+	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z/-]+)` \\|").FindAllStringSubmatch(text(t, "ARCHITECTURE.md"), -1) {
+		table = append(table, strings.TrimSuffix(row[1], "/"))
+	}
+	// A folder of the table stands for the packages below it too.
+	place := func(path string) int {
+		for ; path != "."; path = filepath.Dir(path) {
+			if i := slices.Index(table, path); i >= 0 {
+				return i
+			}
+		}
+		return -1
+	}
+	list := exec.Command("go", "list", "-f", `{{.ImportPath}}{{range .Imports}} {{.}}{{end}}`, "./...")
+	list.Dir = root
+	out, err := list.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, line := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+		words := strings.Fields(line)
+		from := strings.TrimPrefix(words[0], module)
+		i := place(from)
+		if i < 0 {
+			t.Errorf("package %s is not in the table", from)
+			continue
+		}
+		seen++
+		if strings.HasPrefix(from, "tests/") {
+			continue // stands outside of the order
+		}
+		for _, to := range words[1:] {
+			if to, ours := strings.CutPrefix(to, module); ours && place(to) < i {
+				t.Errorf("package %s imports %s, which stands above it", from, to)
+			}
+		}
+	}
+	if seen < 20 {
+		t.Errorf("only %d packages were looked at", seen)
+	}
+}
+
+// TestNamedFiles: the Go files, folders and tests that the texts name exist.
+func TestNamedFiles(t *testing.T) {
+	code := regexp.MustCompile("`([^`\n]+)`")
+	file := regexp.MustCompile(`^[a-z][\w./-]*(\.(go|md|sh|diff|service|rules|conf)|/[\w-]+/)$`)
+	tests := allTests(t)
+	named := 0
+	for _, name := range []string{"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "tests/sim/README.md", "tests/bench/README.md"} {
+		s := text(t, name)
+		for _, m := range code.FindAllStringSubmatch(s, -1) {
+			if !file.MatchString(m[1]) {
+				continue
+			}
+			named++
+			// A text names files from the top, or from its own folder.
+			_, err1 := os.Stat(filepath.Join(root, m[1]))
+			_, err2 := os.Stat(filepath.Join(root, filepath.Dir(name), m[1]))
+			if err1 != nil && err2 != nil && !shortName(m[1]) {
+				t.Errorf("%s names %s, which does not exist", name, m[1])
+			}
+		}
+		for _, m := range regexp.MustCompile(`\bTest[A-Z]\w+`).FindAllString(s, -1) {
+			named++
+			if m != "TestName" && !slices.Contains(tests, m) { // TestName is any test's
+				t.Errorf("%s names %s: there is no such test", name, m)
+			}
+		}
+	}
+	if named < 60 {
+		t.Errorf("only %d names were looked at", named)
+	}
+}
+
+// shortName says whether a file is called by its last name, which some folder has.
+func shortName(name string) bool {
+	if strings.Contains(strings.TrimSuffix(name, "/"), "/") {
+		return false
+	}
+	for _, pattern := range []string{"*/", "*/*/", "*/*/*/"} {
+		if found, _ := filepath.Glob(filepath.Join(root, pattern+name)); len(found) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// allTests are the names of all tests of the tree.
+func allTests(t *testing.T) []string {
+	t.Helper()
+	grep := exec.Command("git", "grep", "-hoE", `^func Test\w+`, "--", "*_test.go")
+	grep.Dir = root
+	out, err := grep.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, line := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+		names = append(names, strings.TrimPrefix(strings.TrimSpace(line), "func "))
+	}
+	return names
+}
