@@ -43,8 +43,8 @@ type survivor struct {
 	claimed *ublk.Claimed
 	dev     *device // that is about to be served
 	reason  error   // why it waits
-	// taken: somebody else had claimed the disk, and may have written to it.
-	taken bool
+	// claimedByOther: somebody else had claimed the disk, and may have written to it.
+	claimedByOther bool
 }
 
 const (
@@ -244,6 +244,8 @@ func (d *Daemon) claim(ctx context.Context, s *survivor) (gone bool) {
 
 // forget removes what is left of a device that the driver does not have any more.
 func (d *Daemon) forget(ctx context.Context, r deviceRecord) {
+	ctx, cancel := d.withDiskTimeout(ctx)
+	defer cancel()
 	d.unlink(filepath.Join(linkDir, r.Name), fmt.Sprintf("ublkb%d", r.ID))
 	d.forgetNote(fmt.Sprintf("ublkb%d", r.ID))
 	_ = os.Remove(d.cbtFile(r.Name))
@@ -273,6 +275,8 @@ func rereadPartitions(bdev *disk.Disk) error {
 // reopen makes a claimed device's filter from what outlived the dead daemon. It does
 // not serve yet.
 func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error) {
+	ctx, cancel := d.withDiskTimeout(ctx)
+	defer cancel()
 	r := &s.record
 	dev := &device{geo: r.Geometry}
 	defer func() {
@@ -287,7 +291,7 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 		return nil, fmt.Errorf("%s has shrunk from %d to %d bytes", r.Original.Path, r.Geometry.Size, dev.disk.Size)
 	}
 	if dev.orig, err = d.claimOriginal(ctx, dev.disk); err != nil {
-		s.taken = s.taken || errors.Is(err, disk.ErrInUse)
+		s.claimedByOther = s.claimedByOther || errors.Is(err, disk.ErrInUse)
 		return nil, err
 	}
 	deathpoint.Point()
@@ -338,7 +342,7 @@ func (d *Daemon) adoptChangeMap(dev *device, s *survivor) error {
 		}
 		if err == nil || errors.Is(err, cbtmap.ErrCorrupted) { // stays so until the next take
 			dev.cbt = m
-			if s.taken {
+			if s.claimedByOther {
 				d.opts.Log.Warn("somebody else had the disk while no daemon did: all of it counts as changed", "name", name, "disk", s.record.Original.Path)
 				m.NewGeneration()
 				dev.History = control.History{Reason: control.HistoryWritten, Text: "somebody else had the disk while no daemon did"}
@@ -372,7 +376,9 @@ func (d *Daemon) resume(ctx context.Context, s *survivor) {
 	if err := dev.ublk.Resume(ctx); err != nil {
 		s.reason = err
 		dev.removing = true
+		d.mu.Lock()
 		d.damaged = append(d.damaged, s.lost())
+		d.mu.Unlock()
 		d.opts.Log.Error("the driver does not give the device back: its I/O waits until it is removed", "name", dev.Name, "error", err)
 	}
 	deathpoint.Point()
@@ -430,28 +436,33 @@ func (d *Daemon) retry(ctx context.Context) {
 
 // tryAgain needs opLock.
 func (d *Daemon) tryAgain(ctx context.Context, s *survivor) {
-	before := s.reason
-	s.reason = nil
-	limited, cancel := context.WithTimeout(ctx, retryInterval)
-	defer cancel()
-	gone := d.claim(limited, s)
+	// Whoever looks at the waiting devices meanwhile sees the reason of the last try.
+	try := *s
+	try.reason = nil
+	claiming, cancel := context.WithTimeout(ctx, retryInterval)
+	gone := d.claim(claiming, &try)
+	cancel()
 	if gone {
 		d.forget(ctx, s.record)
-	} else if s.reason == nil {
-		s.dev, s.reason = d.reopen(ctx, s)
+	} else if try.reason == nil {
+		try.dev, try.reason = d.reopen(ctx, &try)
 	}
 	d.mu.Lock()
-	if gone || s.reason == nil {
+	s.claimed, s.dev, s.claimedByOther = try.claimed, try.dev, try.claimedByOther
+	before := s.reason
+	if gone || try.reason == nil {
 		delete(d.waiting, s.record.Name)
+	} else {
+		s.reason = try.reason
 	}
 	d.mu.Unlock()
 	switch {
 	case gone:
-	case s.reason == nil:
-		d.resume(ctx, s)
-		d.nameAgain(ctx, s)
-	case s.reason.Error() != before.Error():
-		d.opts.Log.Error("a filter cannot be taken over yet: its I/O waits", "name", s.record.Name, "disk", s.record.Original.Path, "reason", s.reason)
+	case try.reason == nil:
+		d.resume(ctx, &try)
+		d.nameAgain(ctx, &try)
+	case try.reason.Error() != before.Error():
+		d.opts.Log.Error("a filter cannot be taken over yet: its I/O waits", "name", s.record.Name, "disk", s.record.Original.Path, "reason", try.reason)
 	}
 }
 
