@@ -376,9 +376,7 @@ func (d *Daemon) resume(ctx context.Context, s *survivor) {
 	if err := dev.ublk.Resume(ctx); err != nil {
 		s.reason = err
 		dev.removing = true
-		d.mu.Lock()
 		d.damaged = append(d.damaged, s.lost())
-		d.mu.Unlock()
 		d.opts.Log.Error("the driver does not give the device back: its I/O waits until it is removed", "name", dev.Name, "error", err)
 	}
 	deathpoint.Point()
