@@ -130,9 +130,18 @@ func TestChangesExact(t *testing.T) {
 	f.Close()
 	d.Remove(dev)
 
-	// A script that kept a take asks again when the history has been lost: as many
-	// takes later an increment would be small, and wrong.
+	// A script that kept a take asks again when the history has been lost, because
+	// somebody wrote to the disk without the filter: as many takes later an increment
+	// would be small, and wrong.
+	behind := direct.MustOpen(t, disk, unix.O_RDWR)
+	if err := behind.WriteAt(buf[:512], 512); err != nil {
+		t.Fatal(err)
+	}
+	behind.Close()
 	dev = d.Add(disk)
+	if dev.History.Continued || dev.History.Reason != control.HistoryWritten {
+		t.Errorf("added again after a write past the filter: history %+v", dev.History)
+	}
 	for range 7 {
 		d.Destroy(d.Take(0, dev).ID)
 	}
