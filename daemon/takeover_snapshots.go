@@ -268,19 +268,8 @@ func (d *Daemon) nameImage(ctx context.Context, s *snapshot, i int, claimed *ubl
 // by what is returned.
 func (d *Daemon) endSnapshot(ctx context.Context, s *leftSnapshot, reason error) (rest func()) {
 	if reason != nil {
-		said := publicPaths(reason.Error())
-		d.opts.Log.Error("a snapshot cannot be taken over: it ends", "snapshot", s.id(), "reason", said)
-		lost := control.LostSnapshot{ID: s.id(), Reason: said}
-		for _, dev := range s.Devices {
-			lost.Devices = append(lost.Devices, dev.Name)
-		}
-		for _, text := range s.Storage {
-			var st control.Storage
-			if json.Unmarshal(text, &st) == nil {
-				lost.Storage = append(lost.Storage, st.Path)
-			}
-		}
-		d.ended = append(d.ended, lost)
+		d.opts.Log.Error("a snapshot cannot be taken over: it ends", "snapshot", s.id(), "reason", publicPaths(reason.Error()))
+		d.ended = append(d.ended, s.lost(reason))
 		if !d.events.has(s.id(), control.EventCorrupted) {
 			errno := unix.EIO
 			errors.As(reason, &errno)
@@ -300,6 +289,21 @@ func (d *Daemon) endSnapshot(ctx context.Context, s *leftSnapshot, reason error)
 		deathpoint.Point()
 	}
 	return func() { d.clearSnapshot(ctx, s) }
+}
+
+// lost is what is told of a snapshot that ends.
+func (s *leftSnapshot) lost(reason error) control.LostSnapshot {
+	lost := control.LostSnapshot{ID: s.id(), Reason: publicPaths(reason.Error())}
+	for _, dev := range s.Devices {
+		lost.Devices = append(lost.Devices, dev.Name)
+	}
+	for _, text := range s.Storage {
+		var st control.Storage
+		if json.Unmarshal(text, &st) == nil {
+			lost.Storage = append(lost.Storage, st.Path)
+		}
+	}
+	return lost
 }
 
 // endSnapshots ends those that were not reopened.
