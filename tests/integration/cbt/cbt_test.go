@@ -239,6 +239,7 @@ func TestChangesUnderLoad(t *testing.T) {
 func TestNumberWraps(t *testing.T) {
 	guest.Need(t)
 	const size = 2<<20 + 1<<10
+	const rounds = 275 // a generation has 255 takes
 	disk := guest.RAMDisks(t, 1, size)[0]
 	d := program.Start(t, "tracking_block_minimum_shift=12", "diff_buffer_pool_size=1M")
 	dev := d.Add(disk, program.Queues(1, 4))
@@ -252,7 +253,7 @@ func TestNumberWraps(t *testing.T) {
 	var last control.SnapshotImage
 	var lastID string
 	generations, incremental, blocks := 0, 0, 0
-	for round := range 300 {
+	for round := range rounds {
 		n := w.Writes.Load()
 		for range 1 + r.Rand.Intn(3) {
 			if err := r.Step(); err != nil {
@@ -312,7 +313,7 @@ func TestNumberWraps(t *testing.T) {
 		}
 		last, lastID = im, s.ID
 	}
-	if generations != 2 || incremental != 298 {
+	if generations != 2 || incremental != rounds-2 {
 		t.Errorf("%d generations, %d increments", generations, incremental)
 	}
 	if blocks > incremental*size/4096/4 {

@@ -46,9 +46,12 @@ func KernelAtLeast(t testing.TB, major, minor int) bool {
 	return !ublk.OlderThan(ublk.KernelRelease(), fmt.Sprintf("%d.%d", major, minor))
 }
 
+// Long says whether tests shall take as long as they can use.
+func Long() bool { return os.Getenv("UBLK_BLKSNAP_LONG") == "1" }
+
 // Span is how long something runs that could run for ever.
 func Span(short, long time.Duration) time.Duration {
-	if os.Getenv("UBLK_BLKSNAP_LONG") == "1" {
+	if Long() {
 		return long
 	}
 	return short
