@@ -275,6 +275,7 @@ func TestHistoryOfAnotherDisk(t *testing.T) {
 // TestHistoryOfAPartition: what is written to its neighbour does not count, what is
 // written to it by the disk's name does.
 func TestHistoryOfAPartition(t *testing.T) {
+	guest.Need(t)
 	disk := guest.SCSIDisk(t, 64, 512)
 	cmd := exec.Command("sfdisk", "-q", disk)
 	cmd.Stdin = strings.NewReader("label: gpt\nstart=2048 size=40960\nstart=43008 size=40960\n")
