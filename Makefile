@@ -42,7 +42,7 @@ demo: build bin/vm
 
 test: check bin/vm overlay
 	go test -race -short $(GIOURING) ./internal/...
-	go test $(OVERLAY) ./tests/sim
+	go test $(OVERLAY) -timeout 30m ./tests/sim
 	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...
 	$(MAKE) integration KERNEL=6.12
 	$(MAKE) integration KERNEL=newest
@@ -72,7 +72,7 @@ $(LINT): | setup
 	mv .cache/bin/golangci-lint $@
 
 integration: integration-binaries
-	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 30m 'exec tests/integration/run.sh 29 .cache/test/integration "$(RUN)"'
+	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 45m 'exec tests/integration/run.sh 44 .cache/test/integration "$(RUN)"'
 
 integration-binaries: build bin/vm
 	rm -rf .cache/test/integration

@@ -119,7 +119,7 @@ func TestUnit(t *testing.T) {
 	run(t, "mkfs.ext4", "-q", disk)
 	// As the README has it.
 	write(t, "/etc/systemd/system/"+unit+".d/override.conf", "[Unit]\nWants=dev-vda.device\nAfter=dev-vda.device\n"+
-		"[Service]\nExecStartPost=/usr/local/sbin/ublk-blksnap add /dev/vda --name data\n")
+		"[Service]\nExecStartPost=-/usr/local/sbin/ublk-blksnap add /dev/vda --name data\n")
 	write(t, "/etc/fstab", link+" /srv ext4 x-systemd.requires="+unit+" 0 2\n")
 	run(t, "systemctl", "daemon-reload")
 
