@@ -45,7 +45,8 @@ The content stays where it is: after "remove" the disk is used directly again.`,
 				if err != nil {
 					return err
 				}
-				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone {
+				// A disk that cannot be known again begins anew each time: "cbt info" says so.
+				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone && h.Reason != control.HistoryUnknown {
 					p.tell(fmt.Sprintf("%s: change tracking begins anew, the next backup copies everything: %s", d.Name, h.Text))
 				}
 				return p.print(d, func(w io.Writer) { fmt.Fprintln(w, d.Link) })
