@@ -28,7 +28,8 @@ type Map struct {
 	mu sync.Mutex
 	// under mu:
 	header
-	path string // of the mapped file, "" if there is none
+	path     string            // of the mapped file, "" if there is none
+	follower func(Info, error) // see Follow; may be nil
 
 	// onRelease is a test's chance to do something whenever work that is done in
 	// parts has given mu back.
@@ -199,6 +200,7 @@ func (m *Map) commitLocked(generation uuid.UUID, number uint8) {
 	h := m.header
 	h.sequence++
 	h.generation, h.number = generation, number
+	m.tellLocked(m.geometry, h, nil)
 	m.commit(h)
 	m.setHeader(h)
 }
@@ -216,9 +218,10 @@ func (m *Map) Resize(size int64) error {
 	defer m.mu.Unlock()
 	next, err := create(m.path, size, m.params, 1)
 	if err != nil {
-		m.store(flagWord, 1)
+		m.corruptLocked()
 		return fmt.Errorf("resize change map: %w", err)
 	}
+	m.tellLocked(next.geometry, next.header, nil)
 	err = m.unmapLocked()
 	m.layout = next.layout
 	m.setHeader(next.header)
@@ -230,7 +233,12 @@ func (m *Map) Resize(size int64) error {
 func (m *Map) SetCorrupted() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.corruptLocked()
+}
+
+func (m *Map) corruptLocked() {
 	m.store(flagWord, 1)
+	m.tellLocked(m.geometry, m.header, ErrCorrupted)
 }
 
 // Corrupted says whether readers fail with ErrCorrupted.

@@ -33,13 +33,15 @@ type Range struct {
 	Length int64
 }
 
-func (m *Map) infoLocked() Info {
+func (m *Map) infoLocked() Info { return infoOf(m.geometry, m.header) }
+
+func infoOf(g geometry, h header) Info {
 	return Info{
-		DeviceCapacity: m.geometry.size,
-		BlockSize:      1 << m.shift,
-		BlockCount:     m.count,
-		GenerationID:   m.generation,
-		ChangesNumber:  m.number,
+		DeviceCapacity: g.size,
+		BlockSize:      1 << g.shift,
+		BlockCount:     g.count,
+		GenerationID:   h.generation,
+		ChangesNumber:  h.number,
 	}
 }
 

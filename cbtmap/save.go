@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+
+	"github.com/google/uuid"
 )
 
 var (
@@ -65,9 +67,15 @@ func (m *Map) Load(saved []byte) error {
 
 func (m *Map) loadLocked(b []byte) error {
 	h, active, readable, err := decodeSaved(b, m.geometry)
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
+	}
+	return m.takeOverLocked(h.generation, h.number, active, func(from, to int) { copy(m.readable[from:to], readable[from:to]) })
+}
+
+// takeOverLocked gives a new map a history. read sets a part of the readable map.
+func (m *Map) takeOverLocked(generation uuid.UUID, number uint8, active []byte, read func(from, to int)) error {
+	switch {
 	case m.corrupted():
 		return ErrCorrupted
 	case m.number != 0:
@@ -76,12 +84,12 @@ func (m *Map) loadLocked(b []byte) error {
 	// Marks are only ever raised until the new header counts.
 	m.rewrite(m.active, func(i int, old byte) byte {
 		if old != 0 {
-			return h.number + 1
+			return number + 1
 		}
 		return active[i]
 	})
-	m.eachPiece(func(from, to int) { copy(m.readable[from:to], readable[from:to]) })
-	m.commitLocked(h.generation, h.number)
+	m.eachPiece(read)
+	m.commitLocked(generation, number)
 	return nil
 }
 

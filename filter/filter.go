@@ -2,17 +2,17 @@
 // request on to that disk. Before that it marks in the change map what the request
 // changes, and has the old data copied that the request overwrites.
 //
-//	kernel ──> Queue.Handle ──> gate ──> mark ──> protect ──> forward ──> original disk
-//	                             │        cbtmap    diffarea
+//	kernel ──> Queue.Handle ──> gate ──> mark ──> log ──> protect ──> forward ──> original disk
+//	                             │        cbtmap   intentlog  diffarea
 //	                             └ closed: the write is held until the cut is over
 //
 // Each operation's rule:
 //
 //	READ          forwarded.
-//	WRITE         marked; its chunks protected in every snapshot; forwarded, with
-//	              FUA if it has that.
+//	WRITE         marked, and logged if there is a write-intent log; its chunks
+//	              protected in every snapshot; forwarded, with FUA if it has that.
 //	WRITE_ZEROES  as WRITE, piece by piece if it is long.
-//	DISCARD       marked; forwarded only where no snapshot still needs the old
+//	DISCARD       marked and logged; forwarded only where no snapshot still needs the old
 //	              data on the original disk. Elsewhere it is acknowledged and not
 //	              done: a discard is only advice.
 //	FLUSH         forwarded.
@@ -33,15 +33,19 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/intentlog"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // Config is what a filter is made of.
 type Config struct {
-	Orig   blockdev.File
-	Size   int64       // of the original disk, bytes
-	CBT    *cbtmap.Map // nil: changes are not tracked
+	Orig blockdev.File
+	Size int64       // of the original disk, bytes
+	CBT  *cbtmap.Map // nil: changes are not tracked
+	// Intent is the write-intent log, which follows CBT; nil: the change map does not
+	// outlive a power failure.
+	Intent *intentlog.Log
 	Queues int
 	// Counters, one for each queue, is where the queues count, if that shall outlive
 	// the process; nil: in memory of the filter's own.
@@ -53,6 +57,7 @@ type Filter struct {
 	orig   blockdev.File
 	size   int64
 	cbt    *cbtmap.Map
+	intent *intentlog.Log
 	queues []*Queue
 	counts []Counters // by queue
 
@@ -66,7 +71,10 @@ type Filter struct {
 // New makes a filter; its queues are added by NewQueue, all before the first
 // cut.
 func New(c Config) *Filter {
-	f := &Filter{orig: c.Orig, size: c.Size, cbt: c.CBT, queues: make([]*Queue, c.Queues), counts: c.Counters}
+	f := &Filter{
+		orig: c.Orig, size: c.Size, cbt: c.CBT, intent: c.Intent,
+		queues: make([]*Queue, c.Queues), counts: c.Counters,
+	}
 	if f.counts == nil {
 		f.counts = make([]Counters, c.Queues)
 	}
@@ -82,6 +90,9 @@ func (f *Filter) Size() int64 { return f.size }
 
 // CBT is the change map, nil if there is none.
 func (f *Filter) CBT() *cbtmap.Map { return f.cbt }
+
+// Intent is the write-intent log, nil if there is none.
+func (f *Filter) Intent() *intentlog.Log { return f.intent }
 
 // Held says whether a snapshot holds the disk. For whoever makes cuts only.
 func (f *Filter) Held() bool { return len(f.areas) > 0 }
@@ -148,6 +159,7 @@ type request struct {
 	next    *request
 
 	op       blockdev.Op
+	wait     intentlog.Wait
 	onCopied func()
 }
 
@@ -156,6 +168,7 @@ func (q *Queue) request(r *ublk.Request) *request {
 		req := &request{q: q}
 		req.op.File = q.f.orig
 		req.op.Done = req.forwarded
+		req.wait.Init(q.q, req.advance)
 		req.onCopied = req.chunkCopied
 		q.reqs = append(q.reqs, req)
 	}
@@ -171,6 +184,9 @@ func (q *Queue) admit(req *request) {
 	q.gate.inflight++
 	if q.f.cbt != nil {
 		q.f.cbt.Mark(req.kernel.Off, req.kernel.Len)
+	}
+	if q.f.intent != nil && q.f.intent.Hold(&req.wait, req.kernel.Off, req.kernel.Len) {
+		return // goes on with advance
 	}
 	req.advance()
 }

@@ -5,6 +5,8 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/intentlog"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -12,8 +14,13 @@ import (
 // Image is one disk as it was at the cut, and what has been written to the
 // image since.
 type Image struct {
-	area *diffarea.Area
-	cbt  *cbtmap.Map
+	area   *diffarea.Area
+	cbt    *cbtmap.Map
+	intent *intentlog.Log
+}
+
+func newImage(a *diffarea.Area, f *filter.Filter) *Image {
+	return &Image{area: a, cbt: f.CBT(), intent: f.Intent()}
 }
 
 // Area is the difference area behind the image, for who checks it: see
@@ -30,7 +37,8 @@ func (im *Image) NewQueue(q blockdev.Queue) *Queue {
 //
 //	READ          each chunk from where it is; what moved meanwhile, again.
 //	WRITE         into the difference area, never to the original disk; both
-//	              change maps marked.
+//	              change maps marked, and the disk's write-intent log written,
+//	              because a backup may read what was written here.
 //	WRITE_ZEROES  as WRITE.
 //	DISCARD       ignored: a trim of the image must not fill the storage.
 //	FLUSH         done at once: an image does not outlive a power failure.
@@ -232,6 +240,7 @@ type write struct {
 	n      int64 // bytes of the chunk at pos
 	fill   *diffarea.Copy
 	op     blockdev.Op
+	wait   intentlog.Wait
 
 	onStep    func()
 	onFill    func(*diffarea.Copy)
@@ -245,12 +254,16 @@ func (q *Queue) write(r *ublk.Request) {
 		wr := &write{q: q}
 		wr.onStep, wr.onFill, wr.onOldRead = wr.doStep, wr.doFill, wr.doOldRead
 		wr.onApplied, wr.onStored = wr.doApplied, wr.doStored
+		wr.wait.Init(q.q, wr.onStep)
 		q.writes = append(q.writes, wr)
 	}
 	wr := q.writes[r.Tag]
 	wr.kernel, wr.pos = r, r.Off
 	if q.im.cbt != nil {
 		q.im.cbt.MarkBoth(r.Off, r.Len)
+	}
+	if q.im.intent != nil && q.im.intent.Hold(&wr.wait, r.Off, r.Len) {
+		return // goes on with doStep
 	}
 	wr.doStep()
 }

@@ -44,7 +44,7 @@ func Reopen(c Config, control blockdev.Queue, members []Member, storage []diffar
 			return nil, fmt.Errorf("snapshot %s: %w", c.ID, err)
 		}
 		s.members = append(s.members, &member{
-			filter: m.Filter, device: m.Device, area: a, image: &Image{area: a, cbt: m.Filter.CBT()}, take: m.Take,
+			filter: m.Filter, device: m.Device, area: a, image: newImage(a, m.Filter), take: m.Take,
 		})
 	}
 	for _, m := range s.members {

@@ -139,7 +139,7 @@ func (s *Snapshot) Take(at func(), done func(error)) {
 			m.area = diffarea.NewArea(diffarea.AreaConfig{
 				Log: s.log, Orig: m.filter.Orig(), Size: m.filter.Size(), Words: mem, Device: m.device,
 			})
-			m.image = &Image{area: m.area, cbt: m.filter.CBT()}
+			m.image = newImage(m.area, m.filter)
 		}
 		filters[i], areas[i] = m.filter, m.area
 	}

@@ -14,7 +14,7 @@ import (
 )
 
 // engine are the packages that get places; only they have bugs.
-var engine = []string{"cbtmap", "diffarea", "filter", "snapimage"}
+var engine = []string{"cbtmap", "diffarea", "filter", "intentlog", "snapimage"}
 
 // The copies import switches, which then says so of itself.
 const (
