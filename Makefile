@@ -35,22 +35,20 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration integration-binaries soak systemd reboot sim overlay bench vm build install clean setup-go setup bin/vm
+.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot sim overlay bench vm build install clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
 
 test: check bin/vm overlay
 	go test -race -short $(GIOURING) ./internal/...
-	go test $(OVERLAY) -timeout 30m ./tests/sim
-	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...
-	$(MAKE) integration KERNEL=6.12
-	$(MAKE) integration KERNEL=newest
-	$(MAKE) systemd KERNEL=newest
-	$(MAKE) reboot KERNEL=newest
-	$(MAKE) integration KERNEL=newest BUILD=giouring RUN=Ublk
-	$(MAKE) integration KERNEL=6.1 RUN=OldKernel
-	$(MAKE) demo KERNEL=newest
+	$(MAKE) integration-binaries
+	$(MAKE) integration-binaries BUILD=giouring
+	tests/together.sh '$(MAKE) integration-run KERNEL=6.12' '$(MAKE) integration-run KERNEL=newest' \
+		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...'
+	tests/together.sh '$(MAKE) systemd KERNEL=newest && $(MAKE) reboot KERNEL=newest' \
+		'$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
+		$(MAKE) demo KERNEL=newest'
 
 check: setup lint
 	go test ./...
@@ -72,12 +70,17 @@ $(LINT): | setup
 	mv .cache/bin/golangci-lint $@
 
 integration: integration-binaries
-	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 45m 'exec tests/integration/run.sh 44 .cache/test/integration "$(RUN)"'
+	$(MAKE) integration-run
 
+integration-run: BINARIES = .cache/test/integration$(BUILD)
+integration-run:
+	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 75m 'exec tests/integration/run.sh 74 $(BINARIES) "$(RUN)"'
+
+integration-binaries: BINARIES = .cache/test/integration$(BUILD)
 integration-binaries: build bin/vm
-	rm -rf .cache/test/integration
+	rm -rf $(BINARIES)
 	CGO_ENABLED=0 go build -trimpath -tags deathpoints -o bin/ublk-blksnap-deathpoints ./cmd/ublk-blksnap
-	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o .cache/test/integration/ ./tests/integration/...
+	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o $(BINARIES)/ ./tests/integration/...
 	CGO_ENABLED=0 go test -c -o .cache/test/snapshots.test ./snapshots
 
 soak: export UBLK_BLKSNAP_LONG = 1
