@@ -35,7 +35,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot sim overlay bench vm build install clean setup-go setup bin/vm
+.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot sim overlay bench vm build build-next install clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -54,12 +54,14 @@ check: setup lint
 	go test ./...
 	go test -race -short ./...
 	go test -tags deathpoints ./internal/deathpoint ./snapshots
+	go test -tags nextformat -run Format ./daemon
 
 lint: setup overlay $(LINT)
 	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "gofmt would change: $$files"; exit 1; }
 	go vet ./...
 	go vet -tags giouring ./...
 	go vet -tags deathpoints ./...
+	go vet -tags nextformat ./daemon
 	go vet $(OVERLAY) ./...
 	$(LINT) run
 	$(LINT) run --build-tags giouring ./internal/uring
@@ -77,14 +79,14 @@ integration-run:
 	VM_CPUS=$${VM_CPUS:-4} bin/vm -no-skips -again -timeout 75m 'exec tests/integration/run.sh 74 $(BINARIES) "$(RUN)"'
 
 integration-binaries: BINARIES = .cache/test/integration$(BUILD)
-integration-binaries: build bin/vm
+integration-binaries: build build-next bin/vm
 	rm -rf $(BINARIES)
 	CGO_ENABLED=0 go build -trimpath -tags deathpoints -o bin/ublk-blksnap-deathpoints ./cmd/ublk-blksnap
 	CGO_ENABLED=0 go test -c $(if $(filter giouring,$(BUILD)),$(GIOURING)) -o $(BINARIES)/ ./tests/integration/...
 	CGO_ENABLED=0 go test -c -o .cache/test/snapshots.test ./snapshots
 
 soak: export UBLK_BLKSNAP_LONG = 1
-soak: RUN := $(if $(filter .,$(RUN)),TestKilledUnderLoad|TestDeathIn|TestUblkRecovery|TestStorageOutlives,$(RUN))
+soak: RUN := $(if $(filter .,$(RUN)),TestKilledUnderLoad|TestDeathIn|TestUblkRecovery|TestStorageOutlives|TestUpgradedUnderLoad|TestReload,$(RUN))
 soak: integration-binaries
 	@for kernel in $(or $(KERNEL),6.12 newest); do \
 		VM_CPUS=$${VM_CPUS:-4} bin/vm -kernel $$kernel -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG \
@@ -119,6 +121,10 @@ vm: bin/vm
 
 build: setup-go
 	@CGO_ENABLED=0 go build -trimpath -o bin/ublk-blksnap ./cmd/ublk-blksnap
+
+# The program with a format of the state that is to come, for the test of an upgrade.
+build-next: build
+	@CGO_ENABLED=0 go build -trimpath -tags nextformat -o bin/ublk-blksnap-next ./cmd/ublk-blksnap
 
 bin/vm: setup
 	@CGO_ENABLED=0 go build -o $@ ./tests/vm

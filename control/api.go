@@ -21,6 +21,12 @@ type API interface {
 	// until then were idle, and are gone.
 	Stop(ctx context.Context) error
 
+	// Reload has a program, the same one or a newer, take over all devices and
+	// snapshots in the daemon's process. Users of the devices notice a pause. An error
+	// of the check that comes first changes nothing. The daemon answers before the
+	// program begins; a Client waits until it serves.
+	Reload(ctx context.Context, r ReloadRequest) (Reloaded, error)
+
 	// AddDevice puts a filter over a disk. [Exists] if there is one.
 	AddDevice(ctx context.Context, r AddRequest) (Device, error)
 	// RemoveDevice syncs and removes a filter. [Busy] if it is mounted, open or
@@ -80,6 +86,8 @@ type Info struct {
 	Activity string `json:"doing,omitempty"`
 	// LogLinesLost are the lines of the log that were dropped, as nobody took them.
 	LogLinesLost uint64 `json:"log_lines_lost,omitempty"`
+	// Reloaded is the last reload in the life of the process.
+	Reloaded *Reloaded `json:"reloaded,omitempty"`
 	// Recovered is set if this daemon has taken over from one that died.
 	Recovered *Recovered `json:"recovered,omitempty"`
 	// Lost is what this daemon could not take over, or not yet.
@@ -93,6 +101,26 @@ type Recovered struct {
 	Pause   time.Duration `json:"pause_ns"`        // from the start of it to the last filter that was served again
 	Images  time.Duration `json:"images_pause_ns"` // the same, to the last image
 	Devices int           `json:"devices"`         // filters and images
+}
+
+// ReloadRequest asks for another program, or the same once more.
+type ReloadRequest struct {
+	Program string `json:"program,omitempty"` // absolute path; default: the one that the daemon was started from
+}
+
+// Reloaded is a reload.
+type Reloaded struct {
+	At      time.Time `json:"at"`      // when it was asked for
+	Program string    `json:"program"` // its path
+	From    string    `json:"from"`    // version
+	To      string    `json:"to"`      // version; empty: not done yet
+	// Pause and Images are how long I/O of filters and of images waited at most: from
+	// when the devices were given up until all were served again.
+	Pause  time.Duration `json:"pause_ns"`
+	Images time.Duration `json:"images_ns"`
+	Began  time.Time     `json:"began"` // of the pause
+	// Error says why the program could not take over after all: the old one did.
+	Error string `json:"error,omitempty"`
 }
 
 // AddRequest asks for a filter. Zero values mean the configured ones.

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"time"
 )
 
 // DefaultSocket is where the daemon of a machine listens.
@@ -116,6 +117,41 @@ func (c *Client) Stop(ctx context.Context) error {
 		return ContextError(err, "wait for the end of the daemon")
 	}
 	return nil
+}
+
+// reloadPatience is how long the daemon may be out of reach while it reloads.
+const reloadPatience = time.Minute
+
+// Reload implements API. It returns when the program serves.
+func (c *Client) Reload(ctx context.Context, r ReloadRequest) (Reloaded, error) {
+	plan, err := call[Reloaded](ctx, c, "reload", r)
+	if err != nil {
+		return plan, err
+	}
+	for lost := (time.Time{}); ; time.Sleep(10 * time.Millisecond) {
+		i, err := c.Info(ctx)
+		switch {
+		case CodeOf(err) == Unavailable && ctx.Err() == nil:
+			if lost.IsZero() {
+				lost = time.Now()
+			}
+			if time.Since(lost) < reloadPatience {
+				continue
+			}
+			return plan, err
+		case err != nil:
+			return plan, err
+		}
+		lost = time.Time{}
+		switch done := i.Reloaded; {
+		case done != nil && done.At.Equal(plan.At) && done.Error != "":
+			return *done, &Error{Code: Internal, Message: "reload: " + done.Error, Fix: "the program before has taken over again"}
+		case done != nil && done.At.Equal(plan.At):
+			return *done, nil
+		case i.Started.After(plan.At):
+			return plan, &Error{Code: Internal, Message: "reload: the daemon died in the middle of it, and the next one has taken over", Fix: "see its log"}
+		}
+	}
 }
 
 // AddDevice implements API.

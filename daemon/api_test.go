@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,8 +29,10 @@ type fakeAPI struct {
 	err    error
 	events []control.Event
 
-	stops    chan error // what each Stop returns; nil: no error
+	stops    chan error  // what each Stop returns; nil: no error
+	hangs    atomic.Bool // it does not answer for its threads
 	closings int
+	gaveUp   atomic.Bool
 }
 
 func (f *fakeAPI) Info(context.Context) (control.Info, error) {
@@ -117,6 +120,23 @@ func (f *fakeAPI) Stop(context.Context) error {
 	return <-f.stops
 }
 func (f *fakeAPI) Close() { f.closings++ }
+func (f *fakeAPI) Reload(_ context.Context, r control.ReloadRequest) (control.Reloaded, error) {
+	f.asked = r
+	if f.err != nil {
+		return control.Reloaded{}, f.err
+	}
+	return control.Reloaded{At: time.Now().Round(0), Program: r.Program, From: "9"}, nil
+}
+func (f *fakeAPI) GiveUp(context.Context) error {
+	f.gaveUp.Store(true)
+	return nil
+}
+func (f *fakeAPI) Answers(ctx context.Context) error {
+	if f.hangs.Load() {
+		<-ctx.Done()
+	}
+	return ctx.Err()
+}
 
 func quiet() *Log { return NewLog(io.Discard, slog.LevelInfo, false) }
 
@@ -232,8 +252,8 @@ func TestClientIsTheAPI(t *testing.T) {
 	fake := &fakeAPI{events: []control.Event{{Seq: 1, Kind: control.EventLowFreeSpace, Sectors: 8}, {Seq: 2, Kind: control.EventCorrupted, Errno: -28}}}
 	c := serveFake(t, fake)
 	direct := calls(ctx, fake)
-	if n := reflect.TypeFor[control.API]().NumMethod(); len(direct)+1 != n { // Stop has a test of its own
-		t.Errorf("%d calls besides Stop are tried, the API has %d", len(direct), n)
+	if n := reflect.TypeFor[control.API]().NumMethod(); len(direct)+2 != n { // Stop and Reload have tests of their own
+		t.Errorf("%d calls besides Stop and Reload are tried, the API has %d", len(direct), n)
 	}
 	for name, over := range calls(ctx, c) {
 		fake.asked, fake.err = nil, nil

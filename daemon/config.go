@@ -48,7 +48,9 @@ type Config struct {
 	// DiskTimeout bounds the waiting for an original disk, the driver, or what a path
 	// leads to.
 	DiskTimeout time.Duration
-	LogLevel    string
+	// Guard: a process waits for the death of the daemon, to start the next.
+	Guard    bool
+	LogLevel string
 }
 
 // DefaultConfig is the configuration without a file.
@@ -72,6 +74,7 @@ func DefaultConfig() Config {
 		FreezeTimeout:             10 * time.Second,
 		StorageTimeout:            30 * time.Second,
 		DiskTimeout:               30 * time.Second,
+		Guard:                     true,
 		LogLevel:                  "info",
 	}
 }
@@ -113,6 +116,7 @@ func (c *Config) Params() []Param {
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
+		{"guard", "a process of its own starts the next daemon if this one dies; not under systemd, which does that", boolean{&c.Guard}},
 		{"log_level", "debug, info, warn or error", level{&c.LogLevel}},
 	}
 }
@@ -152,6 +156,21 @@ func (d duration) Set(s string) error {
 		return fmt.Errorf("%q is not a duration: write 500ms or 10s", s)
 	}
 	*d.v = v
+	return nil
+}
+
+type boolean struct{ v *bool }
+
+func (b boolean) String() string { return strconv.FormatBool(*b.v) }
+func (b boolean) Type() string   { return "bool" }
+
+// IsBoolFlag lets the flag stand without a value.
+func (b boolean) IsBoolFlag() bool { return true }
+func (b boolean) Set(s string) error {
+	if s != "true" && s != "false" {
+		return fmt.Errorf("%q is neither true nor false", s)
+	}
+	*b.v = s == "true"
 	return nil
 }
 

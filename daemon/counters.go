@@ -35,7 +35,7 @@ type counters struct {
 func openCounters(path string, queues int) (*counters, error) {
 	c := &counters{path: path}
 	size := int64(countersHeader) + int64(queues)*int64(unsafe.Sizeof(filter.Counters{}))
-	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
+	f, err := openLeft(path, os.O_RDWR)
 	if err == nil {
 		err = c.mapFile(f, size)
 		f.Close()

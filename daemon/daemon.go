@@ -235,6 +235,38 @@ func (d *Daemon) Close() {
 	d.ctl.Close()
 }
 
+// Answers implements stopper.
+func (d *Daemon) Answers(ctx context.Context) error {
+	if err := d.queue.Answers(ctx); err != nil {
+		return err
+	}
+	for _, dev := range d.served() {
+		if err := dev.Answers(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// served are all our ublk devices: images first, then filters.
+func (d *Daemon) served() (all []*ublk.Device) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, s := range d.snapshots {
+		for _, im := range s.images {
+			if im.ublk != nil {
+				all = append(all, im.ublk)
+			}
+		}
+	}
+	for _, dev := range d.devices {
+		if dev.ublk != nil {
+			all = append(all, dev.ublk)
+		}
+	}
+	return all
+}
+
 // lowerDisks names the disk under one of our own devices, for a search that goes
 // down a stack of devices.
 func (d *Daemon) lowerDisks(n disk.Num) []disk.Num {

@@ -62,7 +62,6 @@ func (o originalRecord) find(h *disk.Host) (*disk.Disk, error) {
 }
 
 const (
-	devicesName  = "devices"
 	countersName = "counters"
 	recordSuffix = ".json"
 

@@ -8,11 +8,14 @@
 //	/run/ublk-blksnap/
 //	  daemon.lock    locked by flock(2) while a daemon lives; holds its process number
 //	  control.sock
+//	  guard.lock     held by flock(2) while a guard lives; see guard.go
 //	  daemon.log     of a daemon that was started by a command
-//	  record.json    what a daemon has while it lives, so that the next one can say
-//	                 what was lost if it died
 //	  state/         a tmpfs of its own, mounted in the namespace of whoever starts
 //	                 the daemon, so that it outlives the daemon
+//	    format       which files there are; statefile, see format.go
+//	    start        how the daemon was started, and who starts the next one; statefile
+//	    record.json  what a daemon has while it lives, so that the next one can say
+//	                 what was lost if it died
 //	    devices/     a record of each filter; statefile
 //	    cbt/         its change map, mapped
 //	    counters/    its counters, mapped; see counters.go
@@ -25,6 +28,9 @@
 // Nobody but root may be able to write to the run directory, or to put another
 // directory in its place or in the place of one above it. The daemon follows no
 // link when it opens something in the run directory.
+// What the next daemon reads or changes before it serves lies on the tmpfs, which the
+// kernel never swaps: the swap may be on a disk that waits for that daemon. The files
+// above it are only locked and replaced then.
 // The names under /dev/ublk-blksnap are the machine's, whichever run directory a
 // daemon has: see link.go.
 //

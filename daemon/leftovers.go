@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -98,8 +99,17 @@ func (d *Daemon) known() (names, noted map[string]bool) {
 
 // thawLeftover thaws what a dead daemon had frozen.
 func (d *Daemon) thawLeftover() {
-	b, err := os.ReadFile(d.frozenFile())
+	saved, err := openLeft(d.frozenFile(), os.O_RDONLY)
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	var b []byte
+	if err == nil {
+		b, err = io.ReadAll(io.LimitReader(saved, 1<<20))
+		saved.Close()
+	}
 	if err != nil {
+		d.opts.Log.Error("what a dead daemon has frozen is not known", "error", err)
 		return
 	}
 	for _, point := range slices.Backward(strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")) {

@@ -17,6 +17,9 @@ import (
 // namespace.
 const namespaceEnv = "UBLK_BLKSNAP_NAMESPACE"
 
+// programEnv is the path of the program, as whoever started the daemon sees it.
+const programEnv = "UBLK_BLKSNAP_PROGRAM"
+
 const (
 	ownNamespace    = "own"
 	sharedNamespace = "shared"
@@ -41,6 +44,13 @@ func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 	if os.Geteuid() != 0 {
 		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
 	}
+	if os.Getenv(namespaceEnv) != "" {
+		// What the program before this one has handed on is for no other process: the
+		// lock of a daemon would be held beyond its death.
+		if err := closeOnExec(reportFD); err != nil {
+			return fail(err, "close inherited files")
+		}
+	}
 	switch os.Getenv(namespaceEnv) {
 	case ownNamespace:
 		return detachMounts(string(dir))
@@ -50,6 +60,10 @@ func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 	// The thread that execs becomes the process, with all that is its own.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	program, err := os.Executable()
+	if err != nil {
+		return fail(err, "find the program")
+	}
 	for _, err := range dropInherited(reportFD) {
 		warn(err)
 	}
@@ -62,6 +76,9 @@ func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 		return err
 	}
 	defer lock.Close()
+	if err := dir.checkFormat(); err != nil {
+		return err
+	}
 	// The driver is loaded now, because its module may be on a mount that the process
 	// is about to let go of. And a machine without the driver shall be left unchanged.
 	ctl, err := ublk.OpenControl()
@@ -82,9 +99,16 @@ func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 			return fail(err, "make the mount namespace private")
 		}
 	}
-	env := append(os.Environ(), namespaceEnv+"="+namespace)
+	held, err := handLock(lock)
+	if err != nil {
+		return err
+	}
+	env := append(os.Environ(), namespaceEnv+"="+namespace, programEnv+"="+program, held)
 	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew")
 }
+
+// Program is the path of the program, as whoever started the daemon sees it.
+func Program() string { return os.Getenv(programEnv) }
 
 // leaveDirectory lets go of the directory that the daemon was started in, and so
 // of the filesystem.

@@ -16,7 +16,7 @@ import (
 // the one before.
 func TestRecord(t *testing.T) {
 	dir := RunDir(filepath.Join(t.TempDir(), "run"))
-	if err := dir.make(); err != nil {
+	if err := errors.Join(dir.make(), dir.subdir(stateName, 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	daemon := func() *Daemon {

@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"os"
 	"os/signal"
@@ -26,6 +25,10 @@ type Options struct {
 	Log        *Log
 	// Ready is called once, when the daemon answers.
 	Ready func()
+	// Program is the path of the program that runs, and Args are those that it was
+	// started with: the next daemon is started the same way.
+	Program string
+	Args    []string
 	// Prober tells what devices hold; Run starts one.
 	Prober *disk.Prober
 }
@@ -37,18 +40,26 @@ const ProbeCommand = "probe"
 // stopper is an API that is freed in two steps.
 type stopper interface {
 	control.API
+	// Answers waits until every thread that serves I/O has shown that it does.
+	Answers(ctx context.Context) error
+	// GiveUp gives all devices up, for a program that takes over in this process. Of
+	// the API only Info may be called after that.
+	GiveUp(ctx context.Context) error
 	// Close frees what Stop left, at the end of the process.
 	Close()
 }
 
-// stopNotifier is the API of a daemon that ends when it has been stopped.
-type stopNotifier struct {
+// notifier is the API of a daemon that ends when it has been stopped, or is to be
+// another program.
+type notifier struct {
 	stopper
-	stopped chan struct{}
+	stopped  chan struct{}
+	reloads  chan control.Reloaded
+	reloaded *control.Reloaded // the last reload, which ended with this program; or nil
 }
 
 // Stop implements control.API.
-func (n stopNotifier) Stop(ctx context.Context) error {
+func (n notifier) Stop(ctx context.Context) error {
 	err := n.stopper.Stop(ctx)
 	if err == nil {
 		close(n.stopped) // a second one finds nothing that it may stop
@@ -56,6 +67,22 @@ func (n stopNotifier) Stop(ctx context.Context) error {
 	}
 	notify("STATUS=asked to stop, but " + err.Error())
 	return err
+}
+
+// Reload implements control.API.
+func (n notifier) Reload(ctx context.Context, r control.ReloadRequest) (control.Reloaded, error) {
+	plan, err := n.stopper.Reload(ctx, r)
+	if err == nil {
+		n.reloads <- plan // there is one at most: no change comes after it
+	}
+	return plan, err
+}
+
+// Info implements control.API.
+func (n notifier) Info(ctx context.Context) (control.Info, error) {
+	i, err := n.stopper.Info(ctx)
+	i.Reloaded = n.reloaded
+	return i, err
 }
 
 // Run is the daemon. It serves until a client, SIGTERM or SIGINT tells it to stop
@@ -72,7 +99,11 @@ func Run(o Options) error {
 	for _, err := range ublk.PrepareProcess() {
 		o.Log.Warn("the process could not be prepared in full for serving disks", "error", err)
 	}
-	return run(o, func() (stopper, error) { return New(o) })
+	if err := run(o, func() (stopper, error) { return New(o) }); err != nil {
+		return err
+	}
+	o.awaitGuard()
+	return nil
 }
 
 func run(o Options, open func() (stopper, error)) error {
@@ -86,22 +117,40 @@ func run(o Options, open func() (stopper, error)) error {
 	if err := o.Dir.make(); err != nil {
 		return err
 	}
-	lock, err := o.Dir.lock()
+	lock, err := o.Dir.takeLock()
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
+	reload, l, err := takeReload()
+	if err != nil {
+		o.Log.Warn("callers that wait for the daemon are cut off", "error", err)
+	}
+	if err := o.Dir.migrate(); err != nil {
+		return err
+	}
+	// Before there is anything that would have to wait for the next daemon.
+	if err := o.setGuard(); err != nil {
+		o.Log.Warn("nobody starts the next daemon if this one dies", "error", err)
+	}
+	stopExtending := extendStart()
 	opened, err := open()
+	stopExtending()
 	if err != nil {
 		return err
 	}
 	defer opened.Close()
-	api := stopNotifier{opened, make(chan struct{})}
-
-	l, err := o.Dir.listen()
-	if err != nil {
-		return err
+	api := notifier{stopper: opened, stopped: make(chan struct{}), reloads: make(chan control.Reloaded, 1)}
+	if reload != nil {
+		now, _ := opened.Info(context.Background())
+		api.reloaded = reload.end(o.Log, now)
 	}
+	if l == nil {
+		if l, err = o.Dir.listen(); err != nil {
+			return err
+		}
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false) // it may be handed on
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	srv := newServer(api, o.Log.Logger, defaultTimeouts)
@@ -113,6 +162,10 @@ func run(o Options, open func() (stopper, error)) error {
 		o.Ready()
 	}
 	notify("READY=1")
+	go feedWatchdog(ctx, opened, o.Log.Logger)
+	if o.Prober != nil {
+		go renewProber(ctx, o, api)
+	}
 
 	for {
 		select {
@@ -129,6 +182,17 @@ func run(o Options, open func() (stopper, error)) error {
 					o.Log.Error("not stopped, still serving", "error", err)
 				}
 			}()
+		case plan := <-api.reloads:
+			o.Log.Info("another program takes over in this process", "program", plan.Program)
+			socket, err := l.(*net.UnixListener).File()
+			if err != nil {
+				return fail(err, "hand the socket on")
+			}
+			cancel()
+			limited, done := context.WithTimeout(context.Background(), answerTimeout)
+			_ = srv.Shutdown(limited)
+			done()
+			return fail(o.exec(opened, lock, socket, plan), "exec %s", plan.Program)
 		case <-api.stopped:
 			notify("STOPPING=1")
 			// Watchers would never end by themselves. Whoever asked for the stop gets his
@@ -139,6 +203,9 @@ func run(o Options, open func() (stopper, error)) error {
 			done()
 			_ = srv.Close()
 			_ = os.Remove(o.Dir.Socket())
+			if err := o.dismissGuard(); err != nil {
+				o.Log.Warn("the guard stays", "error", err)
+			}
 			o.Log.Info("daemon stopped")
 			return nil
 		}
@@ -172,20 +239,4 @@ func (d RunDir) listen() (net.Listener, error) {
 		return nil, fail(err, "close the socket to others")
 	}
 	return l, nil
-}
-
-// notify tells systemd the state of the daemon, if systemd wants to know
-// (sd_notify(3)). It does not wait for systemd.
-func notify(state string) {
-	name := os.Getenv("NOTIFY_SOCKET")
-	if name == "" {
-		return
-	}
-	c, err := net.Dial("unixgram", name)
-	if err != nil {
-		return
-	}
-	defer c.Close()
-	_ = c.SetWriteDeadline(time.Now().Add(time.Second))
-	_, _ = io.WriteString(c, state)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"strings"
 	"testing"
@@ -12,12 +13,33 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
-// TestMain lets the test binary be a daemon, for the tests of starting one.
+// TestMain lets the test binary be a daemon, a prober and a guard, for the tests of
+// starting one.
 func TestMain(m *testing.M) {
-	if how := os.Getenv("TEST_DAEMON"); how != "" {
+	how, verb := os.Getenv("TEST_DAEMON"), ""
+	if len(os.Args) > 1 {
+		verb = os.Args[1]
+	}
+	switch {
+	case how != "":
 		os.Exit(testDaemon(how, os.Args))
+	case verb == "daemon":
+		os.Exit(testDaemon("guarded", os.Args))
+	case verb == ProbeCommand:
+		_ = disk.ServeProbes(3, "/")
+		os.Exit(0)
+	case verb == GuardCommand:
+		err := EnterGuard(os.Args[4])
+		if err == nil {
+			err = Guard(RunDir(os.Args[3]), slog.LevelInfo)
+		}
+		if err != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
 	}
 	os.Exit(m.Run())
 }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -36,8 +37,8 @@ func (d RunDir) path(name string) string { return filepath.Join(string(d), name)
 const (
 	lockName   = "daemon.lock"
 	logName    = "daemon.log"
-	recordName = "record.json"
 	stateName  = "state"
+	recordName = stateName + "/record.json"
 	udevName   = "udev"
 )
 
@@ -228,9 +229,9 @@ func (d RunDir) lock() (*os.File, error) {
 	if err != nil {
 		return nil, fail(err, "lock the run directory")
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := tryLock(f); err != nil {
 		defer f.Close()
-		if err != unix.EWOULDBLOCK {
+		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fail(err, "lock %s", f.Name())
 		}
 		who := "another daemon"
@@ -239,12 +240,53 @@ func (d RunDir) lock() (*os.File, error) {
 		}
 		return nil, &control.Error{Code: control.Exists, Errno: unix.EALREADY, Message: "start the daemon: " + who + " runs on " + string(d)}
 	}
-	pid := strconv.Itoa(os.Getpid()) + "\n"
-	if err := errors.Join(f.Truncate(0), writeAt(f, pid)); err != nil {
+	// What is in the file goes first. It may be in swap, on a disk of the dead daemon,
+	// from where a write into it would read it.
+	if err := errors.Join(f.Truncate(0), writeAt(f, strconv.Itoa(os.Getpid())+"\n")); err != nil {
 		f.Close()
 		return nil, fail(err, "write %s", f.Name())
 	}
 	return f, nil
+}
+
+// tryLock locks the file if no daemon has. A guard that has just seen the death of a
+// daemon holds it for an instant.
+func tryLock(f *os.File) (err error) {
+	for range 20 {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != unix.EWOULDBLOCK {
+			return err
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return err
+}
+
+// lockEnv names the file descriptor of the daemon's lock to a program that this
+// process execs: it is still the daemon, and nobody may come in between.
+const lockEnv = "UBLK_BLKSNAP_LOCK"
+
+// handLock prepares the lock for an exec; add goes to the environment.
+func handLock(lock *os.File) (add string, err error) {
+	if _, err := unix.FcntlInt(lock.Fd(), unix.F_SETFD, 0); err != nil {
+		return "", fail(err, "hand the lock on")
+	}
+	return lockEnv + "=" + strconv.Itoa(int(lock.Fd())), nil
+}
+
+// takeLock is lock, or the lock that the program before this one had in the same
+// process.
+func (d RunDir) takeLock() (*os.File, error) {
+	fd, err := strconv.Atoi(os.Getenv(lockEnv))
+	if err != nil {
+		return d.lock()
+	}
+	_ = os.Unsetenv(lockEnv)
+	var own, st unix.Stat_t
+	if err := errors.Join(unix.Fstat(fd, &own), unix.Stat(d.path(lockName), &st)); err != nil || own.Dev != st.Dev || own.Ino != st.Ino {
+		return d.lock() // it is that of another directory
+	}
+	unix.CloseOnExec(fd)
+	return os.NewFile(uintptr(fd), d.path(lockName)), nil
 }
 
 func writeAt(f *os.File, s string) error {

@@ -156,7 +156,7 @@ func TestRunDirOfOthers(t *testing.T) {
 		"another name":    func(path string) error { return os.Link(precious, path) },
 		"a pipe":          func(path string) error { return unix.Mkfifo(path, 0o600) },
 	} {
-		for _, at := range []string{lockName, logName, recordName + ".plain"} {
+		for _, at := range []string{lockName, logName, "plain"} {
 			if err := put(dir.path(at)); err != nil {
 				t.Fatal(err)
 			}
@@ -178,8 +178,11 @@ func TestRunDirOfOthers(t *testing.T) {
 			}
 		}
 	}
-	if err := dir.replace(recordName, []byte("new")); err != nil {
+	if err := dir.replace("plain", []byte("new")); err != nil {
 		t.Error(err)
+	}
+	if err := dir.replace(recordName, []byte("new")); err == nil {
+		t.Error("a directory behind a link is used")
 	}
 	for _, err := range []error{dir.subdir(stateName, 0o700), dir.subdir(udevName, 0o755), dir.write(udevName+"/ublkb0", nil, 0o600)} {
 		if err == nil {

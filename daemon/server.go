@@ -103,6 +103,8 @@ func newHandler(api control.API, log *slog.Logger, p timeouts) http.Handler {
 
 	handle(s, places(1), "stop", func(ctx context.Context, _ none) (none, error) { return none{}, api.Stop(ctx) })
 
+	handle(s, turns, "reload", api.Reload)
+
 	handle(s, turns, "device/add", api.AddDevice)
 	handle(s, turns, "device/remove", answerless(api.RemoveDevice))
 	handle(s, quick, "device/list", func(ctx context.Context, _ none) ([]control.Device, error) { return api.Devices(ctx) })

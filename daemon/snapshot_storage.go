@@ -70,7 +70,7 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 // because the device may not answer.
 func (d *Daemon) probe(dev *os.File) (string, error) {
 	if d.opts.Prober == nil {
-		return "", errors.New("the daemon could not start the process that asks blkid: restart the daemon")
+		return "", errors.New("the daemon could not start the process that asks blkid: ublk-blksnap daemon reload")
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), d.opts.Config.StorageTimeout)
 	defer cancel()

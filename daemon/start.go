@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -30,42 +31,54 @@ type Starter struct {
 // the driver and clearing away what a dead daemon left.
 const startTimeout = 60 * time.Second
 
-// Connect gives a client of the daemon that runs. If none runs it starts none,
-// because that would hide that a daemon has died. The error, control.Unavailable,
-// says then what was lost.
+// Connect gives a client of the daemon that runs. If the daemon has died, and something
+// waits for the next one, it starts that, unless others do (guard = false). Else it
+// starts none, because that would hide that a daemon has died. The error,
+// control.Unavailable, says then what was lost.
 func (s Starter) Connect(ctx context.Context) (*control.Client, error) {
-	c := control.NewClient(s.Dir.Socket())
-	_, err := c.Info(ctx)
-	if e := (*control.Error)(nil); errors.As(err, &e) && e.Code == control.Unavailable {
-		if os.Geteuid() != 0 {
-			return nil, &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "ask the daemon: not root", Fix: "run this as root"}
-		}
-		if l := s.Dir.lost(); l != nil {
-			e.Message += ": " + l.String()
-		}
-	}
-	return c, err
+	return s.reach(ctx, func() bool {
+		r, err := s.Dir.startRecord()
+		return err == nil && r.By != byOther && s.Dir.survivors()
+	})
+}
+
+// Ask is Connect for what shall not start a daemon: to stop it.
+func (s Starter) Ask(ctx context.Context) (*control.Client, error) {
+	return s.reach(ctx, func() bool { return false })
 }
 
 // Start gives a client of the daemon, which it starts if none runs.
 func (s Starter) Start(ctx context.Context) (*control.Client, error) {
+	return s.reach(ctx, func() bool { return true })
+}
+
+func (s Starter) reach(ctx context.Context, start func() bool) (*control.Client, error) {
 	c := control.NewClient(s.Dir.Socket())
 	_, err := c.Info(ctx)
-	if control.CodeOf(err) != control.Unavailable || err == nil {
+	e := (*control.Error)(nil)
+	if !errors.As(err, &e) || e.Code != control.Unavailable {
 		return c, err
 	}
 	if os.Geteuid() != 0 {
-		return nil, &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
+		return nil, &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "ask the daemon: not root", Fix: "run this as root"}
 	}
-	if s.Starting != nil {
-		s.Starting(s.Dir.lost())
+	if lost := s.Dir.lost(); start() {
+		if s.Starting != nil {
+			s.Starting(lost)
+		}
+	} else {
+		if lost != nil {
+			e.Message += ": " + lost.String()
+		}
+		return c, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	if err := s.start(ctx); err != nil && control.CodeOf(err) != control.Exists {
 		return nil, err
 	}
-	// Exists: another command has just started one, which may not listen yet.
+	// Exists: another command, or the guard, has just started one, which may not listen
+	// yet.
 	for {
 		_, err := c.Info(ctx)
 		if control.CodeOf(err) != control.Unavailable || err == nil || ctx.Err() != nil {
@@ -106,7 +119,23 @@ func (s Starter) start(ctx context.Context) error {
 	if err := s.Dir.make(); err != nil {
 		return err
 	}
-	log, err := s.Dir.openLog()
+	program := s.Program
+	if program == "" {
+		program = "/proc/self/exe"
+	}
+	args := []string{"daemon", "--run-dir", string(s.Dir)}
+	if r, err := s.Dir.startRecord(); s.ConfigPath != "" {
+		args = append(args, "--config", s.ConfigPath)
+	} else if err == nil && s.Dir.survivors() {
+		args = r.Args // as the one that died
+	}
+	return launch(ctx, s.Dir, program, args)
+}
+
+// launch starts a daemon on the directory and waits until it answers, or for the
+// error that keeps it from that.
+func launch(ctx context.Context, dir RunDir, program string, args []string) error {
+	log, err := dir.openLog()
 	if err != nil {
 		return fail(err, "start the daemon")
 	}
@@ -122,17 +151,9 @@ func (s Starter) start(ctx context.Context) error {
 	}
 	defer r.Close()
 
-	program := s.Program
-	if program == "" {
-		program = "/proc/self/exe"
-	}
-	args := []string{"ublk-blksnap", "daemon", "--run-dir", string(s.Dir), "--report-fd", "3"}
-	if s.ConfigPath != "" {
-		args = append(args, "--config", s.ConfigPath)
-	}
 	// The daemon gets a session of its own, so that neither the terminal's signals nor
 	// its end reach it.
-	p, err := os.StartProcess(program, args, &os.ProcAttr{
+	p, err := os.StartProcess(program, slices.Concat([]string{"ublk-blksnap"}, args, []string{"--report-fd", "3"}), &os.ProcAttr{
 		Dir:   "/",
 		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
 		Files: []*os.File{null, log, log, w},
@@ -152,7 +173,7 @@ func (s Starter) start(ctx context.Context) error {
 	case ctx.Err() != nil:
 		return fail(ctx.Err(), "start the daemon")
 	case err != nil:
-		return &control.Error{Code: control.Unavailable, Errno: unix.ECONNREFUSED, Message: "start the daemon: it ended at once", Fix: "see " + s.Dir.Log()}
+		return &control.Error{Code: control.Unavailable, Errno: unix.ECONNREFUSED, Message: "start the daemon: it ended at once", Fix: "see " + dir.Log()}
 	case report.Error != nil:
 		return report.Error
 	}

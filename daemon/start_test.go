@@ -2,10 +2,12 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // TestStartUnit has a systemctl that writes down what it is asked, in place of
@@ -75,8 +78,49 @@ func testDaemon(how string, args []string) int {
 		time.Sleep(5 * time.Second)
 		return 1
 	}
+	o := Options{Dir: dir, Log: quiet(), Ready: func() {
+		if os.Getenv(reloadEnv) == "" && slices.Contains(args, "--report-fd") {
+			ReportStart(3, nil)
+		}
+	}}
+	if how == "guarded" {
+		if _, err := os.Stat(filepath.Join(string(dir), "fails")); err == nil {
+			ReportStart(3, errors.New("not yet"))
+			return 1
+		}
+		o.Config = Config{Guard: true, DiskTimeout: time.Minute}
+		if args[len(args)-1] == "--"+CheckTakeoverFlag {
+			t, err := CheckTakeover(dir)
+			if err != nil {
+				fmt.Fprintln(os.Stderr, "ublk-blksnap:", err)
+				return 1
+			}
+			_ = json.NewEncoder(os.Stdout).Encode(t)
+			return 0
+		}
+		var err error
+		o.Args = []string{"daemon", "--run-dir", string(dir)}
+		if o.Program = Program(); o.Program == "" { // for Reexec would have set it
+			o.Program, err = os.Executable()
+		}
+		if script := dir.path("program"); err == nil {
+			if _, missing := os.Stat(script); missing == nil {
+				o.Program = script
+			}
+		}
+		if err != nil {
+			ReportStart(3, err)
+			return 1
+		}
+		if o.Prober, err = disk.StartProber("ublk-blksnap", ProbeCommand, "/"); err != nil {
+			ReportStart(3, err)
+			return 1
+		}
+		defer o.Prober.Close()
+		defer o.awaitGuard()
+	}
 	fake := &fakeAPI{}
-	err := run(Options{Dir: dir, Log: quiet(), Ready: func() { ReportStart(3, nil) }}, func() (stopper, error) { return fake, nil })
+	err := run(o, func() (stopper, error) { return fake, nil })
 	if err != nil {
 		ReportStart(3, err)
 		fmt.Fprintln(os.Stderr, err)
@@ -190,7 +234,7 @@ func TestConnectStartsNothing(t *testing.T) {
 	if _, err := os.Stat(string(s.Dir)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("something is made: %v", err)
 	}
-	if err := s.Dir.make(); err != nil {
+	if err := errors.Join(s.Dir.make(), s.Dir.subdir(stateName, 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	record := func(pid int, birth, more string) {
@@ -207,7 +251,7 @@ func TestConnectStartsNothing(t *testing.T) {
 	// One that starts its daemon is told as well.
 	var told *control.Lost
 	start := starter(t, "well")
-	if err := errors.Join(start.Dir.make(), os.Rename(s.Dir.path(recordName), start.Dir.path(recordName))); err != nil {
+	if err := errors.Join(start.Dir.make(), start.Dir.subdir(stateName, 0o700), os.Rename(s.Dir.path(recordName), start.Dir.path(recordName))); err != nil {
 		t.Fatal(err)
 	}
 	start.Starting = func(l *control.Lost) { told = l }

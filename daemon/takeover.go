@@ -121,8 +121,8 @@ func (d *Daemon) takeOver(ctx context.Context) {
 		served += len(s.Images)
 	}
 	if served > 0 {
-		d.recovered = &control.Recovered{At: time.Now(), Count: d.countRecovery(), Pause: pause, Images: images, Devices: served}
-		d.opts.Log.Warn("taken over from a daemon that died", "devices", served, "pause", pause, "images", images)
+		d.recovered = &control.Recovered{At: began.Add(images), Count: d.countRecovery(), Pause: pause, Images: images, Devices: served}
+		d.opts.Log.Warn(map[bool]string{true: "taken over from the program before", false: "taken over from a daemon that died"}[d.predecessor == os.Getpid()], "devices", served, "pause", pause, "images", images)
 	}
 	for _, s := range devices {
 		if s.dev != nil {
@@ -333,7 +333,12 @@ func (d *Daemon) claimOriginal(ctx context.Context, bdev *disk.Disk) (*blockdev.
 func (d *Daemon) adoptChangeMap(dev *device, s *survivor) error {
 	name := s.record.Name
 	dev.cbtPath = d.cbtFile(name)
-	m, err := cbtmap.Open(dev.cbtPath)
+	var m *cbtmap.Map
+	f, err := openLeft(dev.cbtPath, os.O_RDONLY)
+	if err == nil {
+		f.Close()
+		m, err = cbtmap.Open(dev.cbtPath)
+	}
 	if err == nil {
 		var info cbtmap.Info
 		if info, err = m.Info(); err == nil && info.DeviceCapacity != dev.geo.Size {

@@ -96,6 +96,16 @@ func (d *Device) Unregistered() uint64 {
 	return n
 }
 
+// Answers waits until the thread of each queue has run a task, or has ended.
+func (d *Device) Answers(ctx context.Context) error {
+	for _, q := range d.queues {
+		if err := q.ring.Answers(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // release gives back what the device took to be served. The rings have ended.
 func (d *Device) release() {
 	for _, q := range d.queues {

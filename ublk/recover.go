@@ -133,6 +133,15 @@ func (d *Device) Abandon() {
 	d.stopped, d.deleted = true, true
 }
 
+// GiveUp is Quiesce where the driver can do it, for a device with recovery. Elsewhere it
+// does nothing: the end of the process, or an exec, gives the device up.
+func (d *Device) GiveUp(ctx context.Context) error {
+	if d.Flags&uapi.UBLK_F_QUIESCE == 0 || d.Flags&uapi.UBLK_F_USER_RECOVERY == 0 {
+		return nil
+	}
+	return d.Quiesce(ctx)
+}
+
 // Quiesce gives the device up without taking the disk away. It waits until every
 // request in the handlers' hands is done, ends the queues and closes the device.
 // Requests wait until a server claims the device. The device must have recovery, and the

@@ -239,7 +239,7 @@ func (p *program) blksnapSnapshotWaitEvent() *cobra.Command {
 			if err := checkID(c, id); err != nil {
 				return err
 			}
-			api, err := p.reach(c.Context(), false)
+			api, err := p.reach(c.Context(), startNext)
 			if err != nil {
 				return err
 			}
@@ -310,7 +310,7 @@ func (p *program) blksnapSnapshotWatcher() *cobra.Command {
 			if err := checkID(c, id); err != nil {
 				return err
 			}
-			api, err := p.reach(c.Context(), false)
+			api, err := p.reach(c.Context(), startNext)
 			if err != nil {
 				return err
 			}

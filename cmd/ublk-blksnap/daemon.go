@@ -3,9 +3,11 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -43,19 +45,37 @@ Parameters come from the configuration file, and from flags, which win:`,
 			f.NoOptDefVal = "true"
 		}
 	}
-	c.Flags().IntVar(&reportFD, "report-fd", 0, "file descriptor to report the start to")
-	if err := c.Flags().MarkHidden("report-fd"); err != nil {
+	c.Flags().IntVar(&reportFD, reportFlag, 0, "file descriptor to report the start to")
+	if err := c.Flags().MarkHidden(reportFlag); err != nil {
+		panic(err)
+	}
+	var check bool
+	c.Flags().BoolVar(&check, daemon.CheckTakeoverFlag, false, "only say whether this program could take over from the daemon that runs")
+	if err := c.Flags().MarkHidden(daemon.CheckTakeoverFlag); err != nil {
 		panic(err)
 	}
 	c.RunE = func(c *cobra.Command, _ []string) error {
+		if check {
+			return p.checkTakeover(c.Flags(), params)
+		}
 		if daemon.ToJournal(os.Stderr) {
 			p.err = prefixed{p.err, daemon.Priority(slog.LevelError)}
 		}
-		return p.runDaemon(c.Flags(), params, reportFD, func(err error) { daemon.ReportStart(reportFD, err) })
+		err := p.runDaemon(c.Flags(), params, reportFD, func(err error) { daemon.ReportStart(reportFD, err) })
+		if control.CodeOf(err) == control.Exists && daemon.Supervised() {
+			// systemd shall not try again and again while another daemon runs
+			// (RestartPreventExitStatus).
+			p.exit(err)
+			return silentError(statusBusy)
+		}
+		return err
 	}
-	c.AddCommand(p.daemonStop())
+	c.AddCommand(p.daemonReload(), p.daemonStop())
 	return c
 }
+
+// reportFlag is the flag of a daemon whose starter waits for its report.
+const reportFlag = "report-fd"
 
 // flushTimeout is how long a daemon that ends waits for its log's last lines to be
 // taken.
@@ -77,11 +97,8 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportF
 		}
 	}()
 	path := p.configFile()
-	cfg, err := readConfig(path)
+	cfg, err := daemonConfig(path, given, params)
 	if err != nil {
-		return err
-	}
-	if err := override(&cfg, given, params); err != nil {
 		return err
 	}
 	level := slog.LevelInfo
@@ -96,8 +113,57 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportF
 	defer log.Flush(flushTimeout)
 	return daemon.Run(daemon.Options{
 		Dir: p.dir(), Config: cfg, ConfigPath: path, Log: log,
+		Program: daemon.Program(), Args: daemonArgs(given),
 		Ready: func() { report(nil) },
 	})
+}
+
+// daemonConfig is the file's configuration, with the flags over it.
+func daemonConfig(path string, given *pflag.FlagSet, params []daemon.Param) (daemon.Config, error) {
+	cfg, err := readConfig(path)
+	if err == nil {
+		err = override(&cfg, given, params)
+	}
+	return cfg, err
+}
+
+// checkTakeover says whether this program, so configured, could take over.
+func (p *program) checkTakeover(given *pflag.FlagSet, params []daemon.Param) error {
+	if _, err := daemonConfig(p.configFile(), given, params); err != nil {
+		return err
+	}
+	t, err := daemon.CheckTakeover(p.dir())
+	if err != nil {
+		return err
+	}
+	return p.printJSON(p.out, t)
+}
+
+// daemonArgs are the arguments with which a daemon like this one is started, from any
+// directory.
+func daemonArgs(given *pflag.FlagSet) []string {
+	args := []string{"daemon"}
+	given.Visit(func(f *pflag.Flag) {
+		if f.Name != reportFlag && f.Name != daemon.CheckTakeoverFlag {
+			args = append(args, "--"+f.Name+"="+f.Value.String())
+		}
+	})
+	return args
+}
+
+// guard is the process that starts the next daemon when one has died.
+func (p *program) guard() *cobra.Command {
+	return &cobra.Command{
+		Use:    daemon.GuardCommand + " NAMESPACE",
+		Hidden: true,
+		Args:   args(1, 1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			if err := daemon.EnterGuard(args[0]); err != nil {
+				return err
+			}
+			return daemon.Guard(p.dir(), slog.LevelInfo)
+		},
+	}
 }
 
 // probe is the process that a daemon starts to look into block devices.
@@ -160,7 +226,39 @@ has ended. This is the way under systemd too. "systemctl stop" is refused, becau
 systemd would lose hold of a daemon that has to stay for its users.`,
 		Args: args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
-			return p.with(c, func(ctx context.Context, api control.API) error { return api.Stop(ctx) })
+			return p.withDaemon(c, startNone, func(ctx context.Context, api control.API) error { return api.Stop(ctx) })
 		},
 	}
+}
+
+func (p *program) daemonReload() *cobra.Command {
+	var r control.ReloadRequest
+	c := &cobra.Command{
+		Use:   "reload [flags]",
+		Short: "Have a new version of the program take over, under mounted filters",
+		Long: `Have the program that the daemon was started from, or another one, take over all
+filters and snapshots in the daemon's process, with the configuration as it is now.
+Filters may be mounted and in use: their I/O waits for the time that is printed. The
+program is first asked whether it can take over. If it cannot, nothing changes.
+"systemctl reload ublk-blksnap" does the same, and so may the upgrade of a package.`,
+		Args: args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) (err error) {
+			if r.Program != "" {
+				if r.Program, err = filepath.Abs(r.Program); err != nil {
+					return err
+				}
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error {
+				done, err := api.Reload(ctx, r)
+				if err != nil {
+					return err
+				}
+				return p.print(done, func(w io.Writer) {
+					fmt.Fprintf(w, "%s %s has taken over from %s: I/O waited for %v\n", done.Program, done.To, done.From, done.Pause.Round(time.Millisecond))
+				})
+			})
+		},
+	}
+	c.Flags().StringVar(&r.Program, "program", "", "path of the program (default: the one that the daemon was started from)")
+	return c
 }

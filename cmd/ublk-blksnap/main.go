@@ -27,13 +27,17 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	p := &program{out: os.Stdout, err: os.Stderr, terminal: isTerminal, driver: daemon.CheckDriver}
-	p.connect = func(ctx context.Context, start bool) (control.API, error) {
+	p.connect = func(ctx context.Context, start starts) (control.API, error) {
 		s := daemon.Starter{Dir: p.dir(), ConfigPath: p.configPath, Starting: func(lost *control.Lost) {
 			p.sayLost(lost)
 			p.say("starting the daemon")
 		}}
-		if start {
+		switch start {
+		case startNone:
+			return s.Ask(ctx)
+		case startFirst:
 			return s.Start(ctx)
+		case startNext:
 		}
 		return s.Connect(ctx)
 	}

@@ -28,7 +28,7 @@ type program struct {
 	blksnap  bool   // a command of blksnap's was called
 	out, err io.Writer
 	// connect reaches the daemon, starting it if need be and start says so.
-	connect func(ctx context.Context, start bool) (control.API, error)
+	connect func(ctx context.Context, start starts) (control.API, error)
 	// terminal says whether a person reads what is written; nil: nobody does.
 	terminal func(io.Writer) bool
 	// driver says why there is no ublk driver.
@@ -38,6 +38,15 @@ type program struct {
 	runDir     string
 	configPath string
 }
+
+// starts says which daemon a command starts, if none runs.
+type starts int
+
+const (
+	startNext  starts = iota // the one after a daemon that has died, if something waits for it
+	startFirst               // any
+	startNone                // none: it is to stop
+)
 
 // run executes a command line and returns the exit status; an error has been
 // written.
@@ -192,8 +201,8 @@ instant; each has a writable image device.
   ublk-blksnap cbt changes vdb --since …    what changed since a take
   ublk-blksnap remove vdb
 
-A daemon does the work. "add" and "snapshot create" start it if none runs; no
-other command does.
+A daemon does the work. "add" and "snapshot create" start it if none runs; other
+commands do only if one has died and what it had waits for the next.
 "ublk-blksnap doctor" tells whether this machine can run it.
 
 ` + statusHelp
@@ -215,7 +224,7 @@ other command does.
 	group("snapshot", p.snapshot(), p.cbt())
 	group("program", p.daemon(), p.doctor(), p.config(), p.version())
 	group("blksnap", p.blksnapCommands()...)
-	root.AddCommand(p.probe())
+	root.AddCommand(p.probe(), p.guard())
 	return root
 }
 
@@ -275,16 +284,16 @@ func (p *program) dir() daemon.RunDir { return daemon.RunDir(p.runDir) }
 
 // with runs f with the daemon that runs, and says what goes on if it takes long.
 func (p *program) with(c *cobra.Command, f func(ctx context.Context, api control.API) error) error {
-	return p.withDaemon(c, false, f)
+	return p.withDaemon(c, startNext, f)
 }
 
 // start is with for what can be asked of a fresh daemon: without one it starts
 // one.
 func (p *program) start(c *cobra.Command, f func(ctx context.Context, api control.API) error) error {
-	return p.withDaemon(c, true, f)
+	return p.withDaemon(c, startFirst, f)
 }
 
-func (p *program) withDaemon(c *cobra.Command, start bool, f func(ctx context.Context, api control.API) error) error {
+func (p *program) withDaemon(c *cobra.Command, start starts, f func(ctx context.Context, api control.API) error) error {
 	api, err := p.reach(c.Context(), start)
 	if err != nil {
 		return err
@@ -295,7 +304,7 @@ func (p *program) withDaemon(c *cobra.Command, start bool, f func(ctx context.Co
 }
 
 // reach is connect to a daemon with the configuration that was asked for.
-func (p *program) reach(ctx context.Context, start bool) (control.API, error) {
+func (p *program) reach(ctx context.Context, start starts) (control.API, error) {
 	api, err := p.connect(ctx, start)
 	if err != nil || p.configPath == "" {
 		return api, err

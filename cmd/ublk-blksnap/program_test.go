@@ -166,7 +166,7 @@ func execute(f *fakeDaemon, args ...string) (status int, out, errs string) {
 
 func executeAPI(f control.API, args ...string) (status int, out, errs string) {
 	var o, e bytes.Buffer
-	p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }, driver: func() error { return nil }}
+	p := &program{out: &o, err: &e, connect: func(context.Context, starts) (control.API, error) { return f, nil }, driver: func() error { return nil }}
 	status = p.run(context.Background(), args)
 	return status, o.String(), e.String()
 }
@@ -180,7 +180,7 @@ func TestRelativePaths(t *testing.T) {
 	}
 	f := newFake()
 	f.config = filepath.Join(filepath.Dir(here), "conf")
-	p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }}
+	p := &program{out: &o, err: &e, connect: func(context.Context, starts) (control.API, error) { return f, nil }}
 	if status := p.run(context.Background(), []string{"ublk-blksnap", "--run-dir", "run", "--config", "../conf", "list"}); status != 0 {
 		t.Fatalf("status %d: %s", status, e.String())
 	}
@@ -214,7 +214,7 @@ func TestOnATerminal(t *testing.T) {
 			var o, e bytes.Buffer
 			f := newFake()
 			f.device, f.snapshots = control.Device{}, []control.Snapshot{}
-			p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return person }}
+			p := &program{out: &o, err: &e, connect: func(context.Context, starts) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return person }}
 			status := p.run(context.Background(), strings.Fields("ublk-blksnap "+line))
 			p.say("starting the daemon")
 			said := ""
@@ -243,7 +243,7 @@ func TestInterruptedWatch(t *testing.T) {
 		var o, e bytes.Buffer
 		f := newFake()
 		f.events, f.err = nil, &control.Error{Code: control.Interrupted, Errno: unix.EINTR, Message: "ask the daemon: interrupted"}
-		p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }}
+		p := &program{out: &o, err: &e, connect: func(context.Context, starts) (control.API, error) { return f, nil }}
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
 		if status := p.run(ctx, strings.Fields("ublk-blksnap "+line)); status != statusInterrupted || e.Len() > 0 {
@@ -370,28 +370,29 @@ func TestExitStatuses(t *testing.T) {
 	}
 }
 
-// TestWhatStartsADaemon: what makes something may start one. What only looks, or
-// needs what only a daemon can have, does not: that would hide that one died.
+// TestWhatStartsADaemon: what makes something may start any. What only looks, or
+// needs what only a daemon can have, starts one only if a dead one left something that
+// waits for it. A stop starts none.
 func TestWhatStartsADaemon(t *testing.T) {
-	for line, want := range map[string]bool{
-		"ublk-blksnap add vdb": true, "ublk-blksnap remove vdb": false, "ublk-blksnap snapshot create vdb --storage /s": true,
-		"blksnap attach -d vdb": true, "blksnap detach -d vdb": false, "blksnap snapshot_create -d vdb": true,
-		"ublk-blksnap list": false, "ublk-blksnap status vdb": false, "ublk-blksnap cbt info vdb": false, "ublk-blksnap cbt map vdb": false,
-		"ublk-blksnap cbt changes vdb --since " + take(1).String(): false, "ublk-blksnap cbt mark vdb 0:1": false,
-		"ublk-blksnap snapshot list": false, "ublk-blksnap snapshot info " + id1: false, "ublk-blksnap snapshot watch " + id1: false,
-		"ublk-blksnap snapshot take " + id1: false, "ublk-blksnap snapshot add " + id1 + " vdb": false,
-		"ublk-blksnap snapshot append " + id1 + " /s": false, "ublk-blksnap daemon stop": false, "ublk-blksnap snapshot destroy " + id1: false,
-		"blksnap cbtinfo -d vdb": false, "blksnap readcbtmap -d vdb -f /dev/null": false, "blksnap markdirtyblock -d vdb -r 0:1": false,
-		"blksnap snapshot_add -i " + id1 + " -d vdb": false, "blksnap snapshot_appendstorage -i " + id1 + " -f /s": false,
-		"blksnap snapshot_take -i " + id1: false, "blksnap snapshot_destroy -i " + id1: false, "blksnap snapshot_info -d vdb": false,
-		"blksnap snapshot_collect": false, "blksnap snapshot_waitevent -t 1 -i " + id1: false, "blksnap snapshot_watcher -i " + id1: false,
+	for line, want := range map[string]starts{
+		"ublk-blksnap add vdb": startFirst, "ublk-blksnap remove vdb": startNext, "ublk-blksnap snapshot create vdb --storage /s": startFirst,
+		"blksnap attach -d vdb": startFirst, "blksnap detach -d vdb": startNext, "blksnap snapshot_create -d vdb": startFirst,
+		"ublk-blksnap list": startNext, "ublk-blksnap status vdb": startNext, "ublk-blksnap cbt info vdb": startNext, "ublk-blksnap cbt map vdb": startNext,
+		"ublk-blksnap cbt changes vdb --since " + take(1).String(): startNext, "ublk-blksnap cbt mark vdb 0:1": startNext,
+		"ublk-blksnap snapshot list": startNext, "ublk-blksnap snapshot info " + id1: startNext, "ublk-blksnap snapshot watch " + id1: startNext,
+		"ublk-blksnap snapshot take " + id1: startNext, "ublk-blksnap snapshot add " + id1 + " vdb": startNext,
+		"ublk-blksnap snapshot append " + id1 + " /s": startNext, "ublk-blksnap daemon stop": startNone, "ublk-blksnap daemon reload": startNext, "ublk-blksnap snapshot destroy " + id1: startNext,
+		"blksnap cbtinfo -d vdb": startNext, "blksnap readcbtmap -d vdb -f /dev/null": startNext, "blksnap markdirtyblock -d vdb -r 0:1": startNext,
+		"blksnap snapshot_add -i " + id1 + " -d vdb": startNext, "blksnap snapshot_appendstorage -i " + id1 + " -f /s": startNext,
+		"blksnap snapshot_take -i " + id1: startNext, "blksnap snapshot_destroy -i " + id1: startNext, "blksnap snapshot_info -d vdb": startNext,
+		"blksnap snapshot_collect": startNext, "blksnap snapshot_waitevent -t 1 -i " + id1: startNext, "blksnap snapshot_watcher -i " + id1: startNext,
 	} {
 		var o, e bytes.Buffer
 		asked := 0
-		p := &program{out: &o, err: &e, driver: func() error { return nil }, connect: func(_ context.Context, start bool) (control.API, error) {
+		p := &program{out: &o, err: &e, driver: func() error { return nil }, connect: func(_ context.Context, start starts) (control.API, error) {
 			asked++
 			if start != want {
-				t.Errorf("%s: starts a daemon: %v", line, start)
+				t.Errorf("%s: starts %v, want %v", line, start, want)
 			}
 			return nil, &control.Error{Code: control.Unavailable, Message: "no daemon runs"}
 		}}
@@ -416,7 +417,7 @@ func TestLostIsTold(t *testing.T) {
 
 func TestNoDaemon(t *testing.T) {
 	var o, e bytes.Buffer
-	p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) {
+	p := &program{out: &o, err: &e, connect: func(context.Context, starts) (control.API, error) {
 		return nil, &control.Error{Code: control.Denied, Message: "start the daemon: not root", Fix: "run this as root"}
 	}}
 	if p.run(context.Background(), []string{"ublk-blksnap", "list"}) != 1 || e.String() != "ublk-blksnap: start the daemon: not root: run this as root\n" {
@@ -498,7 +499,7 @@ func TestSlowIsExplained(t *testing.T) {
 	f := newFake()
 	f.delay, f.doing = slow+2*time.Second, "take snapshot: 1 filesystems to freeze"
 	var o, e bytes.Buffer
-	p := &program{out: &o, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return true }}
+	p := &program{out: &o, err: &e, connect: func(context.Context, starts) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return true }}
 	status := p.run(context.Background(), []string{"ublk-blksnap", "snapshot", "take", id1})
 	// A busy machine may say it a second late.
 	if status != 0 || !regexp.MustCompile(`^ublk-blksnap: take snapshot: 1 filesystems to freeze … [23]s\n$`).MatchString(e.String()) {
@@ -559,7 +560,7 @@ func TestFullOutput(t *testing.T) {
 		"cbt changes vdb --since " + take(1).String(), "add vdb", "snapshot create vdb", "snapshot info " + id1, "snapshot watch " + id1, "snapshot_info -d vdb"} {
 		var e bytes.Buffer
 		f := newFake()
-		p := &program{out: full, err: &e, connect: func(context.Context, bool) (control.API, error) { return f, nil }}
+		p := &program{out: full, err: &e, connect: func(context.Context, starts) (control.API, error) { return f, nil }}
 		if status := p.run(context.Background(), strings.Fields("ublk-blksnap "+line)); status != statusFailed || !strings.Contains(e.String(), "no space left") {
 			t.Errorf("%s: status %d, said %q", line, status, e.String())
 		}

@@ -19,7 +19,7 @@ func (p *program) snapshotWatch() *cobra.Command {
 destroyed, or of all snapshots from now on.`,
 		Args: args(0, 1),
 		RunE: func(c *cobra.Command, args []string) error {
-			api, err := p.reach(c.Context(), false)
+			api, err := p.reach(c.Context(), startNext)
 			if err != nil {
 				return err
 			}

@@ -34,7 +34,13 @@ func (p *program) status() *cobra.Command {
 				}
 				return p.print(s, func(w io.Writer) {
 					writeStatus(w, s)
-					if r := info.Recovered; r != nil {
+					if r := info.Reloaded; r != nil {
+						what := "from " + r.From + " to " + r.To
+						if r.Error != "" {
+							what = "in vain: " + r.Error
+						}
+						fmt.Fprintf(w, "%-16s %s, %s, I/O waited for %v\n", "reloaded:", r.At.Format(time.RFC3339), what, r.Pause.Round(time.Millisecond))
+					} else if r := info.Recovered; r != nil {
 						fmt.Fprintf(w, "%-16s %s, %d devices, I/O waited for %v\n", "taken over:", r.At.Format(time.RFC3339), r.Devices, r.Pause.Round(time.Millisecond))
 					}
 					if info.LogLinesLost > 0 {

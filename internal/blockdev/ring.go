@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"runtime"
@@ -240,4 +241,18 @@ func (q *RingQueue) Stop() {
 func (q *RingQueue) Abandon() {
 	q.abandoned.Store(true)
 	q.Stop()
+}
+
+// Answers waits until the queue's thread has run a task, or has ended. The error is
+// that of ctx: the thread does not do its turns.
+func (q *RingQueue) Answers(ctx context.Context) error {
+	ran := make(chan struct{})
+	q.Post(&Task{Run: func() { close(ran) }})
+	select {
+	case <-ran:
+	case <-q.ended:
+	case <-ctx.Done():
+		return fmt.Errorf("queue %s does not answer: %w", q.cfg.Name, ctx.Err())
+	}
+	return nil
 }

@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"context"
 	"errors"
 	"math/rand/v2"
 	"sync"
@@ -54,6 +55,31 @@ func TestRingFailuresFromDone(t *testing.T) {
 	}
 	q.Post(&Task{Run: func() { q.Submit(op) }})
 	within(t, "failures", done)
+}
+
+// TestRingAnswers: a thread that does its turns answers, one that is held up does not,
+// and one that has ended holds nobody up.
+func TestRingAnswers(t *testing.T) {
+	q := startQueue(t, RingConfig{Name: "test", Depth: 1})
+	if err := q.Answers(context.Background()); err != nil {
+		t.Error(err)
+	}
+	held, release := make(chan struct{}), make(chan struct{})
+	q.Post(&Task{Run: func() { close(held); <-release }})
+	within(t, "the task", held)
+	short, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer cancel()
+	if err := q.Answers(short); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a thread that is held up: %v", err)
+	}
+	close(release)
+	if err := q.Answers(context.Background()); err != nil {
+		t.Error(err)
+	}
+	q.Stop()
+	if err := q.Answers(context.Background()); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestRingCommands(t *testing.T) {

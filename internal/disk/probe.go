@@ -22,7 +22,8 @@ import (
 // that serves disks must not start blkid by itself. Between fork and exec the Go runtime
 // waits for the new process and keeps its P. If the program file lay on a disk that does
 // not answer, the collection of garbage would stop, and every queue with it. So a Prober
-// starts blkid. It is a process of its own, started before there is any disk to serve.
+// starts blkid, and whatever other process is needed: see errand.go. It is a process of
+// its own, started before there is any disk to serve.
 
 // ErrNoTool: there is no blkid on this machine.
 var ErrNoTool = errors.New("blkid is not installed")
@@ -31,13 +32,28 @@ var ErrNoTool = errors.New("blkid is not installed")
 type Prober struct {
 	socket *os.File
 	ended  chan struct{} // closed when the process has ended
+	pid    int
 }
+
+// question is what a Prober is asked, in one message. With it come the files that
+// it is about, and after them a pipe for the answer.
+type question struct {
+	Probe bool     `json:"probe,omitempty"` // what the file, a device, holds
+	Run   *Command `json:"run,omitempty"`
+	Keep  []string `json:"keep,omitempty"` // the arguments of a process, the file is its lock
+	// LetGo: nothing is kept any more.
+	LetGo bool `json:"let_go,omitempty"`
+}
+
+// maxQuestion is how large a question is at most, in bytes.
+const maxQuestion = 64 << 10
 
 // answer is what a Prober writes to the pipe that came with a question.
 type answer struct {
 	Holds  string `json:"holds,omitempty"`
 	Error  string `json:"error,omitempty"`
 	NoTool bool   `json:"no_tool,omitempty"`
+	Ran    *Ran   `json:"ran,omitempty"`
 }
 
 // StartProber starts this program with args, to call ServeProbes with the file
@@ -47,7 +63,7 @@ func StartProber(args ...string) (*Prober, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start the prober: %w", err)
 	}
-	p := &Prober{os.NewFile(uintptr(pair[0]), "prober"), make(chan struct{})}
+	p := &Prober{socket: os.NewFile(uintptr(pair[0]), "prober"), ended: make(chan struct{})}
 	theirs := os.NewFile(uintptr(pair[1]), "questions")
 	defer theirs.Close()
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
@@ -66,12 +82,19 @@ func StartProber(args ...string) (*Prober, error) {
 		p.socket.Close()
 		return nil, fmt.Errorf("start the prober: %w", err)
 	}
+	p.pid = child.Pid
 	go func() {
 		_, _ = child.Wait()
 		close(p.ended)
 	}()
 	return p, nil
 }
+
+// Ended is closed when the process has ended.
+func (p *Prober) Ended() <-chan struct{} { return p.ended }
+
+// PID is the number of the process.
+func (p *Prober) PID() int { return p.pid }
 
 // Close ends the process. It waits for that only for a moment: a process that
 // hangs in a device ends when the device answers.
@@ -86,24 +109,10 @@ func (p *Prober) Close() {
 // Probe says what the device, which may be opened as a place only (O_PATH),
 // holds; empty if nothing is found. See Blkid.
 func (p *Prober) Probe(ctx context.Context, dev *os.File) (string, error) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return "", err
-	}
-	defer r.Close()
-	err = unix.Sendmsg(int(p.socket.Fd()), []byte{0}, unix.UnixRights(int(dev.Fd()), int(w.Fd())), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
-	w.Close()
-	if err != nil {
-		return "", fmt.Errorf("the process that asks blkid is gone: restart the daemon: %w", err)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	var a answer
-	switch err := json.NewDecoder(r).Decode(&a); {
-	case ctx.Err() != nil:
-		return "", fmt.Errorf("blkid: %w", ctx.Err())
+	a, err := p.ask(ctx, question{Probe: true}, dev)
+	switch {
 	case err != nil:
-		return "", fmt.Errorf("ask the prober: %w", err)
+		return "", err
 	case a.NoTool:
 		return "", ErrNoTool
 	case a.Error != "":
@@ -112,40 +121,74 @@ func (p *Prober) Probe(ctx context.Context, dev *os.File) (string, error) {
 	return a.Holds, nil
 }
 
+// ask puts a question and waits for the answer.
+func (p *Prober) ask(ctx context.Context, q question, files ...*os.File) (answer, error) {
+	var a answer
+	text, err := json.Marshal(q)
+	if err != nil || len(text) > maxQuestion {
+		return a, errors.Join(errors.New("a question that cannot be put"), err)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return a, err
+	}
+	defer r.Close()
+	var fds []int
+	for _, f := range append(files, w) {
+		fds = append(fds, int(f.Fd()))
+	}
+	err = unix.Sendmsg(int(p.socket.Fd()), text, unix.UnixRights(fds...), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	w.Close()
+	if err != nil {
+		return a, fmt.Errorf("the process that asks blkid is gone, and comes back with: ublk-blksnap daemon reload: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if err := json.NewDecoder(r).Decode(&a); ctx.Err() != nil {
+		return a, fmt.Errorf("wait for the prober: %w", ctx.Err())
+	} else if err != nil {
+		return a, fmt.Errorf("ask the prober: %w", err)
+	}
+	return a, nil
+}
+
 // ServeProbes is the life of a Prober's process, which looks for blkid below root. It
 // ends when the process that asks has gone.
 func ServeProbes(fd int, root string) error {
 	// The terminal's signals are for the daemon, which may refuse to end.
 	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
 	_ = os.WriteFile("/proc/self/comm", []byte("ublk-probe"), 0)
-	// Nothing depends on this process.
-	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("0"), 0)
+	// It is small, and starts anew what must not be missing.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
+	e := errands{root: root}
+	text := make([]byte, maxQuestion)
 	for {
 		oob := make([]byte, unix.CmsgSpace(2*4))
-		n, oobn, _, _, err := unix.Recvmsg(fd, make([]byte, 1), oob, unix.MSG_CMSG_CLOEXEC)
+		n, oobn, _, _, err := unix.Recvmsg(fd, text, oob, unix.MSG_CMSG_CLOEXEC)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil || n == 0 {
+			e.end()
 			return err
 		}
-		var fds []int
+		var files []*os.File
 		if msgs, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil && len(msgs) == 1 {
-			fds, _ = unix.ParseUnixRights(&msgs[0])
+			fds, _ := unix.ParseUnixRights(&msgs[0])
+			for _, fd := range fds {
+				files = append(files, os.NewFile(uintptr(fd), "asked about"))
+			}
 		}
-		if len(fds) != 2 {
-			return errors.New("a question came without its files")
+		var q question
+		if err := json.Unmarshal(text[:n], &q); err != nil || len(files) == 0 {
+			return errors.Join(errors.New("what came is no question, or came without its files"), err)
 		}
 		go func() {
-			dev, reply := os.NewFile(uintptr(fds[0]), "device"), os.NewFile(uintptr(fds[1]), "answer")
-			defer dev.Close()
-			defer reply.Close()
-			holds, err := Blkid(root, dev)
-			a := answer{Holds: holds, NoTool: errors.Is(err, ErrNoTool)}
-			if err != nil {
-				a.Error = err.Error()
+			last := len(files) - 1
+			_ = json.NewEncoder(files[last]).Encode(e.do(q, files[:last]))
+			for _, f := range files {
+				f.Close()
 			}
-			_ = json.NewEncoder(reply).Encode(a)
 		}()
 	}
 }
@@ -195,7 +238,11 @@ func Blkid(root string, f *os.File) (string, error) {
 	}
 	var out, said bytes.Buffer
 	c.Stdout, c.Stderr = &out, &said
-	err = c.Run()
+	if err = c.Start(); err == nil {
+		// Nothing depends on it, and a disk decides how much memory it takes.
+		_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", c.Process.Pid), []byte("0"), 0)
+		err = c.Wait()
+	}
 	status := 0
 	var exit *exec.ExitError
 	switch {

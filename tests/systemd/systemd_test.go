@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -119,7 +120,7 @@ func TestUnit(t *testing.T) {
 	run(t, "mkfs.ext4", "-q", disk)
 	// As the README has it.
 	write(t, "/etc/systemd/system/"+unit+".d/override.conf", "[Unit]\nWants=dev-vda.device\nAfter=dev-vda.device\n"+
-		"[Service]\nExecStartPost=-/usr/local/sbin/ublk-blksnap add /dev/vda --name data\n")
+		"[Service]\nExecStartPost=-/usr/local/sbin/ublk-blksnap add /dev/vda --name data\nWatchdogSec=10\n")
 	write(t, "/etc/fstab", link+" /srv ext4 x-systemd.requires="+unit+" 0 2\n")
 	run(t, "systemctl", "daemon-reload")
 
@@ -170,6 +171,50 @@ func TestUnit(t *testing.T) {
 		time.Sleep(50 * time.Millisecond)
 	}
 	stays()
+
+	// The next one follows a daemon that has died, or hangs, at once: who writes to the
+	// filter only waits. Another program may take over in the same process.
+	end, written := make(chan struct{}), make(chan error, 1)
+	go func() {
+		for n := 0; ; n++ {
+			select {
+			case <-end:
+				written <- nil
+				return
+			default:
+			}
+			name := fmt.Sprintf("/srv/busy-%d", n%8)
+			if err := os.WriteFile(name, bytes.Repeat([]byte{byte(n)}, 100000), 0o644); err != nil {
+				written <- err
+				return
+			}
+			if out, err := exec.Command("sync", name).CombinedOutput(); err != nil {
+				written <- fmt.Errorf("sync: %w: %s", err, out)
+				return
+			}
+		}
+	}()
+	for _, signal := range []string{"KILL", "KILL", "STOP", "ABRT"} {
+		run(t, "kill", "-"+signal, pid)
+		dead := pid
+		for end := time.Now().Add(patience); pid == dead || pid == "0" || property(t, "SubState") != "running"; pid = property(t, "MainPID") {
+			if time.Now().After(end) {
+				t.Fatalf("after SIG%s nobody follows process %s", signal, dead)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		stays()
+	}
+	run(t, "systemctl", "reload", unit)
+	stays()
+	if text := run(t, "ublk-blksnap", "daemon", "reload"); !strings.Contains(text, "has taken over") {
+		t.Errorf("daemon reload says %q", text)
+	}
+	stays()
+	close(end)
+	if err := <-written; err != nil {
+		t.Error(err)
+	}
 
 	// A snapshot, whose image udev knows, and which breaks.
 	run(t, "dd", "if=/dev/zero", "of=/srv/file", "bs=1M", "count=24", "conv=fsync")

@@ -59,6 +59,7 @@ var testParams = []string{
 	"diff_storage_minimum=8192", // 4 MiB
 	"diff_buffer_pool_size=8M",
 	"state_size=512M",
+	"guard=false", // a test that kills its daemon decides about the next
 }
 
 // Start starts a daemon with parameters key=value on top of testParams. When the

@@ -55,6 +55,37 @@ func (s *survival) killAndRestart() {
 	s.kills.Add(1)
 }
 
+// upgrade has the program take over from itself, in the same process.
+func (s *survival) upgrade() {
+	s.t.Helper()
+	s.kills.Add(1)
+	done, err := s.Reload(guest.Context(s.t), control.ReloadRequest{})
+	if err != nil {
+		s.t.Fatalf("upgrade %d: %v", len(s.pauses)+1, err)
+	}
+	info, err := s.Info(guest.Context(s.t))
+	if err != nil || info.Recovered == nil || info.Lost != nil || info.PID != s.PID {
+		s.t.Fatalf("after upgrade %d: %+v, %v", len(s.pauses)+1, info, err)
+	}
+	s.pauses = append(s.pauses, done.Pause)
+	s.images = append(s.images, done.Images)
+	s.kills.Add(1)
+}
+
+// TestUpgradedUnderLoad is TestKilledUnderLoad with upgrades in place of kills.
+func TestUpgradedUnderLoad(t *testing.T) {
+	guest.Need(t)
+	mode := control.ModeCopy
+	if guest.KernelAtLeast(t, 6, 16) {
+		mode = control.ModeZeroCopy
+	}
+	queues := guest.QueueCounts()
+	strikeUnderLoad(t, mode, queues[len(queues)-1], int(guest.Span(3, 20)), (*survival).upgrade)
+	if guest.Long() && mode != control.ModeCopy {
+		strikeUnderLoad(t, control.ModeCopy, 1, 20, (*survival).upgrade)
+	}
+}
+
 // TestKilledUnderLoad kills the daemon under fio on ext4 and random writers on the bare
 // filter, with snapshots held and images read and written: no I/O error, every
 // read right, images as at their cut, and a change map that has every change.
@@ -73,7 +104,7 @@ func TestKilledUnderLoad(t *testing.T) {
 				continue // the short form has each number of queues once
 			}
 			t.Run(fmt.Sprintf("%s/%dqueues", mode, n), func(t *testing.T) {
-				pauses = append(pauses, killUnderLoad(t, mode, n, max(3, kills/len(modes)/2)))
+				pauses = append(pauses, strikeUnderLoad(t, mode, n, max(3, kills/len(modes)/2), (*survival).killAndRestart))
 			})
 		}
 	}
@@ -83,7 +114,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	}
 }
 
-func killUnderLoad(t *testing.T, mode control.Mode, queues, kills int) (worst time.Duration) {
+func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike func(*survival)) (worst time.Duration) {
 	const size, chunk = 12<<20 + 3<<10, 64 << 10
 	disks := guest.RAMDisks(t, 2, 64<<20)
 	s := &survival{Daemon: program.Start(t), t: t, store: guest.SmallFS(t, 256<<20)}
@@ -130,9 +161,9 @@ func killUnderLoad(t *testing.T, mode control.Mode, queues, kills int) (worst ti
 
 	busy := s.keepBusy(mounted, seed)
 	rnd := rand.New(rand.NewSource(seed))
-	for range kills {
+	for range times {
 		time.Sleep(time.Duration(rnd.Intn(600)) * time.Millisecond)
-		s.killAndRestart()
+		strike(s)
 		select {
 		case err := <-fioEnd:
 			t.Fatalf("fio ended: %v\n%s", err, said.String())
@@ -184,7 +215,7 @@ func killUnderLoad(t *testing.T, mode control.Mode, queues, kills int) (worst ti
 	s.nothingLeft()
 	slices.Sort(s.pauses)
 	slices.Sort(s.images)
-	t.Logf("%d kills; I/O of filters waited for %v (median), %v (worst), of images for %v, %v; %d writes", len(s.pauses),
+	t.Logf("%d times; I/O of filters waited for %v (median), %v (worst), of images for %v, %v; %d writes", len(s.pauses),
 		s.pauses[len(s.pauses)/2], s.pauses[len(s.pauses)-1], s.images[len(s.images)/2], s.images[len(s.images)-1], w.Writes.Load())
 	return s.pauses[len(s.pauses)-1]
 }

@@ -1,0 +1,119 @@
+package daemon
+
+import (
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
+)
+
+// The state directory has a format as a whole: which files there are, and what they
+// mean together. Its number is in the file "format". A program that meets a newer
+// format touches nothing. An older one it brings to its own, a step for each number.
+// What is inside of a file has a version of its own: see package statefile.
+//
+//	1  change maps (cbt/) and the files of snapshots, without records that tell of what
+//	   they are: what is there can only be given back
+//	2  records of devices and snapshots, from which the next daemon takes them over
+
+const (
+	formatName = "format"
+	formatKind = "state"
+)
+
+// format is the contents of the file. Its number is that of the statefile.
+type format struct {
+	Program string `json:"program"` // the version of the program that has written it
+}
+
+// migrations bring the state directory from the format of their index to the next.
+// A death may follow each step of one, and the next daemon begins it anew.
+var migrations = [stateFormat]func(dir RunDir) error{
+	1: func(RunDir) error {
+		// Of format 1 there are leftovers only. They are cleared away as those of a
+		// device or a snapshot that has no record.
+		return nil
+	},
+}
+
+// formatFound is the format of what is in the state directory; 0 if it is empty.
+func (d RunDir) formatFound() (int, error) {
+	path := filepath.Join(d.State(), formatName)
+	_, found, err := statefile.Read(path, formatKind, stateFormat)
+	switch {
+	case err == nil:
+		return found, nil
+	case errors.Is(err, fs.ErrNotExist):
+		names, err := os.ReadDir(d.State())
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return 0, nil
+		case err != nil || len(names) == 0:
+			return 0, err
+		}
+		return 1, nil // which had no number yet
+	case errors.Is(err, statefile.ErrNewer):
+		return 0, &control.Error{Code: control.Unsupported, Message: "start the daemon: " + err.Error(),
+			Fix: "or end it with its own \"daemon stop\" first"}
+	}
+	return 0, &control.Error{Code: control.Corrupted, Message: "start the daemon: " + err.Error(),
+		Fix: "if nothing waits for a daemon, remove " + path + " and start again"}
+}
+
+// checkFormat says whether this program can take over what is in the state directory.
+// It changes nothing.
+func (d RunDir) checkFormat() error {
+	_, err := d.formatFound()
+	return err
+}
+
+// migrate brings the state directory to the format of this program; needs the
+// daemon's lock.
+func (d RunDir) migrate() error {
+	found, err := d.formatFound()
+	if err != nil || found == stateFormat {
+		return err
+	}
+	if found > 0 {
+		for _, step := range migrations[found:] {
+			if err := step(d); err != nil {
+				return fail(err, "bring the state from format %d to %d", found, stateFormat)
+			}
+			deathpoint.Point()
+		}
+	}
+	if err := d.subdir(stateName, 0o700); err != nil {
+		return fail(err, "make the state directory")
+	}
+	if err := statefile.Write(filepath.Join(d.State(), formatName), formatKind, stateFormat, format{control.Version}); err != nil {
+		return fail(err, "write the state's format")
+	}
+	return nil
+}
+
+// Takeover is what a program says of itself before it is given the devices of the
+// daemon that runs.
+type Takeover struct {
+	Version string `json:"version"`
+	Format  int    `json:"format"`
+}
+
+// CheckTakeover says whether this program, with its configuration, could take over
+// from the daemon of the directory. It changes nothing.
+func CheckTakeover(dir RunDir) (Takeover, error) {
+	return Takeover{control.Version, stateFormat}, dir.checkFormat()
+}
+
+// parseTakeover reads what a program has said of itself.
+func parseTakeover(out string) (t Takeover, err error) {
+	err = json.Unmarshal([]byte(out), &t)
+	if err == nil && t.Format < 1 {
+		err = errors.New("it names no format")
+	}
+	return t, err
+}

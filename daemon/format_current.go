@@ -1,0 +1,9 @@
+//go:build !nextformat
+
+package daemon
+
+// stateFormat is the format that this program writes.
+const stateFormat = 2
+
+// devicesName is the directory of the records of devices.
+const devicesName = "devices"

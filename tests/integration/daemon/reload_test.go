@@ -1,0 +1,122 @@
+package daemon
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/direct"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
+)
+
+// verified has fio write into dir and read back what it wrote, over and over until
+// stopped.
+func verified(t *testing.T, dir string) (stop func()) {
+	t.Helper()
+	end := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Add(1)
+	go func() {
+		defer wg.Done()
+		for {
+			select {
+			case <-end:
+				return
+			default:
+			}
+			out, err := exec.Command("fio", "--name=verified", "--directory="+dir, "--size=8m", "--rw=randwrite", "--bsrange=4k-64k",
+				"--ioengine=libaio", "--direct=1", "--iodepth=8", "--verify=crc32c", "--verify_fatal=1").CombinedOutput()
+			if err != nil {
+				t.Errorf("fio: %v: %s", err, out)
+				return
+			}
+		}
+	}()
+	stop = sync.OnceFunc(func() { close(end); wg.Wait() })
+	t.Cleanup(stop)
+	return stop
+}
+
+// TestReload: one program after the other takes over in the daemon's process, under a
+// filesystem that is written to. A state of another format is brought to that of the
+// program; a program that does not know it is refused, and nothing changes.
+func TestReload(t *testing.T) {
+	guest.Need(t)
+	disk := guest.RAMDisks(t, 1, 64<<20)[0]
+	d := program.Start(t)
+	dev := d.Add(disk)
+	guest.Ext4.Make(t, dev.Link)
+	at := guest.Mount(t, dev.Link)
+	s := d.Take(0, dev)
+	image := direct.Digest(t, s.Images[0].Path)
+	stop := verified(t, at)
+	before := d.CBT(dev)
+
+	var pauses []time.Duration
+	reload := func(args ...string) control.Reloaded {
+		t.Helper()
+		a := d.Call("ublk-blksnap", append([]string{"daemon", "reload", "--json"}, args...)...)
+		var done control.Reloaded
+		if err := json.Unmarshal([]byte(a.Out), &done); a.Status != 0 || err != nil {
+			t.Fatalf("reload: %+v, %v", a, err)
+		}
+		info, err := d.Info(guest.Context(t))
+		if err != nil || info.PID != d.PID || info.Reloaded == nil || !info.Reloaded.At.Equal(done.At) || info.Lost != nil {
+			t.Errorf("after a reload the daemon says of itself %+v, %v", info, err)
+		}
+		pauses = append(pauses, done.Pause)
+		return done
+	}
+	for range int(guest.Span(3, 20)) {
+		if done := reload(); done.From != control.Version || done.To != control.Version || done.Program != program.Path(t) {
+			t.Errorf("reloaded: %+v", done)
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+
+	// The next format, and not back.
+	next := guest.TreeFile(t, "bin/ublk-blksnap-next")
+	if _, err := os.Stat(filepath.Join(d.RunDir.State(), "devices", dev.Name+".json")); err != nil {
+		t.Errorf("the record is not where it is in this format: %v", err)
+	}
+	reload("--program", next)
+	if _, err := os.Stat(filepath.Join(d.RunDir.State(), "disks", dev.Name+".json")); err != nil {
+		t.Errorf("the record is not where it is in the next format: %v", err)
+	}
+	d.Refused([]string{"cannot take over", "it has version 3, and this one knows up to 2", "nothing has changed"}, "daemon", "reload", "--program", program.Path(t))
+	d.Refused([]string{"cannot take over", "no such file"}, "daemon", "reload", "--program", "/nonexistent")
+	reload()
+
+	// Nor does an older program begin when the daemon has died.
+	d.Kill()
+	out, err := exec.Command(program.Path(t), "daemon", "--run-dir", string(d.RunDir)).CombinedOutput()
+	if status := guest.ExitStatus(t, err); status != 1 || !strings.Contains(string(out), "it has version 3, and this one knows up to 2") || !strings.Contains(string(out), "daemon stop") {
+		t.Errorf("a program that does not know the format: status %d, %s", status, out)
+	}
+	t.Setenv("UBLK_BLKSNAP_BIN", next)
+	d.Restart()
+	if now, err := d.Devices(guest.Context(t)); err != nil || len(now) != 1 || now[0].Path != dev.Path {
+		t.Errorf("devices %+v, %v", now, err)
+	}
+	if after := d.CBT(dev); after.GenerationID != before.GenerationID {
+		t.Errorf("the change map was at %+v, is at %+v", before, after)
+	}
+	stop()
+	if direct.Digest(t, s.Images[0].Path) != image {
+		t.Error("the image is not what it was")
+	}
+	d.Destroy(s.ID)
+	guest.Unmount(t, at)
+	d.Remove(dev)
+	guest.Ext4.Check(t, disk)
+	slices.Sort(pauses)
+	t.Logf("%d reloads: I/O waited for %v at most, in the median %v", len(pauses), pauses[len(pauses)-1], pauses[len(pauses)/2])
+}
