@@ -10,6 +10,7 @@ require (
 	github.com/pawelgaczynski/giouring v0.0.0-20230826085535-69588b89acb9
 	github.com/spf13/cobra v1.10.2
 	github.com/spf13/pflag v1.0.9
+	golang.org/x/crypto v0.41.0
 	golang.org/x/sys v0.35.0
 	pgregory.net/rapid v1.3.0
 )

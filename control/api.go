@@ -268,6 +268,9 @@ type CreateRequest struct {
 	// the caller is gone, no snapshot is left.
 	Take     bool `json:"take,omitempty"`
 	NoFreeze bool `json:"no_freeze,omitempty"`
+	// Encrypt says whether what is stored is encrypted, with a key that is in memory
+	// only, and gone with the snapshot; nil: as configured.
+	Encrypt *bool `json:"encrypt,omitempty"`
 }
 
 // SnapshotDeviceRequest names a snapshot and a device.
@@ -298,6 +301,7 @@ type Snapshot struct {
 	Created   time.Time  `json:"created"`
 	Taken     *time.Time `json:"taken,omitempty"`
 	ChunkSize int64      `json:"chunk_size"`
+	Encrypted bool       `json:"encrypted"` // what is stored
 	// Frozen is how long filesystems stood still for the take, in nanoseconds.
 	Frozen time.Duration   `json:"frozen_ns"`
 	Errno  int             `json:"error_code"` // negative; 0 while it is whole

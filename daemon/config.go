@@ -40,7 +40,9 @@ type Config struct {
 	StateSize  int64 // bytes
 	// StateDir is where change maps are kept while their disks have no filter; empty:
 	// nowhere.
-	StateDir      string
+	StateDir string
+	// Encrypt: what snapshots store is encrypted, unless their maker says otherwise.
+	Encrypt       bool
 	FreezeTimeout time.Duration
 	// StorageTimeout is how long difference storage is waited for: by writes, and by
 	// callers that append storage or destroy a snapshot.
@@ -113,6 +115,7 @@ func (c *Config) Params() []Param {
 		{"mode", "auto, copy or zerocopy", mode{&c.Mode}},
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", byteSize{&c.StateSize}},
 		{"state_dir", "directory in which change maps are kept while their disks have no filter, over a restart of the machine too; it must not lie on a disk with a filter; empty: they are not kept", path{&c.StateDir}},
+		{"encrypt", "whether what a snapshot stores is encrypted, unless --encrypt says otherwise; the key is in memory only, and gone with the snapshot or the power", boolean{&c.Encrypt}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},

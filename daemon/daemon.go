@@ -15,6 +15,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -25,6 +26,7 @@ type Daemon struct {
 	host     *disk.Host
 	ctl      *ublk.Control
 	queue    *blockdev.RingQueue // control work of snapshots
+	crypt    *blockdev.RingQueue // encrypts what they store; nil until one does
 	events   *eventLog
 	activity atomic.Pointer[string]
 
@@ -232,6 +234,9 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 func (d *Daemon) Close() {
 	d.stopRetry()
 	d.queue.Stop()
+	if d.crypt != nil {
+		d.crypt.Stop()
+	}
 	d.ctl.Close()
 }
 
@@ -265,6 +270,19 @@ func (d *Daemon) served() (all []*ublk.Device) {
 		}
 	}
 	return all
+}
+
+// startCrypt gives a snapshot the thread that encrypts what all snapshots store; needs
+// opLock, or to be the only one.
+func (d *Daemon) startCrypt(c *snapshots.Config) (err error) {
+	if d.crypt == nil {
+		if d.crypt, err = blockdev.NewRingQueue(blockdev.RingConfig{Name: "encrypt", Depth: 64}); err != nil {
+			d.crypt = nil
+			return err
+		}
+	}
+	c.Crypt = d.crypt
+	return nil
 }
 
 // lowerDisks names the disk under one of our own devices, for a search that goes

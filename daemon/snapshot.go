@@ -24,6 +24,8 @@ type snapshot struct {
 	snap    *snapshots.Snapshot
 	chunk   int64
 	created time.Time
+	// encrypted: what is stored is.
+	encrypted bool
 	// engineEvents carries events from the queue threads, which must not wait.
 	// destroyed is closed when all of the snapshot is gone. destroyErr says then what
 	// could not be given back.

@@ -57,14 +57,22 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	if err != nil {
 		return nil, err
 	}
-	s = &snapshot{chunk: chunk, created: time.Now(), engineEvents: make(chan diffarea.Event, 256), destroyed: make(chan struct{})}
+	s = &snapshot{chunk: chunk, encrypted: d.opts.Config.Encrypt, created: time.Now(), engineEvents: make(chan diffarea.Event, 256), destroyed: make(chan struct{})}
 	id := uuid.New()
 	s.id = id.String()
 	pool := d.opts.Config.DiffBufferPoolSize
 	if n := d.opts.Config.ChunkMaximumInQueue; n > 0 {
 		pool = min(pool, n*chunk)
 	}
+	if r.Encrypt != nil {
+		s.encrypted = *r.Encrypt
+	}
 	c := d.snapshotConfig(s.engineEvents)
+	if c.Encrypt = s.encrypted; c.Encrypt {
+		if err := d.startCrypt(&c); err != nil {
+			return nil, err
+		}
+	}
 	c.ID, c.ChunkSize, c.PoolSize, c.Portion = id, chunk, pool, d.opts.Config.DiffStorageMinimum*sector.Size
 	c.Pending = r.Take // until it is answered, nobody knows of it
 	if s.snap, err = snapshots.New(c); err != nil {

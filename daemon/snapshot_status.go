@@ -27,7 +27,7 @@ func (d *Daemon) Snapshot(_ context.Context, id string) (control.Snapshot, error
 }
 
 func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
-	out := control.Snapshot{ID: s.id, State: control.SnapshotCreated, Created: s.created, ChunkSize: s.chunk, Images: []control.SnapshotImage{}, Storage: []control.Storage{}}
+	out := control.Snapshot{ID: s.id, State: control.SnapshotCreated, Created: s.created, ChunkSize: s.chunk, Encrypted: s.encrypted, Images: []control.SnapshotImage{}, Storage: []control.Storage{}}
 	s.use.RLock()
 	if !s.gone {
 		u := s.snap.Usage()

@@ -101,10 +101,14 @@ func (d *Daemon) makeImage(ctx context.Context, s *snapshot, i int) error {
 	geo.MaxDiscard, geo.DiscardGranularity, geo.MaxWriteZeroes = 0, 0, 0
 	// Payloads go to the storage as well, whatever it is.
 	geo.DMAMask |= sector.Size - 1
+	mode := im.device.ublk.Mode
+	if s.encrypted {
+		mode = ublk.ModeCopy // payloads are decrypted by this process
+	}
 	var tag uint64
 	dev, err := d.addUblk(ctx, imageKind, im.device.Name+"-"+s.id, ublk.Config{
 		Name: im.device.Name + "@", Queues: im.device.Queues, Depth: min(im.device.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
-		Mode: im.device.ublk.Mode, Geometry: geo, NoPartScan: true,
+		Mode: mode, Geometry: geo, NoPartScan: true,
 		Files:      []*blockdev.OSFile{im.device.orig},
 		NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.snap.Image(i).NewQueue(bq) },
 	}, func(id int, chosen uint64) error {

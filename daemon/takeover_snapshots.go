@@ -143,6 +143,11 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 	case missing != "":
 		return nil, fmt.Errorf("its device %s is not taken over", missing)
 	}
+	if s.Encrypted {
+		if err := d.startCrypt(&s.config); err != nil {
+			return nil, err
+		}
+	}
 	var snap *snapshots.Snapshot
 	taken := s.Stage == snapshots.Taken
 	if taken {
@@ -155,7 +160,7 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 	}
 	deathpoint.Point()
 	out := &snapshot{
-		id: s.id(), snap: snap, chunk: s.Chunk, created: s.Created,
+		id: s.id(), snap: snap, chunk: s.Chunk, created: s.Created, encrypted: s.Encrypted,
 		engineEvents: s.events, destroyed: make(chan struct{}),
 	}
 	for i, dev := range s.members {

@@ -13,7 +13,7 @@ func FuzzExtents(f *testing.F) {
 	f.Fuzz(func(t *testing.T, pieces []byte) {
 		const shift = 12
 		s := newLogState(make([]byte, LogStateSize))
-		s.format(shift, 8)
+		s.format(shift, 8, 0)
 		type place struct {
 			source uint64
 			off    int64

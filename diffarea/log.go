@@ -32,6 +32,8 @@ type LogConfig struct {
 	Pool      Pool
 	// State is LogStateSize bytes of zeroed memory that outlives the process.
 	State []byte
+	// Seal, if it is not nil, encrypts what is stored. The pool is never encrypted.
+	Seal *Seal
 	// Portion is by how much storage grows at a time at most, in bytes. Growing
 	// starts when less than half of it is left.
 	Portion int64
@@ -62,6 +64,7 @@ type Log struct {
 	poolSlots Region
 	onEvent   func(Event)
 	state     *logState
+	seal      *sealing // nil: what is stored is not encrypted
 
 	// dead is the errno that broke the log, 0 while it is alive.
 	dead atomic.Uint32
@@ -127,7 +130,7 @@ func NewLog(c LogConfig) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	l.state.format(l.shift, int64(l.poolSlots))
+	l.state.format(l.shift, int64(l.poolSlots), l.seal.checkOf())
 	return l, nil
 }
 
@@ -148,6 +151,9 @@ func newLog(c LogConfig, s *logState) (*Log, error) {
 		onEvent:   c.OnEvent,
 		slots:     make([]slot, n),
 		state:     s,
+	}
+	if c.Seal != nil {
+		l.seal = newSealing(c.Seal)
 	}
 	l.files.Store(new([]blockdev.File))
 	l.growth.init(l)

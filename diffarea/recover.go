@@ -16,7 +16,8 @@ import (
 // let go of the device, because the queues' rings hold the device's file. The stores of
 // its control queue have ended when the storage could be claimed anew, because I/O
 // under way keeps its file open. Copies that had not landed never happened; their
-// regions are not used again.
+// regions are not used again. A log that is dead needs no Seal, because nothing of it
+// is read any more.
 func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 	s := newLogState(c.State)
 	if s.get(stateMagic) != logMagic {
@@ -31,6 +32,9 @@ func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 	}
 	if int64(s.get(stateSlots)) != int64(l.poolSlots) {
 		return nil, fmt.Errorf("open log: %w: %d pool slots, want %d", ErrState, s.get(stateSlots), l.poolSlots)
+	}
+	if s.get(stateDead) == 0 && s.get(stateKey) != l.seal.checkOf() {
+		return nil, fmt.Errorf("open log: %w: what is stored was encrypted with another key", ErrState)
 	}
 	if err := s.check(len(sources)); err != nil {
 		return nil, fmt.Errorf("open log: %w", err)

@@ -64,11 +64,12 @@ type extent struct {
 // caller's.
 //
 //	 0 magic      8 chunk shift  16 next region   24 errno that broke it
-//	32 pool slots 40 extents     48 …             64 extents, 32 bytes each:
+//	32 pool slots 40 extents     48 key           64 extents, 32 bytes each:
 //	                                                 first, count, source, offset
 //
 // All numbers are 64 bits wide in the machine's order and change by one store;
-// an extent is complete before it is counted.
+// an extent is complete before it is counted. Key is 0 if what is stored is not
+// encrypted, and else tells the key from others.
 type logState struct{ fields []uint64 }
 
 // LogStateSize is the memory a log's state needs, in bytes.
@@ -81,8 +82,8 @@ const (
 	stateDead
 	stateSlots
 	stateExtents
-	stateFirst // of the extents
-	stateHead  = 8
+	stateKey
+	stateHead = 8
 
 	extentFields = 4
 	maxExtents   = (LogStateSize/8 - stateHead) / extentFields
@@ -100,7 +101,8 @@ func newLogState(mem []byte) *logState {
 func (s *logState) get(i int) uint64    { return atomic.LoadUint64(&s.fields[i]) }
 func (s *logState) put(i int, v uint64) { atomic.StoreUint64(&s.fields[i], v) }
 
-func (s *logState) format(shift uint, slots int64) {
+func (s *logState) format(shift uint, slots int64, key uint64) {
+	s.put(stateKey, key)
 	s.put(stateShift, uint64(shift))
 	s.put(stateSlots, uint64(slots))
 	s.put(stateMagic, logMagic)

@@ -19,6 +19,13 @@ type store struct {
 	n     Region
 	op    blockdev.Op
 	next  *store
+
+	// If it is encrypted:
+	off    int64  // where it begins in the storage, bytes
+	sector Sector // the number of its first sector
+	sent   int64  // bytes written
+	part   []byte // where the next are encrypted
+	task   blockdev.Task
 }
 
 // nextStoreLocked takes the stretch of landed regions at storeNext, if it is
@@ -54,6 +61,9 @@ func (l *Log) nextStoreLocked() *store {
 		s = &store{l: l}
 		s.op.Kind = blockdev.Write
 		s.op.Done = s.done
+		if l.seal != nil {
+			l.seal.give(s)
+		}
 	} else {
 		l.freeStores = s.next
 	}
@@ -63,6 +73,7 @@ func (l *Log) nextStoreLocked() *store {
 	s.first, s.n = first, n
 	s.op.File = l.file(ext.source)
 	s.op.Off = ext.off + int64(first-ext.first)<<l.shift
+	s.off, s.sector = s.op.Off, sectorAt(ext.source, s.op.Off)
 	s.op.MinSize = l.minSizeLocked(ext.source)
 	l.storeNext += n
 	l.stores++
@@ -72,6 +83,10 @@ func (l *Log) nextStoreLocked() *store {
 
 func (s *store) submit(w *Worker) {
 	l := s.l
+	if l.seal != nil {
+		s.sealFirst()
+		return
+	}
 	s.w = w
 	s.op.Len = int64(s.n) << l.shift
 	s.op.Buf = w.slots(l, s.first)
@@ -86,6 +101,9 @@ func (s *store) submit(w *Worker) {
 // the slots are given away: a reader that saw IN_MEMORY sees a changed word if
 // its slot was used again.
 func (s *store) done(op *blockdev.Op) {
+	if op.Err == 0 && s.sealMore() {
+		return
+	}
 	l, w := s.l, s.w // s may be used again without the lock
 	if op.Err == 0 {
 		for r := s.first; r < s.first+s.n; r++ {

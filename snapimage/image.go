@@ -43,6 +43,9 @@ func (im *Image) NewQueue(q blockdev.Queue) *Queue {
 //	DISCARD       ignored: a trim of the image must not fill the storage.
 //	FLUSH         done at once: an image does not outlive a power failure.
 //
+// If what is stored is encrypted, payloads are decrypted and encrypted where they are.
+// So the queue must be in copy mode, and WRITE_ZEROES, which has no payload, is refused.
+//
 // On a broken snapshot every READ and WRITE fails with EIO.
 type Queue struct {
 	im         *Image
@@ -58,6 +61,8 @@ func (q *Queue) Handle(r *ublk.Request) {
 	switch {
 	case r.Op == ublk.OpFlush || r.Op == ublk.OpDiscard:
 		r.Complete(0)
+	case q.im.area.Encrypted() && (r.Buf.Mem == nil || r.Op == ublk.OpWriteZeroes):
+		r.Complete(unix.EOPNOTSUPP)
 	case q.im.area.Err() != 0:
 		r.Complete(unix.EIO)
 	case r.Op == ublk.OpRead:
@@ -90,9 +95,10 @@ type read struct {
 
 // piece is one read of bytes that lie side by side.
 type piece struct {
-	rd   *read
-	op   blockdev.Op
-	next *piece
+	rd     *read
+	op     blockdev.Op
+	sector diffarea.Sector // the first, if they are encrypted
+	next   *piece
 }
 
 func (q *Queue) read(r *ublk.Request) {
@@ -149,8 +155,9 @@ func (rd *read) rereadMoved() bool {
 // stretch gathers neighbouring chunks into one piece.
 type stretch struct {
 	file     blockdev.File
-	at       int64 // in file
-	off, end int64 // on the image
+	at       int64           // in file
+	sector   diffarea.Sector // the first, if they are encrypted
+	off, end int64           // on the image
 }
 
 // add makes the chunk with word w, bytes [off, end) of the image, part of the
@@ -166,7 +173,7 @@ func (s *stretch) add(rd *read, w diffarea.Word, off, end int64) {
 		return
 	}
 	s.submit(rd)
-	*s = stretch{f, at, off, end}
+	*s = stretch{f, at, rd.q.im.area.Sector(w, off), off, end}
 }
 
 func (s *stretch) submit(rd *read) {
@@ -182,7 +189,7 @@ func (s *stretch) submit(rd *read) {
 	} else {
 		q.freePieces = p.next
 	}
-	p.rd = rd
+	p.rd, p.sector = rd, s.sector
 	p.op.File, p.op.Off, p.op.Len = s.file, s.at, s.end-s.off
 	p.op.Buf = rd.kernel.Buf.At(s.off - rd.kernel.Off)
 	rd.pending++
@@ -197,6 +204,8 @@ func (p *piece) done(op *blockdev.Op) {
 	if op.Err != 0 {
 		rd.err = op.Err
 		rd.q.im.area.OpFailed(rd.q.w, op)
+	} else {
+		rd.q.im.area.Decrypt(op.Buf, op.Len, p.sector)
 	}
 	rd.pieceDone()
 }
@@ -300,6 +309,7 @@ func (wr *write) doStep() {
 		case diffarea.Stored:
 			f, at := a.Locate(w, wr.pos)
 			wr.op.MinSize = a.MinSize(w)
+			a.Encrypt(wr.kernel.Buf.At(wr.pos-wr.kernel.Off), wr.n, a.Sector(w, wr.pos))
 			wr.submit(f, at, wr.onStored)
 			return
 		case diffarea.Failed:

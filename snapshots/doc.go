@@ -32,6 +32,7 @@
 //	StateDir/UUID/log          the log's state     diffarea
 //	StateDir/UUID/pool         its pool            diffarea
 //	StateDir/UUID/words-N      words of device N   diffarea
+//	StateDir/UUID/key          the key of what is stored, if that is encrypted
 //	StateDir/UUID/take         the take, whose one store says that it was made
 //	StateDir/UUID/storage-N    where storage N is mounted, which keeps it
 //

@@ -64,13 +64,15 @@ type Left struct {
 
 	Stage   Stage
 	Pending bool // nobody has been told of it
-	Created time.Time
-	Chunk   int64 // bytes
-	Devices []Device
-	Images  []Image           // of each device
-	Storage []json.RawMessage // the notes of what it stores in
-	Note    json.RawMessage
-	Broken  unix.Errno // what broke it, 0 while whole
+	// Encrypted: what is stored is.
+	Encrypted bool
+	Created   time.Time
+	Chunk     int64 // bytes
+	Devices   []Device
+	Images    []Image           // of each device
+	Storage   []json.RawMessage // the notes of what it stores in
+	Note      json.RawMessage
+	Broken    unix.Errno // what broke it, 0 while whole
 
 	rec     *record // nil if it is not to be trusted
 	foreign bool    // the directory is not what a daemon made
@@ -131,7 +133,7 @@ func (l *Left) read() {
 		return
 	}
 	l.rec = &r
-	l.Pending, l.Created, l.Chunk, l.Note = r.Pending, r.Created, r.Chunk, r.Note
+	l.Pending, l.Encrypted, l.Created, l.Chunk, l.Note = r.Pending, r.Encrypted, r.Created, r.Chunk, r.Note
 	for _, d := range r.Devices {
 		l.Devices = append(l.Devices, d.Device)
 		l.Images = append(l.Images, d.Image)

@@ -37,6 +37,7 @@ type life struct {
 	Storage []string // paths, in order
 	Until   string   // the step after which the process waits to be killed
 	Root    string   // Config.Root
+	Encrypt bool     // what is stored
 	Before  byte     // of which the disk is full at the take
 }
 
@@ -78,6 +79,7 @@ func (l life) start() (d *daemon, err error) {
 func (d *daemon) config() Config {
 	return Config{
 		ID: uuid.MustParse(d.ID), ChunkSize: 4 << 10, PoolSize: 64 << 10, Portion: 256 << 10, StateDir: d.path("state"), Root: d.Root,
+		Encrypt: d.Encrypt, Crypt: d.control,
 		StorageTimeout: 20 * time.Second, Control: d.control, OnEvent: func(e diffarea.Event) { d.events <- e },
 	}
 }

@@ -23,8 +23,9 @@ type record struct {
 	Created    time.Time       `json:"created"`
 	Pending    bool            `json:"pending,omitempty"`
 	Destroying bool            `json:"destroying,omitempty"`
-	Devices    []recordDevice  `json:"devices"` // in the order of Add
-	Storage    []recordStorage `json:"storage"` // in the order of Append, failed ones too
+	Encrypted  bool            `json:"encrypted,omitempty"` // what is stored; the key is in a file of its own
+	Devices    []recordDevice  `json:"devices"`             // in the order of Add
+	Storage    []recordStorage `json:"storage"`             // in the order of Append, failed ones too
 	Note       json.RawMessage `json:"note,omitempty"`
 }
 
@@ -93,8 +94,15 @@ const (
 	recordName    = "record.json"
 	freshRecord   = recordName + ".new" // while it is written
 	recordKind    = "snapshot"
-	recordVersion = 1
+	recordVersion = 2 // as which one that is encrypted is written: version 1 would not decrypt it
 )
+
+func (r *record) version() int {
+	if r.Encrypted {
+		return recordVersion
+	}
+	return 1
+}
 
 // update changes the record. On an error it is what it was.
 func (s *state) update(change func(*record)) error {
@@ -104,7 +112,7 @@ func (s *state) update(change func(*record)) error {
 	next.Devices = slices.Clone(s.rec.Devices)
 	next.Storage = slices.Clone(s.rec.Storage)
 	change(&next)
-	if err := statefile.Write(filepath.Join(s.dir, recordName), recordKind, recordVersion, next); err != nil {
+	if err := statefile.Write(filepath.Join(s.dir, recordName), recordKind, next.version(), next); err != nil {
 		return err
 	}
 	s.rec = next

@@ -18,7 +18,7 @@ import (
 
 // config is c with what the record says.
 func (l *Left) config(c Config) Config {
-	c.ID, c.ChunkSize, c.PoolSize, c.Portion, c.Pending = l.ID, l.rec.Chunk, l.rec.Pool, l.rec.Portion, l.rec.Pending
+	c.ID, c.ChunkSize, c.PoolSize, c.Portion, c.Pending, c.Encrypt = l.ID, l.rec.Chunk, l.rec.Pool, l.rec.Portion, l.rec.Pending, l.rec.Encrypted
 	return c
 }
 
@@ -172,6 +172,11 @@ func (l *Left) Reopen(c Config, filters []*filter.Filter) (*Snapshot, error) {
 	log, err := st.logConfig(st.reopen, c.ChunkSize, c.PoolSize)
 	if err != nil {
 		return fail(err)
+	}
+	if c.Encrypt && l.Broken == 0 {
+		if log.Seal, err = st.reopenSeal(c.Crypt); err != nil {
+			return fail(err)
+		}
 	}
 	log.Portion, log.OnEvent = c.Portion, c.OnEvent
 	page, f, err := st.reopen(takeName, takeSize(len(filters)), true)

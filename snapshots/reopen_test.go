@@ -30,7 +30,7 @@ var lifeKinds = []string{"new", "directory", "lender", "device"}
 // with all of them. The next one takes over what there is, and is killed too, before
 // a third does the rest.
 func TestReopen(t *testing.T) {
-	combinations := [][]string{lifeKinds, append([]string{"own"}, lifeKinds...)}
+	combinations := [][]string{lifeKinds, append([]string{"own"}, lifeKinds...), append([]string{"encrypted"}, lifeKinds...)}
 	if !testing.Short() {
 		for _, kind := range lifeKinds {
 			combinations = append(combinations, []string{kind})
@@ -43,9 +43,13 @@ func TestReopen(t *testing.T) {
 		} {
 			t.Run(kinds[0]+" "+until, func(t *testing.T) {
 				var l life
-				if kinds[0] == "own" {
+				switch kinds[0] {
+				case "own":
 					l = ownNamespace(newLife(t, kinds[1:]...))
-				} else {
+				case "encrypted":
+					l = newLife(t, kinds[1:]...)
+					l.Encrypt = true
+				default:
 					l = newLife(t, kinds...)
 				}
 				l.Until = until

@@ -33,6 +33,10 @@ type Config struct {
 	// Root is the root directory that everybody sees, as of a disk.Host: another than
 	// "/" says that this process has a mount namespace of its own. Empty is "/".
 	Root string
+	// Encrypt: what is stored is encrypted, on the thread of Crypt. The images of the
+	// snapshot are to be served in copy mode: see snapimage.Queue.
+	Encrypt bool
+	Crypt   blockdev.Queue // not nil if Encrypt
 	// Pending: nobody has been told of the snapshot yet. See SetPending.
 	Pending bool
 	// StorageTimeout is how long a caller that appends storage waits for it.
@@ -72,7 +76,7 @@ func New(c Config) (*Snapshot, error) {
 		return nil, err
 	}
 	st, err := newState(filepath.Join(c.StateDir, c.ID.String()), c.Root, record{
-		ID: c.ID, Chunk: c.ChunkSize, Pool: c.PoolSize, Portion: c.Portion, Created: time.Now(), Pending: c.Pending,
+		ID: c.ID, Chunk: c.ChunkSize, Pool: c.PoolSize, Portion: c.Portion, Created: time.Now(), Pending: c.Pending, Encrypted: c.Encrypt,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make state of snapshot %s: %w", c.ID, err)
@@ -89,6 +93,11 @@ func beginSnapshot(c Config, st *state) (*Snapshot, error) {
 	log, err := st.logConfig(st.file, c.ChunkSize, c.PoolSize)
 	if err != nil {
 		return nil, err
+	}
+	if c.Encrypt {
+		if log.Seal, err = st.newSeal(c.Crypt); err != nil {
+			return nil, err
+		}
 	}
 	log.Portion, log.OnEvent = c.Portion, c.OnEvent
 	engine, err := snapimage.New(snapimage.Config{ID: c.ID, Log: log, Memory: st.memory}, c.Control)
@@ -167,8 +176,10 @@ func (s *Snapshot) SetNote(n json.RawMessage) error {
 }
 
 // Told puts on record that the owner knows, where it outlives the daemon, that the
-// snapshot is broken: else the next daemon is told it again.
+// snapshot is broken: else the next daemon is told it again. What is stored will never be
+// read any more, so the key goes.
 func (s *Snapshot) Told() {
+	removeKey(filepath.Join(s.state.dir, keyName))
 	if s.state.page.mem != nil {
 		s.state.page.setBreakReported()
 	}

@@ -25,6 +25,7 @@ import (
 //	pool         its slots
 //	words-N      the chunk words of device N
 //	take         the take: takePage
+//	key          the key of what is stored, if that is encrypted
 //	storage-N    where storage N is kept: pins
 //
 // It lies on a tmpfs. If the daemon touched a page for which the tmpfs has no room, it
@@ -38,6 +39,8 @@ type state struct {
 	maps [][]byte
 	pool *os.File
 	page takePage // of a take that was tried
+
+	cipher *regionCipher // of what is stored, nil if that is not encrypted
 
 	mu  sync.Mutex
 	rec record // as it is on record
@@ -228,6 +231,7 @@ const minPoolSlots = 4
 
 // release lets go of the memory, which stays for the next one to open it.
 func (s *state) release() {
+	s.forgetCipher()
 	for _, m := range s.maps {
 		unix.Munmap(m)
 	}
@@ -258,7 +262,11 @@ func (s *state) removeAll(but ...string) {
 	files, _ := os.ReadDir(s.dir)
 	for _, f := range files {
 		if !slices.Contains(but, f.Name()) && !strings.HasPrefix(f.Name(), pinPrefix) {
-			os.Remove(filepath.Join(s.dir, f.Name()))
+			if path := filepath.Join(s.dir, f.Name()); f.Name() == keyName {
+				removeKey(path)
+			} else {
+				os.Remove(path)
+			}
 			deathpoint.Point()
 		}
 	}

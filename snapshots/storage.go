@@ -308,7 +308,7 @@ func (s *storage) wipe(used int64) error {
 	err := s.update(func(r *recordStorage) { r.Stage = storageLeaving })
 	fd := s.file.Fd()
 	if s.fixed {
-		err = errors.Join(err, zero(fd, used), unix.Fsync(fd))
+		err = errors.Join(err, zero(fd, s.state.readable(used)), unix.Fsync(fd))
 	} else {
 		err = errors.Join(err, unix.Ftruncate(fd, 0))
 	}
@@ -319,6 +319,19 @@ func (s *storage) wipe(used int64) error {
 		deathpoint.Point()
 	}
 	return s.leave(errors.Join(err, s.file.Close()))
+}
+
+// headSize is how much of a device is zeroed in any case, so that nobody takes what is
+// there by chance for a filesystem.
+const headSize = 1 << 20
+
+// readable is how much has to be zeroed of a device of which used bytes were used:
+// what is encrypted cannot be read any more when the key is gone.
+func (st *state) readable(used int64) int64 {
+	if st.recorded().Encrypted {
+		return min(used, headSize)
+	}
+	return used
 }
 
 // zero makes the first n bytes of a device read as zeroes.

@@ -19,6 +19,7 @@ func (p *program) snapshotCreate() *cobra.Command {
 		take         bool
 		noFreeze     bool
 		overwrite    bool
+		encrypt      bool
 	)
 	c := &cobra.Command{
 		Use:   "create [DEV...]",
@@ -34,7 +35,11 @@ device. It must not lie on any of the disks, through no stack of devices.
 A file that is there has to be the superuser's and empty, sparse or only
 allocated, and a block device unused, unless --overwrite is given. What is stored
 goes to a nameless file beside it that takes over its space, and may grow beyond
-its size, up to --limit; at the end the file has its space back.`,
+its size, up to --limit; at the end the file has its space back.
+
+With --encrypt nobody can read what is stored, neither now nor later: the key is
+in memory only, and gone with the snapshot, or if the machine loses power. The
+images then copy each payload, and one thread encrypts what all snapshots store.`,
 		Example: "  ublk-blksnap snapshot create vdb vdc --storage /var/tmp --limit 20G --take",
 		Args:    args(0, -1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
@@ -45,6 +50,9 @@ its size, up to --limit; at the end the file has its space back.`,
 				return usage("create: --take needs a place for what is overwritten: give --storage too")
 			}
 			r := control.CreateRequest{ChunkSize: int64(chunk), Take: take, NoFreeze: noFreeze}
+			if c.Flags().Changed("encrypt") {
+				r.Encrypt = &encrypt
+			}
 			if r.Devices, err = devicePaths(args); err != nil {
 				return err
 			}
@@ -65,6 +73,7 @@ its size, up to --limit; at the end the file has its space back.`,
 	f.StringArrayVar(&storage, "storage", nil, "file, directory or block device for differences; may be given again")
 	f.Var(&limit, "limit", "the most that each storage may take (default: all there is)")
 	f.BoolVar(&overwrite, "overwrite", false, "use a storage file or block device whatever it holds, which is lost")
+	f.BoolVar(&encrypt, "encrypt", false, "encrypt what is stored (default: as configured)")
 	f.Var(&chunk, "chunk-size", "4K to 64M, a power of two (default: from the disks' sizes, as configured)")
 	f.BoolVar(&take, "take", false, "take it at once")
 	f.BoolVar(&noFreeze, "no-freeze", false, "with --take: leave mounted filesystems unfrozen")

@@ -45,6 +45,9 @@ func writeSnapshot(w io.Writer, s control.Snapshot) {
 		line("frozen", s.Frozen)
 	}
 	line("chunk", control.FormatSize(s.ChunkSize))
+	if s.Encrypted {
+		line("encrypted", "yes")
+	}
 	line("copied", fmt.Sprintf("%d bytes", s.Usage.Copied))
 	line("stored", fmt.Sprintf("%d of %d bytes", s.Usage.Stored, s.Usage.Capacity))
 	if s.Errno != 0 {

@@ -100,8 +100,9 @@ func (b Buf) At(n int64) Buf {
 	return b
 }
 
-// Bytes is the n bytes at b, which must be process memory. Only doubles and tests
-// may call it, because the engine does not look into payloads.
+// Bytes is the n bytes at b, which must be process memory. Besides doubles and tests
+// only encryption may call it (diffarea.Seal), because the engine does not look into
+// payloads.
 func (b Buf) Bytes(n int64) []byte {
 	return unsafe.Slice((*byte)(unsafe.Add(b.Mem, b.Off)), n)
 }

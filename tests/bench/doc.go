@@ -11,6 +11,7 @@
 //	filter       ublk-blksnap over it, one queue, default mode, no snapshot
 //	dm-snapshot  device-mapper's snapshot-origin and snapshot
 //	snapshot     ublk-blksnap with a snapshot held
+//	encrypted    the same, and what is stored is encrypted; with chunks of 64 KiB only
 //
 // Disk and difference storage are two RAM disks (brd). All of both is written
 // beforehand, because a RAM disk allocates its pages on first touch: the figures

@@ -30,6 +30,9 @@ func plan(duration time.Duration, chunks []int64) []scene {
 	for _, c := range chunks {
 		dm = append(dm, system{"dm-snapshot", c, startDM})
 		ours = append(ours, system{"snapshot", c, startSnapshot})
+		if c == 64<<10 {
+			ours = append(ours, system{"encrypted", c, startEncrypted})
+		}
 	}
 	writers := append(append([]system{raw, filter}, dm...), ours...)
 	var small, large []system

@@ -97,6 +97,14 @@ func startFilter(ctx context.Context, e *env, _ int64) (*instance, error) {
 }
 
 func startSnapshot(ctx context.Context, e *env, chunk int64) (*instance, error) {
+	return startSnapshotOf(ctx, e, chunk, false)
+}
+
+func startEncrypted(ctx context.Context, e *env, chunk int64) (*instance, error) {
+	return startSnapshotOf(ctx, e, chunk, true)
+}
+
+func startSnapshotOf(ctx context.Context, e *env, chunk int64, encrypt bool) (*instance, error) {
 	if err := fill(e.cow, ramSize); err != nil {
 		return nil, err
 	}
@@ -106,7 +114,7 @@ func startSnapshot(ctx context.Context, e *env, chunk int64) (*instance, error) 
 	}
 	c := e.daemon.client
 	s, err := c.CreateSnapshot(ctx, control.CreateRequest{
-		Devices: []string{f.disk}, Storage: []control.Storage{{Path: e.cow}}, ChunkSize: chunk,
+		Devices: []string{f.disk}, Storage: []control.Storage{{Path: e.cow}}, ChunkSize: chunk, Encrypt: &encrypt,
 	})
 	if err != nil {
 		return nil, errors.Join(err, f.stop(ctx))

@@ -14,7 +14,7 @@ func (rs results) print(w io.Writer, kernel string, zeroCopy bool, chunks []int6
 	for _, r := range rs {
 		if r.Workload != workload {
 			workload = r.Workload
-			fmt.Fprintf(t, "\n%s\tchunk KiB\tIOPS\tMB/s\tmean µs\tp99 µs\tCPU µs/IO\tspread\t/ raw\t/ loop\t/ filter\t/ dm\t\n", workload)
+			fmt.Fprintf(t, "\n%s\tchunk KiB\tIOPS\tMB/s\tmean µs\tp99 µs\tCPU µs/IO\tspread\t/ raw\t/ loop\t/ filter\t/ dm\t/ snapshot\t\n", workload)
 		}
 		chunk := ""
 		if r.ChunkKiB != 0 {
@@ -23,7 +23,7 @@ func (rs results) print(w io.Writer, kernel string, zeroCopy bool, chunks []int6
 		fmt.Fprintf(t, "%s\t%s\t%.0f\t%.0f\t%.0f\t%.0f\t%.1f\t%.0f%%\t", r.System, chunk, r.IOPS, r.MBps, r.LatMeanUS, r.LatP99US, r.CPUUSPerIO, 100*r.Spread)
 		for _, base := range []*row{
 			rs.find("raw", workload, 0), rs.find("loop", workload, 0), rs.find("filter", workload, 0),
-			rs.find("dm-snapshot", workload, r.ChunkKiB),
+			rs.find("dm-snapshot", workload, r.ChunkKiB), rs.find("snapshot", workload, r.ChunkKiB),
 		} {
 			cell := ""
 			if base != nil && base != r {

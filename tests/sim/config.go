@@ -34,6 +34,7 @@ type Config struct {
 	Fixed    int // bits: which storages are block devices
 	Limit    int // sectors of each storage
 	Portion  int // sectors by which storage grows
+	Encrypt  int // bits: which snapshots encrypt what they store
 
 	// One fault: see blockdevtest.Fault. FaultOn is 0 for none, 1 for anything but
 	// the originals, 2 for the originals, 3 for anything.
@@ -230,6 +231,9 @@ func generateConfig(r *blockdevtest.Random, p Profile) Config {
 		} else {
 			c.KillPoint = 1 + r.Intn(pick(20, 200, 1000))
 		}
+	}
+	if r.OneIn(2) {
+		c.Encrypt = 1 + r.Intn(255)
 	}
 	return c
 }

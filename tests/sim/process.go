@@ -16,6 +16,7 @@ type process struct {
 	w       *world
 	threads []*blockdevtest.SchedQueue
 	control *blockdevtest.SchedQueue
+	crypt   *blockdevtest.SchedQueue // nil until something is encrypted
 	filters []*filter.Filter
 	cbts    []*cbtmap.Map
 

@@ -226,7 +226,7 @@ func small(seed uint64) Case {
 // image writes of whole chunks and parts, ends under I/O, and takes of two disks
 // that a death may leave half done, with an increment over them.
 var scenes = []string{`
-config Devices=1 Size0=61 Size1=8 Size2=8 Queues=2 IQueues=2 Depth=4 MaxIO=64 Block=12 Slots=2 Storages=2 Limit=56 Portion=8 Sector=1
+config Devices=1 Size0=61 Size1=8 Size2=8 Queues=2 IQueues=2 Depth=4 MaxIO=64 Block=12 Slots=2 Storages=2 Limit=56 Portion=8 Encrypt=2 Sector=1
 order 2
 create snap=0 off=0 len=2 arg=1
 create snap=1 off=1 len=1 arg=1
@@ -282,7 +282,7 @@ mark dev=1 off=39 len=1
 destroy snap=2 gap=6
 write dev=1 off=0 len=9
 `, `
-config Devices=1 Size0=96 Size1=8 Size2=8 Queues=1 IQueues=1 Depth=8 MaxIO=96 Block=13 Discards=1 Slots=2 Storages=2 Limit=64 Portion=16 Sector=8
+config Devices=1 Size0=96 Size1=8 Size2=8 Queues=1 IQueues=1 Depth=8 MaxIO=96 Block=13 Discards=1 Slots=2 Storages=2 Limit=64 Portion=16 Encrypt=3 Sector=8
 order 5
 create snap=0 off=0 len=4 arg=1
 append snap=0 arg=1

@@ -30,6 +30,7 @@ type snapshot struct {
 	poolFile  *blockdevtest.Memory
 	state     []byte
 	words     [][]byte
+	cipher    *cipher // nil: it stores as it is
 
 	appended []diffarea.Storage // and those that an Append is under way for; without a File if it failed
 	before   []cbtmap.Info      // of the devices, before the take
@@ -114,8 +115,12 @@ func (w *world) create(st Step) {
 		s.pool = w.words(s.chunkSize * int64(1+(st.Len-1)%64))
 		s.poolFile = blockdevtest.MapMemory(fmt.Sprintf("pool%d", slot), s.pool)
 		s.state = w.words(diffarea.LogStateSize)
+		if w.c.Encrypt>>slot&1 != 0 {
+			w.keys++
+			s.cipher = newCipher(w.keys)
+		}
 		p := w.proc
-		snap, err := snapimage.New(s.config(), p.queue(p.control))
+		snap, err := snapimage.New(s.config(s.cipher), p.queue(p.control))
 		if err != nil {
 			w.fail("create: %v", err)
 		}
@@ -149,13 +154,14 @@ func (s *snapshot) add(dev int) {
 }
 
 // config is what the snapshot is made of, for this process as for the next.
-func (s *snapshot) config() snapimage.Config {
+func (s *snapshot) config(c *cipher) snapimage.Config {
 	return snapimage.Config{
 		ID: uuid.NewSHA1(uuid.Nil, []byte(s.String())),
 		Log: diffarea.LogConfig{
 			ChunkSize: s.chunkSize,
 			Pool:      diffarea.Pool{Mem: s.pool, File: s.poolFile},
 			State:     s.state,
+			Seal:      s.seal(c),
 			Portion:   int64(s.w.c.Portion) * sectorSize,
 			OnEvent:   s.event,
 		},
@@ -173,11 +179,30 @@ func (s *snapshot) reopen() {
 			Words: s.words[i], Take: s.takes[i], Data: pages(s.words[i]),
 		})
 	}
-	snap, err := snapimage.Reopen(s.config(), p.queue(p.control), members, s.appended)
+	if s.cipher != nil && diffarea.Dead(s.state) == 0 {
+		for _, wrong := range []*cipher{nil, newCipher(s.cipher.key + 1)} {
+			if _, err := snapimage.Reopen(s.config(wrong), p.queue(p.control), members, s.appended); !errors.Is(err, diffarea.ErrState) {
+				s.w.fail("%v is taken over with another key: %v", s, err)
+			}
+		}
+	}
+	snap, err := snapimage.Reopen(s.config(s.cipher), p.queue(p.control), members, s.appended)
 	if err != nil {
 		s.w.fail("I6: %v: %v", s, err)
 	}
 	s.snap = snap
+}
+
+// seal is the encryption with a cipher, on a thread of this process.
+func (s *snapshot) seal(c *cipher) *diffarea.Seal {
+	if c == nil {
+		return nil
+	}
+	p := s.w.proc
+	if p.crypt == nil {
+		p.crypt = p.thread("crypt")
+	}
+	return &diffarea.Seal{Cipher: c, Queue: p.queue(p.crypt), Memory: s.w.words(diffarea.SealMemory)}
 }
 
 // pages is what a sparse file of mem has data in, page by page.
@@ -581,6 +606,9 @@ func (s *snapshot) request(st Step, op ublk.Op) {
 		return
 	}
 	im := s.images[int(st.Dev)%len(s.images)]
+	if op == ublk.OpWriteZeroes && s.cipher != nil {
+		op = ublk.OpWrite // as the kernel does, because the image refuses the other
+	}
 	w.issue(im.device, st, op)
 }
 

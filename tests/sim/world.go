@@ -52,6 +52,7 @@ type world struct {
 	cbtMemory   [][]byte                // of the change maps, which outlives a process
 	takes       [maxDevices]taken       // the last of each disk
 	memory      [][]byte                // of snapshots, to be unmapped
+	keys        uint64                  // handed out
 	stats       Stats
 }
 
@@ -192,6 +193,7 @@ func (w *world) onSubmit(q *blockdevtest.SchedQueue, op *blockdev.Op) {
 	if name, ok := w.retired[op.File]; ok {
 		w.fail("I10: %v of %s, which %s gave back", op.Kind, op.File.Name(), name)
 	}
+	w.checkEncrypted(op)
 	i := w.isOrig(op.File)
 	if i < 0 || !changes(op.Kind) {
 		return
