@@ -125,12 +125,12 @@ func (l *Log) Base(m *cbtmap.Map) ([]byte, error) {
 			return nil, fmt.Errorf("make base: %w", err)
 		}
 		h, err := m.Copy()
-		if err != nil && !errors.Is(err, cbtmap.ErrGeneration) {
+		switch {
+		case err == nil:
+			return encodeBase(id, epoch, h), nil
+		case !errors.Is(err, cbtmap.ErrGeneration):
 			return nil, fmt.Errorf("make base: %w", err)
 		}
-		if err == nil && l.inEpoch(id, epoch) {
-			return encodeBase(id, epoch, h), nil
-		}
-		// A generation has begun meanwhile, or the log anew.
+		// A generation has begun meanwhile.
 	}
 }

@@ -65,6 +65,7 @@ type Log struct {
 	batch   waits
 	batched []*take
 	touched []bool // sectors to be written
+	put     header // as it is in memory
 
 	// of the thread of the log's queue, while writing:
 	ops     []blockdev.Op
@@ -199,8 +200,9 @@ func (l *Log) beginLocked() bool {
 }
 
 // Start switches a log on that is off, under a new ID. Whatever base there was of this
-// log has to be gone. Writes wait for their entries from now on, and done is called on
-// the thread of the log's queue when the whole file is durable. After that make a base.
+// log has to be gone. Writes wait for their entries from now on. done is called, as that of
+// Taken, when the original disk has been flushed, because of takes that were made while the
+// log was off, and when the whole file is durable. After that make a base.
 func (l *Log) Start(id uuid.UUID, done func(error)) {
 	l.mu.Lock()
 	switch {
@@ -219,14 +221,10 @@ func (l *Log) Start(id uuid.UUID, done func(error)) {
 	}
 	l.clearLocked()
 	l.id, l.epoch, l.base = id, 1, 0
-	l.header = header{size: l.c.Size, zoneShift: l.c.ZoneShift}
-	l.next = append(l.next, &take{start: true, done: done})
+	l.header, l.put = header{size: l.c.Size, zoneShift: l.c.ZoneShift}, header{}
 	l.switchOnLocked()
-	post := l.beginLocked()
 	l.mu.Unlock()
-	if post {
-		l.c.Queue.Post(&l.startWrite)
-	}
+	l.flush(&take{start: true, done: done})
 }
 
 // clearLocked forgets all entries, while the log is off.
@@ -260,7 +258,7 @@ func (l *Log) Resume(head, content []byte) error {
 	}
 	copy(l.c.Memory, d.content)
 	l.clearLocked()
-	l.id, l.epoch, l.base, l.header = d.id, h.epoch, h.epoch, d.header
+	l.id, l.epoch, l.base, l.header, l.put = d.id, h.epoch, h.epoch, d.header, d.header
 	for z := range l.durable {
 		e := entry(d.content, int64(z))
 		l.durable[z].Store(uint64(e))
@@ -289,13 +287,6 @@ func (l *Log) beginEpoch() (id uuid.UUID, epoch uint64, err error) {
 	return l.id, l.epoch, nil
 }
 
-// inEpoch says whether no other epoch has begun since beginEpoch.
-func (l *Log) inEpoch(id uuid.UUID, epoch uint64) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.id == id && l.epoch == epoch
-}
-
 // Committed says that base, which Base has made, is durable, and the one that counts.
 func (l *Log) Committed(base []byte) error {
 	h, err := decodeHead(base)
@@ -320,8 +311,6 @@ func (l *Log) Committed(base []byte) error {
 // wait for. If the log fails, done is called after GiveUp. It runs on the thread of the
 // log's queue, or within GiveUp or Taken, and must not block.
 func (l *Log) Taken(info cbtmap.Info, done func(error)) {
-	t := &take{info: info, done: done}
-	t.flush = blockdev.Op{Kind: blockdev.Flush, File: l.c.Orig, Done: func(op *blockdev.Op) { l.flushed(t) }}
 	l.mu.Lock()
 	state := l.state
 	l.mu.Unlock()
@@ -329,6 +318,12 @@ func (l *Log) Taken(info cbtmap.Info, done func(error)) {
 		done(ErrOff)
 		return
 	}
+	l.flush(&take{info: info, done: done})
+}
+
+// flush flushes the original disk, and then goes on with a take.
+func (l *Log) flush(t *take) {
+	t.flush = blockdev.Op{Kind: blockdev.Flush, File: l.c.Orig, Done: func(*blockdev.Op) { l.flushed(t) }}
 	l.c.Queue.Post(&blockdev.Task{Run: func() { l.c.Queue.Submit(&t.flush) }})
 }
 
@@ -344,7 +339,7 @@ func (l *Log) flushed(t *take) {
 	switch {
 	case l.state == Off:
 		result = ErrOff
-	case l.state == On && l.header.generation != t.info.GenerationID:
+	case l.state == On && !t.start && l.header.generation != t.info.GenerationID:
 		result = ErrGeneration
 	default:
 		l.next = append(l.next, t)
@@ -397,12 +392,15 @@ func (l *Log) gatherLocked() (n int) {
 		}
 	}
 	for _, t := range l.batched {
-		if l.header.generation == t.info.GenerationID {
+		if !t.start && l.header.generation == t.info.GenerationID {
 			l.header.number = max(l.header.number, t.info.ChangesNumber)
 		}
 	}
-	l.header.put(l.c.Memory)
-	l.touched[0] = l.touched[0] || len(l.batched) > 0
+	if l.header != l.put {
+		l.put = l.header
+		l.header.put(l.c.Memory)
+		l.touched[0] = true
+	}
 	end := int64(-1) // of the last operation
 	for i, touched := range l.touched {
 		if !touched {

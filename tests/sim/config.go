@@ -52,6 +52,10 @@ type Config struct {
 	// Kills is how many times that happens.
 	Kills int
 
+	// Zone is log2 of a zone of the write-intent logs, bytes; 0: there are none, and a
+	// power failure ends every history.
+	Zone int
+
 	// PowerStep is the scheduler's step at which the power fails; 0: never.
 	PowerStep int
 }
@@ -166,7 +170,23 @@ func Generate(seed uint64, n int) Case {
 	for i := 0; i < n; i++ {
 		c.Steps = append(c.Steps, g.step())
 	}
+	generateLog(&c, profile, seed)
 	return c
+}
+
+// generateLog gives a case write-intent logs. It chooses with a generator of its own, so
+// that all else of a seed is the same with them and without.
+func generateLog(c *Case, p Profile, seed uint64) {
+	r := blockdevtest.NewRandom(^seed)
+	if p != Powerless && !r.OneIn(3) {
+		return
+	}
+	c.Zone = []int{12, 12, 13, 16, 20}[r.Intn(5)]
+	for i := range c.Steps {
+		if s := &c.Steps[i]; s.Verb == Read && r.OneIn(4) {
+			s.Verb = Checkpoint
+		}
+	}
 }
 
 func generateConfig(r *blockdevtest.Random, p Profile) Config {

@@ -1,4 +1,4 @@
-// Package sim runs the engine (cbtmap, diffarea, filter, snapimage), unchanged, in a
+// Package sim runs the engine (cbtmap, intentlog, diffarea, filter, snapimage), unchanged, in a
 // world of simulated disks, and checks everything that its clients see against a
 // plain model.
 //

@@ -29,6 +29,7 @@ type devModel struct {
 	dev    int
 	epochs []epoch
 	last   []int32 // by block: the last epoch in which it changed, -1: never
+	owed   []int32 // the same, of all that has to be found changed after a power failure
 }
 
 // epoch is the change map's name for an epoch, and which blocks may have been
@@ -41,9 +42,9 @@ type epoch struct {
 
 func (m *model) add(dev int) {
 	n := (m.w.c.size(dev)-1)>>m.w.c.Block + 1
-	d := &devModel{w: m.w, dev: dev, last: make([]int32, n)}
+	d := &devModel{w: m.w, dev: dev, last: make([]int32, n), owed: make([]int32, n)}
 	for i := range d.last {
-		d.last[i] = -1
+		d.last[i], d.owed[i] = -1, -1
 	}
 	m.devs = append(m.devs, d)
 }
@@ -76,6 +77,7 @@ func (d *devModel) resize(size int64) {
 	now := &d.epochs[len(d.epochs)-1]
 	for int64(len(d.last)) < n {
 		d.last = append(d.last, -1)
+		d.owed = append(d.owed, -1)
 		now.may = append(now.may, true)
 	}
 }
@@ -148,6 +150,7 @@ func (d *devModel) checkMap(readable []byte, generation uuid.UUID, number uint8,
 func (m *model) submitted(r *request) {
 	if r.writes() {
 		m.devs[r.d.dev].may(r)
+		m.w.eachZone(r.d.dev, r.off, r.len, func(z *zoneModel) { z.under++ })
 		if r.d.image != nil {
 			r.epoch = len(m.devs[r.d.dev].epochs) - 1
 		}
@@ -188,6 +191,7 @@ func (m *model) finished(r *request, buf []byte, errno unix.Errno, now moment) {
 		d.reg.flushed(r.start)
 	}
 	if r.writes() {
+		m.w.eachZone(d.dev, r.off, r.len, func(z *zoneModel) { z.under, z.last = z.under-1, now })
 		if errno == 0 && r.fua && r.op == ublk.OpWrite {
 			d.reg.harden(r.id, r.from(), r.to())
 		}
@@ -202,6 +206,7 @@ func (m *model) finished(r *request, buf []byte, errno unix.Errno, now moment) {
 				dm.last[b] = max(dm.last[b], int32(r.epoch))
 			}
 			m.w.checkReadable(d.dev, r.off, r.len, dm.epochs[r.epoch], "an acknowledged write to an image")
+			m.w.oblige(d.dev, r.off, r.len, r.epoch)
 		}
 		return
 	}

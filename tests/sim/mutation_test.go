@@ -119,6 +119,9 @@ func TestMutations(t *testing.T) {
 			}
 			seeds := func(from, to uint64) bool {
 				for seed := from; seed <= to; seed++ {
+					if bug.Log && Generate(seed, 0).Zone == 0 {
+						continue
+					}
 					if found(fmt.Sprintf("seed %d", seed), Generate(seed, 150)) {
 						return true
 					}
@@ -137,6 +140,35 @@ func TestMutations(t *testing.T) {
 					return !caught
 				})
 				return caught
+			}
+			// What goes wrong at the n-th step of a scene with logs.
+			logs := func() (caught bool) {
+				for i, text := range logScenes {
+					scene, err := ParseCase(text)
+					if err != nil {
+						t.Fatal(err)
+					}
+					for how := range 4 {
+						for n, more := 1, true; more && !caught; n++ {
+							c := scene
+							switch how {
+							case 0:
+								c.Kills, c.KillStep = 1, n
+							case 1:
+								c.PowerStep = n
+							case 2, 3:
+								c.FaultOn, c.FaultAfter, c.FaultCount, c.FaultErr = how-1, n-1, 1, 5
+							}
+							s, f := Run(c, nil)
+							more = s.Deaths > 0 || s.Faults > 0 || how == 1 && s.Steps >= uint64(n)
+							caught = f != nil && found(fmt.Sprintf("log scene %d, %d at %d", i, how, n), c)
+						}
+					}
+				}
+				return caught
+			}
+			if bug.Log && logs() {
+				return
 			}
 			if !seeds(1, maxSeeds/3) && !deaths() && !seeds(maxSeeds/3+1, maxSeeds) {
 				t.Errorf("the engine that %s survives %d seeds, and the death at every store", bug.Why, maxSeeds)

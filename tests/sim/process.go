@@ -19,6 +19,8 @@ type process struct {
 	crypt   *blockdevtest.SchedQueue // nil until something is encrypted
 	filters []*filter.Filter
 	cbts    []*cbtmap.Map
+	state   *blockdevtest.SchedQueue // writes the logs
+	keepers []*keeper                // by device; none if there are no logs
 
 	handlers [][]handler // by device and queue
 
@@ -91,6 +93,9 @@ func (w *world) start() *process {
 	w.proc = p
 	w.bornAt, w.points = w.sched.Steps(), 0
 	p.control = p.thread("control")
+	if w.c.Zone != 0 {
+		p.state = p.thread("state")
+	}
 	return p
 }
 
@@ -115,8 +120,21 @@ func (w *world) boot() {
 		w.cbtMemory = append(w.cbtMemory, cbt.Memory())
 		p.cbts = append(p.cbts, cbt)
 	}
+	if w.c.Zone == 0 {
+		p.filter()
+		p.serve()
+		return
+	}
+	for i := range w.devices {
+		p.keepers = append(p.keepers, p.keep(i))
+	}
 	p.filter()
-	p.serve()
+	p.do("start the logs", func(done func()) {
+		p.startAll(func() {
+			p.serve()
+			done()
+		})
+	})
 }
 
 // filter makes the filters of the originals; nobody serves them yet.
@@ -130,7 +148,11 @@ func (p *process) filter() {
 
 func (p *process) filterOf(dev int) {
 	d := p.w.devices[dev]
-	f := filter.New(filter.Config{Orig: p.w.origs[dev], Size: d.size, CBT: p.cbts[dev], Queues: len(d.queues)})
+	c := filter.Config{Orig: p.w.origs[dev], Size: d.size, CBT: p.cbts[dev], Queues: len(d.queues)}
+	if p.keepers != nil {
+		c.Intent = p.keepers[dev].log
+	}
+	f := filter.New(c)
 	p.filters[dev] = f
 	p.handlers[dev] = nil
 	for n := range d.queues {
@@ -186,6 +208,10 @@ func (w *world) recover() {
 		}
 		p.cbts = append(p.cbts, cbt)
 		w.checkAdopted(i, cbt)
+		if w.c.Zone != 0 {
+			p.keepers = append(p.keepers, p.keep(i))
+			p.keepers[i].takeOver()
+		}
 	}
 	p.filter()
 	for i, s := range w.snaps {
@@ -210,11 +236,18 @@ func (w *world) recover() {
 			w.model.devs[i].renew(info)
 		}
 	}
+	for _, k := range p.keepers {
+		if w.sched.Random().OneIn(2) {
+			k.checkpoint()
+		}
+	}
 	p.serve()
 	for _, s := range w.snaps {
 		if s != nil {
 			s.taken = true
 			s.show()
+			// Whoever asked for it may be told now.
+			p.do("answer", func(done func()) { s.answer(done) })
 		}
 	}
 	w.resume()

@@ -164,6 +164,10 @@ func (w *world) do(st Step) {
 		}
 	case Truncate:
 		w.truncate(st)
+	case Checkpoint:
+		if w.proc != nil && w.c.Zone != 0 {
+			w.proc.keepers[dev].checkpoint()
+		}
 	case Kill:
 		if w.proc != nil && w.deaths < w.c.Kills {
 			w.client.After(0, w.kill)
@@ -207,6 +211,9 @@ func (w *world) issue(d *device, st Step, op ublk.Op) {
 
 // mark marks blocks dirty by hand, whatever is going on.
 func (w *world) mark(dev int, st Step) {
+	if w.c.Zone != 0 && (w.proc.keepers == nil || w.proc.keepers[dev].away) {
+		return
+	}
 	d := w.model.devs[dev]
 	size := w.devices[dev].size / sectorSize
 	off := int64(st.Off) % size
@@ -225,6 +232,16 @@ func (w *world) mark(dev int, st Step) {
 	}
 	d.changed(off*sectorSize, n*sectorSize)
 	w.checkReadable(dev, off*sectorSize, n*sectorSize, now, "a range marked dirty")
+	if w.c.Zone == 0 {
+		return
+	}
+	epoch := len(d.epochs) - 1
+	w.eachZone(dev, off*sectorSize, n*sectorSize, func(z *zoneModel) { z.under++ })
+	w.proc.keepers[dev].marked(off*sectorSize, n*sectorSize, func() {
+		now := w.tick()
+		w.eachZone(dev, off*sectorSize, n*sectorSize, func(z *zoneModel) { z.under, z.last = z.under-1, now })
+		w.oblige(dev, off*sectorSize, n*sectorSize, epoch)
+	})
 }
 
 // checkReadable looks whether the readable map shows a change that belongs to
@@ -273,25 +290,90 @@ func (p *process) replaceIdle(dev int, size int64, done func()) {
 		w.onIdle = append(w.onIdle, func() { p.control.After(0, func() { p.replaceIdle(dev, size, done) }) })
 		return
 	}
-	m := w.model.devs[dev]
-	if size != d.size {
-		w.origs[dev].Resize(size)
-		d.size = size
-		m.resize(size)
-		err := cbt.Resize(size)
-		if err != nil {
-			w.fail("resize: %v", err)
-		}
-		w.cbtMemory[dev] = cbt.Memory()
-	} else {
+	switch {
+	case w.c.Zone != 0 && size == d.size:
+		p.replaceKept(dev, done)
+	case w.c.Zone != 0:
+		k := p.keepers[dev]
+		k.away = true
+		k.do(func(end func()) {
+			k.forget(func() {
+				end()
+				p.grow(dev, size)
+				p.comeBack(dev, done)
+			})
+		})
+	case size != d.size:
+		p.grow(dev, size)
+		p.addAgain(dev, done)
+	default:
 		cbt.NewGeneration()
+		p.addAgain(dev, done)
 	}
-	info, err := cbt.Info()
+}
+
+// begun tells the model that a map may have begun a generation outside of a take.
+func (p *process) begun(dev int) {
+	w := p.w
+	m, size := w.model.devs[dev], w.devices[dev].size
+	info, err := p.cbts[dev].Info()
 	if err != nil || info.DeviceCapacity != size {
 		w.fail("I3: disk%d of %d bytes has a change map of %d: %v", dev, size, info.DeviceCapacity, err)
 	}
-	m.begin(info.GenerationID, info.ChangesNumber)
-	m.allMay()
+	if now := m.epochs[len(m.epochs)-1]; info.GenerationID != now.generation {
+		m.begin(info.GenerationID, info.ChangesNumber)
+		m.allMay()
+	} else if info.ChangesNumber != now.number && !w.powerFailed {
+		w.fail("I3: disk%d is at take %d, and its map was kept at take %d", dev, now.number, info.ChangesNumber)
+	}
+}
+
+// grow makes a disk larger, and its map with it.
+func (p *process) grow(dev int, size int64) {
+	w := p.w
+	w.origs[dev].Resize(size)
+	w.devices[dev].size = size
+	w.model.devs[dev].resize(size)
+	if err := p.cbts[dev].Resize(size); err != nil {
+		w.fail("resize: %v", err)
+	}
+	w.cbtMemory[dev] = p.cbts[dev].Memory()
+}
+
+// replaceKept keeps the map over the time without a filter.
+func (p *process) replaceKept(dev int, done func()) {
+	k := p.keepers[dev]
+	k.away = true
+	k.do(func(end func()) {
+		k.leave(func() {
+			end()
+			p.cbts[dev] = p.w.newMap(dev)
+			p.comeBack(dev, done)
+		})
+	})
+}
+
+// comeBack adds a device whose map may have been kept.
+func (p *process) comeBack(dev int, done func()) {
+	k := p.keep(dev)
+	k.away = true
+	p.keepers[dev] = k
+	k.do(func(end func()) {
+		k.load()
+		k.come(func() {
+			end()
+			p.control.After(0, func() {
+				k.away = false
+				p.w.cbtMemory[dev] = p.cbts[dev].Memory()
+				p.addAgain(dev, done)
+			})
+		})
+	})
+}
+
+// addAgain adds a device with the map that it has now.
+func (p *process) addAgain(dev int, done func()) {
+	p.begun(dev)
 	p.filterOf(dev)
 	p.serveOf(dev)
 	done()

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -202,6 +203,9 @@ func small(seed uint64) Case {
 	c.Size0, c.Size1, c.Size2, c.Sector = 61, 40, 24, 1
 	c.Depth, c.Queues, c.IQueues = 4, 2, 1
 	c.Devices = 1 + int(seed%2)
+	if c.Zone = 0; seed%3 == 0 {
+		c.Zone = 12
+	}
 	start := []Step{
 		{Verb: Create, Arg: 1<<c.Devices - 1, Off: uint32(seed % 2), Len: 1 + uint32(seed%3), Queue: uint8(seed)},
 		{Verb: Write, Off: 3, Len: 9},
@@ -337,6 +341,43 @@ take snap=2 gap=255
 write len=16 gap=255
 `}
 
+// logScenes are scenes with write-intent logs: the numbers run out, and the filter goes and
+// comes back.
+var logScenes = []string{`
+config Devices=1 Size0=64 Size1=8 Size2=8 Queues=1 IQueues=1 Depth=2 MaxIO=16 Block=12 Slots=3 Storages=1 Limit=64 Portion=16 Sector=1 Earlier=253 Zone=12
+order 11
+create snap=0 len=2 arg=1
+create snap=1 len=2 arg=1
+write off=0 len=8
+take snap=0 gap=255
+iwrite snap=0 off=40 len=8 gap=255
+take snap=1 gap=255
+write off=0 len=3
+write off=20 len=3
+mark off=60 len=1
+checkpoint gap=5
+create snap=2 len=2 arg=1
+take snap=2 gap=255
+write off=8 len=9 gap=255
+`, `
+config Devices=1 Size0=64 Size1=8 Size2=8 Queues=2 IQueues=1 Depth=2 MaxIO=16 Block=9 Slots=2 Storages=1 Limit=64 Portion=16 Sector=1 Zone=12
+order 13
+write off=0 len=8
+checkpoint gap=4
+write off=0 len=8
+replace gap=255
+write off=4 len=8
+write queue=1 off=30 len=3 gap=255
+create snap=0 len=2 arg=1
+take snap=0 gap=255
+write off=4 len=8
+destroy snap=0 gap=255
+replace gap=255
+discard off=16 len=48 gap=3
+replace arg=8 gap=255
+write off=66 len=2 gap=255
+`}
+
 // eachSmall calls f with every small case, until it returns false.
 func eachSmall(t *testing.T, f func(name string, c Case) bool) {
 	t.Helper()
@@ -344,6 +385,7 @@ func eachSmall(t *testing.T, f func(name string, c Case) bool) {
 	if quick() {
 		generated, cases = 2, scenes[:1]
 	}
+	cases = append(slices.Clone(cases), logScenes...)
 	for seed := uint64(1); seed <= generated; seed++ {
 		if !f(fmt.Sprintf("small %d", seed), small(seed)) {
 			return

@@ -374,6 +374,8 @@ func (s *snapshot) take() {
 				s.taken = true
 				w.stats.Takes++
 				s.show()
+				s.answer(done)
+				return
 			case errors.Is(err, snapimage.ErrTaken):
 				if !before {
 					w.fail("take: %v", err)
@@ -387,6 +389,31 @@ func (s *snapshot) take() {
 			done()
 		})
 	})
+}
+
+// answer tells that the snapshot has been taken, when no power failure can take it back.
+func (s *snapshot) answer(done func()) {
+	w := s.w
+	if w.c.Zone == 0 {
+		done()
+		return
+	}
+	left := len(s.devs)
+	for i, dev := range s.devs {
+		w.proc.keepers[dev].taken(s.takes[i], func() {
+			if left--; left > 0 {
+				return
+			}
+			for i, dev := range s.devs {
+				w.answered[dev] = taken{s.images[i].base, s.takes[i]}
+				w.whatIfAnswered(dev)
+				if w.sched.Random().OneIn(2) {
+					w.proc.keepers[dev].checkpoint()
+				}
+			}
+			done()
+		})
+	}
 }
 
 // atCut is the instant of the cut: the originals hold what the images must

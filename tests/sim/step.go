@@ -41,6 +41,8 @@ const (
 	Room
 	Truncate // the storage file number Arg, at Off
 	Kill     // the process
+
+	Checkpoint // a new base for the write-intent log of device Dev
 	verbs
 )
 
@@ -49,6 +51,7 @@ var verbNames = [verbs]string{
 	"iread", "iwrite", "idiscard", "izeroes", "iflush",
 	"create", "add", "append", "take", "cancel", "destroy", "mark", "replace",
 	"stick", "unstick", "slow", "pause", "fill", "room", "truncate", "kill",
+	"checkpoint",
 }
 
 func (v Verb) String() string {

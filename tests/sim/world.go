@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/intentlog"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
@@ -51,6 +52,10 @@ type world struct {
 	written     map[blockdev.File]int64 // up to where, bytes
 	cbtMemory   [][]byte                // of the change maps, which outlives a process
 	takes       [maxDevices]taken       // the last of each disk
+	answered    [maxDevices]taken       // the last of which somebody was told
+	states      []*state                // of each disk, if there are write-intent logs
+	zones       [maxDevices][]zoneModel // of the logs
+	chance      blockdevtest.Random     // for what does not happen
 	memory      [][]byte                // of snapshots, to be unmapped
 	keys        uint64                  // handed out
 	stats       Stats
@@ -116,6 +121,7 @@ func newWorld(c Case, trace io.Writer) *world {
 		trace:    trace,
 		faults:   &blockdevtest.Faults{},
 		versions: initial,
+		chance:   blockdevtest.NewRandom(^c.Order),
 		changing: make(map[*blockdevtest.Memory]int),
 		retired:  make(map[blockdev.File]string),
 		written:  make(map[blockdev.File]int64),
@@ -146,9 +152,14 @@ func newWorld(c Case, trace io.Writer) *world {
 		if c.PowerStep != 0 {
 			m.LoseUnsynced()
 			reg.volatile = true
+		} else if c.Zone != 0 {
+			m.LoseUnsynced()
 		}
 		w.devices = append(w.devices, newDevice(w, fmt.Sprintf("dev%d", i), i, size, c.Queues, c.Depth, reg))
 		w.model.add(i)
+		if c.Zone != 0 {
+			w.states = append(w.states, w.newState(i))
+		}
 	}
 	if c.FaultOn != 0 {
 		f := blockdevtest.Fault{
@@ -203,6 +214,7 @@ func (w *world) onSubmit(q *blockdevtest.SchedQueue, op *blockdev.Op) {
 	}
 	w.changing[w.origs[i]]++
 	w.model.devs[i].checkMarked(op)
+	w.oblige(i, op.Off, op.Len, len(w.model.devs[i].epochs)-1)
 	for _, s := range w.snaps {
 		if s == nil {
 			continue
@@ -245,6 +257,9 @@ func (w *world) onComplete(q *blockdevtest.SchedQueue, op *blockdev.Op) {
 func (w *world) onFire(op *blockdev.Op) {
 	w.stats.Faults++
 	w.tracef("fault on %v %s %d+%d", op.Kind, op.File.Name(), op.Off/sectorSize, op.Len/sectorSize)
+	if slices.ContainsFunc(w.stateFiles(), func(m *blockdevtest.Memory) bool { return op.File == m }) {
+		return // which excuses nothing
+	}
 	if op.Kind == blockdev.Read || op.Kind == blockdev.Write {
 		for _, d := range w.allDevices() {
 			if r := d.tagOf(op.Buf); r != nil {
@@ -278,7 +293,7 @@ func (w *world) onFire(op *blockdev.Op) {
 	case blockdev.WriteZeroes:
 		spoilt = d.spoil(ublk.OpWriteZeroes, op.Off, op.Len)
 	}
-	if len(spoilt) == 1 {
+	if len(spoilt) == 1 && (op.Kind != blockdev.Flush || w.c.Zone == 0) { // a log flushes, too
 		spoilt[0].doomed = true
 	}
 }
@@ -327,9 +342,20 @@ const maxSteps = 3000000
 func (w *world) powerFail() {
 	w.tracef("POWER FAILURE")
 	w.powerFailed = true
-	w.sched.PowerFail(w.origs...)
-	for _, d := range w.devices {
+	w.faults.Clear()
+	w.sched.PowerFail(append(w.stateFiles(), w.origs...)...)
+	for i, d := range w.devices {
 		w.model.checkLost(d)
+		if w.c.Zone != 0 {
+			h, r, err := w.states[i].recovered(asItIs)
+			w.checkHistory(i, h, r, err)
+			if err == nil {
+				w.checkBackup(i, h, w.origs[i])
+			}
+		}
+	}
+	if w.c.Zone != 0 {
+		w.reboots()
 	}
 }
 
@@ -367,6 +393,11 @@ func (w *world) checkWaits() {
 			lost = false
 		}
 	}
+	for _, k := range w.proc.keepers {
+		if waits, _ := k.log.Waiting(); waits {
+			lost = false
+		}
+	}
 	for i, d := range w.devices {
 		if w.sched.Stuck(w.origs[i]) {
 			continue
@@ -393,6 +424,16 @@ func (w *world) giveUp() bool {
 				w.tracef("give up %v", s)
 				s.snap.Break(unix.ETIMEDOUT)
 			})
+		}
+	}
+	if w.proc == nil {
+		return any
+	}
+	for _, k := range w.proc.keepers {
+		if waits, _ := k.log.Waiting(); waits && k.log.Status().State != intentlog.Off {
+			any = true
+			w.tracef("give up the log of disk%d", k.s.dev)
+			k.giveUp()
 		}
 	}
 	return any
@@ -433,7 +474,11 @@ func (w *world) allDevices() []*device {
 
 // files are the disks that can be stuck or slow.
 func (w *world) files() []*blockdevtest.Memory {
-	return append(append([]*blockdevtest.Memory(nil), w.origs...), w.storages...)
+	files := append(append([]*blockdevtest.Memory(nil), w.origs...), w.storages...)
+	for _, s := range w.states {
+		files = append(files, s.log)
+	}
+	return files
 }
 
 func (s Stats) String() string {

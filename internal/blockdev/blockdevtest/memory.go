@@ -166,12 +166,7 @@ func (m *Memory) LoseUnsynced() {
 func (m *Memory) PowerFail(choose func(n int) int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	sectors := make([]int64, 0, len(m.unsynced))
-	for s := range m.unsynced {
-		sectors = append(sectors, s)
-	}
-	slices.Sort(sectors)
-	for _, s := range sectors {
+	for _, s := range m.unsyncedLocked() {
 		history := m.unsynced[s]
 		m.storeLocked(s*sector.Size, history[choose(len(history))].data[:])
 	}
@@ -183,6 +178,36 @@ func (m *Memory) PowerFail(choose func(n int) int) {
 		m.size = m.syncedSize
 	}
 	m.syncedSize = m.size
+}
+
+// Left is what a power failure now would leave of the file: see PowerFail.
+func (m *Memory) Left(choose func(n int) int) *Memory {
+	left := m.Clone()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.unsyncedLocked() {
+		history := m.unsynced[s]
+		left.storeLocked(s*sector.Size, history[choose(len(history))].data[:])
+	}
+	return left
+}
+
+// Sync makes all of the file durable, past any queue.
+func (m *Memory) Sync() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.unsynced)
+	m.syncedSize = m.size
+}
+
+// unsyncedLocked are the sectors that a power failure could undo, in order.
+func (m *Memory) unsyncedLocked() []int64 {
+	sectors := make([]int64, 0, len(m.unsynced))
+	for s := range m.unsynced {
+		sectors = append(sectors, s)
+	}
+	slices.Sort(sectors)
+	return sectors
 }
 
 // ReadAt copies the file's bytes at off into p, past any queue. Beyond the end

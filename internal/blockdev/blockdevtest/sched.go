@@ -269,38 +269,70 @@ func (s *Sched) Run() {
 // Step lets one thing happen; false when nothing is under way.
 func (s *Sched) Step() bool {
 	for len(s.events) > 0 {
-		e := heap.Pop(&s.events).(*event)
-		s.now = max(s.now, e.at)
-		switch {
-		case e.op != nil && s.stuck[e.file] != nil:
-			s.stuck[e.file] = append(s.stuck[e.file], e)
-			continue
-		case len(e.pieces) > 0:
-			s.steps++
-			s.effect(e)
+		if s.happen(heap.Pop(&s.events).(*event)) {
 			return true
-		case e.queue.dead:
-			continue
-		case e.queue.paused > s.now:
-			s.push(e, e.queue.paused)
-			continue
 		}
-		s.steps++
-		s.thread = e.queue
-		switch {
-		case e.posted:
-			t := e.queue.tasks[0]
-			e.queue.tasks = e.queue.tasks[1:]
-			t.Run()
-		case e.call != nil:
-			e.call()
-		default:
-			s.complete(e)
-		}
-		s.thread = nil
-		return true
 	}
 	return false
+}
+
+// happen lets an event happen, unless it cannot now.
+func (s *Sched) happen(e *event) bool {
+	s.now = max(s.now, e.at)
+	switch {
+	case e.op != nil && s.stuck[e.file] != nil:
+		s.stuck[e.file] = append(s.stuck[e.file], e)
+		return false
+	case len(e.pieces) > 0:
+		s.steps++
+		s.effect(e)
+		return true
+	case e.queue.dead:
+		return false
+	case e.queue.paused > s.now:
+		s.push(e, e.queue.paused)
+		return false
+	}
+	s.steps++
+	s.thread = e.queue
+	switch {
+	case e.posted:
+		t := e.queue.tasks[0]
+		e.queue.tasks = e.queue.tasks[1:]
+		t.Run()
+	case e.call != nil:
+		e.call()
+	default:
+		s.complete(e)
+	}
+	s.thread = nil
+	return true
+}
+
+// Meanwhile lets one thing happen while the thread that calls it stands between two
+// instructions: on another thread, or on a disk. False if there is nothing.
+func (s *Sched) Meanwhile() bool {
+	me := s.thread
+	s.thread = nil
+	defer func() {
+		if s.thread = me; me.dead {
+			s.thread = nil
+		}
+	}()
+	for {
+		next := -1
+		for i, e := range s.events {
+			if (e.queue != me || len(e.pieces) > 0) && (next < 0 || s.events.Less(i, next)) {
+				next = i
+			}
+		}
+		if next < 0 {
+			return false
+		}
+		if s.happen(heap.Remove(&s.events, next).(*event)) {
+			return true
+		}
+	}
 }
 
 func (s *Sched) effect(e *event) {
@@ -430,6 +462,13 @@ func (s *Sched) Settle(keep func(*Memory) bool) {
 	for _, e := range mine {
 		for len(e.pieces) > 0 && e.file.check(&e.was) == 0 {
 			s.land(e)
+		}
+		if e.was.Kind != blockdev.Flush {
+			// It has ended, so that a later Flush covers what it did. By itself it promises
+			// nothing: it may have been cut short.
+			was := e.was
+			was.FUA = false
+			e.file.completed(&was, &e.by, 0)
 		}
 	}
 }

@@ -1,6 +1,6 @@
 // Package bugs is the table of the engine's deliberate bugs. It makes copies of the engine's files that have the bugs.
 //
-// There is a .diff file for each package of the engine, and a bug is an entry in one of them. The entry has the bug's name
+// There is a .diff file for each package of the engine, and one for the part of the daemon that the simulator plays. A bug is an entry in one of them. The entry has the bug's name
 // and what the bug does wrong, and then its edits, as a diff has them but without line numbers.
 //
 //	ForwardEarly sends a write to the original before its copies have landed.
@@ -29,6 +29,7 @@ import (
 type Bug struct {
 	Name  string
 	Why   string // what it does wrong, to be read after the name
+	Log   bool   // it shows only with a write-intent log
 	edits []edit
 }
 
@@ -55,6 +56,9 @@ func All() (all []Bug) {
 		bugs, err := parse(string(text))
 		if err != nil {
 			panic(fmt.Sprintf("tests/sim/bugs/%s: %v", name, err))
+		}
+		for i := range bugs {
+			bugs[i].Log = name == "intentlog.diff" || name == "state.diff"
 		}
 		all = append(all, bugs...)
 	}

@@ -54,6 +54,9 @@ func call(hook *atomic.Pointer[func()]) {
 	}
 }
 
+// OnLock makes f called at every Yield alone, on whatever thread; nil for none.
+func OnLock(f func()) { set(&onYield, f) }
+
 // Point is a place to die.
 func Point() { call(&onPoint) }
 
