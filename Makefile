@@ -7,6 +7,7 @@
 #   make soak [KERNEL=] [RUN=]         the long form of the tests of the daemon's death, for hours
 #   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
 #   make reboot [KERNEL=]              change tracking over restarts of a machine
+#   make boot [KERNEL=]                boots of a Debian whose filesystems lie on filters
 #   make sim [SEEDS=] [MINUTES=]       the simulator
 #   make bench [JSON=out.json] [BENCH=pattern] [KERNEL=]    figures, of both kernels unless one is named
 #   make vm CMD='…' [KERNEL=]          one command in the machine: its output and nothing else
@@ -35,7 +36,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot sim overlay bench vm build build-next install clean setup-go setup bin/vm
+.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot boot sim overlay bench vm build build-next install clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -48,7 +49,7 @@ test: check bin/vm overlay
 		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...'
 	tests/together.sh '$(MAKE) systemd KERNEL=newest && $(MAKE) reboot KERNEL=newest' \
 		'$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
-		$(MAKE) demo KERNEL=newest'
+		$(MAKE) demo KERNEL=newest && $(MAKE) boot KERNEL=6.12'
 
 check: setup lint
 	go test ./...
@@ -92,6 +93,7 @@ soak: integration-binaries
 		VM_CPUS=$${VM_CPUS:-4} bin/vm -kernel $$kernel -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG \
 			'exec tests/integration/run.sh 355 .cache/test/integration "$(RUN)"'; \
 	done
+	$(MAKE) boot KERNEL=newest
 
 systemd: build bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd
@@ -99,6 +101,11 @@ systemd: build bin/vm
 
 reboot: build bin/vm
 	tests/reboot/run.sh
+
+boot: build bin/vm
+	rm -rf .cache/test/boot
+	$(MAKE) -o build install DESTDIR=.cache/test/boot
+	tests/boot/run.sh
 
 sim: overlay
 	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test $(OVERLAY) ./tests/sim -v -count=1 -timeout 0

@@ -92,6 +92,16 @@ type Info struct {
 	Recovered *Recovered `json:"recovered,omitempty"`
 	// Lost is what this daemon could not take over, or not yet.
 	Lost *Lost `json:"lost,omitempty"`
+	// Unfiltered are the disks that the configuration names and that have no filter
+	// yet. Each gets it as soon as it can be had.
+	Unfiltered []Unfiltered `json:"unfiltered,omitempty"`
+}
+
+// Unfiltered is a disk that shall have a filter, and has none.
+type Unfiltered struct {
+	Name   string `json:"name"` // of the filter
+	Path   string `json:"path"` // of the disk
+	Reason string `json:"reason"`
 }
 
 // Recovered is how a daemon took over from one that died.

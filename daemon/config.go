@@ -10,8 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/BurntSushi/toml"
-
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
@@ -282,26 +280,27 @@ type paramError struct{ key, what string }
 func (e *paramError) Error() string { return e.key + ": " + e.what }
 
 // ReadConfig reads the configuration file over c. A file that is not there is
-// no error if it is the default one. Errors name the file and the line.
+// no error if it is the default one. Errors name the file and the line. The disks
+// that file and drop-in directory name are only checked: see ReadBootDevices.
 func (c *Config) ReadConfig(path string) error {
 	b, err := os.ReadFile(path)
-	if errors.Is(err, os.ErrNotExist) && path == DefaultConfigPath {
-		return nil
-	}
-	if err != nil {
+	switch {
+	case errors.Is(err, os.ErrNotExist) && path == DefaultConfigPath:
+	case err != nil:
 		return fail(err, "read configuration")
+	default:
+		if err := c.parse(path, string(b)); err != nil {
+			return err
+		}
 	}
-	return c.parse(path, string(b))
+	_, err = ReadBootDevices(path)
+	return err
 }
 
 func (c *Config) parse(path, content string) error {
-	var file map[string]any
-	if _, err := toml.Decode(content, &file); err != nil {
-		var pe toml.ParseError
-		if errors.As(err, &pe) {
-			return &control.Error{Code: control.Invalid, Message: fmt.Sprintf("%s:%d: %s", path, pe.Position.Line, pe.Message)}
-		}
-		return &control.Error{Code: control.Invalid, Message: fmt.Sprintf("%s: %v", path, err)}
+	file, err := decodeConfig(path, content)
+	if err != nil {
+		return err
 	}
 	wrong := func(key, what string) error {
 		return &control.Error{Code: control.Invalid, Message: fmt.Sprintf("%s:%d: %s: %s", path, lineOf(content, key), key, what)}
@@ -316,6 +315,9 @@ func (c *Config) parse(path, content string) error {
 	}
 	slices.SortFunc(keys, func(a, b string) int { return lineOf(content, a) - lineOf(content, b) })
 	for _, key := range keys {
+		if key == bootKey {
+			continue
+		}
 		p, ok := params[key]
 		if key == "recovery" {
 			return wrong(key, "is gone, as every device outlives its daemon now: remove the line")

@@ -56,6 +56,8 @@ type Daemon struct {
 	damaged     []control.LostDevice   // that are not taken over; under opLock
 	ended       []control.LostSnapshot // the same
 
+	boot bootDisks
+
 	stopRetry context.CancelFunc
 }
 
@@ -94,6 +96,7 @@ func New(o Options) (*Daemon, error) {
 	retrying, stop := context.WithCancel(context.Background())
 	d.stopRetry = stop
 	go d.retry(retrying)
+	d.startBoot(retrying)
 	return d, nil
 }
 
@@ -172,6 +175,7 @@ func (d *Daemon) Info(context.Context) (control.Info, error) {
 	return control.Info{
 		Version: control.Version, PID: os.Getpid(), Started: d.started,
 		RunDir: string(d.opts.Dir), Config: d.opts.ConfigPath, Activity: *d.activity.Load(), Recovered: d.recovered, Lost: d.lost, LogLinesLost: d.opts.Log.Lost(),
+		Unfiltered: d.unfiltered(),
 	}, nil
 }
 
@@ -220,6 +224,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		}
 		removed = append(removed, dev.Name)
 	}
+	d.forgetRemoved()
 	// Nothing will be missed when this daemon ends, so its record goes.
 	if d.recorded {
 		d.recorded = false

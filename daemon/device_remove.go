@@ -32,6 +32,7 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 		if err := d.removeWaiting(ctx, w); err != nil {
 			return fail(err, "remove %s", r.Device)
 		}
+		d.noteRemoved(w.record.Name, w.record.Original.Sequence)
 		d.opts.Log.Info("a device that waited is removed", "name", w.record.Name)
 		return nil
 	}
@@ -54,6 +55,7 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 	if err != nil {
 		return fail(err, "remove %s", r.Device)
 	}
+	d.noteRemoved(dev.Name, dev.disk.Sequence)
 	d.opts.Log.Info("removed", "name", dev.Name, "disk", dev.Original, "forced", r.Force)
 	return nil
 }

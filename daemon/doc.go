@@ -22,6 +22,7 @@
 //	    snapshots/   see package snapshots
 //	    events.json  what happened to snapshots; statefile
 //	    recoveries   how often a daemon has taken over; statefile
+//	    removed      which filters of boot.go somebody has removed; statefile
 //	    frozen       what a take has frozen
 //	  udev/          a file per kernel device name, for the udev rules
 //

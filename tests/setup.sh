@@ -29,6 +29,7 @@ test_needs="
 	mkfs.btrfs                    btrfs-progs
 	zstd                          zstd
 	jq                            jq
+	mmdebstrap                    mmdebstrap
 	pgrep                         procps
 "
 go_needs="

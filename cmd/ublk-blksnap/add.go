@@ -6,13 +6,16 @@ import (
 	"io"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/daemon"
 )
 
 func (p *program) add() *cobra.Command {
 	var r control.AddRequest
 	var mode string
+	var boot bool
 	c := &cobra.Command{
 		Use:   "add DEV [flags]",
 		Short: "Put a filter over a disk",
@@ -23,8 +26,13 @@ DEV is a whole disk, a partition or a device-mapper device that nobody uses: not
 mounted, no swap space, not part of an array, volume group or loop device. It is
 opened exclusively, so that nobody can mount it beside the filter.
 
-The content stays where it is: after "remove" the disk is used directly again.`,
-		Example: "  ublk-blksnap add /dev/vdb\n  ublk-blksnap add /dev/vg0/data --name data --queues 4",
+The content stays where it is: after "remove" the disk is used directly again.
+
+With --boot the disk gets its filter at every boot too, before filesystems are
+mounted, and is not used without it: fstab may name it by UUID, by label or by
+/dev/ublk-blksnap/NAME. The disk is kept in mind by a link that stays, in a file of
+its own beside the configuration. "remove --boot" ends that.`,
+		Example: "  ublk-blksnap add /dev/vdb\n  ublk-blksnap add /dev/vdb --name data --boot\n  ublk-blksnap add /dev/vg0/data --name data --queues 4",
 		Args:    args(1, 1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if r.Path, err = devicePath(args[0]); err != nil {
@@ -40,8 +48,17 @@ The content stays where it is: after "remove" the disk is used directly again.`,
 					return usage("add %s: --%s %d: must be at least 1", args[0], flag, v)
 				}
 			}
+			remember := func(context.Context, control.Device) error { return nil }
+			if boot {
+				if remember, err = p.rememberer(r); err != nil {
+					return err
+				}
+			}
 			return p.start(c, func(ctx context.Context, api control.API) error {
 				d, err := api.AddDevice(ctx, r)
+				if boot && errno(err, unix.EALREADY) {
+					d, err = addedBefore(ctx, api, r, err)
+				}
 				if err != nil {
 					return err
 				}
@@ -49,7 +66,10 @@ The content stays where it is: after "remove" the disk is used directly again.`,
 				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone && h.Reason != control.HistoryUnknown {
 					p.tell(fmt.Sprintf("%s: change tracking begins anew, the next backup copies everything: %s", d.Name, h.Text))
 				}
-				return p.print(d, func(w io.Writer) { fmt.Fprintln(w, d.Link) })
+				if err := p.print(d, func(w io.Writer) { fmt.Fprintln(w, d.Link) }); err != nil {
+					return err
+				}
+				return remember(ctx, d)
 			})
 		},
 	}
@@ -57,6 +77,43 @@ The content stays where it is: after "remove" the disk is used directly again.`,
 	f.StringVar(&r.Name, "name", "", "name of the filter (default: the disk's)")
 	f.IntVar(&r.Queues, "queues", 0, "queues, each with a thread of its own (default: as configured)")
 	f.IntVar(&r.Depth, "depth", 0, "requests in flight per queue, 1 to 4096 (default: as configured)")
+	f.BoolVar(&boot, "boot", false, "also at every boot")
 	f.StringVar(&mode, "mode", "", "how payloads travel: auto, copy or zerocopy (default: as configured)")
 	return c
+}
+
+// rememberer gives what writes down that a disk has its filter at every boot.
+func (p *program) rememberer(r control.AddRequest) (func(context.Context, control.Device) error, error) {
+	config := p.configFile()
+	cfg, err := readConfig(config)
+	if err != nil {
+		return nil, err
+	}
+	path, err := daemon.StableLink(r.Path)
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, d control.Device) error {
+		b := daemon.BootDevice{Name: d.Name, Path: path, Queues: r.Queues, Depth: r.Depth, Mode: r.Mode}
+		if err := daemon.AddBootDevice(config, b); err != nil {
+			return fmt.Errorf("%s has its filter, but not at the next boot: %w", d.Name, err)
+		}
+		if path != r.Path {
+			p.tell(fmt.Sprintf("%s: at the boot the disk is %s, which stays the same disk", d.Name, path))
+		}
+		for _, warning := range daemon.BootWarnings(ctx, cfg) {
+			p.tell(fmt.Sprintf("%s: %s", d.Name, warning))
+		}
+		return nil
+	}, nil
+}
+
+// addedBefore is the filter that a disk has already, if it is the one that is asked
+// for; otherwise err.
+func addedBefore(ctx context.Context, api control.API, r control.AddRequest, err error) (control.Device, error) {
+	s, e := api.DeviceStatus(ctx, r.Path)
+	if e != nil || r.Name != "" && r.Name != s.Name {
+		return control.Device{}, err
+	}
+	return s.Device, nil
 }

@@ -21,21 +21,37 @@ func (p *program) config() *cobra.Command {
 	c.AddCommand(&cobra.Command{
 		Use:   "check [FILE]",
 		Short: "Check a configuration file",
-		Long:  "Check a configuration file: syntax, names, values and combinations. Nothing is\nstarted or changed.",
-		Args:  args(0, 1),
-		RunE: func(_ *cobra.Command, args []string) error {
+		Long: `Check a configuration file: syntax, names, values and combinations, and the disks
+that it and the files of its directory (` + daemon.DropInDir(daemon.DefaultConfigPath) + `/*.conf) name. Notes tell what
+is not as it must be at the boot. Nothing is started or changed.`,
+		Args: args(0, 1),
+		RunE: func(c *cobra.Command, args []string) error {
 			path := p.configFile()
 			if len(args) == 1 {
 				path = args[0]
 			}
-			if _, err := readConfig(path); err != nil {
+			cfg, err := readConfig(path)
+			if err != nil {
+				return err
+			}
+			disks, notes, err := daemon.CheckBoot(c.Context(), path, cfg)
+			if err != nil {
 				return err
 			}
 			text := path + ": ok"
 			if _, err := os.Stat(path); err != nil {
 				text = path + ": not there, the defaults hold"
 			}
-			return p.print(map[string]any{"file": path, "ok": true}, func(w io.Writer) { fmt.Fprintln(w, text) })
+			answer := map[string]any{"file": path, "ok": true}
+			if len(disks) > 0 {
+				answer["devices"], answer["notes"] = disks, notes
+			}
+			return p.print(answer, func(w io.Writer) {
+				fmt.Fprintln(w, text)
+				for _, note := range notes {
+					fmt.Fprintln(w, "note:", note)
+				}
+			})
 		},
 	}, &cobra.Command{
 		Use:   "show [FILE]",
@@ -50,12 +66,33 @@ func (p *program) config() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			values := map[string]string{}
+			disks, err := daemon.ReadBootDevices(path)
+			if err != nil {
+				return err
+			}
+			values := map[string]any{}
 			for _, q := range cfg.Params() {
 				values[q.Key] = q.Value.String()
 			}
-			return p.print(values, func(w io.Writer) { writeConfig(w, &cfg) })
+			if len(disks) > 0 {
+				values["device"] = disks
+			}
+			return p.print(values, func(w io.Writer) {
+				writeConfig(w, &cfg)
+				for _, b := range disks {
+					fmt.Fprintf(w, "\n# %s:%d\n", b.File, b.Line)
+					b.Write(w)
+				}
+			})
 		},
+	}, &cobra.Command{
+		Use:   "apply",
+		Short: "Give udev the disks that the configuration names",
+		Long: `Write the rules of udev for the disks that the configuration names, so that none of
+them is used without its filter. "add --boot", "remove --boot" and each start of the
+daemon do that too. So it is needed only after [[device]] tables were changed by hand.`,
+		Args: args(0, 0),
+		RunE: func(*cobra.Command, []string) error { return daemon.UpdateRules(p.configFile()) },
 	})
 	return c
 }

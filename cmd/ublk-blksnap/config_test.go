@@ -25,6 +25,17 @@ func TestConfigCommands(t *testing.T) {
 		{"ublk-blksnap config check " + good, nil, good + ": ok\n"},
 		{"ublk-blksnap config check --config " + good, nil, good + ": ok\n"},
 	})
+	disks := filepath.Join(dir, "disks.conf")
+	if err := os.WriteFile(disks, []byte("[[device]]\nname = \"data\"\npath = \"/dev/disk/by-id/none\"\nqueues = 2\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	runGolden(t, []golden{
+		{"ublk-blksnap config check " + disks, nil, disks + ": ok\nnote: " + disks + ":1: /dev/disk/by-id/none is not there now\n" +
+			"note: udev keeps nobody from these disks: that is for the disks of /etc/ublk-blksnap.conf\n"},
+	})
+	if _, out, _ := execute(newFake(), "ublk-blksnap", "config", "show", disks); !strings.HasSuffix(out, "\n\n# "+disks+":1\n[[device]]\nname = \"data\"\npath = '/dev/disk/by-id/none'\nqueues = 2\n") {
+		t.Errorf("show prints %s", out)
+	}
 	runRefused(t, map[string]string{
 		"ublk-blksnap config check " + bad: "ublk-blksnap: " + bad + ":2: quues: no such parameter\n",
 		"ublk-blksnap config show " + bad:  "ublk-blksnap: " + bad + ":2: quues: no such parameter\n",

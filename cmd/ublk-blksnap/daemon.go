@@ -106,6 +106,9 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportF
 		return usage("log_level: %v", err)
 	}
 	warn := func(err error) { p.tell("start the daemon: " + err.Error()) } // there is no log yet
+	if err := daemon.PrepareBoot(p.dir(), path); err != nil {
+		warn(err)
+	}
 	if err := daemon.Reexec(p.dir(), cfg, reportFD, warn); err != nil {
 		return err
 	}

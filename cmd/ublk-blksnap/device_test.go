@@ -1,6 +1,8 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -37,6 +39,14 @@ in flight:       2
 unregistered:    5 requests got an I/O error because the kernel did not register their payload
 discards skipped: 4096 bytes that a snapshot needs
 change tracking: 16384 blocks of 64K, take ` + id2 + ":3\n"},
+	})
+	config := filepath.Join(t.TempDir(), "x.conf")
+	if err := os.WriteFile(config, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	runFailing(t, statusNotFound, map[string]string{
+		"ublk-blksnap remove vdb --boot --config " + config:    "ublk-blksnap: remove vdb: the configuration names no such disk",
+		"ublk-blksnap add /dev/none --boot --config " + config: "ublk-blksnap: add /dev/none: no such device",
 	})
 	runRefused(t, map[string]string{
 		"ublk-blksnap add vdb --mode fast":  `ublk-blksnap: add vdb: "fast" is not a mode`,

@@ -23,6 +23,7 @@ func (p *program) list() *cobra.Command {
 					return err
 				}
 				p.tellLost(ctx, api)
+				p.tellUnfiltered(ctx, api)
 				return p.print(ds, func(w io.Writer) {
 					t := newTable(w, "NAME", "ORIGINAL", "DEVICE", "SIZE", "MODE", "QUEUES", "SNAPSHOTS")
 					for _, d := range ds {

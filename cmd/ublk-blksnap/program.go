@@ -323,6 +323,17 @@ func (p *program) tellLost(ctx context.Context, api control.API) {
 	}
 }
 
+// tellUnfiltered says which disks shall have a filter and have none.
+func (p *program) tellUnfiltered(ctx context.Context, api control.API) {
+	info, err := api.Info(ctx)
+	if err != nil {
+		return
+	}
+	for _, u := range info.Unfiltered {
+		p.tell(fmt.Sprintf("%s: %s has no filter yet: %s", u.Name, u.Path, u.Reason))
+	}
+}
+
 // tell is say for scripts as well as people.
 func (p *program) tell(s string) { fmt.Fprintf(p.err, "%s: %s\n", p.name, s) }
 

@@ -2,14 +2,17 @@ package main
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/daemon"
 )
 
 func (p *program) remove() *cobra.Command {
 	var r control.RemoveRequest
+	var boot bool
 	c := &cobra.Command{
 		Use:   "remove NAME|DEV",
 		Short: "Sync and remove a filter",
@@ -17,18 +20,47 @@ func (p *program) remove() *cobra.Command {
 that is mounted, open or held by a snapshot is not removed, and the user is named.
 
 With --force it is removed under its users: their I/O fails from then on, and what
-they wrote but did not sync is lost. Snapshots that hold it are destroyed.`,
+they wrote but did not sync is lost. Snapshots that hold it are destroyed.
+
+A disk that the configuration names gets its filter again at the next boot, and may
+not be used without it, unless --boot is given. That works without a daemon too, and
+holds for the next boot even if the filter cannot be removed now.`,
 		Args:              args(1, 1),
 		ValidArgsFunction: p.deviceNames,
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if r.Device, err = devicePath(args[0]); err != nil {
 				return err
 			}
+			if boot {
+				return p.removeBoot(c, r)
+			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
 				return api.RemoveDevice(ctx, r)
 			})
 		},
 	}
+	c.Flags().BoolVar(&boot, "boot", false, "at the next boot too")
 	c.Flags().BoolVar(&r.Force, "force", false, "remove it under its users")
 	return c
+}
+
+// removeBoot takes a disk out of the configuration, and its filter away if there is
+// one.
+func (p *program) removeBoot(c *cobra.Command, r control.RemoveRequest) error {
+	b, ok, err := daemon.FindBootDevice(p.configFile(), r.Device)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return &control.Error{Code: control.NotFound, Message: "remove " + r.Device + ": the configuration names no such disk: leave --boot out"}
+	}
+	if err := daemon.RemoveBootDevice(p.configFile(), b); err != nil {
+		return fmt.Errorf("remove %s: %w", r.Device, err)
+	}
+	r.Device = b.Name
+	err = p.with(c, func(ctx context.Context, api control.API) error { return api.RemoveDevice(ctx, r) })
+	if code := control.CodeOf(err); err != nil && code != control.NotFound && code != control.Unavailable {
+		return fmt.Errorf("%s has no filter from the next boot on, but now: %w", b.Name, err)
+	}
+	return nil
 }

@@ -358,8 +358,8 @@ func (h *Host) byNumber(n Num) (*Disk, error) {
 	return d, nil
 }
 
-// partitions are the partitions of a whole disk.
-func (h *Host) partitions(d *Disk) []*Disk {
+// Partitions are the partitions of a whole disk.
+func (h *Host) Partitions(d *Disk) []*Disk {
 	var parts []*Disk
 	files, _ := filepath.Glob(filepath.Join(d.sys, "*", "partition"))
 	for _, f := range files {
@@ -379,7 +379,7 @@ func (h *Host) partitions(d *Disk) []*Disk {
 func (h *Host) SamePartitions(a, b *Disk) bool {
 	table := func(d *Disk) []string {
 		var out []string
-		for _, p := range h.partitions(d) {
+		for _, p := range h.Partitions(d) {
 			out = append(out, readText(filepath.Join(p.sys, "partition"))+" "+readText(filepath.Join(p.sys, "start"))+" "+readText(filepath.Join(p.sys, "size")))
 		}
 		slices.Sort(out)

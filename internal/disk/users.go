@@ -33,7 +33,7 @@ func (h *Host) CheckUsable(d *Disk) error {
 // partitions count too. The error is an *Error with ErrInUse.
 func (h *Host) CheckFree(d *Disk) error {
 	mounts := h.Mounts()
-	for _, dev := range append([]*Disk{d}, h.partitions(d)...) {
+	for _, dev := range append([]*Disk{d}, h.Partitions(d)...) {
 		what, fix := h.findUser(dev, mounts)
 		if what == "" {
 			continue
@@ -191,7 +191,7 @@ func (h *Host) Openers(n Num) []Process {
 		return nil
 	}
 	wanted := map[Num]string{d.Num: d.Name} // and the kernel's names
-	for _, p := range h.partitions(d) {
+	for _, p := range h.Partitions(d) {
 		wanted[p.Num] = p.Name
 	}
 	if out := h.processes("files", func(dir string) bool { return h.hasOpen(dir, wanted) }); len(out) > 0 {

@@ -48,7 +48,7 @@ func (h *Host) CountWrites(d *Disk) (Writes, error) {
 			return w, err
 		}
 		past := before
-		for _, p := range h.partitions(whole) {
+		for _, p := range h.Partitions(whole) {
 			c, err := counters(p)
 			if err != nil {
 				return w, err

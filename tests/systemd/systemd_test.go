@@ -118,9 +118,8 @@ func TestUnit(t *testing.T) {
 	run(t, "make", "-C", "../..", "-o", "build", "install")
 	run(t, "udevadm", "control", "--reload")
 	run(t, "mkfs.ext4", "-q", disk)
-	// As the README has it.
-	write(t, "/etc/systemd/system/"+unit+".d/override.conf", "[Unit]\nWants=dev-vda.device\nAfter=dev-vda.device\n"+
-		"[Service]\nExecStartPost=-/usr/local/sbin/ublk-blksnap add /dev/vda --name data\nWatchdogSec=10\n")
+	write(t, "/etc/systemd/system/"+unit+".d/override.conf", "[Service]\nWatchdogSec=10\n")
+	write(t, "/etc/ublk-blksnap.d/data.conf", "[[device]]\nname = \"data\"\npath = \"/dev/disk/by-id/virtio-data\"\n")
 	write(t, "/etc/fstab", link+" /srv ext4 x-systemd.requires="+unit+" 0 2\n")
 	run(t, "systemctl", "daemon-reload")
 

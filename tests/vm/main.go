@@ -75,6 +75,7 @@ func parse(args []string) (*options, error) {
 	flags.StringVar(&o.Out, "out", env("VM_OUT", ""), "directory that the command may write to; cache/out, if empty (VM_OUT)")
 	flags.BoolVar(&o.Udev, "udev", env("VM_UDEV", "") != "", "run udev in the guest (VM_UDEV)")
 	flags.BoolVar(&o.Systemd, "systemd", env("VM_SYSTEMD", "") != "", "run the command under systemd, as a service (VM_SYSTEMD)")
+	flags.StringVar(&o.Root, "root", "", "disk image with a Debian that is booted instead of the host's tree; made if missing")
 	flags.StringVar(&o.where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
 	flags.BoolVar(&o.noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\", or of no test at all")
 	flags.BoolVar(&o.again, "again", false, "run the command again, from its start, if an emulated processor ended the machine by a fault of its own")
@@ -130,6 +131,11 @@ func (o *options) resolve() (err error) {
 	}
 	if o.Out == "" {
 		o.Out = filepath.Join(o.Cache, "out")
+	}
+	if o.Root != "" {
+		if o.Root, err = filepath.Abs(o.Root); err != nil {
+			return fmt.Errorf("find root: %w", err)
+		}
 	}
 	if o.Out, err = filepath.Abs(o.Out); err != nil {
 		return fmt.Errorf("find output directory: %w", err)
@@ -203,6 +209,11 @@ func (o *options) boot(ctx context.Context) (status int, err error) {
 			return statusBroken, err
 		}
 		o.Disks = append(o.Disks, disk)
+	}
+	if _, err := os.Stat(o.Root); o.Root != "" && errors.Is(err, os.ErrNotExist) {
+		if err := machine.MakeRoot(ctx, o.Cache, o.Root); err != nil {
+			return statusBroken, err
+		}
 	}
 	var log bytes.Buffer
 	o.Config.Console = &log

@@ -15,6 +15,9 @@
 // the machine off. The command may leave a script, /run/vm/last, which runs when nothing else runs any more and nothing is
 // mounted. The script's output is added to the command's. Its exit status counts if the command's was 0.
 //
+// With Config.Root, the guest has a root of its own: the Debian on that disk, which keeps what is written to it. Its systemd
+// boots as on any machine, and the command is a service of multi-user.target. The host's tree is at /run/host.
+//
 // A guest that is killed loses what its kernel had not yet handed to the disk: the page cache of the guest, and any
 // write still in flight. What the guest's disk had already taken, flushed or not, lies in the page cache of the host
 // and survives. A kill is therefore a power failure of a machine whose disks have no volatile cache.

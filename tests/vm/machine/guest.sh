@@ -2,7 +2,8 @@
 #
 # With systemd it runs three times. As process 1 it mounts the rest and becomes systemd. As "guest.sh job", systemd's only
 # service, it runs the job and asks for the end of the machine. As "guest.sh last", when all services have ended and all
-# filesystems are unmounted, it tells the status.
+# filesystems are unmounted, it tells the status. On a root of its own it does the same, but that its systemd boots as on
+# any machine, with all its services.
 exec 2>/dev/console
 . /run/vm/env.sh
 
@@ -43,6 +44,32 @@ set_up() {
 	fi
 	echo vm >/proc/sys/kernel/hostname
 	busybox ifconfig lo up
+}
+
+# own_systemd boots the systemd of a root of its own. The initramfs of such a system has a udev, with the rules of its
+# distribution alone, so that systemd begins with what that one has found. A script /etc/vm-early runs before it.
+own_systemd() {
+	release=$(uname -r)
+	mkdir -p "/lib/modules/$release"
+	mount --bind "/run/host$VM_MODULES" "/lib/modules/$release" || fail "mount the kernel's modules"
+	[ ! -e /etc/vm-early ] || bash /etc/vm-early || fail "run /etc/vm-early"
+	mkdir -p /run/vm/none
+	mount --bind /run/vm/none /etc/udev/rules.d
+	/lib/systemd/systemd-udevd --daemon && udevadm trigger && udevadm settle && udevadm control --exit || fail "run udev"
+	umount /etc/udev/rules.d
+	mkdir -p /run/systemd/system/multi-user.target.wants
+	cat >/run/systemd/system/vm.service <<-END
+		[Unit]
+		After=local-fs.target
+		[Service]
+		Type=exec
+		ExecStart=/bin/bash /run/vm/guest.sh job
+		KillMode=process
+	END
+	ln -s ../vm.service /run/systemd/system/multi-user.target.wants
+	printf '#!/bin/bash\nexec bash /run/vm/guest.sh last\n' >/lib/systemd/system-shutdown/vm
+	chmod 755 /lib/systemd/system-shutdown/vm
+	exec -c /sbin/init 3>&- 4>&- 5>&-
 }
 
 add_disks() {
@@ -119,6 +146,7 @@ run() {
 
 case $1 in
 "")
+	[ -z "$VM_ROOT" ] || own_systemd
 	set_up
 	if [ -n "$VM_SYSTEMD" ]; then
 		add_disks

@@ -22,6 +22,17 @@ done
 while read -r module; do insmod "/vm/$module"; done </vm/modules
 
 mount -t virtiofs -o ro host /host
+if [ -e /vm/own-root ]; then
+	for disk in /sys/block/vd*; do
+		[ "$(cat "$disk/serial")" != root ] || mount -t ext4 "/dev/${disk##*/}" /root
+	done
+	mount -t tmpfs -o mode=755 run /root/run
+	mkdir /root/run/host
+	for dir in proc sys dev; do mount -o move /$dir /root/$dir; done
+	mount -o move /host /root/run/host
+	cp -r /vm /root/run/vm
+	exec switch_root /root /bin/bash /run/vm/guest.sh
+fi
 mount -t tmpfs -o mode=755,size=90% rw /rw
 mkdir /rw/upper /rw/work
 mount -t overlay -o lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work root /root

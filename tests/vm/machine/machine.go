@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -51,6 +52,9 @@ const bootTimeout = 3 * time.Minute
 const kernelLine = "console=ttyS0 quiet loglevel=5 panic=-1 oops=panic mitigations=off tsc=reliable no_timer_check " +
 	"maxcpus=1 lpj=10000000"
 
+// HostTree is where a guest with a root of its own has the host's file tree, read-only.
+const HostTree = "/run/host"
+
 // Disk is a virtio disk of the guest, at /dev/disk/by-vm/Name.
 type Disk struct {
 	Name string // serial number too; at most 20 bytes
@@ -59,13 +63,15 @@ type Disk struct {
 
 // Config says what to boot and what to run. The zero value of every optional field is a usable default.
 type Config struct {
-	Cache   string   // directory for kernels; see Fetch
-	Kernel  string   // see Fetch
-	Accel   string   // KVM, TCG, or empty for KVM where it works and else TCG
-	MemMiB  int      // memory of the guest, 4096 if zero
-	CPUs    int      // 2 if zero
-	Disks   []Disk   // more disks
-	Udev    bool     // run systemd-udevd; otherwise device-mapper is told to do without
+	Cache  string // directory for kernels; see Fetch
+	Kernel string // see Fetch
+	Accel  string // KVM, TCG, or empty for KVM where it works and else TCG
+	MemMiB int    // memory of the guest, 4096 if zero
+	CPUs   int    // 2 if zero
+	Disks  []Disk // more disks
+	Udev   bool   // run systemd-udevd; otherwise device-mapper is told to do without
+	// Root is the raw image of a disk whose system runs instead of the host's: see MakeRoot. Out is not for it.
+	Root    string
 	Systemd bool     // have systemd for process 1, with all it brings; see the package's doc
 	Out     string   // directory of the host that the guest may write to, at the same path; none if empty
 	Dir     string   // where the command starts
@@ -192,7 +198,7 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 	}
 
 	shares := map[string]string{"host": "/"}
-	if cfg.Out != "" {
+	if cfg.Out != "" && cfg.Root == "" {
 		shares["out"] = cfg.Out
 	}
 	for tag, dir := range shares {
@@ -204,7 +210,11 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 			"-device", fmt.Sprintf("vhost-user-fs-pci,chardev=%s,tag=%s", tag, tag))
 	}
 
-	for i, disk := range cfg.Disks {
+	disks := cfg.Disks
+	if cfg.Root != "" {
+		disks = append(slices.Clip(disks), Disk{Name: "root", File: cfg.Root})
+	}
+	for i, disk := range disks {
 		// Writes return once the page cache of the host has them, which outlives QEMU. See the package's doc.
 		args = append(args, "-drive",
 			fmt.Sprintf("if=none,id=disk%d,format=raw,cache=writeback,discard=unmap,file=%s", i,
@@ -466,13 +476,18 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 		a.dir(dir)
 	}
 	a.file("bin/busybox", busybox)
-	for _, applet := range []string{"chmod", "cp", "insmod", "mkdir", "mount", "sleep", "switch_root"} {
+	for _, applet := range []string{"cat", "chmod", "cp", "insmod", "mkdir", "mount", "sleep", "switch_root"} {
 		a.add("bin/"+applet, unix.S_IFLNK|0o777, []byte("busybox"))
 	}
 	a.file("init", initScript)
 
 	var modules bytes.Buffer
-	files, err := kernel.moduleFiles("virtio_pci", "virtio_console", "virtiofs", "overlay")
+	needed := []string{"virtio_pci", "virtio_console", "virtiofs", "overlay"}
+	if cfg.Root != "" {
+		needed = append(needed, "virtio_blk", "crc32c_generic", "ext4")
+		a.file("vm/own-root", nil)
+	}
+	files, err := kernel.moduleFiles(needed...)
 	if err != nil {
 		return nil, err
 	}
@@ -509,6 +524,10 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 	}
 	if cfg.Systemd {
 		fmt.Fprintln(&env, "VM_SYSTEMD=1")
+	}
+	if cfg.Root != "" {
+		fmt.Fprintln(&env, "VM_ROOT=1")
+		cfg.Out, cfg.Dir = "", HostTree+cfg.Dir
 	}
 	if len(cfg.Disks) > 0 {
 		fmt.Fprintln(&env, "VM_DISKS=1")

@@ -1,0 +1,218 @@
+#!/bin/bash
+# boot.sh PART runs in a Debian of its own, after its boot. The parts are three boots of it:
+#
+#	install   as "make install" leaves it; disks get filters with "add --boot", fstab names the filters
+#	filtered  everything is mounted from filters, with its history; a disk is missing, another comes late
+#	broken    the daemon does not start: nothing is mounted, until an administrator takes a disk out
+set -e -o pipefail
+part=$1
+PATH=/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin
+id=/dev/disk/by-id/virtio-
+config=/etc/ublk-blksnap.conf
+rules=/etc/udev/rules.d/63-ublk-blksnap-disks.rules
+uuid=11111111-2222-3333-4444-555555555555
+late=66666666-7777-8888-9999-aaaaaaaaaaaa
+missing=bbbbbbbb-cccc-dddd-eeee-ffffffffffff
+backup=/root/backup
+
+fail() { echo "boot $part: $*" >&2; exit 1; }
+at_end() {
+	status=$?
+	[ $status = 0 ] || journalctl -b -o short-monotonic -n 250 >&2
+	exit $status
+}
+trap at_end EXIT
+
+# await COMMAND… waits until it succeeds.
+await() {
+	local n=0
+	until "$@"; do
+		n=$((n + 1))
+		((n < 600)) || fail "in vain: $*"
+		sleep 0.2
+	done
+}
+
+source_of() { findmnt -n -o SOURCE "/mnt/$1"; }
+state_of() { systemctl show -p ActiveState --value "$1"; }
+is_link() { [ -L "$1" ]; }
+settled() { [[ $(state_of "mnt-$1.mount") != activating && -z $(systemctl list-jobs --no-legend "mnt-$1.mount") ]]; }
+
+# filtered NAME… says that /mnt/NAME is mounted from a filter.
+filtered() {
+	local name from
+	for name; do
+		from=$(source_of "$name") || fail "/mnt/$name is not mounted"
+		[[ $from == /dev/ublkb* ]] || fail "/mnt/$name is mounted from $from"
+	done
+}
+
+# take makes a snapshot of the disk with a UUID: image is its image, token names it.
+take() {
+	snapshot=$(ublk-blksnap snapshot create uuid --storage /var/tmp --take)
+	image=/dev/ublk-blksnap/images/uuid-$snapshot
+	token=$(ublk-blksnap cbt info uuid | sed -n 's/^take=//p')
+}
+
+# write NAME changes the filesystem with a UUID.
+write() { dd if=/dev/urandom of="/mnt/uuid/$1" bs=64K count=20 conv=fsync status=none; }
+
+# At the end of the machine, when nothing is mounted any more.
+at_poweroff() {
+	cat >/run/vm/last <<-END
+		set -e -o pipefail
+		! ls /dev/ublkb* 2>/dev/null
+		for disk in $*; do
+			[ -e $id\$disk ]
+			! dumpe2fs -h $id\$disk 2>&1 | grep needs_recovery
+			dumpe2fs -h $id\$disk 2>&1 | grep -qE "Filesystem state: *clean$"
+			e2fsck -f -n $id\$disk >/dev/null 2>&1
+		done
+		ls /var/lib/ublk-blksnap | grep -q .
+		echo "the disks are whole"
+	END
+}
+
+case $part in
+install)
+	cp -r --no-preserve=ownership .cache/test/boot/. /
+	systemctl daemon-reload
+	systemctl enable -q ublk-blksnap
+	udevadm control --reload
+	mkfs.ext4 -q -U $uuid ${id}uuid
+	mkfs.ext4 -q -L "a label" ${id}label
+	mkfs.ext4 -q ${id}name
+	mkfs.ext4 -q -U $late ${id}late
+	udevadm settle
+	mkdir -p /mnt/{uuid,label,name,late,missing}
+
+	# A path that may be another disk next time becomes one that stays.
+	said=$(ublk-blksnap add "$(readlink -f ${id}uuid)" --name uuid --boot 2>&1)
+	[[ $said == *"uuid: at the boot the disk is ${id}uuid,"* ]] || fail "add says: $said"
+	grep -qx "path = '${id}uuid'" /etc/ublk-blksnap.d/uuid.conf || fail "$(cat /etc/ublk-blksnap.d/*)"
+	# One that has its filter already is only written down.
+	ublk-blksnap add ${id}label --name label >/dev/null
+	ublk-blksnap add ${id}label --boot --queues 1
+	ublk-blksnap add ${id}name --name name --boot
+	ublk-blksnap add ${id}late --name late --boot
+	# What a person has written stays as it is.
+	printf '\n# my own\n[[device]]\n  name = "missing" # one day\n  path = "%s"\n' ${id}missing >>$config
+	cp $config /root/config
+	said=$(ublk-blksnap config check)
+	[[ $said == *"$config: ok"*"${id}missing is not there now"*"$rules is not from this configuration"* ]] || fail "config check says: $said"
+	ublk-blksnap config apply
+	said=$(ublk-blksnap config check)
+	[[ $said != *"$rules"* ]] || fail "config check says: $said"
+	cmp $config /root/config
+
+	cat >/etc/fstab <<-END
+		UUID=$uuid /mnt/uuid ext4 defaults 0 2
+		LABEL=a\040label /mnt/label ext4 defaults 0 2
+		/dev/ublk-blksnap/name /mnt/name ext4 defaults 0 2
+		UUID=$late /mnt/late ext4 nofail,x-systemd.device-timeout=10min 0 2
+		UUID=$missing /mnt/missing ext4 nofail,x-systemd.device-timeout=5s 0 2
+	END
+	systemctl daemon-reload
+	systemctl start mnt-{uuid,label,name,late}.mount
+	filtered uuid label name late
+	write first
+	take
+	dd if="$image" of=$backup bs=1M conv=sparse status=none
+	echo "$token" >/root/token
+	ublk-blksnap snapshot destroy "$snapshot"
+	write second
+
+	# The late disk is not there from the next boot on, until somebody plugs it in.
+	cat >/etc/vm-early <<-'END'
+		cd /sys/block
+		for disk in vd*; do
+			[ "$(<"$disk/serial")" != late ] || basename "$(readlink -f "$disk/device")" >/run/late
+		done
+		cat /run/late >/sys/bus/virtio/drivers/virtio_blk/unbind
+	END
+	at_poweroff uuid label name late
+	;;
+filtered)
+	filtered uuid label name
+	[ ! -e ${id}late ] || fail "the late disk is there"
+	for name in uuid label name; do
+		ublk-blksnap cbt info $name | grep -qx history=continued || fail "$name: $(ublk-blksnap cbt info $name)"
+	done
+	said=$(ublk-blksnap list 2>&1)
+	for name in late missing; do
+		[[ $said == *"$name: ${id}$name has no filter yet: it is not there"* ]] || fail "list says: $said"
+	done
+	# The boot is over, whatever it misses.
+	await settled missing
+	[ "$(state_of mnt-missing.mount)" != active ] || fail "a disk that is not there is mounted"
+	# Nobody has the disk beside its filter.
+	! mount ${id}uuid /media 2>/dev/null || fail "the disk itself is mounted"
+
+	# Whatever was written before and after the boot.
+	write third
+	take
+	dd if="$image" of=/root/now bs=1M conv=sparse status=none
+	! cmp -s /root/now $backup || fail "nothing has changed"
+	bytes=0
+	while IFS=: read -r sector count; do
+		dd if="$image" of=$backup bs=512 skip="$sector" seek="$sector" count="$count" conv=notrunc status=none
+		bytes=$((bytes + count * 512))
+	done < <(ublk-blksnap cbt changes uuid --since "$(cat /root/token)")
+	cmp /root/now $backup || fail "the increment does not restore the disk"
+	((bytes >= 2621440 && bytes < 32 << 20)) || fail "the increment has $bytes bytes"
+	ublk-blksnap snapshot destroy "$snapshot"
+
+	# A disk that comes late gets its filter, and is mounted from it.
+	cat /run/late >/sys/bus/virtio/drivers/virtio_blk/bind
+	await is_link /dev/ublk-blksnap/late
+	await source_of late >/dev/null
+	filtered late
+	[[ $(ublk-blksnap list 2>&1) != *"${id}late has no filter"* ]] || fail "$(ublk-blksnap list 2>&1)"
+
+	# A filter that somebody has removed stays away, and so do mounts from the disk.
+	systemctl stop mnt-name.mount
+	ublk-blksnap remove name
+	sleep 3
+	! ublk-blksnap list | grep -q ^name || fail "a filter that was removed has come back"
+	udevadm settle
+	[ "$(state_of "$(systemd-escape -p --suffix=device ${id}name)")" != active ] || fail "systemd may mount the disk itself"
+	ublk-blksnap add ${id}name --name name
+	systemctl start mnt-name.mount
+	filtered name
+
+	# The next boot has no daemon. Nothing but the waiting shall end it.
+	chmod -x /usr/local/sbin/ublk-blksnap
+	sed -i 's/ext4 [^ ]* /ext4 nofail,x-systemd.device-timeout=5s /' /etc/fstab
+	rm /etc/vm-early
+	at_poweroff uuid label name late
+	;;
+broken)
+	[ "$(state_of ublk-blksnap)" != active ] || fail "the daemon runs"
+	for name in uuid label name late; do
+		await settled $name
+		! source_of $name || fail "/mnt/$name is mounted behind the filter's back"
+	done
+	for link in by-uuid/$uuid by-uuid/$late 'by-label/a\x20label'; do
+		! is_link "/dev/disk/$link" || fail "$link leads to $(readlink "/dev/disk/$link")"
+	done
+	! systemctl start mnt-uuid.mount 2>/dev/null || fail "/mnt/uuid can be mounted"
+	# The way out, without a daemon.
+	chmod +x /usr/local/sbin/ublk-blksnap
+	cat $rules >/root/rules
+	ublk-blksnap remove uuid --boot
+	udevadm settle
+	systemctl start mnt-uuid.mount
+	[ "$(source_of uuid)" = "$(readlink -f ${id}uuid)" ] || fail "/mnt/uuid is mounted from $(source_of uuid)"
+	for name in first second third; do [ -s /mnt/uuid/$name ] || fail "$name is not there"; done
+	[ ! -e /etc/ublk-blksnap.d/uuid.conf ] || fail "the table is there"
+	! grep -q virtio-uuid $rules || fail "$(cat $rules)"
+	cmp $config /root/config
+	# The others have their filters once there is a daemon again.
+	systemctl start ublk-blksnap
+	systemctl start mnt-{label,name,late}.mount
+	filtered label name late
+	[ "$(source_of uuid)" = "$(readlink -f ${id}uuid)" ]
+	at_poweroff uuid label name late
+	;;
+*) fail "no such part" ;;
+esac
