@@ -13,6 +13,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
+	"github.com/ublk-blksnap/ublk-blksnap/intentlog"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
@@ -206,11 +207,10 @@ func linearizable(t *testing.T, rounds int, seed uint64) {
 	if _, err := disk.WriteAt(p, 0); err != nil {
 		t.Fatal(err)
 	}
-	cbt, err := cbtmap.NewMemory(diskSectors*sectorSize, cbtmap.DefaultParams())
+	cbt, err := cbtmap.NewMemory(diskSectors*sectorSize, cbtmap.Params{MinimumShift: 9, MaximumShift: 9, MaximumCount: diskSectors})
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := filter.New(filter.Config{Orig: disk, Size: diskSectors * sectorSize, CBT: cbt, Queues: queues})
 	var threads []*blockdevtest.MemoryThread
 	thread := func() *blockdevtest.MemoryThread {
 		q := blockdevtest.NewMemoryThread(uint64(len(threads)) + seed)
@@ -218,6 +218,8 @@ func linearizable(t *testing.T, rounds int, seed uint64) {
 		return q
 	}
 	control := thread()
+	log := newNativeLog(t, thread(), disk, cbt)
+	f := filter.New(filter.Config{Orig: disk, Size: diskSectors * sectorSize, CBT: cbt, Intent: log.log, Queues: queues})
 	versions := &versionSource{v: initial}
 	var whole history
 	var work sync.Mutex
@@ -253,11 +255,84 @@ func linearizable(t *testing.T, rounds int, seed uint64) {
 				s.live(versions)
 			}()
 		}
+		writers.Add(1)
+		go func() {
+			defer writers.Done()
+			for range 3 {
+				log.makeBase()
+			}
+		}()
 		writers.Wait()
+		log.check()
 	}
 	whole.check(t, "device", func(int64) Version { return initial })
 	for _, q := range threads {
 		q.Close()
+	}
+}
+
+// nativeLog is the write-intent log of a disk, on a real thread.
+type nativeLog struct {
+	t    *testing.T
+	cbt  *cbtmap.Map
+	file *blockdevtest.Memory
+	log  *intentlog.Log
+	base []byte
+}
+
+func newNativeLog(t *testing.T, q blockdev.Queue, disk *blockdevtest.Memory, cbt *cbtmap.Map) *nativeLog {
+	const zone = 12
+	size := intentlog.FileSize(disk.Size(), zone)
+	n := &nativeLog{t: t, cbt: cbt, file: blockdevtest.NewMemoryDevice("log", size)}
+	n.file.LoseUnsynced()
+	var err error
+	n.log, err = intentlog.New(intentlog.Config{
+		Size: disk.Size(), ZoneShift: zone, Orig: disk, Queue: q, File: n.file, Memory: make([]byte, size),
+		Failed: func(err error) { t.Error(err) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.log.Follow(cbt)
+	waitFor(q, func(done func()) {
+		n.log.Start(uuid.New(), func(err error) {
+			if err != nil {
+				t.Error(err)
+			}
+			done()
+		})
+	})
+	n.makeBase()
+	return n
+}
+
+func (n *nativeLog) makeBase() {
+	base, err := n.log.Base(n.cbt)
+	if err == nil {
+		err = n.log.Committed(base)
+	}
+	if err != nil {
+		n.t.Error(err)
+	}
+	n.base = base
+}
+
+// check looks, when nobody writes, whether a power failure would leave every mark.
+func (n *nativeLog) check() {
+	left := n.file.Left(func(int) int { return 0 })
+	h, err := intentlog.Recover(n.base, contentOf(left, left.Size()))
+	if err != nil {
+		n.t.Error(err)
+		return
+	}
+	now, err := n.cbt.Copy()
+	if err != nil || h.Info != now.Info {
+		n.t.Errorf("a power failure would leave %v of %v, %v", h.Info, now.Info, err)
+	}
+	for b, m := range now.Marks {
+		if h.Marks[b] < m {
+			n.t.Errorf("block %d: a power failure would leave mark %d of %d", b, h.Marks[b], m)
+		}
 	}
 }
 
@@ -313,7 +388,10 @@ func (n *nativeSnapshot) live(versions *versionSource) {
 			fail("append", err)
 			s.Take(func() { cut = n.disk.Clone() }, func(err error) {
 				fail("take", err)
-				done()
+				n.f.Intent().Taken(s.TakeInfo(0), func(err error) {
+					fail("make the take durable", err)
+					done()
+				})
 			})
 		})
 	})

@@ -382,6 +382,12 @@ func (p *process) addAgain(dev int, done func()) {
 // finish is the end of a run: everything is looked at, then taken apart.
 func (w *world) finish() {
 	w.faults.Clear()
+	for _, s := range w.states {
+		w.whatIf(s.dev)
+		if s.gone && w.stats.Faults == 0 && w.deaths == 0 && !w.gaveUp {
+			w.fail("I6: a power failure would cost the history of disk%d, and nothing has failed", s.dev)
+		}
+	}
 	for i, d := range w.devices {
 		now := w.tick()
 		w.model.checkDisk(d, 0, d.size/sectorSize, now, now, "at the end")

@@ -55,6 +55,7 @@ type world struct {
 	answered    [maxDevices]taken       // the last of which somebody was told
 	states      []*state                // of each disk, if there are write-intent logs
 	zones       [maxDevices][]zoneModel // of the logs
+	gaveUp      bool                    // a log that did not answer
 	chance      blockdevtest.Random     // for what does not happen
 	memory      [][]byte                // of snapshots, to be unmapped
 	keys        uint64                  // handed out
@@ -432,6 +433,7 @@ func (w *world) giveUp() bool {
 	for _, k := range w.proc.keepers {
 		if waits, _ := k.log.Waiting(); waits && k.log.Status().State != intentlog.Off {
 			any = true
+			w.gaveUp = true
 			w.tracef("give up the log of disk%d", k.s.dev)
 			k.giveUp()
 		}
