@@ -4,10 +4,11 @@
 #   make test                          everything below that tests, on both kernels; what CI runs
 #   make check                         format, vet, lint, unit tests with and without the race detector: no machine
 #   make integration [KERNEL=] [RUN=] [BUILD=giouring]  the tests that need ublk, or those that match RUN
-#   make soak [KERNEL=] [RUN=]         the long form of the tests of the daemon's death, for hours
+#   make soak [KERNEL=] [RUN=]         the long form of the tests of the daemon's death and of power cuts, for hours
 #   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
 #   make reboot [KERNEL=]              change tracking over restarts of a machine
 #   make boot [KERNEL=]                boots of a Debian whose filesystems lie on filters
+#   make powercut [KERNEL=] [CUTS=] [SEED=]  change tracking over power failures of a machine under load
 #   make sim [SEEDS=] [MINUTES=]       the simulator
 #   make bench [JSON=out.json] [BENCH=pattern] [KERNEL=]    figures, of both kernels unless one is named
 #   make vm CMD='…' [KERNEL=]          one command in the machine: its output and nothing else
@@ -36,7 +37,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot boot sim overlay bench vm build build-next install clean setup-go setup bin/vm
+.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot boot powercut sim overlay bench vm build build-next install clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -47,7 +48,7 @@ test: check bin/vm overlay
 	$(MAKE) integration-binaries BUILD=giouring
 	tests/together.sh '$(MAKE) integration-run KERNEL=6.12' '$(MAKE) integration-run KERNEL=newest' \
 		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...'
-	tests/together.sh '$(MAKE) systemd KERNEL=newest && $(MAKE) reboot KERNEL=newest' \
+	tests/together.sh '$(MAKE) systemd KERNEL=newest && $(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest' \
 		'$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
 		$(MAKE) demo KERNEL=newest && $(MAKE) boot KERNEL=6.12'
 
@@ -92,6 +93,7 @@ soak: integration-binaries
 	@for kernel in $(or $(KERNEL),6.12 newest); do \
 		VM_CPUS=$${VM_CPUS:-4} bin/vm -kernel $$kernel -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG \
 			'exec tests/integration/run.sh 355 .cache/test/integration "$(RUN)"'; \
+		KERNEL=$$kernel CUTS=$${CUTS:-30} $(MAKE) powercut; \
 	done
 	$(MAKE) boot KERNEL=newest
 
@@ -106,6 +108,10 @@ boot: build bin/vm
 	rm -rf .cache/test/boot
 	$(MAKE) -o build install DESTDIR=.cache/test/boot
 	tests/boot/run.sh
+
+powercut: build bin/vm
+	CGO_ENABLED=0 go build -o .cache/test/ ./tests/powercut
+	tests/powercut/run.sh $(or $(CUTS),3)
 
 sim: overlay
 	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test $(OVERLAY) ./tests/sim -v -count=1 -timeout 0

@@ -140,6 +140,11 @@ type AddRequest struct {
 	Queues int    `json:"queues,omitempty"`
 	Depth  int    `json:"depth,omitempty"` // requests in flight per queue
 	Mode   Mode   `json:"mode,omitempty"`
+	// IntentLog is whether the change map shall go on after a power failure; nil: as
+	// configured. IntentLogZone is the size of a zone of the log, in bytes, a power
+	// of two.
+	IntentLog     *bool `json:"intent_log,omitempty"`
+	IntentLogZone int64 `json:"intent_log_zone,omitempty"`
 }
 
 // RemoveRequest asks to remove a filter.
@@ -213,6 +218,21 @@ type CBTInfo struct {
 	// History is what became of what was known before the filter was added. In the
 	// answer to a question about a map or about changes it is empty.
 	History History `json:"history"`
+	// PowerFailure is whether the map would go on after one at this moment; empty as
+	// History is.
+	PowerFailure PowerFailure `json:"power_failure"`
+}
+
+// PowerFailure says whether a change map goes on after a power failure: as it was, but for
+// the zones of the disk that the log has, all of which count as changed.
+type PowerFailure struct {
+	Covered bool `json:"covered"`
+	// Reason is why it is not, for people.
+	Reason    string `json:"reason,omitempty"`
+	ZoneSize  int64  `json:"zone_size,omitempty"` // bytes
+	ZoneCount int64  `json:"zone_count,omitempty"`
+	// Logged are the zones that the log has now.
+	Logged int64 `json:"logged_zones,omitempty"`
 }
 
 // History says whether a change map goes on where the filter before it ended.
@@ -367,7 +387,7 @@ type Event struct {
 	// Device (major:minor of the original) and Errno (negative) with corrupted.
 	Device string `json:"device,omitempty"`
 	Errno  int    `json:"error_code,omitempty"`
-	// Text says why, with new_generation.
+	// Text says why, with new_generation and uncovered.
 	Text string `json:"text,omitempty"`
 }
 
@@ -376,12 +396,16 @@ const (
 	// EventNewGeneration belongs to a device and no snapshot: what was kept of its
 	// changes is not believed.
 	EventNewGeneration = "new_generation"
-	EventCreated       = "created"
-	EventTaken         = "taken"
-	EventDestroyed     = "destroyed"
-	EventLowFreeSpace  = "low_free_space"
-	EventNoSpace       = "no_space"
-	EventCorrupted     = "corrupted"
+	// EventUncovered and EventCovered belong to a device too: from now on a power
+	// failure costs the history of its changes, as the text says, or does not any more.
+	EventUncovered    = "uncovered"
+	EventCovered      = "covered"
+	EventCreated      = "created"
+	EventTaken        = "taken"
+	EventDestroyed    = "destroyed"
+	EventLowFreeSpace = "low_free_space"
+	EventNoSpace      = "no_space"
+	EventCorrupted    = "corrupted"
 )
 
 // Version is the program's version.

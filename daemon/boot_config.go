@@ -24,6 +24,9 @@ type BootDevice struct {
 	Queues int          `json:"queues,omitempty"`
 	Depth  int          `json:"depth,omitempty"`
 	Mode   control.Mode `json:"mode,omitempty"`
+	// IntentLog and IntentLogZone are as in an AddRequest.
+	IntentLog     *bool `json:"intent_log,omitempty"`
+	IntentLogZone int64 `json:"intent_log_zone,omitempty"`
 
 	File string `json:"file"` // that has the table
 	Line int    `json:"line"` // where it begins
@@ -35,7 +38,7 @@ const bootKey = "device"
 func (b BootDevice) where() string { return fmt.Sprintf("%s:%d", b.File, b.Line) }
 
 func (b BootDevice) request() control.AddRequest {
-	return control.AddRequest{Path: b.Path, Name: b.Name, Queues: b.Queues, Depth: b.Depth, Mode: b.Mode}
+	return control.AddRequest{Path: b.Path, Name: b.Name, Queues: b.Queues, Depth: b.Depth, Mode: b.Mode, IntentLog: b.IntentLog, IntentLogZone: b.IntentLogZone}
 }
 
 // DropInDir is the directory whose files add tables to a configuration file. The
@@ -178,6 +181,16 @@ func (b *BootDevice) set(key string, v any) (err error) {
 		b.Depth, err = whole(MaxQueueDepth)
 	case "mode":
 		b.Mode, err = control.ParseMode(text)
+	case "intent_log":
+		logged, isBool := v.(bool)
+		if !isBool {
+			return errors.New("neither true nor false")
+		}
+		b.IntentLog = &logged
+	case "intent_log_zone":
+		if b.IntentLogZone, err = control.ParseSize(fmt.Sprint(v)); err == nil && !validZone(b.IntentLogZone) {
+			err = fmt.Errorf("%v is not a power of two from 1M to 1T", v)
+		}
 	default:
 		err = errors.New("no such key of a [[" + bootKey + "]]")
 	}
@@ -230,6 +243,12 @@ func (b BootDevice) Write(w io.Writer) {
 	}
 	if b.Mode != "" {
 		fmt.Fprintf(w, "mode = %q\n", b.Mode)
+	}
+	if b.IntentLog != nil {
+		fmt.Fprintf(w, "intent_log = %v\n", *b.IntentLog)
+	}
+	if b.IntentLogZone != 0 {
+		fmt.Fprintf(w, "intent_log_zone = %q\n", control.FormatSize(b.IntentLogZone))
 	}
 }
 

@@ -25,10 +25,12 @@ name = "part"
 queues = 2
 queue_depth = 64
 mode = "copy"
+intent_log = false
+intent_log_zone = "4M"
 `, false)
 	want := []BootDevice{
 		{Name: "data", Path: "/dev/disk/by-id/virtio-data", File: "f", Line: 4},
-		{Name: "part", Path: "/dev/disk/by-partuuid/0ab-1", Queues: 2, Depth: 64, Mode: control.ModeCopy, File: "f", Line: 9},
+		{Name: "part", Path: "/dev/disk/by-partuuid/0ab-1", Queues: 2, Depth: 64, Mode: control.ModeCopy, IntentLog: new(bool), IntentLogZone: 4 << 20, File: "f", Line: 9},
 	}
 	if err != nil || !reflect.DeepEqual(all, want) {
 		t.Fatalf("%+v, %v\nwant %+v", all, err, want)
@@ -39,7 +41,7 @@ mode = "copy"
 			t.Fatalf("%s: %v", b.text(), err)
 		}
 		again[0].File, again[0].Line = b.File, b.Line
-		if again[0] != want[i] {
+		if !reflect.DeepEqual(again[0], want[i]) {
 			t.Errorf("written and read again: %+v, want %+v", again[0], want[i])
 		}
 	}
@@ -56,6 +58,8 @@ func TestBootTableErrors(t *testing.T) {
 		head + "path = \"/dev/disk/by-uuid/x\"":            "f:4: path: /dev/disk/by-uuid/x leads to the filter",
 		head + "path = \"UUID=x\"":                         `f:4: path: "UUID=x" is not the path of a disk below /dev`,
 		head + "path = \"/dev/disk/by-diskseq/1\"":         "f:4: path: /dev/disk/by-diskseq/1 may be another disk",
+		head + "intent_log = 1":                            "f:4: intent_log: neither true nor false",
+		head + "intent_log_zone = \"3M\"":                  "f:4: intent_log_zone: 3M is not a power of two",
 		head + "path = \"/dev/disk/../sdb\"":               "f:4: path: ",
 		head + "path = \"/dev/disk/by-id/*\"":              "f:4: path: ",
 		head + "path = \"/dev/disk/by-id/a|b\"":            "f:4: path: ",

@@ -51,7 +51,7 @@ func (d *Daemon) CBTInfo(_ context.Context, ref string) (control.CBTInfo, error)
 		return control.CBTInfo{}, cbtError(err, "change map of %s", ref)
 	}
 	answer := cbtInfo(info)
-	answer.History = dev.History
+	answer.History, answer.PowerFailure = dev.History, dev.powerFailure()
 	return answer, nil
 }
 
@@ -148,6 +148,9 @@ func (d *Daemon) MarkDirty(_ context.Context, r control.MarkRequest) error {
 	}
 	if err := dev.cbt.MarkDirty(ranges); err != nil {
 		return cbtError(err, "mark blocks of %s", r.Device)
+	}
+	if dev.intent != nil {
+		dev.intent.hold(ranges)
 	}
 	return nil
 }

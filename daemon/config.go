@@ -12,6 +12,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/intentlog"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
@@ -40,7 +41,11 @@ type Config struct {
 	// nowhere.
 	StateDir string
 	// Encrypt: what snapshots store is encrypted, unless their maker says otherwise.
-	Encrypt       bool
+	Encrypt bool
+	// IntentLog is whether change maps go on after a power failure, IntentLogZone the
+	// size of a zone of their logs in bytes; 0: chosen by the size of the disk.
+	IntentLog     bool
+	IntentLogZone int64
 	FreezeTimeout time.Duration
 	// StorageTimeout is how long difference storage is waited for: by writes, and by
 	// callers that append storage or destroy a snapshot.
@@ -71,6 +76,7 @@ func DefaultConfig() Config {
 		Mode:                      control.ModeAuto,
 		StateSize:                 1 << 30,
 		StateDir:                  "/var/lib/ublk-blksnap",
+		IntentLog:                 true,
 		FreezeTimeout:             10 * time.Second,
 		StorageTimeout:            30 * time.Second,
 		DiskTimeout:               30 * time.Second,
@@ -114,6 +120,8 @@ func (c *Config) Params() []Param {
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", byteSize{&c.StateSize}},
 		{"state_dir", "directory in which change maps are kept while their disks have no filter, over a restart of the machine too; it must not lie on a disk with a filter; empty: they are not kept", path{&c.StateDir}},
 		{"encrypt", "whether what a snapshot stores is encrypted, unless --encrypt says otherwise; the key is in memory only, and gone with the snapshot or the power", boolean{&c.Encrypt}},
+		{"intent_log", "whether change tracking goes on after a power failure: the first write to a zone of a disk after a take waits until state_dir has that on stable storage", boolean{&c.IntentLog}},
+		{"intent_log_zone", "size of such a zone, a power of two; 0: 1M, or as much as leaves 16384 zones of a disk", byteSize{&c.IntentLogZone}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
@@ -260,6 +268,8 @@ func (c *Config) Validate() error {
 		}
 	}
 	switch {
+	case c.IntentLogZone != 0 && !validZone(c.IntentLogZone):
+		return &paramError{"intent_log_zone", fmt.Sprintf("%s is not 0 and not a power of two from 1M to 1T", control.FormatSize(c.IntentLogZone))}
 	case c.TrackingBlockMaximumShift < c.TrackingBlockMinimumShift:
 		return &paramError{"tracking_block_maximum_shift", fmt.Sprintf("%d is below tracking_block_minimum_shift %d", c.TrackingBlockMaximumShift, c.TrackingBlockMinimumShift)}
 	case c.ChunkMaximumShift < c.ChunkMinimumShift:
@@ -272,6 +282,11 @@ func (c *Config) Validate() error {
 		return &paramError{"diff_storage_minimum", fmt.Sprintf("%d sectors hold no chunk of chunk_minimum_shift %d", c.DiffStorageMinimum, c.ChunkMinimumShift)}
 	}
 	return nil
+}
+
+// validZone says whether zones of an intent log can have n bytes.
+func validZone(n int64) bool {
+	return n&(n-1) == 0 && n >= 1<<intentlog.MinZoneShift && n <= 1<<intentlog.MaxZoneShift
 }
 
 // paramError is what is wrong with one parameter.

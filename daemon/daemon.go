@@ -13,6 +13,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
@@ -27,6 +28,7 @@ type Daemon struct {
 	ctl      *ublk.Control
 	queue    *blockdev.RingQueue // control work of snapshots
 	crypt    *blockdev.RingQueue // encrypts what they store; nil until one does
+	logs     *blockdev.RingQueue // of write-intent logs
 	events   *eventLog
 	activity atomic.Pointer[string]
 
@@ -85,6 +87,11 @@ func New(o Options) (*Daemon, error) {
 		return nil, driverError(err, "start the daemon")
 	}
 	if d.queue, err = blockdev.NewRingQueue(blockdev.RingConfig{Name: "snapshots", Depth: 64}); err != nil {
+		d.ctl.Close()
+		return nil, driverError(err, "start the daemon")
+	}
+	if d.logs, err = blockdev.NewRingQueue(blockdev.RingConfig{Name: "intent-logs", Depth: 64}); err != nil {
+		d.queue.Stop()
 		d.ctl.Close()
 		return nil, driverError(err, "start the daemon")
 	}
@@ -242,6 +249,10 @@ func (d *Daemon) Close() {
 	if d.crypt != nil {
 		d.crypt.Stop()
 	}
+	// A log whose file does not answer may hold its queue up, and the process ends now.
+	stopped, cancel := context.WithTimeout(context.Background(), settleLimit)
+	defer cancel()
+	_, _ = bounded.Call(stopped, func() error { d.logs.Stop(); return nil }, func(error) {})
 	d.ctl.Close()
 }
 

@@ -26,9 +26,12 @@ type device struct {
 	cbt      *cbtmap.Map
 	cbtPath  string // its file
 	counters *counters
+	intent   *intent // nil: see uncovered
 	filter   *filter.Filter
 	ublk     *ublk.Device
 	geo      ublk.Geometry
+	// uncovered is why there is no intent.
+	uncovered string
 
 	// use is read-locked by those who look into the above without holding
 	// Daemon.opLock. takeDown locks it while the device goes away.

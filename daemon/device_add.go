@@ -13,7 +13,6 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
-	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
@@ -112,6 +111,15 @@ func (d *Daemon) applyDefaults(r *control.AddRequest) error {
 	if r.Mode == "" {
 		r.Mode = c.Mode
 	}
+	if r.IntentLog == nil {
+		r.IntentLog = &c.IntentLog
+	}
+	if r.IntentLogZone == 0 {
+		r.IntentLogZone = c.IntentLogZone
+	}
+	if n := r.IntentLogZone; n != 0 && !validZone(n) {
+		return invalid("zones of %s: want a power of two from 1M to 1T", control.FormatSize(n))
+	}
 	if n := ublk.MaxQueues(); r.Queues < 1 || r.Queues > n {
 		return invalid("%d queues: this machine has processors for 1 to %d", r.Queues, n)
 	}
@@ -195,18 +203,29 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		return err
 	}
 	undo = append(undo, dev.closeCBT)
-	d.loadHistory(ctx, dev, r.Name)
+	found := d.loadHistory(ctx, dev, r.Name)
 	undo = append(undo, func() {
 		// It was used up, for nothing.
 		if dev.Name = r.Name; dev.History.Continued {
 			d.keepHistory(dev)
+		} else {
+			d.stopHistory(dev)
 		}
 	})
 	if dev.counters, err = openCounters(d.countersFile(r.Name), r.Queues); err != nil {
 		return err
 	}
 	undo = append(undo, dev.counters.remove)
-	dev.filter = filter.New(filter.Config{Orig: dev.orig, Size: dev.geo.Size, CBT: dev.cbt, Queues: r.Queues, Counters: dev.counters.queues})
+	zone := int64(-1)
+	if *r.IntentLog {
+		zone = r.IntentLogZone
+	}
+	d.makeFilter(dev, r.Name, r.Queues, zone)
+	if dev.intent != nil {
+		dev.intent.begin(ctx, !found.unanswered)
+		d.takenOver(dev)
+	}
+	d.useHistory(ctx, dev, r.Name, found)
 	added := time.Now()
 	undo = append(undo, func() { d.removeDeviceRecord(r.Name) })
 	deathpoint.Point()
@@ -217,7 +236,11 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		Files:      []*blockdev.OSFile{dev.orig},
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
 	}, func(id int, tag uint64) error {
-		return d.writeDeviceRecord(deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History})
+		record := deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History}
+		if dev.intent != nil {
+			record.Identity, record.IntentLogZone = dev.intent.identity, r.IntentLogZone
+		}
+		return d.writeDeviceRecord(record)
 	})
 	deathpoint.Point()
 	if dev.ublk == nil {

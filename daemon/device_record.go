@@ -30,6 +30,18 @@ type deviceRecord struct {
 	Added    time.Time      `json:"added"`
 	// History is what became of the changes known before, to be told on.
 	History control.History `json:"history"`
+	// Identity is that of the disk if the device has a write-intent log, IntentLogZone the
+	// zone that was asked for.
+	Identity      disk.Identity `json:"identity,omitempty"`
+	IntentLogZone int64         `json:"intent_log_zone,omitempty"`
+}
+
+// zone is what the device's log is made with: negative if it has none.
+func (r deviceRecord) zone() int64 {
+	if r.Identity == nil {
+		return -1
+	}
+	return r.IntentLogZone
 }
 
 // originalRecord tells a disk from any other.

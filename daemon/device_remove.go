@@ -227,6 +227,8 @@ func (d *Daemon) takeDown(dev *device, clean bool) error {
 	}
 	if clean {
 		d.keepHistory(dev)
+	} else {
+		d.stopHistory(dev)
 	}
 	reread := dev.repartitioned
 	d.closeOriginal(dev, func() {

@@ -47,7 +47,7 @@ func (d *Daemon) DeviceStatus(ctx context.Context, ref string) (control.DeviceSt
 	}
 	if info, err := dev.cbt.Info(); err == nil {
 		c := cbtInfo(info)
-		c.History = dev.History
+		c.History, c.PowerFailure = dev.History, dev.powerFailure()
 		s.CBT = &c
 	}
 	return s, nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/intentlog"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
@@ -28,30 +30,45 @@ import (
 type foundHistory struct {
 	identity disk.Identity // nil if it is not known
 	record   *cbtstate.Record
-	saved    []byte            // the map
+	saved    []byte            // the map, of a clean end
+	running  *cbtmap.History   // the map, after a power failure
 	refusal  *cbtstate.Refusal // nil if it is believed
-	unused   bool              // it could not be made sure that it is not used again
+	// unanswered: the disk or the state directory did not answer in time.
+	unanswered bool
 }
 
 // loadHistory gives the new change map of a device the history that was kept of its
-// disk, or says why not. The disk must be claimed, and nothing served yet.
-func (d *Daemon) loadHistory(ctx context.Context, dev *device, name string) {
+// disk, or says why not. The disk must be claimed, and nothing served yet. What was
+// found is to be used up before anything is: see useHistory.
+func (d *Daemon) loadHistory(ctx context.Context, dev *device, name string) foundHistory {
 	found := d.askHistory(ctx, dev, name)
 	if found.refusal == nil {
-		switch err := dev.cbt.Load(found.saved); {
+		var err error
+		if found.running != nil {
+			err = dev.cbt.Restore(*found.running)
+		} else {
+			err = dev.cbt.Load(found.saved)
+		}
+		switch {
 		case errors.Is(err, cbtmap.ErrMismatch):
 			found.refusal = &cbtstate.Refusal{Reason: cbtstate.OtherBlock, Text: "change tracking has another block size: " + err.Error(), Record: found.record}
 		case err != nil:
 			found.refusal = &cbtstate.Refusal{Reason: cbtstate.Damaged, Text: err.Error(), Record: found.record}
 		}
 	}
-	if found.unused {
-		d.useLater(found.identity)
-	}
+	d.tellHistory(dev, name, found)
+	return found
+}
+
+func (d *Daemon) tellHistory(dev *device, name string, found foundHistory) {
 	no := found.refusal
 	if no == nil {
-		dev.History = control.History{Continued: true, Text: "goes on from " + found.record.Saved.Format(time.RFC3339)}
-		d.opts.Log.Info("change tracking goes on", "name", name, "disk", dev.disk.DisplayPath(), "kept", found.record.Saved)
+		from := found.record.Saved.Format(time.RFC3339)
+		dev.History = control.History{Continued: true, Text: "goes on from " + from}
+		if found.running != nil {
+			dev.History.Text = "goes on after a power failure, from a filter added or taken over at " + from
+		}
+		d.opts.Log.Info("change tracking goes on", "name", name, "disk", dev.disk.DisplayPath(), "kept", found.record.Saved, "power failure", found.running != nil)
 		return
 	}
 	dev.History = control.History{Reason: no.Reason, Text: no.Text}
@@ -61,6 +78,59 @@ func (d *Daemon) loadHistory(ctx context.Context, dev *device, name string) {
 	}
 	d.opts.Log.Warn("change tracking begins anew", "name", name, "disk", dev.disk.DisplayPath(), "reason", no.Text)
 	d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: dev.disk.Num.String(), Text: no.Text})
+}
+
+// useHistory sees to that what was found is not used again, believed or not: from now on
+// it is out of date. If the device's log has begun, that has taken its place already.
+func (d *Daemon) useHistory(ctx context.Context, dev *device, name string, found foundHistory) {
+	if d.opts.Config.StateDir == "" || found.identity == nil || dev.intent != nil && dev.powerFailure().Covered {
+		return
+	}
+	var err error
+	if found.unanswered {
+		err = errors.New("it does not answer")
+	} else {
+		ctx, cancel := context.WithTimeout(ctx, d.opts.Config.DiskTimeout/4)
+		defer cancel()
+		var late error
+		if err, late = bounded.Call(ctx, func() error { return d.useState(dev, found.identity) }, func(error) {}); late != nil {
+			err = late
+		}
+	}
+	if err == nil {
+		return
+	}
+	d.useLater(found.identity)
+	if found.refusal == nil {
+		found.refusal = &cbtstate.Refusal{Reason: cbtstate.NoPlace, Text: err.Error(), Record: found.record}
+		dev.cbt.NewGeneration()
+		d.tellHistory(dev, name, found)
+	}
+}
+
+// takenOver notes that the log of a device has taken the place of what was to be used up
+// later; needs opLock.
+func (d *Daemon) takenOver(dev *device) {
+	if dev.intent != nil && dev.powerFailure().Covered {
+		delete(d.outdated, dev.intent.identity.String())
+	}
+}
+
+// useState uses up what is kept of a disk, now. It may hang.
+func (d *Daemon) useState(dev *device, id disk.Identity) error {
+	store, err := d.openState(dev, false)
+	var no *cbtstate.Refusal
+	if errors.As(err, &no) && no.Reason == cbtstate.NoState {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	if err := store.Stop(id); err != nil {
+		return err
+	}
+	return store.Use(id)
 }
 
 // askHistory finds what was kept, looks at the disk, and uses up what was kept. All
@@ -93,7 +163,7 @@ func (d *Daemon) askHistory(ctx context.Context, dev *device, name string) found
 	}
 	found = refused(cbtstate.NoPlace, "the disk or "+d.opts.Config.StateDir+" does not answer")
 	found.identity, _ = d.host.Identify(dev.disk)
-	found.unused = true
+	found.unanswered = true
 	return found
 }
 
@@ -110,26 +180,18 @@ func (d *Daemon) findHistory(ctx context.Context, fd int, dev *device, name stri
 	}
 	store, err := d.openState(dev, false)
 	if err != nil {
-		_ = refuse(err)
-		found.unused = found.refusal.Reason != cbtstate.NoState
-		return found
+		return refuse(err)
 	}
 	defer store.Close()
-	found.record, found.saved, err = store.Find(found.identity, name, limit)
-	if err == nil {
+	if found.record, found.saved, err = store.Find(found.identity, name, limit); err == nil {
 		var now cbtstate.Disk
-		if now, err = d.lookAt(ctx, fd, dev, found.identity); err == nil {
+		if now, err = d.lookAt(ctx, fd, dev, found.identity, fingerprint.Read); err == nil {
 			if no := found.record.Judge(now); no != nil {
 				err = no
 			}
 		}
-	}
-	// Also what is not believed: from now on it is out of date.
-	if e := store.Use(found.identity); e != nil {
-		found.unused = true
-		if err == nil {
-			err = &cbtstate.Refusal{Reason: cbtstate.NoPlace, Text: e.Error(), Record: found.record}
-		}
+	} else if no := (*cbtstate.Refusal)(nil); errors.As(err, &no) && slices.Contains(noClean, no.Reason) {
+		d.findRunning(ctx, fd, dev, store, limit, &found, &err)
 	}
 	if err != nil {
 		return refuse(err)
@@ -137,14 +199,46 @@ func (d *Daemon) findHistory(ctx context.Context, fd int, dev *device, name stri
 	return found
 }
 
+// noClean are the reasons with which there is no record of a clean end.
+var noClean = []string{cbtstate.NoState, cbtstate.Unclean, cbtstate.OtherDisk}
+
+// findRunning is findHistory of a disk that had a filter when the power failed. If there
+// is nothing of such a filter, err stays what it is.
+func (d *Daemon) findRunning(ctx context.Context, fd int, dev *device, store *cbtstate.Store, limit int64, found *foundHistory, err *error) {
+	record, base, log, e := store.FindRunning(found.identity, limit)
+	var no *cbtstate.Refusal
+	if errors.As(e, &no) && no.Reason == cbtstate.NoState {
+		return
+	}
+	if *err = e; e != nil {
+		return
+	}
+	found.record = record
+	now, e := d.lookAt(ctx, fd, dev, found.identity, fingerprint.Running)
+	if *err = e; e != nil {
+		return
+	}
+	if no := record.JudgeRunning(now); no != nil {
+		*err = no
+		return
+	}
+	running, e := intentlog.Recover(base, log)
+	if e != nil {
+		*err = &cbtstate.Refusal{Reason: cbtstate.Damaged, Text: e.Error(), Record: record}
+		return
+	}
+	found.running = &running
+}
+
+// fingerprintOf is fingerprint.Read or fingerprint.Running.
+type fingerprintOf func(ctx context.Context, r io.ReaderAt, size int64, block int) ([]fingerprint.Place, error)
+
 // lookAt is what a disk is like now, which nobody may write to. fd is open on it.
-func (d *Daemon) lookAt(ctx context.Context, fd int, dev *device, id disk.Identity) (cbtstate.Disk, error) {
-	now := cbtstate.Disk{Identity: id, Size: dev.geo.Size}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
+func (d *Daemon) lookAt(ctx context.Context, fd int, dev *device, id disk.Identity, look fingerprintOf) (now cbtstate.Disk, err error) {
+	now = cbtstate.Disk{Identity: id, Size: dev.geo.Size}
+	if now.Boot, err = bootID(); err != nil {
 		return now, err
 	}
-	now.Boot = strings.TrimSpace(string(boot))
 	if w, err := d.host.CountWrites(dev.disk); err == nil {
 		now.Writes = &w
 	}
@@ -153,7 +247,7 @@ func (d *Daemon) lookAt(ctx context.Context, fd int, dev *device, id disk.Identi
 		return now, err
 	}
 	defer r.Close()
-	if now.Fingerprint, err = fingerprint.Read(ctx, r, dev.geo.Size, dev.geo.LogicalBlock); err != nil {
+	if now.Fingerprint, err = look(ctx, r, dev.geo.Size, dev.geo.LogicalBlock); err != nil {
 		return now, err
 	}
 	if now.Writes != nil {
@@ -166,7 +260,7 @@ func (d *Daemon) lookAt(ctx context.Context, fd int, dev *device, id disk.Identi
 
 // openState opens the state directory, if it may be used now: not while a filesystem
 // is missing that hides it, nor on a disk with a filter. dev is a device of which the
-// tables may not know yet. The error is a *cbtstate.Refusal.
+// tables may not know yet, or nil. The error is a *cbtstate.Refusal.
 func (d *Daemon) openState(dev *device, create bool) (*cbtstate.Store, error) {
 	dir := d.opts.Config.StateDir
 	unavailable := func(format string, args ...any) error {
@@ -185,7 +279,11 @@ func (d *Daemon) openState(dev *device, create bool) (*cbtstate.Store, error) {
 		return nil, unavailable("%v", err)
 	}
 	defer place.Close()
-	for _, other := range append(d.sortedDevices(), dev) {
+	others := d.sortedDevices()
+	if dev != nil {
+		others = append(others, dev)
+	}
+	for _, other := range others {
 		// A doubt is no reason: it is for storage, which takes all writes.
 		if lies, _ := d.host.LiesOn(place, other.disk.Num, d.lowerDisks); lies {
 			store.Close()
@@ -295,7 +393,7 @@ func (d *Daemon) useOutdated() {
 				return err
 			}
 			defer store.Close()
-			return store.Use(id)
+			return errors.Join(store.Stop(id), store.Use(id))
 		}, func(error) {})
 		cancel()
 		if err == nil && late == nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/fingerprint"
 )
 
 // The stages of keeping a history, for who waits only so long: what is given up
@@ -31,12 +32,54 @@ func (d *Daemon) keepHistory(dev *device) {
 		return
 	}
 	d.step("remove %s: keep its change map", dev.Name)
-	if err := d.tryKeepHistory(dev); err != nil {
+	err := d.endIntent(dev)
+	if err == nil {
+		err = d.tryKeepHistory(dev)
+	}
+	if err != nil {
+		d.stopHistory(dev)
 		d.opts.Log.Warn("the change map is not kept: the next filter over this disk begins a new generation",
 			"name", dev.Name, "disk", dev.disk.DisplayPath(), "reason", err)
 		return
 	}
 	d.opts.Log.Info("the change map is kept", "name", dev.Name, "disk", dev.disk.DisplayPath(), "directory", d.opts.Config.StateDir)
+}
+
+// endIntent ends the log of a device that serves nobody any more.
+func (d *Daemon) endIntent(dev *device) error {
+	if dev.intent == nil {
+		return nil
+	}
+	ctx, cancel := d.withDiskTimeout(context.Background())
+	defer cancel()
+	return dev.intent.end(ctx)
+}
+
+// stopHistory sees to that a power failure does not bring back what is known of a disk
+// whose filter does not end as it should; needs opLock.
+func (d *Daemon) stopHistory(dev *device) {
+	if dev.intent == nil {
+		return
+	}
+	if d.endIntent(dev) != nil {
+		d.useLater(dev.intent.identity)
+		return
+	}
+	d.stopIdentity(dev, dev.intent.identity)
+}
+
+// stopIdentity takes back what counts of a disk that had a filter with a log, now or
+// later; dev may be nil.
+func (d *Daemon) stopIdentity(dev *device, id disk.Identity) {
+	if id == nil || d.opts.Config.StateDir == "" {
+		return
+	}
+	ctx, cancel := d.withDiskTimeout(context.Background())
+	defer cancel()
+	err, late := bounded.Call(ctx, func() error { return d.stopState(dev, id) }, func(error) {})
+	if err != nil || late != nil {
+		d.useLater(id)
+	}
 }
 
 func (d *Daemon) tryKeepHistory(dev *device) error {
@@ -67,7 +110,7 @@ func (d *Daemon) tryKeepHistory(dev *device) error {
 		if err := unix.Fsync(fd); err != nil {
 			return fmt.Errorf("sync %s: %w", dev.disk.DisplayPath(), err)
 		}
-		if r.Disk, err = d.lookAt(ctx, fd, dev, id); err != nil {
+		if r.Disk, err = d.lookAt(ctx, fd, dev, id, fingerprint.Read); err != nil {
 			return err
 		}
 		identity = id

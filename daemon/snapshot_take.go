@@ -63,6 +63,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 		}
 		return err
 	}
+	d.makeDurable(s)
 	now := time.Now()
 	note, err := json.Marshal(snapshotNote{Taken: now, Frozen: frozen})
 	if err == nil {
@@ -83,6 +84,18 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventTaken})
 	d.opts.Log.Info("snapshot taken", "snapshot", s.id, "frozen", frozen)
 	return nil
+}
+
+// makeDurable sees to that a take of which somebody is told outlives a power failure.
+func (d *Daemon) makeDurable(s *snapshot) {
+	var devices []int
+	for i, im := range s.images {
+		if im.device.intent != nil {
+			devices = append(devices, i)
+		}
+	}
+	d.step("take snapshot %s: make it durable", s.id)
+	eachAtOnce(devices, func(i int) { s.images[i].device.intent.taken(s.snap.TakeInfo(i)) })
 }
 
 // maxImageDepth bounds the requests in flight for each queue of an image. Without

@@ -15,7 +15,6 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
-	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
@@ -139,18 +138,30 @@ func (d *Daemon) takeOver(ctx context.Context) {
 
 // resumeAll serves the devices that a snapshot holds, or those that none does, and
 // says how many.
-func (d *Daemon) resumeAll(ctx context.Context, devices []*survivor, snaps []*leftSnapshot, held bool) (served int) {
+func (d *Daemon) resumeAll(ctx context.Context, devices []*survivor, snaps []*leftSnapshot, held bool) int {
+	var now []*survivor
 	for _, s := range devices {
 		holds := slices.ContainsFunc(snaps, func(l *leftSnapshot) bool {
 			return slices.ContainsFunc(l.Devices, func(known snapshots.Device) bool { return known.Name == s.record.Name })
 		})
 		if s.dev != nil && holds == held {
-			deathpoint.Point()
-			d.resume(ctx, s)
-			served++
+			now = append(now, s)
 		}
 	}
-	return served
+	eachAtOnce(now, func(s *survivor) { d.beginIntent(ctx, s) })
+	for _, s := range now {
+		deathpoint.Point()
+		d.resume(ctx, s)
+	}
+	return len(now)
+}
+
+// beginIntent begins the log of a device that was taken over, under the map as it is
+// now, which has every write of the dead daemon.
+func (d *Daemon) beginIntent(ctx context.Context, s *survivor) {
+	if s.dev.intent != nil {
+		s.dev.intent.begin(ctx, true)
+	}
 }
 
 // recoveries is how often daemons have taken over, in state/recoveries.
@@ -255,6 +266,7 @@ func (d *Daemon) forget(ctx context.Context, r deviceRecord) {
 		_, _ = bounded.Call(ctx, func() error { return rereadPartitions(bdev) }, func(error) {})
 		rescan(bdev.Name)
 	}
+	d.stopIdentity(nil, r.Identity)
 	d.removeDeviceRecord(r.Name)
 }
 
@@ -301,7 +313,7 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 	if dev.counters, err = openCounters(d.countersFile(r.Name), s.claimed.Queues); err != nil {
 		return nil, err
 	}
-	dev.filter = filter.New(filter.Config{Orig: dev.orig, Size: dev.geo.Size, CBT: dev.cbt, Queues: s.claimed.Queues, Counters: dev.counters.queues})
+	d.makeFilter(dev, r.Name, s.claimed.Queues, r.zone())
 	limited, cancel := context.WithTimeout(ctx, serveTimeout)
 	defer cancel()
 	prepared, err := s.claimed.Prepare(limited, ublk.Config{
@@ -362,6 +374,9 @@ func (d *Daemon) adoptChangeMap(dev *device, s *survivor) error {
 
 // closeAgain lets go of a device that could not be taken over: what is in files stays.
 func (d *Daemon) closeAgain(dev *device) {
+	if dev.intent != nil {
+		dev.intent.free()
+	}
 	if dev.counters != nil {
 		dev.counters.unmap()
 	}
@@ -373,10 +388,13 @@ func (d *Daemon) closeAgain(dev *device) {
 	}
 }
 
-// resume serves a device. One that the driver does not give back is kept all the same:
+// resume serves a device whose log has begun. One that the driver does not give back is kept all the same:
 // whatever waits for its queues' threads goes on, and it can be removed by force.
 func (d *Daemon) resume(ctx context.Context, s *survivor) {
 	dev := s.dev
+	if d.takenOver(dev); dev.intent == nil {
+		d.stopIdentity(dev, s.record.Identity)
+	}
 	if err := dev.ublk.Resume(ctx); err != nil {
 		s.reason = err
 		dev.removing = true

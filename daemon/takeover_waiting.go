@@ -19,6 +19,9 @@ import (
 // wait keeps a device that cannot be served yet.
 func (d *Daemon) wait(s *survivor) {
 	d.opts.Log.Error("a filter cannot be taken over yet: its I/O waits", "name", s.record.Name, "disk", s.record.Original.Path, "reason", s.reason)
+	if s.claimedByOther {
+		d.stopIdentity(nil, s.record.Identity) // he may write to it
+	}
 	d.mu.Lock()
 	d.waiting[s.record.Name] = s
 	d.mu.Unlock()
@@ -71,6 +74,7 @@ func (d *Daemon) tryAgain(ctx context.Context, s *survivor) {
 	switch {
 	case gone:
 	case try.reason == nil:
+		d.beginIntent(ctx, &try)
 		d.resume(ctx, &try)
 		d.nameAgain(ctx, &try)
 	case try.reason.Error() != s.reason.Error():

@@ -14,8 +14,8 @@ import (
 
 func (p *program) add() *cobra.Command {
 	var r control.AddRequest
-	var mode string
-	var boot bool
+	var mode, zone string
+	var boot, logged bool
 	c := &cobra.Command{
 		Use:   "add DEV [flags]",
 		Short: "Put a filter over a disk",
@@ -41,6 +41,14 @@ its own beside the configuration. "remove --boot" ends that.`,
 			if mode != "" {
 				if r.Mode, err = control.ParseMode(mode); err != nil {
 					return usage("add %s: %v", args[0], err)
+				}
+			}
+			if c.Flags().Changed("intent-log") {
+				r.IntentLog = &logged
+			}
+			if zone != "" {
+				if r.IntentLogZone, err = control.ParseSize(zone); err != nil {
+					return usage("add %s: --intent-log-zone: %v", args[0], err)
 				}
 			}
 			for flag, v := range map[string]int{"queues": r.Queues, "depth": r.Depth} {
@@ -78,6 +86,8 @@ its own beside the configuration. "remove --boot" ends that.`,
 	f.IntVar(&r.Queues, "queues", 0, "queues, each with a thread of its own (default: as configured)")
 	f.IntVar(&r.Depth, "depth", 0, "requests in flight per queue, 1 to 4096 (default: as configured)")
 	f.BoolVar(&boot, "boot", false, "also at every boot")
+	f.BoolVar(&logged, "intent-log", true, "log which zones are written to, so that change tracking goes on after a power failure (default: as configured)")
+	f.StringVar(&zone, "intent-log-zone", "", "size of a zone of that log, a power of two (default: as configured)")
 	f.StringVar(&mode, "mode", "", "how payloads travel: auto, copy or zerocopy (default: as configured)")
 	return c
 }
@@ -94,7 +104,7 @@ func (p *program) rememberer(r control.AddRequest) (func(context.Context, contro
 		return nil, err
 	}
 	return func(ctx context.Context, d control.Device) error {
-		b := daemon.BootDevice{Name: d.Name, Path: path, Queues: r.Queues, Depth: r.Depth, Mode: r.Mode}
+		b := daemon.BootDevice{Name: d.Name, Path: path, Queues: r.Queues, Depth: r.Depth, Mode: r.Mode, IntentLog: r.IntentLog, IntentLogZone: r.IntentLogZone}
 		if err := daemon.AddBootDevice(config, b); err != nil {
 			return fmt.Errorf("%s has its filter, but not at the next boot: %w", d.Name, err)
 		}

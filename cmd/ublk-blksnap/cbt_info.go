@@ -16,7 +16,8 @@ func (p *program) cbtInfo() *cobra.Command {
 		Short: "Describe the change map of a filter",
 		Long: `Describe the change map of a filter. What "take" says names the last take for
 "cbt changes --since". "history" says whether the map goes on where the filter before
-this one ended, and if it does not, why.`,
+this one ended, and if it does not, why. "power_failure" says whether the map would go on
+after one; all of the "logged_zones" would count as changed then.`,
 		Args:              args(1, 1),
 		ValidArgsFunction: p.deviceNames,
 		RunE:              func(c *cobra.Command, args []string) error { return p.showCBTInfo(c, args[0], true) },
@@ -33,6 +34,16 @@ func historyLines(h control.History) string {
 	return fmt.Sprintf("history=new\nhistory_reason=%s\nhistory_text=%s\n", h.Reason, h.Text)
 }
 
+func powerFailureLines(f control.PowerFailure) string {
+	if !f.Covered {
+		if f.Reason == "" {
+			return ""
+		}
+		return fmt.Sprintf("power_failure=uncovered\npower_failure_text=%s\n", f.Reason)
+	}
+	return fmt.Sprintf("power_failure=covered\nzone_size=%d\nzone_count=%d\nlogged_zones=%d\n", f.ZoneSize, f.ZoneCount, f.Logged)
+}
+
 func (p *program) showCBTInfo(c *cobra.Command, device string, token bool) error {
 	dev, err := devicePath(device)
 	if err != nil {
@@ -47,7 +58,7 @@ func (p *program) showCBTInfo(c *cobra.Command, device string, token bool) error
 			fmt.Fprintf(w, "block_size=%d\ndevice_capacity=%d\nblock_count=%d\ngeneration_id=%s\nchanges_number=%d\n",
 				i.BlockSize, i.DeviceCapacity, i.BlockCount, i.GenerationID, i.ChangesNumber)
 			if token {
-				fmt.Fprintf(w, "take=%s\n%s", i.Take, historyLines(i.History))
+				fmt.Fprintf(w, "take=%s\n%s%s", i.Take, historyLines(i.History), powerFailureLines(i.PowerFailure))
 			}
 		})
 	})

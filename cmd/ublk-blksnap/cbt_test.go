@@ -23,6 +23,17 @@ func TestCBTCommands(t *testing.T) {
 	if _, out, _ := execute(f, "ublk-blksnap", "cbt", "info", "vdb"); !strings.HasSuffix(out, ":3\nhistory=continued\n") {
 		t.Errorf("a history that goes on: %s", out)
 	}
+	f.cbt.PowerFailure = control.PowerFailure{Covered: true, ZoneSize: 1 << 20, ZoneCount: 1024, Logged: 3}
+	if _, out, _ := execute(f, "ublk-blksnap", "cbt", "info", "vdb"); !strings.HasSuffix(out, "\npower_failure=covered\nzone_size=1048576\nzone_count=1024\nlogged_zones=3\n") {
+		t.Errorf("a log: %s", out)
+	}
+	f.cbt.PowerFailure = control.PowerFailure{Reason: "no space"}
+	if _, out, _ := execute(f, "ublk-blksnap", "cbt", "info", "vdb"); !strings.HasSuffix(out, "\npower_failure=uncovered\npower_failure_text=no space\n") {
+		t.Errorf("no log: %s", out)
+	}
+	if _, out, _ := execute(f, "blksnap", "cbtinfo", "--device", "vdb"); strings.Contains(out, "power_failure") {
+		t.Errorf("blksnap's own verb tells of it: %s", out)
+	}
 	f.device.History = control.History{Reason: control.HistoryWritten, Text: "why"}
 	if status, out, errs := execute(f, "ublk-blksnap", "add", "vdb"); status != 0 || out != "/dev/ublk-blksnap/vdb\n" ||
 		errs != "ublk-blksnap: vdb: change tracking begins anew, the next backup copies everything: why\n" {

@@ -11,6 +11,7 @@ import (
 func TestDeviceCommands(t *testing.T) {
 	runGolden(t, []golden{
 		{"ublk-blksnap add /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "/dev/ublk-blksnap/vdb\n"},
+		{"ublk-blksnap add vdb --intent-log=false --intent-log-zone 4M", []any{control.AddRequest{Path: "vdb", IntentLog: new(bool), IntentLogZone: 4 << 20}}, "/dev/ublk-blksnap/vdb\n"},
 		{"ublk-blksnap add vdb --name n --queues 2 --depth 3 --mode zerocopy",
 			[]any{control.AddRequest{Path: "vdb", Name: "n", Queues: 2, Depth: 3, Mode: control.ModeZeroCopy}}, "/dev/ublk-blksnap/vdb\n"},
 		{"ublk-blksnap remove vdb", []any{control.RemoveRequest{Device: "vdb"}}, ""},
@@ -49,12 +50,13 @@ change tracking: 16384 blocks of 64K, take ` + id2 + ":3\n"},
 		"ublk-blksnap add /dev/none --boot --config " + config: "ublk-blksnap: add /dev/none: no such device",
 	})
 	runRefused(t, map[string]string{
-		"ublk-blksnap add vdb --mode fast":  `ublk-blksnap: add vdb: "fast" is not a mode`,
-		"ublk-blksnap add vdb --queues 0":   "ublk-blksnap: add vdb: --queues 0: must be at least 1",
-		"ublk-blksnap add vdb --depth=-5":   "ublk-blksnap: add vdb: --depth -5: must be at least 1",
-		"ublk-blksnap status":               "ublk-blksnap: status: 0 arguments given",
-		"ublk-blksnap remove vdb --forced":  "ublk-blksnap: remove: unknown flag: --forced",
-		"ublk-blksnap remove --force a b c": "ublk-blksnap: remove: 3 arguments given",
+		"ublk-blksnap add vdb --mode fast":         `ublk-blksnap: add vdb: "fast" is not a mode`,
+		"ublk-blksnap add vdb --intent-log-zone x": `ublk-blksnap: add vdb: --intent-log-zone: "x" is not a size`,
+		"ublk-blksnap add vdb --queues 0":          "ublk-blksnap: add vdb: --queues 0: must be at least 1",
+		"ublk-blksnap add vdb --depth=-5":          "ublk-blksnap: add vdb: --depth -5: must be at least 1",
+		"ublk-blksnap status":                      "ublk-blksnap: status: 0 arguments given",
+		"ublk-blksnap remove vdb --forced":         "ublk-blksnap: remove: unknown flag: --forced",
+		"ublk-blksnap remove --force a b c":        "ublk-blksnap: remove: 3 arguments given",
 	})
 }
 

@@ -19,6 +19,13 @@
 //     no write since;
 //   - its fingerprint is the same.
 //
+// Of a disk that has a filter there is running state, for who finds it after a power
+// failure: KEY.running, a record that names a base, a map that was saved while the filter
+// ran, and a log of what was written since, of which package intentlog makes the map
+// anew. It is believed if the disk has the identity and the size that it had, if in this
+// boot, which is another one, nobody has written to it, and if its superblocks are as
+// they were when the filter's daemon last looked. A clean record comes before it.
+//
 // Otherwise a [Refusal] says what does not, and the record is used up all the same.
 //
 // # Format
@@ -28,5 +35,6 @@
 //	ublk-blksnap change map state 1 SHA-256 of "1\n" and of all that follows
 //	{ "id": … }
 //
-// KEY.map is what Save of a change map (package cbtmap) returned; its SHA-256 is in the record.
+// KEY.running is a record like it, with its id in the names of KEY.ID.base and KEY.ID.log.
+// KEY.map and the base are what Save of a change map (package cbtmap) returned; the SHA-256 is in the record.
 package cbtstate

@@ -100,6 +100,33 @@ func (r *Record) Judge(now Disk) *Refusal {
 	return nil
 }
 
+// JudgeRunning says why a disk that had a filter when the power failed, and is now like
+// this, is not believed to be as that filter left it; nil if it is believed. What the
+// filter wrote last does not matter: the log has it.
+func (r *Record) JudgeRunning(now Disk) *Refusal {
+	no := func(reason, format string, args ...any) *Refusal {
+		f := refuse(reason, format, args...)
+		f.Record = r
+		return f
+	}
+	switch {
+	case !slices.Equal(r.Identity, now.Identity):
+		return no(OtherDisk, "the state is of another disk: %s, and not %s", r.Identity, now.Identity)
+	case r.Size != now.Size:
+		return no(OtherSize, "the disk had %d bytes, and has %d", r.Size, now.Size)
+	case r.Boot == now.Boot:
+		return no(Unclean, "the last filter over the disk did not end cleanly, and the machine has not been started anew since")
+	case now.Writes == nil:
+		return no(Unknown, "the kernel has not counted the writes to the disk")
+	case now.Writes.Own != [4]uint64{} || now.Writes.WholeDisk != [4]uint64{}:
+		return no(Written, "the disk was written to after the power failure, before it had a filter: the kernel has counted that")
+	}
+	if place := fingerprint.Difference(r.Fingerprint, now.Fingerprint); place != "" {
+		return no(Written, "the disk was written to after the power failure, or its %s shortly before", place)
+	}
+	return nil
+}
+
 // key is the name under which the state of a disk is kept.
 func key(id disk.Identity) string {
 	sum := sha256.Sum256([]byte(strings.Join(id, "\n")))

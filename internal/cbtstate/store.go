@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"strings"
 
+	"github.com/google/uuid"
+
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
@@ -83,6 +85,7 @@ func (s *Store) Save(r Record, m []byte, commit func() bool) error {
 		},
 		s.folder.sync,
 		func() error { return s.folder.remove(k + usedSuffix) },
+		func() error { return s.folder.remove(k + runningSuffix) },
 		s.folder.sync,
 	}
 	for _, step := range steps {
@@ -90,6 +93,7 @@ func (s *Store) Save(r Record, m []byte, commit func() bool) error {
 			return fmt.Errorf("keep the change map: %w", err)
 		}
 	}
+	s.Tidy(r.Identity, uuid.Nil)
 	return nil
 }
 

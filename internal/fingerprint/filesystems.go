@@ -23,6 +23,13 @@ func (s *scan) ext(e extent) {
 		sparseSuper  = 0x1   // s_feature_ro_compat
 		sparseSuper2 = 0x200 // s_feature_compat
 	)
+	if s.running {
+		for _, at := range extRunning {
+			clear(b[at[0]:at[1]])
+		}
+		s.addRead(e, "ext superblock", 1024, b)
+		return
+	}
 	s.add(e, "ext superblock", 1024, 1024)
 	shift := le.Uint32(b[0x18:])
 	perGroup := int64(le.Uint32(b[0x20:]))
@@ -71,6 +78,11 @@ func (s *scan) ext(e extent) {
 	}
 }
 
+// extRunning are the fields of the superblock that ext4 changes while it is mounted,
+// from byte to byte: s_last_orphan, s_kbytes_written, and s_checksum of them all. What
+// else is written with them, as when the filesystem is frozen, has s_wtime changed.
+var extRunning = [][2]int{{0xe8, 0xec}, {0x178, 0x180}, {0x3fc, 0x400}}
+
 // xfs: struct xfs_dsb in fs/xfs/libxfs/xfs_format.h. A mount for writing stamps the
 // superblock at its end at the latest; before that its log goes on.
 func (s *scan) xfs(e extent) {
@@ -82,6 +94,9 @@ func (s *scan) xfs(e extent) {
 	blockSize, groupBlocks, groups := int64(be.Uint32(b[4:])), int64(be.Uint32(b[84:])), int64(be.Uint32(b[88:]))
 	sectorSize, groupLog := int64(be.Uint16(b[102:])), b[124]
 	s.add(e, "xfs superblock", 0, max(sectorSize, 512))
+	if s.running {
+		return
+	}
 	if blockSize < 512 || blockSize > 64<<10 || sectorSize < 512 || sectorSize > 32<<10 || groupLog > 32 || groupBlocks == 0 {
 		return
 	}

@@ -52,13 +52,33 @@ const (
 // bytes. It ends with the error of ctx as soon as a read has returned after that.
 // The disk must not be written to meanwhile.
 func Read(ctx context.Context, r io.ReaderAt, size int64, block int) ([]Place, error) {
-	s := &scan{ctx: ctx, r: r, block: int64(block)}
-	s.content(extent{"", 0, size}, mib, 0)
+	return (&scan{ctx: ctx, r: r, block: int64(block)}).all(size)
+}
+
+// Running is the fingerprint of a disk that is in use: of superblocks and headers
+// alone, as a mount, a check and a repair change them and the life of a filesystem
+// seldom does. Some live by writing them, as btrfs does: their fingerprint does not
+// stay. The disk may be written to meanwhile. It is not to be compared with what Read
+// returns.
+func Running(ctx context.Context, r io.ReaderAt, size int64, block int) ([]Place, error) {
+	return (&scan{ctx: ctx, r: r, block: int64(block), running: true}).all(size)
+}
+
+func (s *scan) all(size int64) ([]Place, error) {
+	all := extent{"", 0, size}
+	s.content(all, mib, 0)
+	if s.running && len(s.places) == 0 {
+		s.add(all, "first 4 KiB", 0, runningHead)
+	}
 	if s.err != nil {
 		return nil, fmt.Errorf("read fingerprint: %w", s.err)
 	}
 	return s.places, nil
 }
+
+// runningHead is how much is looked at of the head of what is not known, while the
+// disk is in use. Every superblock but that of btrfs lies in it.
+const runningHead = 4 << 10
 
 // Difference names a place in which two fingerprints of a disk differ, the most
 // telling one; empty if they are equal.
@@ -93,6 +113,8 @@ type scan struct {
 	places []Place
 	bytes  int64
 	err    error
+	// running: see Running.
+	running bool
 }
 
 // extent is a part of the disk that holds something of its own.
@@ -136,10 +158,6 @@ func (s *scan) add(e extent, name string, off, length int64) {
 	if e.size == 0 || s.err != nil {
 		return
 	}
-	if len(s.places) == maxPlaces {
-		s.err = ErrTooMany
-		return
-	}
 	sum := sha256.New()
 	for at := int64(0); at < e.size; at += mib {
 		b := s.read(e, at, min(mib, e.size-at))
@@ -148,7 +166,22 @@ func (s *scan) add(e extent, name string, off, length int64) {
 		}
 		sum.Write(b)
 	}
-	s.places = append(s.places, Place{e.name + name, e.offset, e.size, hex.EncodeToString(sum.Sum(nil))})
+	s.append(Place{e.name + name, e.offset, e.size, hex.EncodeToString(sum.Sum(nil))})
+}
+
+// addRead makes a place at off in e of what was read there, some of it made equal.
+func (s *scan) addRead(e extent, name string, off int64, b []byte) {
+	sum := sha256.Sum256(b)
+	s.append(Place{e.name + name, e.offset + off, int64(len(b)), hex.EncodeToString(sum[:])})
+}
+
+func (s *scan) append(p Place) {
+	if s.err == nil && len(s.places) == maxPlaces {
+		s.err = ErrTooMany
+	}
+	if s.err == nil {
+		s.places = append(s.places, p)
+	}
 }
 
 // content adds the places of whatever e holds: first those that tell what was
@@ -166,6 +199,9 @@ func (s *scan) content(e extent, edge int64, depth int) {
 	s.lvm(e, depth)
 	s.md(e, depth)
 	s.partitions(e, depth)
+	if s.running {
+		return
+	}
 	s.add(e, "first "+sizeName(edge), 0, edge)
 	s.add(e, "last "+sizeName(edge), max(0, e.size-edge), edge)
 }

@@ -348,3 +348,48 @@ func FuzzRead(f *testing.F) {
 		}
 	})
 }
+
+// TestRunning: what a filesystem changes while it is mounted does not show, unlike what a
+// mount, a check and a tune change.
+func TestRunning(t *testing.T) {
+	running := func(f *os.File) []Place {
+		t.Helper()
+		st, err := f.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		places, err := Running(context.Background(), f, st.Size(), 512)
+		if err != nil || len(places) == 0 {
+			t.Fatalf("%v, %v", places, err)
+		}
+		return places
+	}
+	const size = 32 * mib
+	for _, c := range []struct {
+		make        string
+		live, shows []int64 // bytes
+	}{
+		{"mkfs.ext4 -q -F %s", []int64{0, 1024 + 0xe8, 1024 + 0x178, 1024 + 0x3ff, 4096, 1 * mib, size - 1},
+			[]int64{1024 + 0x2c, 1024 + 0x30, 1024 + 0x34, 1024 + 0x3a, 1024 + 0x60, 1024 + 0x78}},
+		{"true", []int64{4096, mib, size - 1}, []int64{0, 1024, 4095}},
+		{"mkswap %s", []int64{4096, mib}, []int64{1024, 4086}},
+		{"mkfs.ext4 -q -F -E offset=1048576 %s 16M; echo 2048,32768 | sfdisk -q %s", []int64{512, mib, mib + 4096, 20 * mib}, []int64{450, mib + 1024 + 0x34}},
+	} {
+		f := image(t, size, c.make)
+		before := running(f)
+		for _, at := range c.live {
+			flip(t, f, at)
+			if place := Difference(before, running(f)); place != "" {
+				t.Errorf("%s: %s shows that byte %d has changed", c.make, place, at)
+			}
+			flip(t, f, at)
+		}
+		for _, at := range c.shows {
+			flip(t, f, at)
+			if Difference(before, running(f)) == "" {
+				t.Errorf("%s: it does not show that byte %d has changed", c.make, at)
+			}
+			flip(t, f, at)
+		}
+	}
+}

@@ -19,6 +19,13 @@ const (
 	encryptedHead = 8 * mib
 )
 
+func (s *scan) headSize() int64 {
+	if s.running {
+		return runningHead
+	}
+	return head
+}
+
 // partitions adds a partition table and what the partitions hold.
 func (s *scan) partitions(e extent, depth int) {
 	b := s.read(e, 0, 512)
@@ -148,7 +155,7 @@ func (s *scan) md(e extent, depth int) {
 		if level := int32(le.Uint32(b[72:])); (level == linear || level == mirror) && data > 0 {
 			s.content(in, head, depth+1)
 		} else if data > 0 {
-			s.add(in, "head", 0, head)
+			s.add(in, "head", 0, s.headSize())
 		}
 	}
 }
@@ -183,7 +190,14 @@ func (s *scan) luks(e extent) {
 		}
 		data, _ = strconv.ParseInt(meta.Segments["0"].Offset, 10, 64)
 	}
-	if data > 0 {
+	switch {
+	case data > 0 && s.running:
+		// The superblocks of most filesystems, of btrfs, and of what is on the first
+		// volume of a volume group.
+		for _, at := range []int64{0, 64 << 10, mib} {
+			s.add(e, fmt.Sprintf("encrypted data at %d KiB", at>>10), data+at, runningHead)
+		}
+	case data > 0:
 		s.add(e, "head of the encrypted data", data, encryptedHead)
 	}
 }
@@ -226,7 +240,7 @@ func (s *scan) lvm(e extent, depth int) {
 				return
 			}
 			if !seg.linear {
-				s.add(e, fmt.Sprintf("volume %s: head", seg.volume), seg.offset, head)
+				s.add(e, fmt.Sprintf("volume %s: head", seg.volume), seg.offset, s.headSize())
 				continue
 			}
 			s.content(e.part("volume "+seg.volume+": ", seg.offset, seg.size), head, depth+1)

@@ -12,6 +12,8 @@
 //	dm-snapshot  device-mapper's snapshot-origin and snapshot
 //	snapshot     ublk-blksnap with a snapshot held
 //	encrypted    the same, and what is stored is encrypted; with chunks of 64 KiB only
+//	logged       filter over a loop device over the disk, with a write-intent log
+//	unlogged     the same without one (a RAM disk, which cannot be known again, has none)
 //
 // Disk and difference storage are two RAM disks (brd). All of both is written
 // beforehand, because a RAM disk allocates its pages on first touch: the figures
@@ -28,6 +30,8 @@
 //	                         them, or 64 MiB with chunks below 64 KiB, where
 //	                         16 MiB would be over in no time
 //	first-write-128k-qd8     256 MiB in a row
+//	zones-4k-qd32            4 KiB to each MiB, the first write to each zone of the log
+//	zones-later-randwrite-4k-qd32 random writes after that
 //	second-randwrite-4k-qd32 random writes to the same 256 MiB
 //	image-…-cold             reads of an image of which nothing has been copied
 //	image-…-half             the same after every second 256 KiB, at random, has

@@ -58,6 +58,12 @@ func plan(duration time.Duration, chunks []int64) []scene {
 		scenes = append(scenes, scene{[]step{s}, through})
 	}
 
+	// A write to each MiB, which is a zone, and then wherever.
+	each := job{rw: "write:1020k", block: 4 << 10, depth: 32, size: diskSize, bytes: diskSize / 256}
+	later := timed("randwrite", 4<<10, 32)
+	scenes = append(scenes, scene{[]step{{workload: "zones-4k-qd32", job: each}, {workload: "zones-later-" + later.workload, job: later.job}},
+		[]system{{"unlogged", 0, startUnlogged}, {"logged", 0, startLogged}}})
+
 	first := func(bytes int64) []step {
 		j := job{rw: "randwrite", block: 4 << 10, depth: 32, size: diskSize, bytes: bytes}
 		return []step{{workload: "first-" + j.name(), job: j}}

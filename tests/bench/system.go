@@ -96,6 +96,41 @@ func startFilter(ctx context.Context, e *env, _ int64) (*instance, error) {
 	}}, nil
 }
 
+// startLogged and startUnlogged are the filter over a disk that can be known again, as a
+// loop device can, with its write-intent log and without.
+func startLogged(ctx context.Context, e *env, _ int64) (*instance, error) {
+	return startIntent(ctx, e, true)
+}
+func startUnlogged(ctx context.Context, e *env, _ int64) (*instance, error) {
+	return startIntent(ctx, e, false)
+}
+
+func startIntent(ctx context.Context, e *env, logged bool) (*instance, error) {
+	loop, err := startLoop(ctx, e, 0)
+	if err != nil {
+		return nil, err
+	}
+	c, err := e.client(ctx)
+	if err != nil {
+		return nil, errors.Join(err, loop.stop(ctx))
+	}
+	d, err := c.AddDevice(ctx, control.AddRequest{Path: loop.disk, IntentLog: &logged})
+	if err != nil {
+		return nil, errors.Join(err, loop.stop(ctx))
+	}
+	stop := func(ctx context.Context) error {
+		return errors.Join(c.RemoveDevice(ctx, control.RemoveRequest{Device: d.Name}), loop.stop(ctx))
+	}
+	i, err := c.CBTInfo(ctx, d.Name)
+	if err == nil && i.PowerFailure.Covered != logged {
+		err = fmt.Errorf("write-intent log %v: %+v", logged, i.PowerFailure)
+	}
+	if err != nil {
+		return nil, errors.Join(err, stop(ctx))
+	}
+	return &instance{disk: d.Path, stop: stop}, nil
+}
+
 func startSnapshot(ctx context.Context, e *env, chunk int64) (*instance, error) {
 	return startSnapshotOf(ctx, e, chunk, false)
 }
@@ -156,9 +191,24 @@ func startDaemon(ctx context.Context, binary string) (*daemon, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start daemon: %w", err)
 	}
+	// On a filesystem of its own: its fsyncs go to a disk, even if that is in memory.
+	kept := filepath.Join(dir, "kept")
+	err = command(ctx, "truncate", "-s", "64M", kept+".img")
+	if err == nil {
+		err = command(ctx, "mkfs.ext4", "-q", kept+".img")
+	}
+	if err == nil {
+		err = os.Mkdir(kept, 0o700)
+	}
+	if err == nil {
+		err = command(ctx, "mount", "-o", "loop", kept+".img", kept)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start daemon: %w", err)
+	}
 	d := &daemon{
 		client: control.NewClient(filepath.Join(dir, "control.sock")),
-		cmd:    exec.Command(binary, "daemon", "--run-dir", dir),
+		cmd:    exec.Command(binary, "daemon", "--run-dir", dir, "--state-dir", filepath.Join(kept, "state")),
 		ended:  make(chan struct{}),
 		log:    filepath.Join(dir, "log"),
 	}
@@ -204,7 +254,7 @@ func (d *daemon) stop() error {
 	}
 	// The state's tmpfs outlives its daemon.
 	dir := filepath.Dir(d.log)
-	_ = exec.Command("umount", filepath.Join(dir, "state")).Run()
+	_ = exec.Command("umount", filepath.Join(dir, "state"), filepath.Join(dir, "kept")).Run()
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("stop daemon: %w", err)
 	}

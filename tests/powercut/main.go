@@ -1,0 +1,196 @@
+// Command powercut is what a machine does between two power failures: run.sh boots it again and again on disks that
+// stay, and kills it when it says so. It proves that the change map goes on: that what it says after a power failure is
+// never less than the truth, is no more than the truth outside of the zones that its log had, and restores a backup.
+//
+//	boot ─> nothing left on the storage ─> add: history goes on ─> map as it was, but for the log's zones
+//	     ─> replay, fsck ─> take ─> increment since the last backup's token: the backup is the image ─> load ─> cut
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"math/rand"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+const (
+	original = "/dev/disk/by-vm/data"
+	backup   = "/dev/disk/by-vm/backup"
+	filter   = "/dev/ublk-blksnap/data"
+	kept     = "/var/lib/ublk-blksnap" // the daemon's state directory
+	storage  = "/srv/storage"
+	mounted  = "/srv/data"
+
+	// settle is more than the daemon takes to look at the superblock again that a mount has changed.
+	settle = 5 * time.Second
+)
+
+type machine struct {
+	*control.Client
+	rnd     *rand.Rand
+	program string
+	last    bool // the power does not fail any more
+}
+
+// cut asks for the power failure after a time.
+func (m *machine) cut(after time.Duration) {
+	time.Sleep(after)
+	fmt.Println("the power fails now, after", after)
+	select {}
+}
+
+func main() {
+	boot := flag.Int("boot", 0, "how many power failures there were")
+	cuts := flag.Int("cuts", 1, "how many there will be")
+	seed := flag.Int64("seed", 1, "of what is chosen")
+	flag.Parse()
+	dir, err := os.Getwd()
+	if err != nil {
+		fail("%v", err)
+	}
+	m := &machine{
+		control.NewClient(control.DefaultSocket), rand.New(rand.NewSource(*seed*1000 + int64(*boot))), dir + "/bin/ublk-blksnap", *boot == *cuts,
+	}
+	m.disks(*boot == 0)
+	if *boot == 0 {
+		m.begin()
+	} else {
+		m.goesOn()
+	}
+	if *boot == *cuts {
+		m.end()
+		return
+	}
+	m.load(context.Background())
+}
+
+func fail(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "powercut: "+format+"\n", args...)
+	if out, err := exec.Command("tail", "-n", "40", "/run/ublk-blksnap/log").Output(); err == nil {
+		os.Stderr.Write(out)
+	}
+	os.Exit(1)
+}
+
+// run runs a command that must not fail.
+func run(name string, args ...string) string {
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		fail("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// must is for what the daemon must not refuse.
+func must[T any](v T, err error) T {
+	if err != nil {
+		fail("%v", err)
+	}
+	return v
+}
+
+func try(err error) {
+	if err != nil {
+		fail("%v", err)
+	}
+}
+
+// disks mounts what the machine has beside the original.
+func (m *machine) disks(fresh bool) {
+	for _, dir := range []string{kept, storage, mounted} {
+		try(os.MkdirAll(dir, 0o700))
+	}
+	for name, dir := range map[string]string{"state": kept, "storage": storage} {
+		if fresh {
+			run("mkfs.ext4", "-q", "-F", "/dev/disk/by-vm/"+name)
+		}
+		run("mount", "/dev/disk/by-vm/"+name, dir)
+		try(os.Chmod(dir, 0o700))
+	}
+	if fresh {
+		note("free", fmt.Sprint(free()))
+		return
+	}
+	// The snapshots that were held are gone, with all that they had stored.
+	for _, e := range must(os.ReadDir(storage)) {
+		if e.Name() != "lost+found" {
+			fail("the power failure has left %s on the storage", e.Name())
+		}
+	}
+	if was, is := readNote("free"), fmt.Sprint(free()); was != is {
+		fail("the storage had %s free blocks, and has %s after the power failure", was, is)
+	}
+}
+
+func free() uint64 {
+	var st unix.Statfs_t
+	try(unix.Statfs(storage, &st))
+	return st.Bfree
+}
+
+// begin is the first boot: a filter, a filesystem on it, and a full backup.
+func (m *machine) begin() {
+	run(m.program, "add", original, "--name", "data")
+	run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", filter)
+	m.mount()
+	m.prepare()
+	run("umount", mounted)
+	s := m.take()
+	copyAll(s.Images[0].Path)
+	m.noteTake(s)
+	note("backup", s.Images[0].Take.String())
+	try(m.DestroySnapshot(context.Background(), s.ID))
+	m.mount()
+}
+
+func (m *machine) mount() { run("mount", "-o", "discard", filter, mounted) }
+
+// goesOn is any other boot.
+func (m *machine) goesOn() {
+	ctx := context.Background()
+	said := run(m.program, "add", original, "--name", "data")
+	i := must(m.CBTInfo(ctx, "data"))
+	if !i.History.Continued {
+		fail("the history does not go on: %s: %s; add said: %s", i.History.Reason, i.History.Text, said)
+	}
+	fmt.Printf("# %s\n", i.History.Text)
+	m.compareMaps(i)
+	if left := must(m.Snapshots(ctx)); len(left) != 0 {
+		fail("a snapshot is there after the power failure: %+v", left)
+	}
+	if m.rnd.Intn(4) == 0 && !m.last {
+		// Again, while the map is still all that the log made of it.
+		m.cut(time.Duration(m.rnd.Intn(300)) * time.Millisecond)
+	}
+	m.mount() // replays the journal
+	run("umount", mounted)
+	run("fsck.ext4", "-f", "-n", filter)
+	s := m.take()
+	if t := s.Images[0].Take; t.Generation.String() != i.GenerationID || t.Number != uint64(i.ChangesNumber)+1 {
+		fail("the take after the power failure is %v, after %v", t, i.Take)
+	}
+	bytes := m.increment(s)
+	if at := firstDifference(s.Images[0].Path, backup); at >= 0 {
+		fail("the increment does not restore the disk: it differs at byte %d", at)
+	}
+	fmt.Printf("# the increment of %d KiB of %d restores the disk\n", bytes>>10, i.DeviceCapacity>>10)
+	m.noteTake(s)
+	try(m.DestroySnapshot(ctx, s.ID))
+	m.mount()
+}
+
+// end ends it all as it should.
+func (m *machine) end() {
+	run("umount", mounted)
+	run(m.program, "daemon", "stop")
+	run("umount", kept)
+	run("umount", storage)
+}
