@@ -6,7 +6,7 @@
 #   make integration [KERNEL=] [RUN=] [BUILD=giouring]  the tests that need ublk, or those that match RUN
 #   make soak [KERNEL=] [RUN=]         the long form of the tests of the daemon's death and of power cuts, for hours
 #   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
-#   make reboot [KERNEL=]              change tracking over restarts of a machine
+#   make reboot [KERNEL=]              change tracking, and what is left of snapshots, over restarts and a power failure
 #   make boot [KERNEL=]                boots of a Debian whose filesystems lie on filters
 #   make powercut [KERNEL=] [CUTS=] [SEED=]  change tracking over power failures of a machine under load
 #   make sim [SEEDS=] [MINUTES=]       the simulator

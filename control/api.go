@@ -387,7 +387,7 @@ type Event struct {
 	// Device (major:minor of the original) and Errno (negative) with corrupted.
 	Device string `json:"device,omitempty"`
 	Errno  int    `json:"error_code,omitempty"`
-	// Text says why, with new_generation and uncovered.
+	// Text says why, with new_generation and uncovered; and more, with lost.
 	Text string `json:"text,omitempty"`
 }
 
@@ -398,8 +398,11 @@ const (
 	EventNewGeneration = "new_generation"
 	// EventUncovered and EventCovered belong to a device too: from now on a power
 	// failure costs the history of its changes, as the text says, or does not any more.
-	EventUncovered    = "uncovered"
-	EventCovered      = "covered"
+	EventUncovered = "uncovered"
+	EventCovered   = "covered"
+	// EventLost: the snapshot was lost in a restart of the machine or a loss of power;
+	// Text names its devices. When what it stored is cleared, EventDestroyed follows.
+	EventLost         = "lost"
 	EventCreated      = "created"
 	EventTaken        = "taken"
 	EventDestroyed    = "destroyed"

@@ -61,6 +61,9 @@ func (l *Lost) String() string {
 		add(what, s.Reason)
 	}
 	said := fmt.Sprintf("the daemon before (process %d) died", l.PID)
+	if l.PID == 0 {
+		said = "before this daemon there was another boot, or none"
+	}
 	if len(waiting) > 0 {
 		said += ", and for the next one wait " + strings.Join(waiting, ", ")
 	}

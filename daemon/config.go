@@ -118,7 +118,7 @@ func (c *Config) Params() []Param {
 		{"queue_depth", "requests in flight per queue (1 to 4096)", number{&c.QueueDepth}},
 		{"mode", "auto, copy or zerocopy", mode{&c.Mode}},
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", byteSize{&c.StateSize}},
-		{"state_dir", "directory in which change maps are kept while their disks have no filter, over a restart of the machine too; it must not lie on a disk with a filter; empty: they are not kept", path{&c.StateDir}},
+		{"state_dir", "directory in which change maps are kept while their disks have no filter, over a restart of the machine too, and notes of what a loss of power would leave of snapshots; it must not lie on a disk with a filter; empty: neither is kept", path{&c.StateDir}},
 		{"encrypt", "whether what a snapshot stores is encrypted, unless --encrypt says otherwise; the key is in memory only, and gone with the snapshot or the power", boolean{&c.Encrypt}},
 		{"intent_log", "whether change tracking goes on after a power failure: the first write to a zone of a disk after a take waits until state_dir has that on stable storage", boolean{&c.IntentLog}},
 		{"intent_log_zone", "size of such a zone, a power of two; 0: 1M, or as much as leaves 16384 zones of a disk", byteSize{&c.IntentLogZone}},

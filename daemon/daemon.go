@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
@@ -57,6 +59,10 @@ type Daemon struct {
 	recovered   *control.Recovered     // nil: there was nothing
 	damaged     []control.LostDevice   // that are not taken over; under opLock
 	ended       []control.LostSnapshot // the same
+	// Under opLock: those that a loss of power has ended, since the start.
+	lostSnapshots []control.LostSnapshot
+	cleared       map[string]bool    // of which nothing is left
+	unnoted       map[uuid.UUID]bool // snapshots that have no note, under mu
 
 	boot bootDisks
 
@@ -72,6 +78,7 @@ func New(o Options) (*Daemon, error) {
 		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
 		opLock: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 		waiting: map[string]*survivor{}, outdated: map[string]disk.Identity{},
+		cleared: map[string]bool{}, unnoted: map[uuid.UUID]bool{},
 	}
 	d.activity.Store(new(string))
 	err := errors.Join(o.Dir.subdir(stateName, 0o700), o.Dir.subdir(udevName, 0o755))
@@ -99,9 +106,10 @@ func New(o Options) (*Daemon, error) {
 		d.predecessor = r.PID
 	}
 	d.takeOver(context.Background())
-	d.startRecord()
 	retrying, stop := context.WithCancel(context.Background())
 	d.stopRetry = stop
+	d.findLost(retrying)
+	d.startRecord()
 	go d.retry(retrying)
 	d.startBoot(retrying)
 	return d, nil

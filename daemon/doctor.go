@@ -83,7 +83,7 @@ func Examine(c Config) []Check {
 		add("mounts", Note, "the mounts of process 1 cannot be read: messages may not name the user of a disk", "mount /proc without hidepid")
 	}
 	out = append(out, examineState(c.StateDir))
-	return out
+	return append(out, examineLost(c)...)
 }
 
 // examineRing makes a ring, as every queue does.

@@ -111,7 +111,7 @@ func (d *Daemon) saveRecord() {
 // notTakenOver is what this daemon could not take over, or not yet; nil if there is
 // nothing; needs opLock.
 func (d *Daemon) notTakenOver() *control.Lost {
-	l := &control.Lost{PID: d.predecessor, Devices: slices.Clone(d.damaged), Snapshots: d.ended}
+	l := &control.Lost{PID: d.predecessor, Devices: slices.Clone(d.damaged), Snapshots: slices.Concat(d.ended, d.lostSnapshots)}
 	for _, s := range d.sortedWaiting() {
 		l.Devices = append(l.Devices, s.lost())
 	}
@@ -137,7 +137,10 @@ func (d *Daemon) explain(e *control.Error, has func(*control.Lost) (reason, fix 
 	if d.lost == nil {
 		return e
 	}
-	if reason, fix, ok := has(d.lost); ok {
+	if reason, fix, ok := has(d.lost); ok && d.lost.PID == 0 {
+		e.Message += ": " + reason
+		e.Fix = fix
+	} else if ok {
 		e.Message += ": not taken over from the daemon before, process " + strconv.Itoa(d.lost.PID) + ", which died: " + reason
 		e.Fix = fix
 	}

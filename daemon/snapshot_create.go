@@ -190,7 +190,7 @@ func (d *Daemon) addTo(s *snapshot, dev *device) error {
 			Fix: "end that first: ublk-blksnap remove " + dev.Name}
 	}
 	if err := s.snap.Add(dev.filter, snapshots.Device{
-		Name: dev.Name, Number: unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor), Block: dev.geo.LogicalBlock,
+		Name: dev.Name, Path: dev.Original, Number: unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor), Block: dev.geo.LogicalBlock,
 	}); err != nil {
 		return snapshotError(err, "add %s", dev.Name)
 	}

@@ -51,8 +51,18 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 	if err != nil {
 		return fail(err, "storage %s", st.Path)
 	}
+	var known disk.Identity
+	if place.Kind() == unix.S_IFBLK {
+		if on, err := d.host.ByNumber(place.Number()); err == nil {
+			known, err = d.host.Identify(on)
+			if err != nil {
+				d.opts.Log.Warn("a loss of power would leave what a snapshot stores where it is, because the device cannot be known again",
+					"snapshot", s.id, "storage", st.Path, "error", err)
+			}
+		}
+	}
 	if err := s.snap.Append(snapshots.StorageConfig{
-		Note:  note,
+		Note: note, Known: known,
 		Place: place, RealPath: d.host.RealPath(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
 	}); err != nil {
 		if hanging := s.snap.Returning(); len(hanging) > 0 {

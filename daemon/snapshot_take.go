@@ -80,6 +80,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	d.mu.Lock()
 	s.taken, s.frozen = &now, frozen
 	d.ended = nil // who takes another knows of those that have ended
+	d.forgetCleared()
 	d.mu.Unlock()
 	d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventTaken})
 	d.opts.Log.Info("snapshot taken", "snapshot", s.id, "frozen", frozen)

@@ -68,7 +68,7 @@ func (d *Daemon) leftSnapshots() []*leftSnapshot {
 // snapshotConfig is what all snapshots have in common.
 func (d *Daemon) snapshotConfig(events chan diffarea.Event) snapshots.Config {
 	return snapshots.Config{
-		StateDir: d.snapshotsDir(), Root: d.host.Root, StorageTimeout: d.opts.Config.StorageTimeout, Control: d.queue,
+		StateDir: d.snapshotsDir(), Root: d.host.Root, StorageTimeout: d.opts.Config.StorageTimeout, Control: d.queue, Keep: d.keepNote,
 		OnEvent: func(e diffarea.Event) {
 			select {
 			case events <- e:

@@ -40,7 +40,7 @@ func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	for _, st := range sources {
-		l.addSource(&source{file: st.File, size: st.Size, portion: l.portion, done: st.Fixed || st.File == nil})
+		l.addSource(&source{file: st.File, used: st.Start, size: st.Size, portion: l.portion, done: st.Fixed || st.File == nil})
 	}
 	for i := range s.extents() {
 		ext := s.extent(i)
@@ -70,7 +70,7 @@ func (s *logState) check(sources int) error {
 	first := Region(0)
 	for i := range int(n) {
 		ext := s.extent(i)
-		misplaced := ext.off < 0 || ext.off&(1<<s.get(stateShift)-1) != 0 || ext.source >= uint64(sources)
+		misplaced := ext.off < 0 || ext.off&(MinChunkSize-1) != 0 || ext.source >= uint64(sources)
 		if misplaced || ext.first != first || ext.count <= 0 || ext.count >= 1<<regionBits-first {
 			return fmt.Errorf("%w: extent %d: regions %d+%d in storage %d of %d at %d", ErrState, i, ext.first, ext.count, ext.source, sources, ext.off)
 		}

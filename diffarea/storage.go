@@ -18,6 +18,9 @@ type Storage struct {
 	// Size is how many bytes of File may be used; 0 means as many as the file
 	// system gives, for a file that grows.
 	Size int64
+	// Start is how many of these bytes, at the beginning, are not the log's: a multiple of
+	// MinChunkSize.
+	Start int64
 	// Fixed: all of Size is there now, as on a block device. Otherwise it is
 	// allocated in portions.
 	Fixed bool
@@ -172,11 +175,11 @@ func (l *Log) file(source uint64) blockdev.File { return (*l.files.Load())[sourc
 // called, on any queue's thread, when the first portion is there, or with an
 // error when there is none; the storage is then not used.
 func (l *Log) Append(w *Worker, s Storage, done func(error)) {
-	if s.Size != 0 && s.Size < l.chunkSize {
-		done(fmt.Errorf("%s: %d bytes are less than one chunk of %d", s.File.Name(), s.Size, l.chunkSize))
+	if s.Size != 0 && s.Size-s.Start < l.chunkSize {
+		done(fmt.Errorf("%s: %d bytes are less than one chunk of %d", s.File.Name(), s.Size-s.Start, l.chunkSize))
 		return
 	}
-	src := &source{file: s.File, size: s.Size, portion: l.portion}
+	src := &source{file: s.File, used: s.Start, size: s.Size, portion: l.portion}
 	l.mu.Lock()
 	for len(l.sources) < s.Index {
 		l.addSource(&source{done: true})
@@ -190,7 +193,7 @@ func (l *Log) Append(w *Worker, s Storage, done func(error)) {
 		return
 	}
 	src.done = true
-	ok := l.extendLocked(uint64(len(l.sources)-1), s.Size)
+	ok := l.extendLocked(uint64(len(l.sources)-1), s.Size-s.Start)
 	if !ok {
 		l.dropSourceLocked(src)
 	}

@@ -38,7 +38,7 @@ func (l *Left) clear(c Config) error {
 	if l.rec == nil {
 		return st.clearUntrusted()
 	}
-	st.rec = *l.rec
+	st.rec, st.keep = *l.rec, c.Keep
 	var errs []error
 	if !l.rec.Destroying && len(l.rec.Storage) > 0 {
 		errs = append(errs, st.update(func(r *record) { r.Destroying = true }))
@@ -59,7 +59,11 @@ func (l *Left) clear(c Config) error {
 		}()
 	}
 	wait.Wait()
-	return errors.Join(append(errs, st.close())...)
+	err = errors.Join(errs...)
+	if err == nil {
+		st.dropNote()
+	}
+	return errors.Join(err, st.close())
 }
 
 // clearUntrusted ends a snapshot of which only the pins are known. It empties the

@@ -40,4 +40,9 @@
 // loses it. The daemon may be killed at any instruction. The next one finds the
 // snapshots with [LeftBehind], and [Left] says what can be done with each. Storage
 // itself has no format: without the state nobody can tell what it holds.
+//
+// # What outlives a loss of power
+//
+// A note of each snapshot that has storage, which Config.Keep puts on stable storage. By
+// it what was stored is found and cleared in another boot: see [Lost].
 package snapshots

@@ -77,6 +77,7 @@ func (s *storage) openBeside(c StorageConfig, align int) (err error) {
 	if err := s.update(func(r *recordStorage) { r.Lender, r.Space = &id, space }); err != nil {
 		return err
 	}
+	s.state.keepNote()
 	s.lender = &lender{fd: fd, space: space} // closes fd and gives the space back from now on
 	if open {
 		return nil

@@ -38,7 +38,9 @@ type life struct {
 	Until   string   // the step after which the process waits to be killed
 	Root    string   // Config.Root
 	Encrypt bool     // what is stored
-	Before  byte     // of which the disk is full at the take
+	// Keep is Config.Keep, nil in processes of their own: they forget.
+	Keep   func(uuid.UUID, []byte) error `json:"-"`
+	Before byte                          // of which the disk is full at the take
 }
 
 const lifeSize = 1 << 20
@@ -79,7 +81,7 @@ func (l life) start() (d *daemon, err error) {
 func (d *daemon) config() Config {
 	return Config{
 		ID: uuid.MustParse(d.ID), ChunkSize: 4 << 10, PoolSize: 64 << 10, Portion: 256 << 10, StateDir: d.path("state"), Root: d.Root,
-		Encrypt: d.Encrypt, Crypt: d.control,
+		Encrypt: d.Encrypt, Crypt: d.control, Keep: d.Keep,
 		StorageTimeout: 20 * time.Second, Control: d.control, OnEvent: func(e diffarea.Event) { d.events <- e },
 	}
 }

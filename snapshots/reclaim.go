@@ -42,7 +42,7 @@ func (st *state) reclaim(ctx context.Context, n, align int) (*storage, error) {
 		defer cancel()
 	}
 	c, late := bounded.Call(ctx, func() (c claimed) {
-		s := &storage{state: st, n: n, path: r.Path, fixed: r.Fixed, size: r.Size}
+		s := &storage{state: st, n: n, path: r.Path, fixed: r.Fixed, start: r.Start, size: r.Size}
 		if c.err = s.reopen(until, &r, align); c.err != nil {
 			s.close()
 			return c
@@ -222,6 +222,9 @@ func (r *recordStorage) clearFile(place *os.File) error {
 		return fmt.Errorf("copied data may remain: %w", err)
 	}
 	deathpoint.Point()
+	if r.Base != "" {
+		_ = unix.Fsync(fd)
+	}
 	dir := r.openDir()
 	if dir != nil {
 		defer dir.Close()
@@ -232,6 +235,7 @@ func (r *recordStorage) clearFile(place *os.File) error {
 			deathpoint.Point()
 		}
 	}
+	syncDir(dir)
 	return err
 }
 
@@ -292,12 +296,12 @@ func (s *storage) clearDevice(r *recordStorage, place *os.File, timeout time.Dur
 func (s *storage) usedBefore(r *recordStorage) (int64, error) {
 	log, err := readOwn(filepath.Join(s.state.dir, logName), diffarea.LogStateSize)
 	if errors.Is(err, fs.ErrNotExist) || r.Device == nil {
-		return 0, nil // it was not there before the take
+		return r.Start, nil // it was not there before the take
 	}
 	if err == nil {
 		var used int64
 		if used, err = diffarea.Used(log, s.n); err == nil {
-			return min(used, r.Size), nil
+			return min(max(used, r.Start), r.Size), nil
 		}
 	}
 	return r.Size, nil //nolint:nilerr // all of it may be

@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 )
 
@@ -38,7 +39,8 @@ type recordDevice struct {
 
 // Device is an original disk of a snapshot.
 type Device struct {
-	Name   string `json:"name"`   // of its filter
+	Name   string `json:"name"` // of its filter
+	Path   string `json:"path,omitempty"`
 	Number uint64 `json:"number"` // as unix.Mkdev makes it
 	Block  int    `json:"block"`  // its logical block, bytes
 }
@@ -75,8 +77,15 @@ type recordStorage struct {
 	// Of a file that was there: who it is, and what was allocated for it, in bytes.
 	Lender *identity `json:"lender,omitempty"`
 	Space  int64     `json:"space,omitempty"`
-	// Of a block device.
+	// Mount is the mount point of a file's filesystem, and its type.
+	Mount  string `json:"mount,omitempty"`
+	FSType string `json:"fstype,omitempty"`
+	// Of a block device. Start is where what is stored begins, in bytes. Known is what it
+	// is known by in another boot, nil if it is not, and Nonce is in its header then.
 	Device *deviceIdentity `json:"device,omitempty"`
+	Start  int64           `json:"start,omitempty"`
+	Known  disk.Identity   `json:"known,omitempty"`
+	Nonce  string          `json:"nonce,omitempty"`
 
 	Size  int64 `json:"size,omitempty"` // most that is used, in bytes; 0: what the filesystem gives
 	Fixed bool  `json:"fixed,omitempty"`

@@ -43,6 +43,10 @@ type Config struct {
 	StorageTimeout time.Duration
 	// Control is the queue for control work; its thread is not the caller's.
 	Control blockdev.Queue
+	// Keep puts a note on stable storage, in the place of the snapshot's last, or removes
+	// it if it is nil: see Lost. If it fails, or is nil, a loss of power leaves what was
+	// stored.
+	Keep func(id uuid.UUID, note []byte) error
 	// OnEvent is called on queue threads and must not block.
 	OnEvent func(diffarea.Event)
 }
@@ -81,6 +85,7 @@ func New(c Config) (*Snapshot, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make state of snapshot %s: %w", c.ID, err)
 	}
+	st.keep = c.Keep
 	s, err := beginSnapshot(c, st)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("make state of snapshot %s: %w", c.ID, err), st.close())
@@ -239,5 +244,9 @@ func (s *Snapshot) GiveBack() error {
 		<-r.done
 		errs = append(errs, r.err)
 	}
-	return errors.Join(append(errs, s.state.close())...)
+	err := errors.Join(errs...)
+	if err == nil {
+		s.state.dropNote()
+	}
+	return errors.Join(err, s.state.close())
 }

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"unsafe"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
@@ -40,7 +41,8 @@ type state struct {
 	pool *os.File
 	page takePage // of a take that was tried
 
-	cipher *regionCipher // of what is stored, nil if that is not encrypted
+	keep   func(uuid.UUID, []byte) error // see Config.Keep
+	cipher *regionCipher                 // of what is stored, nil if that is not encrypted
 
 	mu  sync.Mutex
 	rec record // as it is on record

@@ -40,6 +40,7 @@ type storage struct {
 	name   *name   // of file, if it has one
 	lender *lender // the file that was there
 	fixed  bool
+	start  int64 // where what is stored begins, bytes
 	size   int64 // 0: as much as the filesystem gives
 	align  int   // what direct I/O needs, bytes; 0 if it is not done
 }
@@ -59,6 +60,8 @@ type StorageConfig struct {
 	Limit int64
 	// Overwrite uses a file or a device whatever it holds.
 	Overwrite bool
+	// Known is what a block device is known by in another boot, nil if it is not.
+	Known disk.Identity
 	// Probe says what a block device holds, empty for nothing: see disk.Blkid.
 	Probe func(*os.File) (string, error)
 	// Note is kept on record, for the owner to find again: see Left.
@@ -106,7 +109,7 @@ func (st *state) openStorage(c StorageConfig, align int) (s *storage, err error)
 		err = s.openDevice(c, align)
 	}
 	if err == nil {
-		err = s.update(func(r *recordStorage) { r.Stage, r.Size, r.Fixed = storageUsed, s.size, s.fixed })
+		err = s.update(func(r *recordStorage) { r.Stage, r.Size, r.Fixed, r.Start = storageUsed, s.size, s.fixed, s.start })
 	}
 	if err == nil {
 		return s, nil
@@ -143,9 +146,13 @@ func (s *storage) makeFile(dir *os.File, base string, align int) (err error) {
 		return err
 	}
 	hidden := &name{&disk.Place{Dir: dir, Base: hiddenPrefix + uuid.NewString()}}
-	if err := s.update(func(r *recordStorage) { r.Dir, r.Hidden, r.Base = &in, hidden.Base, base }); err != nil {
+	point, fstype := mountOn(s.state.pins.root, int(dir.Fd()))
+	if err := s.update(func(r *recordStorage) {
+		r.Dir, r.Hidden, r.Base, r.Mount, r.FSType = &in, hidden.Base, base, point, fstype
+	}); err != nil {
 		return err
 	}
+	s.state.keepNote()
 	fd, err := unix.Openat(int(dir.Fd()), hidden.Base, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, ownMode)
 	if err != nil {
 		return err
@@ -165,20 +172,24 @@ func (s *storage) makeFile(dir *os.File, base string, align int) (err error) {
 		return err
 	}
 	deathpoint.Point()
+	id, err := identify(fd)
+	if err != nil {
+		return err
+	}
+	if err := s.update(func(r *recordStorage) { r.File = &id }); err != nil {
+		return err
+	}
+	s.state.keepNote()
 	if base == "" {
 		err = hidden.remove(fd)
 	} else if err = hidden.rename(base); err == nil {
 		now = &name{&disk.Place{Dir: dir, Base: base}}
 	}
 	deathpoint.Point()
-	if err != nil {
-		return err
+	if err == nil && s.state.keep != nil {
+		syncDir(dir) // what has no name shall not have one again
 	}
-	id, err := identify(fd)
-	if err != nil {
-		return err
-	}
-	return s.update(func(r *recordStorage) { r.File = &id })
+	return err
 }
 
 // lock claims a file for one snapshot, until the last I/O on it has ended.
@@ -283,7 +294,11 @@ func (s *storage) openDevice(c StorageConfig, align int) (err error) {
 		return err
 	}
 	deathpoint.Point()
-	return s.update(func(r *recordStorage) { r.Device = &id })
+	s.start = headerSize
+	if err := s.update(func(r *recordStorage) { r.Device, r.Size, r.Start = &id, s.size, s.start }); err != nil {
+		return err
+	}
+	return s.noteDevice(c.Known)
 }
 
 // directAlign is the alignment that direct I/O on fd needs, 0 if the kernel
@@ -298,7 +313,7 @@ func directAlign(fd int) int {
 
 // engine is the storage as the log knows it.
 func (s *storage) engine() diffarea.Storage {
-	return diffarea.Storage{File: s.file, Size: s.size, Fixed: s.fixed, Index: s.n}
+	return diffarea.Storage{File: s.file, Size: s.size, Start: s.start, Fixed: s.fixed, Index: s.n}
 }
 
 // wipe gives the storage back with nothing left to read in it. A file is emptied and
@@ -308,13 +323,19 @@ func (s *storage) wipe(used int64) error {
 	err := s.update(func(r *recordStorage) { r.Stage = storageLeaving })
 	fd := s.file.Fd()
 	if s.fixed {
-		err = errors.Join(err, zero(fd, s.state.readable(used)), unix.Fsync(fd))
+		err = errors.Join(err, zero(fd, s.state.readable(max(used, s.start))), unix.Fsync(fd))
 	} else {
 		err = errors.Join(err, unix.Ftruncate(fd, 0))
 	}
 	deathpoint.Point()
 	if s.name != nil {
+		if s.state.keep != nil { // durably, before the note goes
+			err = errors.Join(err, unix.Fsync(fd))
+		}
 		err = errors.Join(err, s.name.remove(fd))
+		if s.state.keep != nil {
+			syncDir(s.name.Dir)
+		}
 		s.name.Close()
 		deathpoint.Point()
 	}
@@ -335,13 +356,15 @@ func (st *state) readable(used int64) int64 {
 }
 
 // zero makes the first n bytes of a device read as zeroes.
-func zero(fd int, n int64) error {
+func zero(fd int, n int64) error { return zeroRange(fd, 0, n) }
+
+func zeroRange(fd int, off, n int64) error {
 	if n == 0 {
 		return nil
 	}
-	err := unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, n)
+	err := unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
 	if err != nil {
-		err = unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE, 0, n)
+		err = unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE, off, n)
 	}
 	return err
 }

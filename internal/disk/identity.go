@@ -159,3 +159,17 @@ func (h *Host) diskNamed(name string) (*Disk, error) {
 	}
 	return h.byNumber(n)
 }
+
+// Find is the disk of that identity, at whatever path; nil if it is not there.
+func (h *Host) Find(id Identity) *Disk {
+	for _, name := range dirNames(filepath.Join(h.Sys, "class/block")) {
+		d, err := h.diskNamed(name)
+		if err != nil {
+			continue
+		}
+		if now, err := h.Identify(d); err == nil && slices.Equal(now, id) {
+			return d
+		}
+	}
+	return nil
+}

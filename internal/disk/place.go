@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
 // Place is what a path led to at one moment. Everything is done through its descriptors,
@@ -33,6 +35,15 @@ func (p *Place) Close() {
 
 // Kind is the type of what is there (unix.S_IFREG and so on), 0 if nothing is.
 func (p *Place) Kind() uint32 { return p.Mode & unix.S_IFMT }
+
+// Number is that of the block device that is there.
+func (p *Place) Number() Num {
+	var st unix.Stat_t
+	if p.File == nil || unix.Fstat(int(p.File.Fd()), &st) != nil {
+		return Num{}
+	}
+	return blockdev.NumOf(st.Rdev)
+}
 
 // maxLinks is how many symbolic links the kernel follows in one path.
 const maxLinks = 40

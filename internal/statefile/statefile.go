@@ -47,7 +47,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // Write replaces the file at path by one that holds v. There is one writer at a
 // time. On an error the file is what it was.
 func Write(path, kind string, version int, v any) error {
-	body, err := json.Marshal(v)
+	text, err := Encode(kind, version, v)
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
@@ -60,7 +60,7 @@ func Write(path, kind string, version int, v any) error {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	deathpoint.Point()
-	_, err = f.Write(frame(kind, version, body))
+	_, err = f.Write(text)
 	if err = errors.Join(err, f.Close()); err == nil {
 		deathpoint.Point()
 		err = os.Rename(fresh, path)
@@ -71,6 +71,15 @@ func Write(path, kind string, version int, v any) error {
 	}
 	deathpoint.Point()
 	return nil
+}
+
+// Encode is the whole text of a file that holds v.
+func Encode(kind string, version int, v any) ([]byte, error) {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	return frame(kind, version, body), nil
 }
 
 func frame(kind string, version int, body []byte) []byte {
@@ -102,6 +111,11 @@ func Read(path, kind string, newest int) (body []byte, version int, err error) {
 	if err != nil {
 		return nil, 0, fmt.Errorf("read %s: %w", path, err)
 	}
+	return Decode(path, text, kind, newest)
+}
+
+// Decode is Read of a text that was at path, whoever it belongs to.
+func Decode(path string, text []byte, kind string, newest int) (body []byte, version int, err error) {
 	damaged := func(what string) error {
 		return fmt.Errorf("%s: %w: %s: nothing of it is used", path, ErrDamaged, what)
 	}

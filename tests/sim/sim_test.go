@@ -258,7 +258,7 @@ write off=0 len=61 gap=255
 iread snap=0 off=20 len=41 gap=2
 iread snap=1 off=20 len=41
 `, `
-config Devices=2 Size0=61 Size1=40 Size2=8 Queues=2 IQueues=1 Depth=4 MaxIO=64 Block=9 Discards=2 Slots=3 Storages=2 Limit=64 Portion=8 Sector=1 Fixed=2 Earlier=254
+config Devices=2 Size0=61 Size1=40 Size2=8 Queues=2 IQueues=1 Depth=4 MaxIO=64 Block=9 Discards=2 Slots=3 Storages=2 Limit=72 Portion=8 Sector=1 Fixed=2 Earlier=254
 order 3
 create snap=0 off=1 len=1 arg=1
 add snap=0 dev=1

@@ -1,0 +1,292 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
+)
+
+// A loss of power, or a restart, ends snapshots. A note of each is in the state
+// directory while it has storage (snapshots/note.go). The first daemon of the next boot
+// tells of them, and clears what they stored, or does so when that is there.
+
+// notesDir is where the notes are, one file for each snapshot.
+func notesDir(stateDir string) string { return filepath.Join(stateDir, "snapshots") }
+
+const noteSuffix = ".note"
+
+// errNoStateDir: there is no place for notes.
+var errNoStateDir = errors.New("state_dir is empty")
+
+// keepNote is snapshots.Config.Keep.
+func (d *Daemon) keepNote(id uuid.UUID, note []byte) error {
+	err := errNoStateDir
+	if d.opts.Config.StateDir != "" {
+		ctx, cancel := d.withDiskTimeout(context.Background())
+		defer cancel()
+		var late error
+		if err, late = bounded.Call(ctx, func() error { return d.writeNote(id.String()+noteSuffix, note) }, func(error) {}); late != nil {
+			err = errors.New("it does not answer")
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if note == nil {
+		delete(d.unnoted, id)
+	} else if err != nil && !d.unnoted[id] {
+		d.unnoted[id] = true // and said once
+		d.opts.Log.Warn("a loss of power would leave what a snapshot stores where it is, because that is not on record",
+			"snapshot", id.String(), "directory", d.opts.Config.StateDir, "error", err)
+	}
+	return err
+}
+
+// writeNote replaces a note, or removes it if it is nil.
+func (d *Daemon) writeNote(name string, note []byte) error {
+	notes, err := d.openNotes(note != nil)
+	var no *cbtstate.Refusal
+	if note == nil && errors.As(err, &no) && no.Reason == cbtstate.NoState {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer notes.Close()
+	if note == nil {
+		return notes.Remove(name)
+	}
+	return notes.Put(name, note)
+}
+
+// openNotes opens the directory of the notes, if the state directory may be used now:
+// see openState.
+func (d *Daemon) openNotes(create bool) (*cbtstate.Notes, error) {
+	dir := d.opts.Config.StateDir
+	unavailable := func(format string, args ...any) error {
+		return &cbtstate.Refusal{Reason: cbtstate.NoPlace, Text: fmt.Sprintf(format, args...)}
+	}
+	if point := d.missingMount(dir); point != "" {
+		return nil, unavailable("the state directory %s is not there: %s is not mounted", dir, point)
+	}
+	notes, err := cbtstate.OpenNotes(d.host.Root, notesDir(dir), create)
+	if err != nil {
+		return nil, err
+	}
+	place, err := d.host.OpenPlace(dir)
+	if err != nil {
+		notes.Close()
+		return nil, unavailable("%v", err)
+	}
+	defer place.Close()
+	for _, dev := range d.sortedDevices() {
+		if lies, _ := d.host.LiesOn(place, dev.disk.Num, d.lowerDisks); lies {
+			notes.Close()
+			return nil, unavailable("the state directory %s lies on %s, which has a filter: choose another state_dir", dir, dev.disk.DisplayPath())
+		}
+	}
+	return notes, nil
+}
+
+// lostBefore reads the notes of other boots. Files that cannot be read are said.
+func (d *Daemon) lostBefore() (lost []*snapshots.Lost, err error) {
+	notes, err := d.openNotes(false)
+	var no *cbtstate.Refusal
+	if errors.As(err, &no) && no.Reason == cbtstate.NoState {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer notes.Close()
+	names, err := notes.Names()
+	slices.Sort(names)
+	for _, name := range names {
+		if !strings.HasSuffix(name, noteSuffix) {
+			continue
+		}
+		text, e := notes.Get(name)
+		var l *snapshots.Lost
+		if e == nil {
+			l, e = snapshots.ReadNote(filepath.Join(notesDir(d.opts.Config.StateDir), name), text)
+		}
+		if e != nil {
+			err = errors.Join(err, e)
+		} else if l != nil {
+			lost = append(lost, l)
+		}
+	}
+	return lost, err
+}
+
+// findLost looks for the snapshots of another boot, and has them cleared beside all
+// other work. It is called once, at the start.
+func (d *Daemon) findLost(ctx context.Context) {
+	if d.opts.Config.StateDir == "" {
+		return
+	}
+	type found struct {
+		lost []*snapshots.Lost
+		err  error
+	}
+	limited, cancel := d.withDiskTimeout(ctx)
+	f, late := bounded.Call(limited, func() (f found) {
+		f.lost, f.err = d.lostBefore()
+		return f
+	}, func(found) {})
+	cancel()
+	if late != nil {
+		f.err = errors.New("it does not answer")
+	}
+	for _, l := range f.lost {
+		d.opts.Log.Error("a snapshot is lost in a restart or a loss of power", "snapshot", l.ID.String(), "devices", devicesOf(l), "created", l.Created)
+		d.events.notice(control.Event{Snapshot: l.ID.String(), Kind: control.EventLost, Text: lostText(l)})
+		d.lostSnapshots = append(d.lostSnapshots, lostSnapshot(l))
+	}
+	if f.err != nil {
+		d.opts.Log.Warn("cannot tell which snapshots were lost in a restart or a loss of power: tried again", "directory", d.opts.Config.StateDir, "error", f.err)
+	}
+	if len(f.lost) > 0 || f.err != nil {
+		go d.clearLost(ctx, f.lost, f.err != nil)
+	}
+}
+
+// retryLost is how often storage that is not there is looked for.
+const retryLost = 10 * time.Second
+
+// clearLost clears the storage of lost snapshots until nothing is left to be done, or
+// ctx ends. again: some of them could not be read.
+func (d *Daemon) clearLost(ctx context.Context, lost []*snapshots.Lost, again bool) {
+	m := snapshots.Machine{Root: d.host.Root, Find: d.findKnown, Probe: d.probe}
+	for {
+		var left []*snapshots.Lost
+		for _, l := range lost {
+			done := l.Clear(m)
+			if done {
+				done = d.keepNote(l.ID, nil) == nil
+			}
+			if !done {
+				left = append(left, l)
+			}
+			end, err := d.begin(ctx, "clear what lost snapshots stored")
+			if err != nil {
+				return
+			}
+			d.tellLost(l, done)
+			end()
+		}
+		if len(left) == 0 && !again {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(retryLost):
+		}
+		if again { // what is known of those that are left stays
+			more, err := d.lostBefore()
+			again = err != nil
+			for _, l := range more {
+				if !slices.ContainsFunc(left, func(k *snapshots.Lost) bool { return k.ID == l.ID }) {
+					left = append(left, l)
+				}
+			}
+		}
+		lost = left
+	}
+}
+
+// tellLost says how far the clearing of a lost snapshot is; needs opLock.
+func (d *Daemon) tellLost(l *snapshots.Lost, done bool) {
+	now := lostSnapshot(l)
+	at := slices.IndexFunc(d.lostSnapshots, func(k control.LostSnapshot) bool { return k.ID == now.ID })
+	if at < 0 {
+		d.lostSnapshots = append(d.lostSnapshots, now)
+		at = len(d.lostSnapshots) - 1
+	} else if d.lostSnapshots[at].Reason == now.Reason && !done {
+		return
+	}
+	d.lostSnapshots[at] = now
+	d.cleared[now.ID] = done
+	for _, st := range l.Storage {
+		if st.Done {
+			d.opts.Log.Info("storage of a lost snapshot", "snapshot", now.ID, "storage", st.Path, "result", st.Text)
+		} else {
+			d.opts.Log.Warn("storage of a lost snapshot cannot be cleared yet", "snapshot", now.ID, "storage", st.Path, "reason", publicPaths(st.Text))
+		}
+	}
+	if done {
+		d.events.notice(control.Event{Snapshot: now.ID, Kind: control.EventDestroyed, Text: lostText(l)})
+	}
+}
+
+// forgetCleared forgets the lost snapshots of which nothing is left: who takes another
+// knows of them; needs opLock.
+func (d *Daemon) forgetCleared() {
+	d.lostSnapshots = slices.DeleteFunc(d.lostSnapshots, func(l control.LostSnapshot) bool { return d.cleared[l.ID] })
+}
+
+func devicesOf(l *snapshots.Lost) (names []string) {
+	for _, dev := range l.Devices {
+		names = append(names, dev.Name)
+	}
+	return names
+}
+
+// lostText names a lost snapshot's devices, and says what became of its storage.
+func lostText(l *snapshots.Lost) string {
+	var devices, storage []string
+	for _, dev := range l.Devices {
+		devices = append(devices, dev.Name+" ("+dev.Path+")")
+	}
+	for _, st := range l.Storage {
+		if st.Text != "" {
+			storage = append(storage, st.Path+": "+publicPaths(st.Text))
+		}
+	}
+	text := "lost in a restart or a loss of power, of " + strings.Join(devices, ", ")
+	if len(storage) > 0 {
+		text += "; " + strings.Join(storage, "; ")
+	}
+	return text
+}
+
+// lostSnapshot is what is told of a lost snapshot.
+func lostSnapshot(l *snapshots.Lost) control.LostSnapshot {
+	lost := control.LostSnapshot{ID: l.ID.String(), Devices: devicesOf(l), Reason: lostText(l)}
+	for _, st := range l.Storage {
+		lost.Storage = append(lost.Storage, st.Path)
+	}
+	return lost
+}
+
+// findKnown is the disk of that identity, nil if it is not there.
+func (d *Daemon) findKnown(id disk.Identity) *disk.Disk { return d.host.Find(id) }
+
+// examineLost looks at the storage that snapshots of other boots have left.
+func examineLost(c Config) []Check {
+	if c.StateDir == "" {
+		return nil
+	}
+	d := &Daemon{host: host(c.DiskTimeout), opts: Options{Config: c}}
+	lost, err := d.lostBefore()
+	var out []Check
+	if err != nil {
+		out = append(out, Check{"lost snapshots", Note, err.Error(), ""})
+	}
+	for _, l := range lost {
+		out = append(out, Check{"lost snapshot", Note, l.ID.String() + " was " + lostText(l) + ": what it stored may remain", "start the daemon with its storage there"})
+	}
+	return out
+}

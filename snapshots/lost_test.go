@@ -1,0 +1,203 @@
+package snapshots
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/uuid"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
+)
+
+// lostLife is a snapshot that stores in a storage of that kind when the power fails:
+// nothing of its state is left but the note.
+func lostLife(t *testing.T, kind string, change func(l life)) (l life, lost *Lost) {
+	t.Helper()
+	l = newLife(t, kind)
+	var note []byte
+	l.Keep = func(_ uuid.UUID, text []byte) error { note = text; return nil }
+	dieTaken(t, l, nil)
+	if change != nil {
+		change(l)
+	}
+	p := pins{dir: filepath.Join(l.path("state"), l.ID)}
+	for _, n := range p.all() {
+		if err := p.release(n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.RemoveAll(p.dir); err != nil {
+		t.Fatal(err)
+	}
+	if lost, err := ReadNote("note", note); lost != nil || err != nil {
+		t.Errorf("in the same boot: %+v, %v", lost, err)
+	}
+	body, _, err := statefile.Decode("note", note, noteKind, noteVersion)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var c noteContent
+	if err := json.Unmarshal(body, &c); err != nil {
+		t.Fatal(err)
+	}
+	c.Boot = "another"
+	for i := range c.Storage { // filesystems may have other numbers by then
+		for _, id := range []*identity{c.Storage[i].Dir, c.Storage[i].File, c.Storage[i].Lender} {
+			if id != nil {
+				id.Dev++
+			}
+		}
+	}
+	if note, err = statefile.Encode(noteKind, noteVersion, c); err != nil {
+		t.Fatal(err)
+	}
+	if lost, err = ReadNote("note", note); err != nil || lost == nil {
+		t.Fatalf("in another boot: %+v, %v", lost, err)
+	}
+	if len(lost.Devices) != 1 || lost.Devices[0] != disk1 || len(lost.Storage) != 1 || lost.Storage[0].Path != l.Storage[0] {
+		t.Errorf("%+v", lost)
+	}
+	return l, lost
+}
+
+// machineOf finds the device of a life.
+func machineOf(l life) Machine {
+	return Machine{
+		Find: func(id disk.Identity) *disk.Disk {
+			if len(id) != 1 || id[0] != "test" {
+				return nil
+			}
+			return &disk.Disk{Node: l.Storage[0]}
+		},
+		Probe: func(*os.File) (string, error) { return "", nil },
+	}
+}
+
+// TestLost: after a loss of power nothing of a snapshot stays on its storage, whatever
+// that is, and what lent its space has it back.
+func TestLost(t *testing.T) {
+	for _, kind := range lifeKinds {
+		held := 0
+		l, lost := lostLife(t, kind, func(l life) { held = l.inClear(t) })
+		if held == 0 {
+			t.Errorf("%s: nothing was stored", kind)
+		}
+		if !lost.Clear(machineOf(l)) {
+			t.Errorf("%s: %+v", kind, lost.Storage)
+		}
+		l.checkGone(t)
+		if !lost.Clear(machineOf(l)) {
+			t.Errorf("%s again: %+v", kind, lost.Storage)
+		}
+	}
+}
+
+// TestLostMoved: a file that has another name by now is emptied all the same.
+func TestLostMoved(t *testing.T) {
+	l, lost := lostLife(t, "new", nil)
+	other := l.Storage[0] + "-other"
+	if err := os.Rename(l.Storage[0], other); err != nil {
+		t.Fatal(err)
+	}
+	if !lost.Clear(machineOf(l)) || !strings.Contains(lost.Storage[0].Text, "moved") {
+		t.Errorf("%+v", lost.Storage)
+	}
+	if st := stat(t, other); st.Size != 0 {
+		t.Errorf("it has %d bytes", st.Size)
+	}
+}
+
+// TestLostOfOthers: what somebody else has put there stays as it is.
+func TestLostOfOthers(t *testing.T) {
+	l, lost := lostLife(t, "new", nil)
+	if err := os.Remove(l.Storage[0]); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, l.Storage[0], "precious", 0o600)
+	if !lost.Clear(machineOf(l)) {
+		t.Errorf("%+v", lost.Storage)
+	}
+	if b, err := os.ReadFile(l.Storage[0]); string(b) != "precious" {
+		t.Errorf("a file of others holds %q, %v", b, err)
+	}
+
+	for name, spoil := range map[string]func(b []byte){
+		"head":       func(b []byte) { copy(b, "precious") },
+		"filesystem": func(b []byte) { copy(b[0x10040:], "_BHRfS_M") },
+	} {
+		l, lost := lostLife(t, "device", nil)
+		b, err := os.ReadFile(l.Storage[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		spoil(b)
+		if err := os.WriteFile(l.Storage[0], b, 0); err != nil {
+			t.Fatal(err)
+		}
+		if !lost.Clear(machineOf(l)) {
+			t.Errorf("%s: %+v", name, lost.Storage)
+		}
+		if now, err := os.ReadFile(l.Storage[0]); err != nil || !bytes.Equal(now, b) {
+			t.Errorf("%s: the device was changed, %v", name, err)
+		}
+	}
+}
+
+// TestLostNotThere: storage that is not there is cleared when it is.
+func TestLostNotThere(t *testing.T) {
+	l, lost := lostLife(t, "device", nil)
+	m := machineOf(l)
+	m.Find = func(disk.Identity) *disk.Disk { return nil }
+	if lost.Clear(m) || lost.Storage[0].Done || !strings.Contains(lost.Storage[0].Text, "not there") {
+		t.Errorf("%+v", lost.Storage)
+	}
+	if !lost.Clear(machineOf(l)) {
+		t.Errorf("%+v", lost.Storage)
+	}
+	l.checkGone(t)
+
+	l, lost = lostLife(t, "new", nil)
+	lost.note.Storage[0].Mount = "/nowhere"
+	if lost.Clear(machineOf(l)) || !strings.Contains(lost.Storage[0].Text, "not mounted") {
+		t.Errorf("%+v", lost.Storage)
+	}
+}
+
+// TestNoteGone: a snapshot that was destroyed leaves no note, nor one that the next
+// daemon ends; what fails leaves one.
+func TestNoteGone(t *testing.T) {
+	for _, taken := range []bool{false, true} {
+		l := newLife(t, lifeKinds...)
+		var note []byte
+		l.Keep = func(_ uuid.UUID, text []byte) error { note = text; return nil }
+		if taken {
+			dieTaken(t, l, nil)
+		} else {
+			d, s := begun(t, l)
+			d.die(s)
+		}
+		if note == nil {
+			t.Fatal("no note")
+		}
+		d := daemonOf(t, l)
+		if err := l.left(t).Clear(d.config()); err != nil || note != nil {
+			t.Errorf("cleared: %v, a note of %d bytes", err, len(note))
+		}
+		l.checkGone(t)
+	}
+	l := newLife(t, "new")
+	var note []byte
+	l.Keep = func(_ uuid.UUID, text []byte) error { note = text; return nil }
+	d, s := begun(t, l)
+	if note == nil {
+		t.Fatal("no note")
+	}
+	if err := d.destroy(s); err != nil || note != nil {
+		t.Errorf("destroyed: %v, a note of %d bytes", err, len(note))
+	}
+}
