@@ -26,8 +26,9 @@ const (
 	// bootRetryLimit bounds the time between two tries to add a disk that is there, but
 	// cannot be had. It doubles.
 	bootRetryLimit = 30 * time.Second
-	// bootLimit is how long the daemon's start waits for the disks that are there.
-	bootLimit = 20 * time.Second
+	// bootLimit bounds the time in which the daemon's start adds the disks that are
+	// there. Only disks that do not answer take long, each as long as disk_timeout.
+	bootLimit = 2 * time.Minute
 )
 
 // bootDisk is a disk that the configuration names.

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -48,6 +49,16 @@ func rulesText(all []BootDevice) string {
 // UpdateRules makes the rules of udev those of the configuration. Only the default
 // configuration has any.
 func UpdateRules(config string) error {
+	unlock, err := lockBoot(config)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return updateRules(config)
+}
+
+// updateRules needs lockBoot.
+func updateRules(config string) error {
 	if config != DefaultConfigPath {
 		return nil
 	}
@@ -71,6 +82,35 @@ func PrepareBoot(dir RunDir, config string) error {
 	return UpdateRules(config)
 }
 
+// lockBoot keeps others, as a daemon that starts, from tables and rules while they are
+// changed. The lock is where nobody but root can hold it up.
+func lockBoot(config string) (unlock func(), err error) {
+	if config != DefaultConfigPath {
+		return func() {}, nil
+	}
+	dir := RunDir(DefaultRunDir)
+	if err := dir.make(); err != nil {
+		return nil, err
+	}
+	f, err := dir.file("boot.lock", os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fail(err, "lock the disks of the boot")
+	}
+	for end := time.Now().Add(bootLockLimit); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if err != unix.EWOULDBLOCK && err != unix.EINTR || time.Now().After(end) {
+			f.Close()
+			return nil, fail(err, "lock %s", f.Name())
+		}
+	}
+}
+
+// bootLockLimit is how long others may take to change tables and rules.
+const bootLockLimit = 30 * time.Second
+
 func writeRules(all []BootDevice) error {
 	text := rulesText(all)
 	have, err := os.ReadFile(RulesPath)
@@ -91,6 +131,11 @@ func writeRules(all []BootDevice) error {
 
 // AddBootDevice writes the table of a disk, and its rule.
 func AddBootDevice(config string, b BootDevice) error {
+	unlock, err := lockBoot(config)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	all, err := ReadBootDevices(config)
 	if err != nil {
 		return err
@@ -110,7 +155,7 @@ func AddBootDevice(config string, b BootDevice) error {
 	if err := writeDurably(b.File, b.text()); err != nil {
 		return fail(err, "write %s", b.File)
 	}
-	if err := UpdateRules(config); err != nil {
+	if err := updateRules(config); err != nil {
 		return err
 	}
 	lookAgain(b.Path)
@@ -148,6 +193,11 @@ func RemoveBootDevice(config string, b BootDevice) error {
 	if filepath.Dir(b.File) != DropInDir(config) {
 		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: b.where() + " has the table of " + b.Name + ", which somebody has written by hand", Fix: "take it out there"}
 	}
+	unlock, err := lockBoot(config)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	all, err := ReadBootDevices(config)
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@
 //
 //	/run/ublk-blksnap/
 //	  daemon.lock    locked by flock(2) while a daemon lives; holds its process number
+//	  boot.lock      locked while tables and rules of the boot are changed
 //	  control.sock
 //	  guard.lock     held by flock(2) while a guard lives; see guard.go
 //	  daemon.log     of a daemon that was started by a command

@@ -106,9 +106,9 @@ install)
 	cmp $config /root/config
 
 	cat >/etc/fstab <<-END
-		UUID=$uuid /mnt/uuid ext4 defaults 0 2
-		LABEL=a\040label /mnt/label ext4 defaults 0 2
-		/dev/ublk-blksnap/name /mnt/name ext4 defaults 0 2
+		UUID=$uuid /mnt/uuid ext4 x-systemd.device-timeout=10min 0 2
+		LABEL=a\040label /mnt/label ext4 x-systemd.device-timeout=10min 0 2
+		/dev/ublk-blksnap/name /mnt/name ext4 x-systemd.device-timeout=10min 0 2
 		UUID=$late /mnt/late ext4 nofail,x-systemd.device-timeout=10min 0 2
 		UUID=$missing /mnt/missing ext4 nofail,x-systemd.device-timeout=5s 0 2
 	END
@@ -196,10 +196,18 @@ broken)
 		! is_link "/dev/disk/$link" || fail "$link leads to $(readlink "/dev/disk/$link")"
 	done
 	! systemctl start mnt-uuid.mount 2>/dev/null || fail "/mnt/uuid can be mounted"
+	# The way out for one boot: a parameter of the kernel.
+	{ tr -d '\n' </proc/cmdline; echo " ublk_blksnap.boot=off"; } >/run/cmdline
+	mount --bind /run/cmdline /proc/cmdline
+	udevadm trigger --settle ${id}label
+	[ "$(readlink -f '/dev/disk/by-label/a\x20label')" = "$(readlink -f ${id}label)" ] || fail "the kernel's parameter does not help"
+	umount /proc/cmdline
+	udevadm trigger --settle ${id}label
+	! is_link '/dev/disk/by-label/a\x20label' || fail "the link stays"
 	# The way out, without a daemon.
-	chmod +x /usr/local/sbin/ublk-blksnap
-	cat $rules >/root/rules
-	ublk-blksnap remove uuid --boot
+	cp /usr/local/sbin/ublk-blksnap /root/program
+	chmod +x /root/program
+	/root/program remove uuid --boot
 	udevadm settle
 	systemctl start mnt-uuid.mount
 	[ "$(source_of uuid)" = "$(readlink -f ${id}uuid)" ] || fail "/mnt/uuid is mounted from $(source_of uuid)"
@@ -208,6 +216,7 @@ broken)
 	! grep -q virtio-uuid $rules || fail "$(cat $rules)"
 	cmp $config /root/config
 	# The others have their filters once there is a daemon again.
+	chmod +x /usr/local/sbin/ublk-blksnap
 	systemctl start ublk-blksnap
 	systemctl start mnt-{label,name,late}.mount
 	filtered label name late

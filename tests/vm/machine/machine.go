@@ -298,7 +298,11 @@ type run struct {
 
 // follow reads the guest's status messages until the command has ended and its disks are synced.
 func (r *run) follow(ctx context.Context, running chan<- struct{}) (status int, err error) {
-	boot := time.NewTimer(bootTimeout)
+	limit := bootTimeout
+	if r.cfg.Root != "" {
+		limit *= 3 // a whole system, of which something may be waited for
+	}
+	boot := time.NewTimer(limit)
 	defer boot.Stop()
 	var synced <-chan time.Time
 	ended := false
@@ -328,7 +332,7 @@ func (r *run) follow(ctx context.Context, running chan<- struct{}) (status int, 
 		case <-synced:
 			return status, nil
 		case <-boot.C:
-			return 0, fmt.Errorf("%w: it did not come up in %v", ErrDied, bootTimeout)
+			return 0, fmt.Errorf("%w: it did not come up in %v", ErrDied, limit)
 		case <-ctx.Done():
 			if ended {
 				return status, nil
