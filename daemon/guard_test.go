@@ -320,7 +320,7 @@ func TestAllKilled(t *testing.T) {
 	s := guarded(t)
 	oneGuard(t, s.Dir)
 	all := append(processesOf(s.Dir), childrenOf(t, daemonPID(t, s.Dir))...) // the prober would start a guard
-	for _, pid := range all { // a guard has no time to be started in between
+	for _, pid := range all {                                                // a guard has no time to be started in between
 		_ = unix.Kill(pid, unix.SIGSTOP)
 	}
 	for _, pid := range all {
