@@ -33,6 +33,7 @@ type survival struct {
 	dev    control.Device
 	store  string          // directory of the storage
 	kills  atomic.Int64    // begun and over: odd while no daemon lives
+	late   time.Duration   // how long the next daemon is kept from starting
 	pauses []time.Duration // of the filters
 	images []time.Duration // of the images
 }
@@ -45,6 +46,7 @@ func (s *survival) killAndRestart() {
 	s.t.Helper()
 	s.kills.Add(1)
 	s.Kill()
+	time.Sleep(s.late)
 	s.Restart()
 	info, err := s.Info(guest.Context(s.t))
 	if err != nil || info.Recovered == nil || info.Lost != nil {
@@ -161,7 +163,10 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 
 	busy := s.keepBusy(mounted, seed)
 	rnd := rand.New(rand.NewSource(seed))
-	for range times {
+	for i := range times {
+		if i == times-1 {
+			s.late = guest.Span(3*time.Second, time.Minute)
+		}
 		time.Sleep(time.Duration(rnd.Intn(600)) * time.Millisecond)
 		strike(s)
 		select {
