@@ -177,15 +177,17 @@ func (o *Options) exec(d stopper, lock *os.File, socket *os.File, plan control.R
 		prober = o.Prober.PID()
 		o.Prober.Close()
 	}
+	// Now, because its path may lead through a filter.
+	program, err := host(o.Config.DiskTimeout).Open(plan.Program, unix.O_PATH, 0)
 	limited, cancel := context.WithTimeout(context.Background(), giveUpTime)
 	defer cancel()
 	plan.Began = time.Now().Round(0)
 	if err := d.GiveUp(limited); err != nil {
 		o.Log.Warn("not all devices could be given up before the reload: the kernel takes them back", "error", err)
 	}
-	held, err := handLock(lock)
-	if err != nil {
-		return err
+	held, lockErr := handLock(lock)
+	if lockErr != nil {
+		return lockErr
 	}
 	if _, err := unix.FcntlInt(socket.Fd(), unix.F_SETFD, 0); err != nil {
 		return fail(err, "hand the socket on")
@@ -206,7 +208,6 @@ func (o *Options) exec(d stopper, lock *os.File, socket *os.File, plan control.R
 	if !asked { // it is this one
 		return try("/proc/self/exe")
 	}
-	program, err := host(o.Config.DiskTimeout).Open(plan.Program, unix.O_PATH, 0)
 	if err == nil {
 		err = try(fmt.Sprintf("/proc/self/fd/%d", program.Fd()))
 	}

@@ -33,8 +33,9 @@ const (
 	// startStep is for how long more systemd is asked to wait for the start, again and
 	// again: what a dead daemon left may be much, and on disks that take their time.
 	startStep = time.Minute
-	// noWatchdog is a watchdog's time that never comes, in effect.
-	noWatchdog = 24 * time.Hour
+	// noWatchdog is the watchdog's time of a reload: longer than any takes, so that only
+	// a program that hangs in it is killed.
+	noWatchdog = time.Hour
 )
 
 // extendStart asks systemd to wait for a start that goes on, until stop is called.
