@@ -69,5 +69,6 @@
 // generation that was cut short leaves the map corrupted, even if a take began it.
 // The next take begins another generation, and with it the map is whole again.
 //
-// Nothing here survives a power failure. what [Map.Save] returns is for a clean shutdown.
+// None of this survives a power failure. What [Map.Save] returns is for a clean end. Package
+// intentlog brings a map over a power failure, with [Map.Copy] and [Map.Restore].
 package cbtmap

@@ -58,6 +58,7 @@ type Log struct {
 	err     error       // why the log failed
 	waiting waits       // for the next write of the log
 	next    []*take     // and so do these
+	flushes int         // of the original disk, under way
 	ended   uint64      // writes of the log
 
 	// A write of the log. The memory behind it changes only before.
@@ -223,6 +224,7 @@ func (l *Log) Start(id uuid.UUID, done func(error)) {
 	l.id, l.epoch, l.base = id, 1, 0
 	l.header, l.put = header{size: l.c.Size, zoneShift: l.c.ZoneShift}, header{}
 	l.switchOnLocked()
+	l.flushes++
 	l.mu.Unlock()
 	l.flush(&take{start: true, done: done})
 }
@@ -308,16 +310,18 @@ func (l *Log) Committed(base []byte) error {
 // Taken makes a take durable that has just been cut: info is what the map says of it.
 // Until done is called with no error nobody may be told of the take. With ErrGeneration
 // a new base makes it durable, once that is committed. With ErrOff there is nothing to
-// wait for. If the log fails, done is called after GiveUp. It runs on the thread of the
-// log's queue, or within GiveUp or Taken, and must not block.
+// wait for. If the log fails, done is called after GiveUp, and in no case before the disk
+// has answered. It runs on the thread of the log's queue, or within GiveUp or Taken, and must
+// not block.
 func (l *Log) Taken(info cbtmap.Info, done func(error)) {
 	l.mu.Lock()
-	state := l.state
-	l.mu.Unlock()
-	if state == Off {
+	if l.state == Off {
+		l.mu.Unlock()
 		done(ErrOff)
 		return
 	}
+	l.flushes++
+	l.mu.Unlock()
 	l.flush(&take{info: info, done: done})
 }
 
@@ -334,6 +338,7 @@ func (l *Log) flushed(t *take) {
 		err = fmt.Errorf("flush %s: %w", l.c.Orig.Name(), t.flush.Err)
 	}
 	l.mu.Lock()
+	l.flushes--
 	failed := err != nil && l.failLocked(err)
 	var result error
 	switch {
@@ -507,11 +512,12 @@ func (l *Log) GiveUp() {
 	}
 }
 
-// Idle says whether memory and file of a log that is off are not in use any more.
+// Idle says whether the memory of a log that is off, its file and the original disk are not
+// in use any more.
 func (l *Log) Idle() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.state == Off && !l.writing
+	return l.state == Off && !l.writing && l.flushes == 0
 }
 
 // Waiting says whether anybody waits for the log, and how many writes of it have

@@ -325,6 +325,28 @@ func TestResume(t *testing.T) {
 	}
 }
 
+// TestResumeAfterAnEpochWithoutABase: a dead process may have begun an epoch, and died before
+// its base was durable. The next base does not take that epoch again.
+func TestResumeAfterAnEpochWithoutABase(t *testing.T) {
+	w := newWorld(t)
+	w.start()
+	if _, err := w.log.Base(w.cbt); err != nil {
+		t.Fatal(err)
+	}
+	w.write(3*zone, 512)
+	w.attach()
+	if err := w.log.Resume(w.base, w.content()); err != nil {
+		t.Fatal(err)
+	}
+	if h := w.recovered(); h.Marks[3*16+7] != 1 {
+		t.Errorf("zone 3 is marked with %d", h.Marks[3*16+7])
+	}
+	w.checkpoint()
+	if h := w.recovered(); h.Marks[3*16] != 1 || h.Marks[3*16+7] != 0 {
+		t.Errorf("zone 3 is marked with %d, and with %d where nobody wrote", h.Marks[3*16], h.Marks[3*16+7])
+	}
+}
+
 func TestFails(t *testing.T) {
 	w := newWorld(t)
 	w.start()
@@ -388,6 +410,26 @@ func TestGivenUpWhileWritten(t *testing.T) {
 		t.Errorf("%d writes of the log, %d before, failed %v", now, ended, w.failed)
 	}
 	w.start()
+}
+
+// TestIdle: a log that is off is in use until the disk has answered it.
+func TestIdle(t *testing.T) {
+	w := newWorld(t)
+	w.start()
+	w.sched.Stick(w.orig)
+	var taken error
+	w.log.Taken(w.cbt.Switch(), func(err error) { taken = err })
+	w.sched.Run()
+	w.log.GiveUp()
+	w.sched.Run()
+	if taken != nil || w.log.Idle() {
+		t.Errorf("while the disk does not answer: take %v, idle %v", taken, w.log.Idle())
+	}
+	w.sched.Unstick(w.orig)
+	w.sched.Run()
+	if !errors.Is(taken, intentlog.ErrOff) || !w.log.Idle() {
+		t.Errorf("take %v, idle %v", taken, w.log.Idle())
+	}
 }
 
 // TestOneWriteForAll: writes that come while the log is written wait for the next write

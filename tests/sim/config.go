@@ -160,6 +160,13 @@ func (p Profile) String() string { return profileNames[p] }
 
 // Generate makes the case of a seed.
 func Generate(seed uint64, n int) Case {
+	c := generateBare(seed, n)
+	generateLog(&c, Profile(seed%uint64(profiles)), seed)
+	return c
+}
+
+// generateBare makes the case of a seed without write-intent logs.
+func generateBare(seed uint64, n int) Case {
 	r := blockdevtest.NewRandom(seed)
 	profile := Profile(seed % uint64(profiles))
 	c := Case{Config: generateConfig(&r, profile), Order: r.Uint64() | 1}
@@ -170,7 +177,6 @@ func Generate(seed uint64, n int) Case {
 	for i := 0; i < n; i++ {
 		c.Steps = append(c.Steps, g.step())
 	}
-	generateLog(&c, profile, seed)
 	return c
 }
 

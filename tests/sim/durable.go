@@ -93,8 +93,12 @@ func (w *world) whatIf(dev int) {
 	w.checkHistory(dev, h, r, err)
 }
 
-// whatIfAnswered is whatIf for a disk of which a take has just been answered.
+// whatIfAnswered is whatIf at an instant that has a consequence for a backup: a take has been
+// answered, or a base counts.
 func (w *world) whatIfAnswered(dev int) {
+	if w.powerFailed {
+		return
+	}
 	w.whatIf(dev)
 	left := func(m *blockdevtest.Memory) *blockdevtest.Memory { return m.Left(w.chance.Intn) }
 	if h, _, err := w.states[dev].recovered(left); err == nil {

@@ -119,10 +119,13 @@ func TestMutations(t *testing.T) {
 			}
 			seeds := func(from, to uint64) bool {
 				for seed := from; seed <= to; seed++ {
-					if bug.Log && Generate(seed, 0).Zone == 0 {
-						continue
+					c := generateBare(seed, 150)
+					if bug.Log {
+						if c = Generate(seed, 150); c.Zone == 0 {
+							continue
+						}
 					}
-					if found(fmt.Sprintf("seed %d", seed), Generate(seed, 150)) {
+					if found(fmt.Sprintf("seed %d", seed), c) {
 						return true
 					}
 				}
@@ -148,19 +151,20 @@ func TestMutations(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					for how := range 4 {
+					for how := range 8 {
 						for n, more := 1, true; more && !caught; n++ {
 							c := scene
 							switch how {
 							case 0:
-								c.Kills, c.KillStep = 1, n
-							case 1:
 								c.PowerStep = n
-							case 2, 3:
-								c.FaultOn, c.FaultAfter, c.FaultCount, c.FaultErr = how-1, n-1, 1, 5
+							case 1, 2:
+								c.FaultOn, c.FaultAfter, c.FaultCount, c.FaultErr = how, n-1, 1, 5
+							default:
+								c.Order += uint64(how)
+								c.Kills, c.KillStep = 1, n
 							}
 							s, f := Run(c, nil)
-							more = s.Deaths > 0 || s.Faults > 0 || how == 1 && s.Steps >= uint64(n)
+							more = s.Deaths > 0 || s.Faults > 0 || how == 0 && s.Steps >= uint64(n)
 							caught = f != nil && found(fmt.Sprintf("log scene %d, %d at %d", i, how, n), c)
 						}
 					}

@@ -246,8 +246,10 @@ func (w *world) recover() {
 		if s != nil {
 			s.taken = true
 			s.show()
-			// Whoever asked for it may be told now.
-			p.do("answer", func(done func()) { s.answer(done) })
+			if w.c.Zone != 0 {
+				// Whoever asked for it may be told now.
+				p.do("answer", func(done func()) { s.answer(done) })
+			}
 		}
 	}
 	w.resume()

@@ -27,6 +27,7 @@ type state struct {
 	name    *blockdevtest.Memory // one sector: the number of the record that it stands for
 	records []record             // by number; 0 is nothing
 	log     *blockdevtest.Memory // of the disk's size as it is now
+	logs    []*blockdevtest.Memory
 
 	gone    bool // the daemon says that a power failure now costs the history
 	nothing bool // the name stands for nothing, durably
@@ -54,19 +55,17 @@ func (s *state) newFile(what string, size int64) *blockdevtest.Memory {
 	return m
 }
 
-// resized makes a file for the log of a disk that has another size now.
+// resized makes another file for the log, for the disk's size as it is now.
 func (s *state) resized() {
 	s.log = s.newFile("log", intentlog.FileSize(s.w.devices[s.dev].size, uint8(s.w.c.Zone)))
+	s.logs = append(s.logs, s.log)
 }
 
 // files are all that there ever were.
 func (s *state) files() []*blockdevtest.Memory {
-	files := []*blockdevtest.Memory{s.name, s.log}
+	files := append([]*blockdevtest.Memory{s.name}, s.logs...)
 	for _, r := range s.records[1:] {
 		files = append(files, r.file)
-		if r.log != nil && !slices.Contains(files, r.log) {
-			files = append(files, r.log)
-		}
 	}
 	return files
 }
@@ -182,6 +181,7 @@ func (k *keeper) makeBase(then func(ok bool)) {
 			}
 			w.tracef("disk%d has a base", k.s.dev)
 			k.s.gone = false
+			w.whatIfAnswered(k.s.dev)
 			then(k.log.Committed(base) == nil)
 		})
 	})

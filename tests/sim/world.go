@@ -478,7 +478,7 @@ func (w *world) allDevices() []*device {
 func (w *world) files() []*blockdevtest.Memory {
 	files := append(append([]*blockdevtest.Memory(nil), w.origs...), w.storages...)
 	for _, s := range w.states {
-		files = append(files, s.log)
+		files = append(files, s.logs...)
 	}
 	return files
 }

@@ -22,6 +22,7 @@ import (
 	"embed"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 )
 
@@ -58,7 +59,8 @@ func All() (all []Bug) {
 			panic(fmt.Sprintf("tests/sim/bugs/%s: %v", name, err))
 		}
 		for i := range bugs {
-			bugs[i].Log = name == "intentlog.diff" || name == "state.diff"
+			bugs[i].Log = name == "intentlog.diff" || name == "state.diff" ||
+				slices.ContainsFunc(bugs[i].edits, func(e edit) bool { return strings.Contains(e.new+e.old, ".intent") })
 		}
 		all = append(all, bugs...)
 	}
