@@ -74,18 +74,17 @@ func (d *Daemon) planReload(ctx context.Context, r control.ReloadRequest) (contr
 	if !filepath.IsAbs(plan.Program) {
 		return plan, invalid("program %q: not an absolute path", plan.Program)
 	}
-	if !running(d.opts.Prober) {
-		// Nobody can ask a program. This one needs not be asked, and begins with a prober.
-		if plan.Program != d.opts.Program {
-			return plan, &control.Error{Code: control.Unavailable, Errno: unix.ESRCH, Message: "the process that runs programs for the daemon is gone", Fix: "have this program take over first: ublk-blksnap daemon reload"}
+	if running(d.opts.Prober) {
+		if err := d.checkProgramPlace(plan.Program); err != nil {
+			return plan, err
 		}
-		return plan, nil
+		if err := checkProgram(ctx, d.opts.Prober, plan.Program, d.opts.Args); !errors.Is(err, disk.ErrGone) {
+			return plan, err
+		}
 	}
-	if err := d.checkProgramPlace(plan.Program); err != nil {
-		return plan, err
-	}
-	if err := checkProgram(ctx, d.opts.Prober, plan.Program, d.opts.Args); err != nil {
-		return plan, err
+	// Nobody can ask a program. This one needs not be asked, and begins with a prober.
+	if plan.Program != d.opts.Program {
+		return plan, &control.Error{Code: control.Unavailable, Errno: unix.ESRCH, Message: "the process that runs programs for the daemon is gone", Fix: "have this program take over first: ublk-blksnap daemon reload"}
 	}
 	return plan, nil
 }

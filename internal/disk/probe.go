@@ -28,6 +28,9 @@ import (
 // ErrNoTool: there is no blkid on this machine.
 var ErrNoTool = errors.New("blkid is not installed")
 
+// ErrGone: the Prober's process has ended, or its end is near.
+var ErrGone = errors.New("the process that asks blkid is gone, and comes back with: ublk-blksnap daemon reload")
+
 // Prober is a running process that asks blkid.
 type Prober struct {
 	socket *os.File
@@ -139,15 +142,18 @@ func (p *Prober) ask(ctx context.Context, q question, files ...*os.File) (answer
 	}
 	err = unix.Sendmsg(int(p.socket.Fd()), text, unix.UnixRights(fds...), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 	w.Close()
-	if err != nil {
-		return a, fmt.Errorf("the process that asks blkid is gone, and comes back with: ublk-blksnap daemon reload: %w", err)
+	switch {
+	case errors.Is(err, unix.EAGAIN):
+		return a, fmt.Errorf("the process that asks blkid is asked too much: %w", err)
+	case err != nil:
+		return a, fmt.Errorf("%w: %w", ErrGone, err)
 	}
 	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	if err := json.NewDecoder(r).Decode(&a); ctx.Err() != nil {
 		return a, fmt.Errorf("wait for the prober: %w", ctx.Err())
-	} else if err != nil {
-		return a, fmt.Errorf("ask the prober: %w", err)
+	} else if err != nil { // it has ended without an answer
+		return a, fmt.Errorf("%w: %w", ErrGone, err)
 	}
 	return a, nil
 }
