@@ -70,6 +70,8 @@ func (in *intent) giveUp(ctx context.Context, why error, limit time.Duration) {
 		in.uncovered(fmt.Errorf("%w; what is kept cannot be taken back yet, and would be believed: %w", why, err))
 		in.d.opts.Log.Error("writes go on although the write-intent log cannot be taken back: if the power fails before it can, changes are missed",
 			"name", in.name, "error", err)
+	} else if err == nil {
+		in.uncovered(why) // a look at the superblocks may have said otherwise meanwhile
 	}
 	in.log.GiveUp()
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
@@ -168,7 +169,7 @@ const retryLost = 10 * time.Second
 // clearLost clears the storage of lost snapshots until nothing is left to be done, or
 // ctx ends. again: some of them could not be read.
 func (d *Daemon) clearLost(ctx context.Context, lost []*snapshots.Lost, again bool) {
-	m := snapshots.Machine{Root: d.host.Root, Find: d.findKnown, Probe: d.probe}
+	m := snapshots.Machine{Root: d.host.Root, Find: d.findKnown, Probe: d.probe, Started: started()}
 	for {
 		var left []*snapshots.Lost
 		for _, l := range lost {
@@ -289,4 +290,11 @@ func examineLost(c Config) []Check {
 		out = append(out, Check{"lost snapshot", Note, l.ID.String() + " was " + lostText(l) + ": what it stored may remain", "start the daemon with its storage there"})
 	}
 	return out
+}
+
+// started is when this boot of the machine began, or now if nobody can tell.
+func started() time.Time {
+	var up unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &up)
+	return time.Now().Add(-time.Duration(up.Nano()))
 }

@@ -67,6 +67,9 @@ type Machine struct {
 	Find func(disk.Identity) *disk.Disk
 	// Probe says what a block device holds, empty for nothing.
 	Probe func(*os.File) (string, error)
+	// Started is when this boot of the machine began, by the clock that files have their
+	// times from.
+	Started time.Time
 }
 
 // errLater: the storage is not there, or somebody uses it; it may be cleared later.
@@ -128,7 +131,7 @@ func (r noteStorage) clearLostFile(m Machine) (text string, err error) {
 		if err := r.clearHidden(); err != nil {
 			return "", err
 		}
-	} else if text, err = r.emptyLost(text); err != nil {
+	} else if text, err = r.emptyLost(text, m); err != nil {
 		return "", err
 	}
 	if r.Lender != nil {
@@ -143,7 +146,7 @@ func (r noteStorage) clearLostFile(m Machine) (text string, err error) {
 }
 
 // emptyLost empties the file and takes its names, if it is found.
-func (r noteStorage) emptyLost(gone string) (text string, err error) {
+func (r noteStorage) emptyLost(gone string, m Machine) (text string, err error) {
 	if r.File.Handle == nil && r.File.Born == 0 {
 		return "it cannot be told whether the file there is the one that was made: look for yourself", nil
 	}
@@ -164,6 +167,9 @@ func (r noteStorage) emptyLost(gone string) (text string, err error) {
 	}
 	if err := lock(fd); err != nil {
 		return "", fmt.Errorf("%w: %w", err, errLater)
+	}
+	if st.Size > 0 && time.Unix(st.Mtim.Unix()).After(m.Started) {
+		return "somebody has written to the file since the machine was started: it is left as it is", nil
 	}
 	if err := errors.Join(unix.Ftruncate(fd, 0), unix.Fsync(fd)); err != nil {
 		return "", fmt.Errorf("%w: %w", err, errLater)
@@ -208,28 +214,21 @@ func (l *Lost) clearLostDevice(r noteStorage, m Machine) (text string, err error
 		return "", fmt.Errorf("%w: %w", err, errLater)
 	}
 	defer looked.Close()
-	head := make([]byte, headerSize)
-	if _, err := looked.ReadAt(head, 0); err != nil {
-		return "", fmt.Errorf("%w: %w", err, errLater)
-	}
-	if !bytes.Equal(head, header(l.ID, r.Nonce)) {
-		return "nothing of the snapshot is there", nil
-	}
-	what, err := signature(looked)
-	if err == nil && what == "" {
-		what, err = m.Probe(looked)
-	}
-	if err != nil && !errors.Is(err, disk.ErrNoTool) {
-		return "", fmt.Errorf("cannot tell what it holds: %w: %w", err, errLater)
-	}
-	if what != "" {
-		return "it seems to hold " + what + " by now: it is left as it is", nil
+	if text, err = l.othersOn(looked, r, m); text != "" || err != nil {
+		return text, err
 	}
 	f, err := blockdev.OpenExclusive(d.Node, d.Node, unix.O_RDWR)
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", err, errLater)
 	}
 	defer f.Close()
+	// Now that nobody else can claim it: is it the same, and as it was?
+	if number(f.Fd()) != number(int(looked.Fd())) {
+		return "", fmt.Errorf("%s has become another disk: %w", d.Node, errLater)
+	}
+	if text, err = l.othersOn(looked, r, m); text != "" || err != nil {
+		return text, err
+	}
 	size, err := f.Size()
 	if err != nil {
 		return "", err
@@ -241,14 +240,40 @@ func (l *Lost) clearLostDevice(r noteStorage, m Machine) (text string, err error
 	if l.Encrypted {
 		n = min(n, headSize) // the key is gone
 	}
-	// The header goes last, so that who is interrupted begins again.
-	if n > headerSize {
-		if err := zeroRange(f.Fd(), headerSize, n-headerSize); err != nil {
-			return "", fmt.Errorf("%w: %w", err, errLater)
-		}
-	}
-	if err := errors.Join(unix.Fsync(f.Fd()), zero(f.Fd(), min(n, headerSize)), unix.Fsync(f.Fd())); err != nil {
+	if err := zeroDevice(f.Fd(), n); err != nil {
 		return "", fmt.Errorf("%w: %w", err, errLater)
 	}
 	return "it was zeroed", nil
+}
+
+// othersOn says why a device is not to be zeroed: empty if it holds what a daemon put
+// there and nothing else.
+func (l *Lost) othersOn(dev *os.File, r noteStorage, m Machine) (text string, err error) {
+	head := make([]byte, headerSize)
+	if _, err := dev.ReadAt(head, 0); err != nil {
+		return "", fmt.Errorf("%w: %w", err, errLater)
+	}
+	if !bytes.Equal(head, header(l.ID, r.Nonce)) {
+		return "nothing of the snapshot is there", nil
+	}
+	what, err := signature(dev)
+	if err == nil && what == "" {
+		what, err = m.Probe(dev)
+	}
+	if err != nil {
+		return "", fmt.Errorf("cannot tell what it holds: %w: %w", err, errLater)
+	}
+	if what != "" {
+		return "it seems to hold " + what + " by now: it is left as it is", nil
+	}
+	return "", nil
+}
+
+// number is that of an open device, 0 if it cannot be had.
+func number(fd int) uint64 {
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil {
+		return 0
+	}
+	return st.Rdev
 }

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -74,7 +75,8 @@ func machineOf(l life) Machine {
 			}
 			return &disk.Disk{Node: l.Storage[0]}
 		},
-		Probe: func(*os.File) (string, error) { return "", nil },
+		Probe:   func(*os.File) (string, error) { return "", nil },
+		Started: time.Now().Add(time.Hour), // after all that the test has written
 	}
 }
 
@@ -94,6 +96,47 @@ func TestLost(t *testing.T) {
 		if !lost.Clear(machineOf(l)) {
 			t.Errorf("%s again: %+v", kind, lost.Storage)
 		}
+	}
+}
+
+// TestLostUsedAgain: a file that somebody has written to since the machine was started is
+// left alone, and so is a device on which something appears just before it is claimed.
+func TestLostUsedAgain(t *testing.T) {
+	l, lost := lostLife(t, "new", nil)
+	m := machineOf(l)
+	m.Started = time.Now().Add(-time.Hour)
+	size := stat(t, l.Storage[0]).Size
+	if !lost.Clear(m) || !strings.Contains(lost.Storage[0].Text, "since the machine was started") {
+		t.Errorf("%+v", lost.Storage)
+	}
+	if st := stat(t, l.Storage[0]); size == 0 || st.Size != size {
+		t.Errorf("%d bytes of %d are left", st.Size, size)
+	}
+
+	l, lost = lostLife(t, "device", nil)
+	m = machineOf(l)
+	looks := 0
+	m.Probe = func(*os.File) (string, error) {
+		if looks++; looks == 1 {
+			return "", nil
+		}
+		return "ext4", nil
+	}
+	before, err := os.ReadFile(l.Storage[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !lost.Clear(m) || !strings.Contains(lost.Storage[0].Text, "ext4") {
+		t.Errorf("%+v", lost.Storage)
+	}
+	if after, err := os.ReadFile(l.Storage[0]); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("the device has been changed: %v", err)
+	}
+	l, lost = lostLife(t, "device", nil)
+	m = machineOf(l)
+	m.Probe = func(*os.File) (string, error) { return "", disk.ErrNoTool }
+	if lost.Clear(m) {
+		t.Errorf("without blkid: %+v", lost.Storage)
 	}
 }
 

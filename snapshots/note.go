@@ -166,16 +166,16 @@ func writeHeader(f *blockdev.OSFile, id uuid.UUID, nonce string) error {
 
 // noteDevice puts a device on record that can be known again after a loss of power.
 func (s *storage) noteDevice(known disk.Identity) error {
-	if known == nil {
-		return nil
+	if known == nil || s.state.keep == nil {
+		return nil // nobody would look for the header
 	}
 	nonce := uuid.NewString()
 	if err := s.update(func(r *recordStorage) { r.Known, r.Nonce = known, nonce }); err != nil {
 		return err
 	}
-	if !s.state.keepNote() {
-		return nil // nobody would look for the header
-	}
+	// If the note fails, a later one of the snapshot has this device too. So the header is
+	// written in any case.
+	s.state.keepNote()
 	deathpoint.Point()
 	err := writeHeader(s.file, s.state.recorded().ID, nonce)
 	deathpoint.Point()

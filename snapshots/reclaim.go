@@ -285,7 +285,7 @@ func (s *storage) clearDevice(r *recordStorage, place *os.File, timeout time.Dur
 		defer s.file.Close()
 	}
 	if err == nil {
-		if err = errors.Join(zero(s.file.Fd(), s.state.readable(used)), unix.Fsync(s.file.Fd())); err == nil {
+		if err = zeroDevice(s.file.Fd(), s.state.readable(used)); err == nil {
 			return nil
 		}
 	}

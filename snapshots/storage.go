@@ -323,7 +323,7 @@ func (s *storage) wipe(used int64) error {
 	err := s.update(func(r *recordStorage) { r.Stage = storageLeaving })
 	fd := s.file.Fd()
 	if s.fixed {
-		err = errors.Join(err, zero(fd, s.state.readable(max(used, s.start))), unix.Fsync(fd))
+		err = errors.Join(err, zeroDevice(fd, s.state.readable(max(used, s.start))))
 	} else {
 		err = errors.Join(err, unix.Ftruncate(fd, 0))
 	}
@@ -355,8 +355,16 @@ func (st *state) readable(used int64) int64 {
 	return used
 }
 
-// zero makes the first n bytes of a device read as zeroes.
-func zero(fd int, n int64) error { return zeroRange(fd, 0, n) }
+// zeroDevice makes the first n bytes of a device read as zeroes, durably. Its header goes
+// last. So after a loss of power in between the device is still known, and zeroed again.
+func zeroDevice(fd int, n int64) error {
+	if n > headerSize {
+		if err := errors.Join(zeroRange(fd, headerSize, n-headerSize), unix.Fsync(fd)); err != nil {
+			return err
+		}
+	}
+	return errors.Join(zeroRange(fd, 0, min(n, headerSize)), unix.Fsync(fd))
+}
 
 func zeroRange(fd int, off, n int64) error {
 	if n == 0 {
