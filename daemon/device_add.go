@@ -238,7 +238,7 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 	}, func(id int, tag uint64) error {
 		record := deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History}
 		if dev.intent != nil {
-			record.Identity, record.IntentLogZone = dev.intent.identity, r.IntentLogZone
+			record.Identity, record.IntentLogZone, record.StateDir = dev.intent.identity, r.IntentLogZone, d.opts.Config.StateDir
 		}
 		return d.writeDeviceRecord(record)
 	})

@@ -31,9 +31,10 @@ type deviceRecord struct {
 	// History is what became of the changes known before, to be told on.
 	History control.History `json:"history"`
 	// Identity is that of the disk if the device has a write-intent log, IntentLogZone the
-	// zone that was asked for.
+	// zone that was asked for, StateDir where it is.
 	Identity      disk.Identity `json:"identity,omitempty"`
 	IntentLogZone int64         `json:"intent_log_zone,omitempty"`
+	StateDir      string        `json:"state_dir,omitempty"`
 }
 
 // zone is what the device's log is made with: negative if it has none.

@@ -82,6 +82,37 @@ func (d *Daemon) stopIdentity(dev *device, id disk.Identity) {
 	}
 }
 
+// leaveStateDir takes back what counts of a disk in the state directory of the daemon
+// before, if this one has another: a later one must not believe it.
+func (d *Daemon) leaveStateDir(r *deviceRecord) {
+	if r.StateDir == "" || r.StateDir == d.opts.Config.StateDir {
+		return
+	}
+	ctx, cancel := d.withDiskTimeout(context.Background())
+	defer cancel()
+	err, late := bounded.Call(ctx, func() error {
+		store, err := cbtstate.Open(d.host.Root, r.StateDir, false)
+		var no *cbtstate.Refusal
+		if errors.As(err, &no) && no.Reason == cbtstate.NoState {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer store.Close()
+		return store.Stop(r.Identity)
+	}, func(error) {})
+	if err = errors.Join(err, late); err != nil {
+		d.opts.Log.Error("what the state directory of before has cannot be taken back: remove its files before it is used again",
+			"name", r.Name, "directory", r.StateDir, "error", err)
+		return
+	}
+	r.StateDir = d.opts.Config.StateDir
+	if err := d.writeDeviceRecord(*r); err != nil {
+		d.opts.Log.Error("not all of a device is on record", "name", r.Name, "error", err)
+	}
+}
+
 func (d *Daemon) tryKeepHistory(dev *device) error {
 	saved, err := dev.cbt.Save()
 	if err != nil {

@@ -392,6 +392,7 @@ func (d *Daemon) closeAgain(dev *device) {
 // whatever waits for its queues' threads goes on, and it can be removed by force.
 func (d *Daemon) resume(ctx context.Context, s *survivor) {
 	dev := s.dev
+	d.leaveStateDir(&s.record)
 	if d.takenOver(dev); dev.intent == nil {
 		d.stopIdentity(dev, s.record.Identity)
 	}

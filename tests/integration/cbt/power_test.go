@@ -445,3 +445,30 @@ func TestIntentLogTakenOver(t *testing.T) {
 	}
 	p.d.Destroy(s.ID)
 }
+
+// TestIntentLogMoved: if the next daemon has another state_dir, nothing is believed any
+// more of what the one before kept.
+func TestIntentLogMoved(t *testing.T) {
+	p := newFailing(t, 40<<20)
+	dev := p.add()
+	awaitCovered(t, p.d, dev, true, "")
+	running := func(dir string) int {
+		t.Helper()
+		found, err := filepath.Glob(dir + "/*.running")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(found)
+	}
+	if n := running(p.state); n != 1 {
+		t.Fatalf("%d running records", n)
+	}
+	p.d.Kill()
+	other := filepath.Join(t.TempDir(), "other")
+	p.d.With("--state-dir", other)
+	p.d.Restart()
+	awaitCovered(t, p.d, dev, true, "")
+	if old, now := running(p.state), running(other); old != 0 || now != 1 {
+		t.Errorf("%d running records where they were, %d where they are", old, now)
+	}
+}

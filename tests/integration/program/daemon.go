@@ -172,6 +172,9 @@ func (d *Daemon) Launch(env ...string) {
 	d.launch(nil, env...)
 }
 
+// With adds flags to the processes that are started from now on.
+func (d *Daemon) With(flags ...string) { d.args = append(d.args, flags...) }
+
 // Restart is Launch, and the wait for its answer.
 func (d *Daemon) Restart(env ...string) {
 	d.t.Helper()
