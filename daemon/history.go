@@ -230,6 +230,12 @@ func (d *Daemon) findRunning(ctx context.Context, fd int, dev *device, store *cb
 	found.running = &running
 }
 
+const (
+	// looksAtDisk is how often a disk is looked at that does not keep still.
+	looksAtDisk = 5
+	lookPause   = 50 * time.Millisecond
+)
+
 // fingerprintOf is fingerprint.Read or fingerprint.Running.
 type fingerprintOf func(ctx context.Context, r io.ReaderAt, size int64, block int) ([]fingerprint.Place, error)
 
@@ -239,23 +245,26 @@ func (d *Daemon) lookAt(ctx context.Context, fd int, dev *device, id disk.Identi
 	if now.Boot, err = bootID(); err != nil {
 		return now, err
 	}
-	if w, err := d.host.CountWrites(dev.disk); err == nil {
-		now.Writes = &w
-	}
 	r, err := fingerprint.OpenDirect(fd, dev.geo.LogicalBlock)
 	if err != nil {
 		return now, err
 	}
 	defer r.Close()
-	if now.Fingerprint, err = look(ctx, r, dev.geo.Size, dev.geo.LogicalBlock); err != nil {
-		return now, err
-	}
-	if now.Writes != nil {
-		if w, err := d.host.CountWrites(dev.disk); err != nil || w != *now.Writes {
-			return now, &cbtstate.Refusal{Reason: cbtstate.Written, Text: "somebody else writes to the disk at this moment"}
+	// The kernel counts a write after it has told of its end. So one of ours may be counted
+	// only now.
+	for range looksAtDisk {
+		if w, err := d.host.CountWrites(dev.disk); err == nil {
+			now.Writes = &w
 		}
+		if now.Fingerprint, err = look(ctx, r, dev.geo.Size, dev.geo.LogicalBlock); err != nil || now.Writes == nil {
+			return now, err
+		}
+		if w, err := d.host.CountWrites(dev.disk); err == nil && w == *now.Writes {
+			return now, nil
+		}
+		time.Sleep(lookPause)
 	}
-	return now, nil
+	return now, &cbtstate.Refusal{Reason: cbtstate.Written, Text: "somebody else writes to the disk at this moment"}
 }
 
 // openState opens the state directory, if it may be used now: not while a filesystem
