@@ -157,7 +157,7 @@ func (v *victim) clean() {
 // short form some of them.
 func everyStep(t *testing.T, offset int, part func(n int) (died bool)) {
 	t.Helper()
-	stride := int(guest.Span(12, 1))
+	stride := int(guest.Span(20, 1))
 	for n := 1 + offset%stride; ; n += stride {
 		if !part(n) || t.Failed() {
 			t.Logf("lives through it at n = %d", n)
