@@ -189,11 +189,15 @@ func (d *Daemon) In(t testing.TB) *Daemon {
 	return &part
 }
 
+// shownLog is how much of a log a test that fails shows, in bytes: all of it, unless
+// the daemon repeated itself.
+const shownLog = 64 << 10
+
 func (d *Daemon) showLog() {
 	d.t.Helper()
 	b, _ := os.ReadFile(d.Log)
-	if len(b) > 8<<10 {
-		b = b[len(b)-8<<10:]
+	if len(b) > shownLog {
+		b = b[len(b)-shownLog:]
 	}
 	d.t.Logf("the daemon's log:\n%s", b)
 }

@@ -213,7 +213,7 @@ func snapshotsUnder(t *testing.T, d *program.Daemon, disk string, chunk int64, q
 		close(h.end)
 		<-h.done
 		if err := h.user.check(); err != nil {
-			t.Errorf("I1: %v", err)
+			t.Errorf("I1: %v; the snapshot: %+v", err, d.Show(h.s.ID))
 		}
 		d.Destroy(h.s.ID)
 	}
