@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -86,16 +84,11 @@ func (d *Daemon) useHistory(ctx context.Context, dev *device, name string, found
 	if d.opts.Config.StateDir == "" || found.identity == nil || dev.intent != nil && dev.powerFailure().Covered {
 		return
 	}
-	var err error
-	if found.unanswered {
-		err = errors.New("it does not answer")
-	} else {
+	err := d.stateHangs()
+	if !found.unanswered {
 		ctx, cancel := context.WithTimeout(ctx, d.opts.Config.DiskTimeout/4)
 		defer cancel()
-		var late error
-		if err, late = bounded.Call(ctx, func() error { return d.useState(dev, found.identity) }, func(error) {}); late != nil {
-			err = late
-		}
+		err = d.callState(ctx, func() error { return d.useState(dev, found.identity) })
 	}
 	if err == nil {
 		return
@@ -119,18 +112,12 @@ func (d *Daemon) takenOver(dev *device) {
 // useState uses up what is kept of a disk, now. It may hang.
 func (d *Daemon) useState(dev *device, id disk.Identity) error {
 	store, err := d.openState(dev, false)
-	var no *cbtstate.Refusal
-	if errors.As(err, &no) && no.Reason == cbtstate.NoState {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer store.Close()
-	if err := store.Stop(id); err != nil {
-		return err
-	}
-	return store.Use(id)
+	return ifKept(store, err, func() error {
+		if err := store.Stop(id); err != nil {
+			return err
+		}
+		return store.Use(id)
+	})
 }
 
 // askHistory finds what was kept, looks at the disk, and uses up what was kept. All
@@ -206,8 +193,7 @@ var noClean = []string{cbtstate.NoState, cbtstate.Unclean, cbtstate.OtherDisk}
 // is nothing of such a filter, err stays what it is.
 func (d *Daemon) findRunning(ctx context.Context, fd int, dev *device, store *cbtstate.Store, limit int64, found *foundHistory, err *error) {
 	record, base, log, e := store.FindRunning(found.identity, limit)
-	var no *cbtstate.Refusal
-	if errors.As(e, &no) && no.Reason == cbtstate.NoState {
+	if nothingKept(e) {
 		return
 	}
 	if *err = e; e != nil {
@@ -267,83 +253,6 @@ func (d *Daemon) lookAt(ctx context.Context, fd int, dev *device, id disk.Identi
 	return now, &cbtstate.Refusal{Reason: cbtstate.Written, Text: "somebody else writes to the disk at this moment"}
 }
 
-// openState opens the state directory, if it may be used now: not while a filesystem
-// is missing that hides it, nor on a disk with a filter. dev is a device of which the
-// tables may not know yet, or nil. The error is a *cbtstate.Refusal.
-func (d *Daemon) openState(dev *device, create bool) (*cbtstate.Store, error) {
-	dir := d.opts.Config.StateDir
-	unavailable := func(format string, args ...any) error {
-		return &cbtstate.Refusal{Reason: cbtstate.NoPlace, Text: fmt.Sprintf(format, args...)}
-	}
-	if point := d.missingMount(dir); point != "" {
-		return nil, unavailable("the state directory %s is not there: %s is not mounted", dir, point)
-	}
-	store, err := cbtstate.Open(d.host.Root, dir, create)
-	if err != nil {
-		return nil, err
-	}
-	place, err := d.host.OpenPlace(dir)
-	if err != nil {
-		store.Close()
-		return nil, unavailable("%v", err)
-	}
-	defer place.Close()
-	others := d.sortedDevices()
-	if dev != nil {
-		others = append(others, dev)
-	}
-	for _, other := range others {
-		// A doubt is no reason: it is for storage, which takes all writes.
-		if lies, _ := d.host.LiesOn(place, other.disk.Num, d.lowerDisks); lies {
-			store.Close()
-			return nil, unavailable("the state directory %s lies on %s, which has a filter: choose another state_dir", dir, other.disk.DisplayPath())
-		}
-	}
-	return store, nil
-}
-
-// missingMount is a mount point of fstab on the way to path where nothing is mounted.
-func (d *Daemon) missingMount(path string) string {
-	f, err := d.host.Open("/etc/fstab", os.O_RDONLY, 0)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	table, err := io.ReadAll(io.LimitReader(f, 1<<20))
-	if err != nil {
-		return ""
-	}
-	mounts, err := os.ReadFile("/proc/1/mountinfo")
-	if err != nil {
-		return ""
-	}
-	return notMounted(path, string(table), string(mounts))
-}
-
-// notMounted is missingMount of the texts of fstab and mountinfo.
-func notMounted(path, fstab, mountinfo string) string {
-	mounted := map[string]bool{}
-	for _, line := range strings.Split(mountinfo, "\n") {
-		if point, ok := disk.MountPoint(line); ok {
-			mounted[point] = true
-		}
-	}
-	for _, line := range strings.Split(fstab, "\n") {
-		f := strings.Fields(line)
-		if len(f) < 4 || strings.HasPrefix(f[0], "#") || !strings.HasPrefix(f[1], "/") {
-			continue
-		}
-		point := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\134`, `\`).Replace(f[1])
-		if len(point) > 1 {
-			point = strings.TrimRight(point, "/")
-		}
-		if (path == point || strings.HasPrefix(path, strings.TrimRight(point, "/")+"/")) && !mounted[point] {
-			return point
-		}
-	}
-	return ""
-}
-
 // duplicate is another descriptor of the original, for who may still be at it when
 // the daemon's own is closed.
 func duplicate(dev *device) (int, error) {
@@ -389,23 +298,13 @@ func (d *Daemon) retryUse(after time.Duration) {
 func (d *Daemon) useOutdated() {
 	for name, id := range d.outdated {
 		ctx, cancel := d.withDiskTimeout(context.Background())
-		err, late := bounded.Call(ctx, func() error {
-			if point := d.missingMount(d.opts.Config.StateDir); point != "" {
-				return errors.New(point + " is not mounted")
-			}
-			store, err := cbtstate.Open(d.host.Root, d.opts.Config.StateDir, false)
-			var no *cbtstate.Refusal
-			if errors.As(err, &no) && no.Reason == cbtstate.NoState {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			defer store.Close()
-			return errors.Join(store.Stop(id), store.Use(id))
-		}, func(error) {})
+		err := d.callState(ctx, func() error {
+			// Also if it lies on a disk with a filter, for which openState would not do it.
+			store, err := d.openDir(d.opts.Config.StateDir, false)
+			return ifKept(store, err, func() error { return errors.Join(store.Stop(id), store.Use(id)) })
+		})
 		cancel()
-		if err == nil && late == nil {
+		if err == nil {
 			delete(d.outdated, name)
 		}
 	}

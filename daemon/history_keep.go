@@ -76,8 +76,7 @@ func (d *Daemon) stopIdentity(dev *device, id disk.Identity) {
 	}
 	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
-	err, late := bounded.Call(ctx, func() error { return d.stopState(dev, id) }, func(error) {})
-	if err != nil || late != nil {
+	if d.callState(ctx, func() error { return d.stopState(dev, id) }) != nil {
 		d.useLater(id)
 	}
 }
@@ -92,15 +91,7 @@ func (d *Daemon) leaveStateDir(r *deviceRecord) {
 	defer cancel()
 	err, late := bounded.Call(ctx, func() error {
 		store, err := cbtstate.Open(d.host.Root, r.StateDir, false)
-		var no *cbtstate.Refusal
-		if errors.As(err, &no) && no.Reason == cbtstate.NoState {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		defer store.Close()
-		return store.Stop(r.Identity)
+		return ifKept(store, err, func() error { return store.Stop(r.Identity) })
 	}, func(error) {})
 	if err = errors.Join(err, late); err != nil {
 		d.opts.Log.Error("what the state directory of before has cannot be taken back: remove its files before it is used again",
@@ -152,7 +143,7 @@ func (d *Daemon) tryKeepHistory(dev *device) error {
 		if !stage.CompareAndSwap(keepBegun, keepGivenUp) {
 			d.useLater(identity)
 		}
-		return errors.New("the disk or " + d.opts.Config.StateDir + " does not answer")
+		return fmt.Errorf("the disk or %w", d.stateHangs())
 	}
 	if result == nil {
 		delete(d.outdated, identity.String())

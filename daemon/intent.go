@@ -17,7 +17,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/intentlog"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/fingerprint"
@@ -149,7 +148,7 @@ func (in *intent) begin(ctx context.Context, answers bool) {
 	timeout := in.d.opts.Config.DiskTimeout
 	limited, cancel := context.WithTimeout(ctx, timeout/4)
 	defer cancel()
-	err := errors.New(in.d.opts.Config.StateDir + " does not answer")
+	err := in.d.stateHangs()
 	if answers {
 		err = in.tryBegin(limited)
 	}
@@ -169,15 +168,11 @@ func (in *intent) begin(ctx context.Context, answers bool) {
 
 // tryBegin begins the log, unless ctx ends before.
 func (in *intent) tryBegin(ctx context.Context) error {
-	err, late := bounded.Call(ctx, func() error {
+	return in.d.callState(ctx, func() error {
 		in.state.Lock()
 		defer in.state.Unlock()
 		return in.beginLocked(ctx)
-	}, func(error) {})
-	if late != nil {
-		return errors.New(in.d.opts.Config.StateDir + " does not answer")
-	}
-	return err
+	})
 }
 
 // beginLocked needs state.
@@ -314,13 +309,13 @@ func (in *intent) end(ctx context.Context) error {
 	} else if first {
 		in.stop()
 	}
-	_, late := bounded.Call(ctx, func() error {
+	err := in.d.callState(ctx, func() error {
 		in.state.Lock()
 		in.ended = true
 		in.state.Unlock()
 		<-in.done
 		return nil
-	}, func(error) {})
+	})
 	in.log.GiveUp()
 	if first {
 		go func() {
@@ -331,10 +326,7 @@ func (in *intent) end(ctx context.Context) error {
 			in.free()
 		}()
 	}
-	if late != nil {
-		return errors.New(in.d.opts.Config.StateDir + " does not answer")
-	}
-	return nil
+	return err
 }
 
 // powerFailure is what is told of a device.

@@ -12,7 +12,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/intentlog"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
@@ -45,7 +44,7 @@ func (in *intent) look(ctx context.Context) {
 				since, last = time.Now(), ended
 			}
 			if waits && time.Since(since) > limit {
-				in.giveUp(ctx, errors.New(in.d.opts.Config.StateDir+" does not answer"), limit)
+				in.giveUp(ctx, in.d.stateHangs(), limit)
 				since = time.Time{}
 			}
 		}
@@ -78,15 +77,11 @@ func (in *intent) giveUp(ctx context.Context, why error, limit time.Duration) {
 
 // stopRecord takes the record back that counts.
 func (in *intent) stopRecord(ctx context.Context) error {
-	err, late := bounded.Call(ctx, func() error {
+	return in.d.callState(ctx, func() error {
 		in.state.Lock()
 		defer in.state.Unlock()
 		return in.stopLocked()
-	}, func(error) {})
-	if late != nil {
-		return errors.New(in.d.opts.Config.StateDir + " does not answer")
-	}
-	return err
+	})
 }
 
 func (in *intent) stopLocked() error {
@@ -101,15 +96,7 @@ func (in *intent) stopLocked() error {
 // stopState takes back what is kept of a disk that has a filter.
 func (d *Daemon) stopState(dev *device, id disk.Identity) error {
 	store, err := d.openState(dev, false)
-	var no *cbtstate.Refusal
-	if errors.As(err, &no) && no.Reason == cbtstate.NoState {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer store.Close()
-	return store.Stop(id)
+	return ifKept(store, err, func() error { return store.Stop(id) })
 }
 
 // work keeps what is in the state directory up to date until ctx ends. It may hang.
@@ -261,10 +248,7 @@ func (in *intent) taken(info cbtmap.Info) {
 		err = fmt.Errorf("%s or %s does not answer", in.dev.disk.DisplayPath(), in.d.opts.Config.StateDir)
 	}
 	if errors.Is(err, intentlog.ErrGeneration) {
-		var late error
-		if err, late = bounded.Call(limited, in.newBase, func(error) {}); late != nil {
-			err = errors.New(in.d.opts.Config.StateDir + " does not answer")
-		}
+		err = in.d.callState(limited, in.newBase)
 	}
 	if err != nil && !errors.Is(err, intentlog.ErrOff) {
 		in.giveUp(ctx, fmt.Errorf("a take could not be made durable: %w", err), in.d.opts.Config.DiskTimeout/2)

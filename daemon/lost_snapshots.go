@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,8 +13,6 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 )
 
@@ -37,10 +34,7 @@ func (d *Daemon) keepNote(id uuid.UUID, note []byte) error {
 	if d.opts.Config.StateDir != "" {
 		ctx, cancel := d.withDiskTimeout(context.Background())
 		defer cancel()
-		var late error
-		if err, late = bounded.Call(ctx, func() error { return d.writeNote(id.String()+noteSuffix, note) }, func(error) {}); late != nil {
-			err = errors.New("it does not answer")
-		}
+		err = d.callState(ctx, func() error { return d.writeNote(id.String()+noteSuffix, note) })
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -56,78 +50,41 @@ func (d *Daemon) keepNote(id uuid.UUID, note []byte) error {
 
 // writeNote replaces a note, or removes it if it is nil.
 func (d *Daemon) writeNote(name string, note []byte) error {
-	notes, err := d.openNotes(note != nil)
-	var no *cbtstate.Refusal
-	if note == nil && errors.As(err, &no) && no.Reason == cbtstate.NoState {
-		return nil
+	if note == nil {
+		notes, err := d.openNotes(false)
+		return ifKept(notes, err, func() error { return notes.Remove(name) })
 	}
+	notes, err := d.openNotes(true)
 	if err != nil {
 		return err
 	}
 	defer notes.Close()
-	if note == nil {
-		return notes.Remove(name)
-	}
 	return notes.Put(name, note)
-}
-
-// openNotes opens the directory of the notes, if the state directory may be used now:
-// see openState.
-func (d *Daemon) openNotes(create bool) (*cbtstate.Notes, error) {
-	dir := d.opts.Config.StateDir
-	unavailable := func(format string, args ...any) error {
-		return &cbtstate.Refusal{Reason: cbtstate.NoPlace, Text: fmt.Sprintf(format, args...)}
-	}
-	if point := d.missingMount(dir); point != "" {
-		return nil, unavailable("the state directory %s is not there: %s is not mounted", dir, point)
-	}
-	notes, err := cbtstate.OpenNotes(d.host.Root, notesDir(dir), create)
-	if err != nil {
-		return nil, err
-	}
-	place, err := d.host.OpenPlace(dir)
-	if err != nil {
-		notes.Close()
-		return nil, unavailable("%v", err)
-	}
-	defer place.Close()
-	for _, dev := range d.sortedDevices() {
-		if lies, _ := d.host.LiesOn(place, dev.disk.Num, d.lowerDisks); lies {
-			notes.Close()
-			return nil, unavailable("the state directory %s lies on %s, which has a filter: choose another state_dir", dir, dev.disk.DisplayPath())
-		}
-	}
-	return notes, nil
 }
 
 // lostBefore reads the notes of other boots. Files that cannot be read are said.
 func (d *Daemon) lostBefore() (lost []*snapshots.Lost, err error) {
 	notes, err := d.openNotes(false)
-	var no *cbtstate.Refusal
-	if errors.As(err, &no) && no.Reason == cbtstate.NoState {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer notes.Close()
-	names, err := notes.Names()
-	slices.Sort(names)
-	for _, name := range names {
-		if !strings.HasSuffix(name, noteSuffix) {
-			continue
+	err = ifKept(notes, err, func() error {
+		names, err := notes.Names()
+		slices.Sort(names)
+		for _, name := range names {
+			if !strings.HasSuffix(name, noteSuffix) {
+				continue
+			}
+			text, e := notes.Get(name)
+			var l *snapshots.Lost
+			if e == nil {
+				l, e = snapshots.ReadNote(filepath.Join(notesDir(d.opts.Config.StateDir), name), text)
+			}
+			if e != nil {
+				err = errors.Join(err, e)
+			} else if l != nil {
+				lost = append(lost, l)
+			}
 		}
-		text, e := notes.Get(name)
-		var l *snapshots.Lost
-		if e == nil {
-			l, e = snapshots.ReadNote(filepath.Join(notesDir(d.opts.Config.StateDir), name), text)
-		}
-		if e != nil {
-			err = errors.Join(err, e)
-		} else if l != nil {
-			lost = append(lost, l)
-		}
-	}
+		return err
+	})
 	return lost, err
 }
 
@@ -148,7 +105,7 @@ func (d *Daemon) findLost(ctx context.Context) {
 	}, func(found) {})
 	cancel()
 	if late != nil {
-		f.err = errors.New("it does not answer")
+		f.err = d.stateHangs()
 	}
 	for _, l := range f.lost {
 		d.opts.Log.Error("a snapshot is lost in a restart or a loss of power", "snapshot", l.ID.String(), "devices", devicesOf(l), "created", l.Created)
@@ -169,7 +126,7 @@ const retryLost = 10 * time.Second
 // clearLost clears the storage of lost snapshots until nothing is left to be done, or
 // ctx ends. again: some of them could not be read.
 func (d *Daemon) clearLost(ctx context.Context, lost []*snapshots.Lost, again bool) {
-	m := snapshots.Machine{Root: d.host.Root, Find: d.findKnown, Probe: d.probe, Started: started()}
+	m := snapshots.Machine{Root: d.host.Root, Find: d.host.Find, Probe: d.probe, Started: started()}
 	for {
 		var left []*snapshots.Lost
 		for _, l := range lost {
@@ -271,9 +228,6 @@ func lostSnapshot(l *snapshots.Lost) control.LostSnapshot {
 	}
 	return lost
 }
-
-// findKnown is the disk of that identity, nil if it is not there.
-func (d *Daemon) findKnown(id disk.Identity) *disk.Disk { return d.host.Find(id) }
 
 // examineLost looks at the storage that snapshots of other boots have left.
 func examineLost(c Config) []Check {

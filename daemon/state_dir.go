@@ -1,0 +1,150 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+)
+
+// The state directory is looked for by its path each time, because its filesystem may be
+// mounted and unmounted at any time, and may come to lie on a disk with a filter. All that
+// is done there may hang.
+
+// openState opens the state directory, if it may be used now: not while a filesystem
+// is missing that hides it, nor on a disk with a filter. dev is a device of which the
+// tables may not know yet, or nil. The error is a *cbtstate.Refusal.
+func (d *Daemon) openState(dev *device, create bool) (*cbtstate.Store, error) {
+	store, err := d.openDir(d.opts.Config.StateDir, create)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.checkStateDir(dev); err != nil {
+		store.Close()
+		return nil, err
+	}
+	return store, nil
+}
+
+// openNotes opens the directory of the notes there.
+func (d *Daemon) openNotes(create bool) (*cbtstate.Notes, error) {
+	store, err := d.openState(nil, create)
+	if err != nil {
+		return nil, err
+	}
+	defer store.Close()
+	return cbtstate.OpenNotes(d.host.Root, notesDir(d.opts.Config.StateDir), create)
+}
+
+// openDir opens a state directory, wherever it lies, unless a filesystem is missing that
+// hides it.
+func (d *Daemon) openDir(dir string, create bool) (*cbtstate.Store, error) {
+	if point := d.missingMount(dir); point != "" {
+		return nil, unavailable("the state directory %s is not there: %s is not mounted", dir, point)
+	}
+	return cbtstate.Open(d.host.Root, dir, create)
+}
+
+// checkStateDir refuses a state directory on a disk with a filter.
+func (d *Daemon) checkStateDir(dev *device) error {
+	dir := d.opts.Config.StateDir
+	place, err := d.host.OpenPlace(dir)
+	if err != nil {
+		return unavailable("%v", err)
+	}
+	defer place.Close()
+	others := d.sortedDevices()
+	if dev != nil {
+		others = append(others, dev)
+	}
+	for _, other := range others {
+		// A doubt is no reason: it is for storage, which takes all writes.
+		if lies, _ := d.host.LiesOn(place, other.disk.Num, d.lowerDisks); lies {
+			return unavailable("the state directory %s lies on %s, which has a filter: choose another state_dir", dir, other.disk.DisplayPath())
+		}
+	}
+	return nil
+}
+
+func unavailable(format string, args ...any) error {
+	return &cbtstate.Refusal{Reason: cbtstate.NoPlace, Text: fmt.Sprintf(format, args...)}
+}
+
+// nothingKept says whether an error means no more than that nothing is kept.
+func nothingKept(err error) bool {
+	var no *cbtstate.Refusal
+	return errors.As(err, &no) && no.Reason == cbtstate.NoState
+}
+
+// ifKept does something with what has been opened, and closes it. If it is not there, nothing
+// is kept, and there is nothing to be done.
+func ifKept(opened interface{ Close() }, err error, do func() error) error {
+	if nothingKept(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer opened.Close()
+	return do()
+}
+
+// callState calls what uses the state directory, and waits for it until ctx ends.
+func (d *Daemon) callState(ctx context.Context, do func() error) error {
+	err, late := bounded.Call(ctx, do, func(error) {})
+	if late != nil {
+		return d.stateHangs()
+	}
+	return err
+}
+
+// stateHangs is the error of whoever has waited long enough for the state directory.
+func (d *Daemon) stateHangs() error { return errors.New(d.opts.Config.StateDir + " does not answer") }
+
+// missingMount is a mount point of fstab on the way to path where nothing is mounted.
+func (d *Daemon) missingMount(path string) string {
+	f, err := d.host.Open("/etc/fstab", os.O_RDONLY, 0)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	table, err := io.ReadAll(io.LimitReader(f, 1<<20))
+	if err != nil {
+		return ""
+	}
+	mounts, err := os.ReadFile("/proc/1/mountinfo")
+	if err != nil {
+		return ""
+	}
+	return notMounted(path, string(table), string(mounts))
+}
+
+// notMounted is missingMount of the texts of fstab and mountinfo.
+func notMounted(path, fstab, mountinfo string) string {
+	mounted := map[string]bool{}
+	for _, line := range strings.Split(mountinfo, "\n") {
+		if point, ok := disk.MountPoint(line); ok {
+			mounted[point] = true
+		}
+	}
+	for _, line := range strings.Split(fstab, "\n") {
+		f := strings.Fields(line)
+		if len(f) < 4 || strings.HasPrefix(f[0], "#") || !strings.HasPrefix(f[1], "/") {
+			continue
+		}
+		point := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\134`, `\`).Replace(f[1])
+		if len(point) > 1 {
+			point = strings.TrimRight(point, "/")
+		}
+		if (path == point || strings.HasPrefix(path, strings.TrimRight(point, "/")+"/")) && !mounted[point] {
+			return point
+		}
+	}
+	return ""
+}
