@@ -90,7 +90,7 @@ func (d *Daemon) leaveStateDir(r *deviceRecord) {
 	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
 	err, late := bounded.Call(ctx, func() error {
-		store, err := cbtstate.Open(d.host.Root, r.StateDir, false)
+		store, err := d.openDir(r.StateDir, false)
 		return ifKept(store, err, func() error { return store.Stop(r.Identity) })
 	}, func(error) {})
 	if err = errors.Join(err, late); err != nil {
