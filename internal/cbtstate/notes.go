@@ -25,11 +25,7 @@ func (n *Notes) Close() { n.folder.close() }
 // Put replaces the note of that name. It is durable when Put returns nil; after an
 // error it is there as it was, or as it shall be.
 func (n *Notes) Put(name string, text []byte) error {
-	err := (&Store{n.folder}).write(name, text)
-	if err == nil {
-		err = n.folder.sync()
-	}
-	if err != nil {
+	if err := replace(n.folder, name, text); err != nil {
 		return fmt.Errorf("keep %s: %w", name, err)
 	}
 	return nil

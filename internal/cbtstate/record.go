@@ -66,36 +66,46 @@ func refuse(reason, format string, args ...any) *Refusal {
 	return &Refusal{Reason: reason, Text: fmt.Sprintf(format, args...)}
 }
 
+// refuse is a Refusal of this record, which may be nil.
+func (r *Record) refuse(reason, format string, args ...any) *Refusal {
+	no := refuse(reason, format, args...)
+	no.Record = r
+	return no
+}
+
+// sameDisk says why a disk is not the one of the record; nil if it is.
+func (r *Record) sameDisk(now Disk) *Refusal {
+	switch {
+	case !slices.Equal(r.Identity, now.Identity):
+		return r.refuse(OtherDisk, "the state is of another disk: %s, and not %s", r.Identity, now.Identity)
+	case r.Size != now.Size:
+		return r.refuse(OtherSize, "the disk had %d bytes, and has %d", r.Size, now.Size)
+	}
+	return nil
+}
+
 // Judge says why a disk that is now like this is not believed to be as it was left;
 // nil if it is believed.
 func (r *Record) Judge(now Disk) *Refusal {
-	no := func(reason, format string, args ...any) *Refusal {
-		f := refuse(reason, format, args...)
-		f.Record = r
-		return f
-	}
-	switch {
-	case !slices.Equal(r.Identity, now.Identity):
-		return no(OtherDisk, "the state is of another disk: %s, and not %s", r.Identity, now.Identity)
-	case r.Size != now.Size:
-		return no(OtherSize, "the disk had %d bytes, and has %d", r.Size, now.Size)
+	if no := r.sameDisk(now); no != nil {
+		return no
 	}
 	if r.Boot == now.Boot {
 		switch {
 		case r.Writes == nil || now.Writes == nil:
-			return no(Unknown, "the kernel has not counted the writes to the disk")
+			return r.refuse(Unknown, "the kernel has not counted the writes to the disk")
 		case r.Writes.Attached != now.Writes.Attached:
 			// It was away meanwhile: as after another boot.
 		case r.Writes.Own != now.Writes.Own:
-			return no(Written, "the disk was written to: the kernel has counted %d writes and %d discards since",
+			return r.refuse(Written, "the disk was written to: the kernel has counted %d writes and %d discards since",
 				now.Writes.Own[0]-r.Writes.Own[0], now.Writes.Own[2]-r.Writes.Own[2])
 		case r.Writes.WholeDisk != now.Writes.WholeDisk:
-			return no(Written, "the disk of the partition was written to: the kernel has counted %d writes and %d discards since",
+			return r.refuse(Written, "the disk of the partition was written to: the kernel has counted %d writes and %d discards since",
 				now.Writes.WholeDisk[0]-r.Writes.WholeDisk[0], now.Writes.WholeDisk[2]-r.Writes.WholeDisk[2])
 		}
 	}
 	if place := fingerprint.Difference(r.Fingerprint, now.Fingerprint); place != "" {
-		return no(Written, "the disk was written to: its %s is another one", place)
+		return r.refuse(Written, "the disk was written to: its %s is another one", place)
 	}
 	return nil
 }
@@ -104,25 +114,19 @@ func (r *Record) Judge(now Disk) *Refusal {
 // this, is not believed to be as that filter left it; nil if it is believed. What the
 // filter wrote last does not matter: the log has it.
 func (r *Record) JudgeRunning(now Disk) *Refusal {
-	no := func(reason, format string, args ...any) *Refusal {
-		f := refuse(reason, format, args...)
-		f.Record = r
-		return f
+	if no := r.sameDisk(now); no != nil {
+		return no
 	}
 	switch {
-	case !slices.Equal(r.Identity, now.Identity):
-		return no(OtherDisk, "the state is of another disk: %s, and not %s", r.Identity, now.Identity)
-	case r.Size != now.Size:
-		return no(OtherSize, "the disk had %d bytes, and has %d", r.Size, now.Size)
 	case r.Boot == now.Boot:
-		return no(Unclean, "the last filter over the disk did not end cleanly, and the machine has not been started anew since")
+		return r.refuse(Unclean, "the last filter over the disk did not end cleanly, and the machine has not been started anew since")
 	case now.Writes == nil:
-		return no(Unknown, "the kernel has not counted the writes to the disk")
+		return r.refuse(Unknown, "the kernel has not counted the writes to the disk")
 	case now.Writes.Own != [4]uint64{} || now.Writes.WholeDisk != [4]uint64{}:
-		return no(Written, "the disk was written to after the power failure, before it had a filter: the kernel has counted that")
+		return r.refuse(Written, "the disk was written to after the power failure, before it had a filter: the kernel has counted that")
 	}
 	if place := fingerprint.Difference(r.Fingerprint, now.Fingerprint); place != "" {
-		return no(Written, "the disk was written to after the power failure, or its %s shortly before", place)
+		return r.refuse(Written, "the disk was written to after the power failure, or its %s shortly before", place)
 	}
 	return nil
 }

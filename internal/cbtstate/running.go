@@ -53,11 +53,7 @@ func (s *Store) NewLog(id disk.Identity, log uuid.UUID, size int64) (*os.File, e
 // WriteBase makes b the base of a log, durably.
 func (s *Store) WriteBase(id disk.Identity, log uuid.UUID, b []byte) error {
 	name, _ := pair(key(id), log)
-	err := s.write(name, b)
-	if err == nil {
-		err = s.folder.sync()
-	}
-	if err != nil {
+	if err := replace(s.folder, name, b); err != nil {
 		return fmt.Errorf("write the base of the log: %w", err)
 	}
 	return nil
@@ -66,16 +62,9 @@ func (s *Store) WriteBase(id disk.Identity, log uuid.UUID, b []byte) error {
 // Run makes r the running record of its disk. It is durable when Run returns nil. After
 // an error either this one or the one before counts.
 func (s *Store) Run(r Record) error {
-	k := key(r.Identity)
 	text, err := r.encode()
 	if err == nil {
-		err = s.write(k+runningSuffix+newSuffix, text)
-	}
-	if err == nil {
-		err = s.folder.rename(k+runningSuffix+newSuffix, k+runningSuffix)
-	}
-	if err == nil {
-		err = s.folder.sync()
+		err = replace(s.folder, key(r.Identity)+runningSuffix, text)
 	}
 	if err != nil {
 		return fmt.Errorf("write the running record: %w", err)
@@ -130,15 +119,7 @@ func (s *Store) FindRunning(id disk.Identity, limit int64) (r *Record, base, log
 // Stop sees to that what is kept of a disk that has a filter is not believed after a
 // power failure. It is durable when Stop returns nil.
 func (s *Store) Stop(id disk.Identity) error {
-	k := key(id)
-	err := s.folder.rename(k+runningSuffix, k+usedSuffix)
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	if err == nil {
-		err = s.folder.sync()
-	}
-	if err != nil {
+	if err := s.useUp(key(id), runningSuffix); err != nil {
 		return fmt.Errorf("take back the running record: %w", err)
 	}
 	s.Tidy(id, uuid.Nil)

@@ -114,15 +114,6 @@ func TestJudgeRunning(t *testing.T) {
 		now.Boot, now.Writes = "boot 2", &disk.Writes{Attached: 7}
 		now.Fingerprint = append([]fingerprint.Place(nil), aDisk.Fingerprint...)
 		c.change(r, &now)
-		got := ""
-		if no := r.JudgeRunning(now); no != nil {
-			got = no.Reason
-			if no.Record != r || no.Text == "" {
-				t.Errorf("%s: %+v", name, no)
-			}
-		}
-		if got != c.want {
-			t.Errorf("%s: %q, want %q", name, got, c.want)
-		}
+		judged(t, name, r, r.JudgeRunning(now), c.want)
 	}
 }

@@ -74,8 +74,8 @@ func (s *Store) Save(r Record, m []byte, commit func() bool) error {
 		// There is none, unless it could not be used up.
 		func() error { return s.folder.remove(k + recordSuffix) },
 		s.folder.sync,
-		func() error { return s.write(k+mapSuffix, m) },
-		func() error { return s.write(k+recordSuffix+newSuffix, text) },
+		func() error { return write(s.folder, k+mapSuffix, m) },
+		func() error { return write(s.folder, k+recordSuffix+newSuffix, text) },
 		s.folder.sync,
 		func() error {
 			if !commit() {
@@ -98,12 +98,12 @@ func (s *Store) Save(r Record, m []byte, commit func() bool) error {
 }
 
 // write writes a file whole: it has its name when its bytes are on stable storage.
-func (s *Store) write(name string, b []byte) error {
+func write(in folder, name string, b []byte) error {
 	fresh := name
 	if !strings.HasSuffix(name, newSuffix) {
 		fresh += newSuffix
 	}
-	f, err := s.folder.create(fresh)
+	f, err := in.create(fresh)
 	if err != nil {
 		return err
 	}
@@ -115,9 +115,17 @@ func (s *Store) write(name string, b []byte) error {
 		err = e
 	}
 	if err == nil && fresh != name {
-		err = s.folder.rename(fresh, name)
+		err = in.rename(fresh, name)
 	}
 	return err
+}
+
+// replace is write, and durable when it returns nil.
+func replace(in folder, name string, b []byte) error {
+	if err := write(in, name, b); err != nil {
+		return err
+	}
+	return in.sync()
 }
 
 // Find is what is kept of a disk: its record, and its map of at most limit bytes. The
@@ -131,26 +139,18 @@ func (s *Store) Find(id disk.Identity, name string, limit int64) (*Record, []byt
 	case errors.Is(err, fs.ErrNotExist) && errors.Is(usedErr, fs.ErrNotExist):
 		return nil, nil, s.explainAbsence(id, name)
 	case errors.Is(err, fs.ErrNotExist):
-		f := refuse(Unclean, "the last filter over the disk did not end cleanly, or its change map could not be kept")
-		if usedErr == nil {
-			f.Record = used
-		}
-		return nil, nil, f
+		return nil, nil, used.refuse(Unclean, "the last filter over the disk did not end cleanly, or its change map could not be kept")
 	case err != nil:
 		return nil, nil, refusalOf(err)
 	case usedErr == nil && used.ID == r.ID:
-		f := refuse(Used, "the state was used before: %s%s has come back", k, recordSuffix)
-		f.Record = r
-		return nil, nil, f
+		return nil, nil, r.refuse(Used, "the state was used before: %s%s has come back", k, recordSuffix)
 	}
 	m, err := s.folder.read(k+mapSuffix, limit)
 	if err != nil {
 		return nil, nil, refusalOf(fmt.Errorf("%s%s: %w", k, mapSuffix, err))
 	}
 	if hashOf(m) != r.MapSHA256 {
-		f := refuse(Damaged, "%s%s is not the map that was kept", k, mapSuffix)
-		f.Record = r
-		return nil, nil, f
+		return nil, nil, r.refuse(Damaged, "%s%s is not the map that was kept", k, mapSuffix)
 	}
 	return r, m, nil
 }
@@ -191,9 +191,7 @@ func (s *Store) explainAbsence(id disk.Identity, name string) *Refusal {
 			continue
 		}
 		if r, err := s.record(n); err == nil && r.Name == name {
-			f := refuse(OtherDisk, "what was kept for %s is of another disk: %s, and not %s", name, r.Identity, id)
-			f.Record = r
-			return f
+			return r.refuse(OtherDisk, "what was kept for %s is of another disk: %s, and not %s", name, r.Identity, id)
 		}
 	}
 	return refuse(NoState, "nothing was kept of this disk")
@@ -204,14 +202,7 @@ func (s *Store) explainAbsence(id disk.Identity, name string) *Refusal {
 // somebody who counts on what Find returned.
 func (s *Store) Use(id disk.Identity) error {
 	k := key(id)
-	err := s.folder.rename(k+recordSuffix, k+usedSuffix)
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	if err == nil {
-		err = s.folder.sync()
-	}
-	if err != nil {
+	if err := s.useUp(k, recordSuffix); err != nil {
 		return fmt.Errorf("use up the change map that was kept: %w", err)
 	}
 	// The map means nothing any more.
@@ -219,4 +210,12 @@ func (s *Store) Use(id disk.Identity) error {
 		_ = s.folder.remove(name)
 	}
 	return nil
+}
+
+// useUp has a record that may count not count any more, durably.
+func (s *Store) useUp(k, suffix string) error {
+	if err := s.folder.rename(k+suffix, k+usedSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return s.folder.sync()
 }

@@ -268,6 +268,21 @@ func TestUntrustedDirectory(t *testing.T) {
 	}
 }
 
+// judged checks what was said of a record: want is the reason of the refusal, or empty.
+func judged(t *testing.T, name string, r *Record, no *Refusal, want string) {
+	t.Helper()
+	got := ""
+	if no != nil {
+		got = no.Reason
+		if no.Record != r || no.Text == "" {
+			t.Errorf("%s: %+v", name, no)
+		}
+	}
+	if got != want {
+		t.Errorf("%s: %q, want %q", name, got, want)
+	}
+}
+
 func TestJudge(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(r *Record, now *Disk)
@@ -292,15 +307,6 @@ func TestJudge(t *testing.T) {
 		now.Writes = &writes
 		now.Fingerprint = append([]fingerprint.Place(nil), aDisk.Fingerprint...)
 		c.change(r, &now)
-		got := ""
-		if no := r.Judge(now); no != nil {
-			got = no.Reason
-			if no.Record != r || no.Text == "" {
-				t.Errorf("%s: %+v", name, no)
-			}
-		}
-		if got != c.want {
-			t.Errorf("%s: %q, want %q", name, got, c.want)
-		}
+		judged(t, name, r, r.Judge(now), c.want)
 	}
 }
