@@ -46,30 +46,24 @@ func rulesText(all []BootDevice) string {
 	return strings.Replace(bootRules, "@disks@\n", strings.ReplaceAll(lines.String(), `\\`, `\`), 1)
 }
 
-// UpdateRules makes the rules of udev those of the configuration. Only the default
-// configuration has any.
+// UpdateRules makes the rules of udev those of the configuration.
 func UpdateRules(config string) error {
+	return changeBoot(config, func(all []BootDevice) error { return writeRules(config, all) })
+}
+
+// changeBoot calls change with the disks that a configuration names. Nobody else changes
+// tables and rules meanwhile.
+func changeBoot(config string, change func(all []BootDevice) error) error {
 	unlock, err := lockBoot(config)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	return updateRules(config)
-}
-
-// updateRules needs lockBoot.
-func updateRules(config string) error {
-	if config != DefaultConfigPath {
-		return nil
-	}
 	all, err := ReadBootDevices(config)
 	if err != nil {
 		return err
 	}
-	if err := writeRules(all); err != nil {
-		return fail(err, "write the rules of udev")
-	}
-	return nil
+	return change(all)
 }
 
 // PrepareBoot is UpdateRules for a daemon that is about to start, so that a table that
@@ -111,7 +105,12 @@ func lockBoot(config string) (unlock func(), err error) {
 // bootLockLimit is how long others may take to change tables and rules.
 const bootLockLimit = 30 * time.Second
 
-func writeRules(all []BootDevice) error {
+// writeRules makes the rules of udev those for these disks. Only the default configuration
+// has any.
+func writeRules(config string, all []BootDevice) error {
+	if config != DefaultConfigPath {
+		return nil
+	}
 	text := rulesText(all)
 	have, err := os.ReadFile(RulesPath)
 	if err == nil && string(have) == text || errors.Is(err, fs.ErrNotExist) && text == "" {
@@ -122,44 +121,46 @@ func writeRules(all []BootDevice) error {
 	} else {
 		err = writeDurably(RulesPath, text)
 	}
-	if err == nil {
-		// udev looks for new rules by itself, but not at once.
-		_ = exec.Command("udevadm", "control", "--reload").Run()
+	if err != nil {
+		return fail(err, "write the rules of udev")
 	}
-	return err
+	// udev looks for new rules by itself, but not at once.
+	_ = exec.Command("udevadm", "control", "--reload").Run()
+	return nil
 }
 
 // AddBootDevice writes the table of a disk, and its rule.
 func AddBootDevice(config string, b BootDevice) error {
-	unlock, err := lockBoot(config)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	all, err := ReadBootDevices(config)
-	if err != nil {
-		return err
-	}
 	b.File, b.Line = filepath.Join(DropInDir(config), b.Name+".conf"), 1
-	// Again is no error: the options may be others.
-	for _, other := range all {
-		if other.Name == b.Name && other.Path == b.Path && other.File != b.File {
-			return &control.Error{Code: control.Exists, Errno: unix.EEXIST, Message: fmt.Sprintf("%s names the disk already", other.where()), Fix: "change it there"}
+	err := changeBoot(config, func(all []BootDevice) error {
+		// Again is no error: the options may be others.
+		for _, other := range all {
+			if other.Name == b.Name && other.Path == b.Path && other.File != b.File {
+				return &control.Error{Code: control.Exists, Errno: unix.EEXIST, Message: fmt.Sprintf("%s names the disk already", other.where()), Fix: "change it there"}
+			}
 		}
+		if err := checkBootDevices(append(notIn(b.File, all), b)); err != nil {
+			return err
+		}
+		if err := writeDurably(b.File, b.text()); err != nil {
+			return fail(err, "write %s", b.File)
+		}
+		// As whoever reads the tables later finds them, in their order.
+		all, err := ReadBootDevices(config)
+		if err != nil {
+			return err
+		}
+		return writeRules(config, all)
+	})
+	if err == nil {
+		lookAgain(b.Path)
 	}
-	all = slices.DeleteFunc(all, func(other BootDevice) bool { return other.File == b.File })
-	all = append(all, b)
-	if err := checkBootDevices(all); err != nil {
-		return err
-	}
-	if err := writeDurably(b.File, b.text()); err != nil {
-		return fail(err, "write %s", b.File)
-	}
-	if err := updateRules(config); err != nil {
-		return err
-	}
-	lookAgain(b.Path)
-	return nil
+	return err
+}
+
+// notIn are the disks whose tables are in other files.
+func notIn(file string, all []BootDevice) []BootDevice {
+	return slices.DeleteFunc(slices.Clone(all), func(b BootDevice) bool { return b.File == file })
 }
 
 // FindBootDevice is the disk of that name, or at that path, that is named for the
@@ -193,29 +194,23 @@ func RemoveBootDevice(config string, b BootDevice) error {
 	if filepath.Dir(b.File) != DropInDir(config) {
 		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: b.where() + " has the table of " + b.Name + ", which somebody has written by hand", Fix: "take it out there"}
 	}
-	unlock, err := lockBoot(config)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	all, err := ReadBootDevices(config)
-	if err != nil {
-		return err
-	}
-	others := slices.DeleteFunc(slices.Clone(all), func(other BootDevice) bool { return other.File == b.File })
-	if len(all)-len(others) > 1 {
-		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: b.File + " has several tables, which somebody has written by hand", Fix: "take it out there"}
-	}
-	if config == DefaultConfigPath {
-		if err := writeRules(others); err != nil {
-			return fail(err, "write the rules of udev")
+	err := changeBoot(config, func(all []BootDevice) error {
+		others := notIn(b.File, all)
+		if len(all)-len(others) > 1 {
+			return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: b.File + " has several tables, which somebody has written by hand", Fix: "take it out there"}
 		}
+		if err := writeRules(config, others); err != nil {
+			return err
+		}
+		if err := removeDurably(b.File); err != nil {
+			return fail(err, "remove %s", b.File)
+		}
+		return nil
+	})
+	if err == nil {
+		lookAgain(b.Path)
 	}
-	if err := removeDurably(b.File); err != nil {
-		return fail(err, "remove %s", b.File)
-	}
-	lookAgain(b.Path)
-	return nil
+	return err
 }
 
 // lookAgain has udev look again at the disk that a path leads to.
