@@ -174,17 +174,7 @@ func (r noteStorage) emptyLost(gone string, m Machine) (text string, err error) 
 	if err := errors.Join(unix.Ftruncate(fd, 0), unix.Fsync(fd)); err != nil {
 		return "", fmt.Errorf("%w: %w", err, errLater)
 	}
-	dir := r.openDir()
-	if dir != nil {
-		defer dir.Close()
-	}
-	for _, base := range []string{r.Hidden, r.Base} {
-		if base != "" {
-			err = (&name{&disk.Place{Dir: dir, Base: base}}).remove(fd)
-		}
-	}
-	syncDir(dir)
-	if errors.Is(err, errMoved) {
+	if err = r.removeNames(fd); errors.Is(err, errMoved) {
 		return err.Error(), nil
 	}
 	return "it was emptied and removed", err

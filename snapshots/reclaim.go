@@ -225,6 +225,11 @@ func (r *recordStorage) clearFile(place *os.File) error {
 	if r.Base != "" {
 		_ = unix.Fsync(fd)
 	}
+	return r.removeNames(fd)
+}
+
+// removeNames removes the names of the file that is open, if they are still its own.
+func (r *recordStorage) removeNames(fd int) (err error) {
 	dir := r.openDir()
 	if dir != nil {
 		defer dir.Close()
