@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
-	"os"
-	"strings"
 	"sync"
 	"time"
 
@@ -235,7 +233,7 @@ func (in *intent) beginLocked(ctx context.Context) (err error) {
 	}
 	r := cbtstate.Record{ID: id, Name: in.name, Path: in.dev.disk.DisplayPath(), Program: control.Version, Saved: time.Now()}
 	r.Identity, r.Size = in.identity, in.dev.geo.Size
-	if r.Boot, err = bootID(); err != nil {
+	if r.Boot, err = disk.BootID(); err != nil {
 		return err
 	}
 	if r.Fingerprint, err = in.superblocks(ctx); err != nil {
@@ -289,11 +287,6 @@ func (in *intent) superblocks(ctx context.Context) ([]fingerprint.Place, error) 
 	}
 	defer r.Close()
 	return fingerprint.Running(ctx, r, in.dev.geo.Size, in.dev.geo.LogicalBlock)
-}
-
-func bootID() (string, error) {
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(boot)), err
 }
 
 // end is for a device that serves nobody any more: nobody looks after its log, and

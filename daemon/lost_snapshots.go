@@ -9,10 +9,10 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 )
 
@@ -126,7 +126,7 @@ const retryLost = 10 * time.Second
 // clearLost clears the storage of lost snapshots until nothing is left to be done, or
 // ctx ends. again: some of them could not be read.
 func (d *Daemon) clearLost(ctx context.Context, lost []*snapshots.Lost, again bool) {
-	m := snapshots.Machine{Root: d.host.Root, Find: d.host.Find, Probe: d.probe, Started: started()}
+	m := snapshots.Machine{Root: d.host.Root, Find: d.host.Find, Probe: d.probe, Started: disk.Started()}
 	for {
 		var left []*snapshots.Lost
 		for _, l := range lost {
@@ -244,11 +244,4 @@ func examineLost(c Config) []Check {
 		out = append(out, Check{"lost snapshot", Note, l.ID.String() + " was " + lostText(l) + ": what it stored may remain", "start the daemon with its storage there"})
 	}
 	return out
-}
-
-// started is when this boot of the machine began, or now if nobody can tell.
-func started() time.Time {
-	var up unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &up)
-	return time.Now().Add(-time.Duration(up.Nano()))
 }

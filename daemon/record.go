@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // record is what a daemon keeps in its run directory about itself while it
@@ -40,8 +41,8 @@ func processIdentity(pid int) string {
 	if len(fields) < 20 || fields[0] == "Z" || fields[0] == "X" {
 		return ""
 	}
-	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(boot)) + " " + fields[19] // when it began, in ticks
+	boot, _ := disk.BootID()
+	return boot + " " + fields[19] // when it began, in ticks
 }
 
 // lost is what the last daemon of the directory had, if it died. It is nil if the

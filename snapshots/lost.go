@@ -50,7 +50,11 @@ func ReadNote(path string, text []byte) (*Lost, error) {
 	if err := json.Unmarshal(body, &l.note); err != nil {
 		return nil, damaged(path, err.Error())
 	}
-	if l.note.Boot == bootID() {
+	boot, err := disk.BootID()
+	if err != nil {
+		return nil, err
+	}
+	if l.note.Boot == boot {
 		return nil, nil
 	}
 	l.ID, l.Created, l.Encrypted, l.Devices = l.note.ID, l.note.Created, l.note.Encrypted, l.note.Devices

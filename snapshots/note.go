@@ -52,8 +52,12 @@ func (s *state) keepNote() bool {
 	if s.keep == nil {
 		return false
 	}
+	boot, err := disk.BootID()
+	if err != nil {
+		return false
+	}
 	r := s.recorded()
-	n := noteContent{ID: r.ID, Created: r.Created, Boot: bootID(), Encrypted: r.Encrypted}
+	n := noteContent{ID: r.ID, Created: r.Created, Boot: boot, Encrypted: r.Encrypted}
 	for _, d := range r.Devices {
 		n.Devices = append(n.Devices, d.Device)
 	}
@@ -74,11 +78,6 @@ func (s *state) dropNote() {
 	if id, err := uuid.Parse(filepath.Base(s.dir)); err == nil && s.keep != nil {
 		_ = s.keep(id, nil)
 	}
-}
-
-func bootID() string {
-	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b))
 }
 
 // mountsSeen are the lines of the mounts of the namespace that everybody sees, whose
