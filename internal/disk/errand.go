@@ -180,22 +180,10 @@ func waitLock(lock *os.File) (*os.File, error) {
 
 // runKept runs a process that holds the lock, which the caller does not any more.
 func runKept(lock *os.File, args []string) error {
-	defer lock.Close()
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	defer null.Close()
-	p, err := os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
-		Dir:   "/",
-		Env:   []string{},
-		Files: []*os.File{null, null, null, lock},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
-	})
-	if err != nil {
-		return err
-	}
+	p, err := startSelf(lock, args)
 	lock.Close()
-	_, err = p.Wait()
+	if err == nil {
+		_, err = p.Wait()
+	}
 	return err
 }

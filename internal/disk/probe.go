@@ -69,18 +69,7 @@ func StartProber(args ...string) (*Prober, error) {
 	p := &Prober{socket: os.NewFile(uintptr(pair[0]), "prober"), ended: make(chan struct{})}
 	theirs := os.NewFile(uintptr(pair[1]), "questions")
 	defer theirs.Close()
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		p.socket.Close()
-		return nil, fmt.Errorf("start the prober: %w", err)
-	}
-	defer null.Close()
-	child, err := os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
-		Dir:   "/",
-		Env:   []string{},
-		Files: []*os.File{null, null, null, theirs},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
-	})
+	child, err := startSelf(theirs, args)
 	if err != nil {
 		p.socket.Close()
 		return nil, fmt.Errorf("start the prober: %w", err)
@@ -91,6 +80,22 @@ func StartProber(args ...string) (*Prober, error) {
 		close(p.ended)
 	}()
 	return p, nil
+}
+
+// startSelf starts this program, in a session of its own, with a file as its descriptor 3
+// and no other.
+func startSelf(file *os.File, args []string) (*os.Process, error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close()
+	return os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
+		Dir:   "/",
+		Env:   []string{},
+		Files: []*os.File{null, null, null, file},
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
 }
 
 // Ended is closed when the process has ended.
