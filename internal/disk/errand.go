@@ -41,8 +41,9 @@ const (
 	keepPause     = 50 * time.Millisecond
 	longKeepPause = 5 * time.Second
 	// farewell is how long a Prober's process outlives the daemon if it keeps a process
-	// running, which may have been killed with the daemon.
-	farewell = 200 * time.Millisecond
+	// running, which may have been killed with the daemon, on a machine that is short of
+	// memory or of time. From then on keepPause does not grow.
+	farewell = time.Second
 )
 
 // ErrCannotRun: a Command could not be run, or did not end in time.
@@ -80,13 +81,15 @@ func (p *Prober) LetGo(ctx context.Context) error {
 
 // errands is what a Prober's process has to do.
 type errands struct {
-	root  string
-	keeps atomic.Bool
-	letGo atomic.Bool
+	root    string
+	keeps   atomic.Bool
+	letGo   atomic.Bool
+	leaving chan struct{} // closed when the daemon has gone
 }
 
 // end is called when the daemon has gone.
 func (e *errands) end() {
+	close(e.leaving)
 	if e.keeps.Load() && !e.letGo.Load() {
 		time.Sleep(farewell)
 	}
@@ -151,7 +154,7 @@ func reopen(f *os.File) (*os.File, error) {
 
 // keep is the life of Keep. Of an error there is nobody to tell: it is tried again.
 func (e *errands) keep(lock *os.File, args []string) {
-	for pause := keepPause; !e.letGo.Load(); time.Sleep(pause) {
+	for pause := keepPause; !e.letGo.Load(); {
 		fresh, err := waitLock(lock)
 		began := time.Now()
 		if err == nil && !e.letGo.Load() {
@@ -162,6 +165,11 @@ func (e *errands) keep(lock *os.File, args []string) {
 			pause = keepPause
 		}
 		pause = min(pause, longKeepPause)
+		select {
+		case <-e.leaving:
+			time.Sleep(keepPause)
+		case <-time.After(pause):
+		}
 	}
 }
 

@@ -171,7 +171,7 @@ func ServeProbes(fd int, root string) error {
 	_ = os.WriteFile("/proc/self/comm", []byte("ublk-probe"), 0)
 	// It is small, and starts anew what must not be missing.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
-	e := errands{root: root}
+	e := errands{root: root, leaving: make(chan struct{})}
 	text := make([]byte, maxQuestion)
 	for {
 		oob := make([]byte, unix.CmsgSpace(2*4))
