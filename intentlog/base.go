@@ -11,8 +11,8 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
-// HeadSize is how much of the beginning of a base [Log.Resume] needs, in bytes.
-const HeadSize = sector.Size
+// headSize is the size of a base's head, in bytes.
+const headSize = sector.Size
 
 // head is the first sector of a base.
 type head struct {
@@ -23,7 +23,7 @@ type head struct {
 }
 
 func encodeBase(id uuid.UUID, epoch uint64, h cbtmap.History) []byte {
-	b := make([]byte, HeadSize, HeadSize+len(h.Marks))
+	b := make([]byte, headSize, headSize+len(h.Marks))
 	order.PutUint64(b, baseMagic)
 	order.PutUint64(b[8:], epoch)
 	copy(b[16:], h.GenerationID[:])
@@ -36,10 +36,10 @@ func encodeBase(id uuid.UUID, epoch uint64, h cbtmap.History) []byte {
 }
 
 func decodeHead(b []byte) (h head, err error) {
-	if len(b) < HeadSize {
+	if len(b) < headSize {
 		return h, fmt.Errorf("%w: base of %d bytes", ErrDamaged, len(b))
 	}
-	b = b[:HeadSize]
+	b = b[:headSize]
 	if h.id, err = unseal(b, 0); err != nil {
 		return h, err
 	}
@@ -64,13 +64,23 @@ func decodeHead(b []byte) (h head, err error) {
 // file. It holds every change of the disk. Outside of the zones that were written since
 // the base, it is exact. It fails with ErrDamaged or ErrForeign.
 func Recover(base, log []byte) (h cbtmap.History, err error) {
-	head, l, err := decodeBoth(base, log)
-	if err != nil {
-		return h, fmt.Errorf("recover change map: %w", err)
+	fail := func(err error) (cbtmap.History, error) {
+		return cbtmap.History{}, fmt.Errorf("recover change map: %w", err)
 	}
-	marks := base[HeadSize:]
+	head, err := decodeHead(base)
+	if err != nil {
+		return fail(err)
+	}
+	l, err := decode(log)
+	if err != nil {
+		return fail(err)
+	}
+	if head.id != l.id || head.info.DeviceCapacity != l.size {
+		return fail(fmt.Errorf("%w: base of %v, log %v", ErrForeign, head.id, l.id))
+	}
+	marks := base[headSize:]
 	if int64(len(marks)) != head.info.BlockCount || crc32.Checksum(marks, castagnoli) != head.sum {
-		return h, fmt.Errorf("recover change map: %w: marks of the base", ErrDamaged)
+		return fail(fmt.Errorf("%w: marks of the base", ErrDamaged))
 	}
 	h.Info = head.info
 	if l.generation == h.GenerationID {
@@ -98,20 +108,6 @@ func Recover(base, log []byte) (h cbtmap.History, err error) {
 		}
 	}
 	return h, nil
-}
-
-// decodeBoth checks the head of a base, and a log, and that they belong together.
-func decodeBoth(base, log []byte) (h head, l decoded, err error) {
-	if h, err = decodeHead(base); err != nil {
-		return h, l, err
-	}
-	if l, err = decode(log); err != nil {
-		return h, l, err
-	}
-	if h.id != l.id || h.info.DeviceCapacity != l.size {
-		return h, l, fmt.Errorf("%w: base of %v, log %v", ErrForeign, h.id, l.id)
-	}
-	return h, l, nil
 }
 
 // Base begins an epoch and copies the map, which is the one that the log follows.

@@ -33,7 +33,7 @@ type Config struct {
 	Queue     blockdev.Queue // on whose thread the log is written
 	File      blockdev.File  // of FileSize bytes, allocated
 	Memory    []byte         // FileSize bytes off the Go heap, aligned to 4096
-	// Failed is told, once after each Start or Resume, that the log cannot be written
+	// Failed is told, once after each Start, that the log cannot be written
 	// any more, on the thread of Queue. Writes wait from then on until GiveUp.
 	Failed func(error)
 }
@@ -81,9 +81,9 @@ type State uint8
 
 // The states.
 //
-//	Off ── Start, Resume ──> On ── an error ──> Failed
-//	 ^                        │                   │
-//	 └──────── GiveUp ────────┴───────────────────┘
+//	Off ── Start ──> On ── an error ──> Failed
+//	 ^                │                   │
+//	 └──── GiveUp ────┴───────────────────┘
 const (
 	Off    State = iota // all writes pass
 	On                  // writes wait for their entries
@@ -201,7 +201,7 @@ func (l *Log) beginLocked() bool {
 }
 
 // Start switches a log on that is off, under a new ID. Whatever base there was of this
-// log has to be gone. Writes wait for their entries from now on. done is called, as that of
+// log has to be gone, and no other process may still be writing to its file. Writes wait for their entries from now on. done is called, as that of
 // Taken, when the original disk has been flushed, because of takes that were made while the
 // log was off, and when the whole file is durable. After that make a base.
 func (l *Log) Start(id uuid.UUID, done func(error)) {
@@ -220,61 +220,16 @@ func (l *Log) Start(id uuid.UUID, done func(error)) {
 	for i := range l.touched {
 		l.touched[i] = true
 	}
-	l.clearLocked()
-	l.id, l.epoch, l.base = id, 1, 0
-	l.header, l.put = header{size: l.c.Size, zoneShift: l.c.ZoneShift}, header{}
-	l.switchOnLocked()
-	l.flushes++
-	l.mu.Unlock()
-	l.flush(&take{start: true, done: done})
-}
-
-// clearLocked forgets all entries, while the log is off.
-func (l *Log) clearLocked() {
 	for i := range l.durable {
 		l.durable[i].Store(0)
 	}
-}
-
-func (l *Log) switchOnLocked() {
+	l.id, l.epoch, l.base = id, 1, 0
+	l.header, l.put = header{size: l.c.Size, zoneShift: l.c.ZoneShift}, header{}
 	l.state, l.err, l.errno = On, nil, 0 // no write is under way
 	l.setStampLocked()
-}
-
-// Resume switches a log on that a dead process has left: head is the first HeadSize
-// bytes of its base, content is the log's file. Both must have been read after a sync of
-// the file, and nothing of the dead process may be under way to it any more. On an error,
-// ErrDamaged or ErrForeign, the log stays off.
-func (l *Log) Resume(head, content []byte) error {
-	h, d, err := decodeBoth(head, content)
-	if err != nil {
-		return fmt.Errorf("resume write-intent log: %w", err)
-	}
-	if d.size != l.c.Size || d.zoneShift != l.c.ZoneShift {
-		return fmt.Errorf("resume write-intent log: %w: disk of %d bytes in zones of 2^%d", ErrForeign, d.size, d.zoneShift)
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.writing || l.state != Off {
-		return fmt.Errorf("resume write-intent log: %w", ErrBusy)
-	}
-	copy(l.c.Memory, d.content)
-	l.clearLocked()
-	l.id, l.epoch, l.base, l.header, l.put = d.id, h.epoch, h.epoch, d.header, d.header
-	for z := range l.durable {
-		e := entry(d.content, int64(z))
-		l.durable[z].Store(uint64(e))
-		l.epoch = max(l.epoch, e.epoch())
-	}
-	if d.generation != h.info.GenerationID {
-		l.header.generation, l.header.number = h.info.GenerationID, h.info.ChangesNumber
-	}
-	if l.info.GenerationID != h.info.GenerationID {
-		l.epoch++ // the dead process has made no base for it
-	}
-	l.whole = true
-	l.switchOnLocked()
-	return nil
+	l.flushes++
+	l.mu.Unlock()
+	l.flush(&take{start: true, done: done})
 }
 
 // beginEpoch begins an epoch for a base.

@@ -47,13 +47,6 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	w.cbt = cbt
-	w.attach()
-	return w
-}
-
-// attach makes a log for the file, as a new process does.
-func (w *world) attach() {
-	w.t.Helper()
 	l, err := intentlog.New(intentlog.Config{
 		Size: size, ZoneShift: zoneBits, Orig: w.orig, File: w.file,
 		Queue:  blockdevtest.NewFaulty(w.queue, w.faults),
@@ -61,10 +54,11 @@ func (w *world) attach() {
 		Failed: func(err error) { w.failed = append(w.failed, err) },
 	})
 	if err != nil {
-		w.t.Fatal(err)
+		t.Fatal(err)
 	}
 	w.log = l
 	l.Follow(w.cbt)
+	return w
 }
 
 // start switches the log on and makes a base.
@@ -299,51 +293,6 @@ func TestNewGeneration(t *testing.T) {
 	}
 	if next := w.mustTake(); w.recovered().Info != next {
 		t.Errorf("recovered %v, want %v", w.recovered().Info, next)
-	}
-}
-
-func TestResume(t *testing.T) {
-	w := newWorld(t)
-	w.start()
-	w.mustTake()
-	w.write(3*zone, 512)
-	w.checkpoint() // of which the log itself knows nothing yet
-	w.attach()
-	if err := w.log.Resume(w.base[:intentlog.HeadSize], w.content()); err != nil {
-		t.Fatal(err)
-	}
-	w.write(3*zone+4096, 512)
-	w.write(8*zone, 512)
-	two := w.mustTake()
-	w.write(9*zone, 512)
-	h := w.recovered()
-	if h.Info != two {
-		t.Errorf("recovered %v, want %v", h.Info, two)
-	}
-	if h.Marks[3*16] != 2 || h.Marks[3*16+1] != 2 || h.Marks[8*16] != 2 || h.Marks[9*16] != 3 || h.Marks[10*16] != 0 {
-		t.Errorf("marks %d", h.Marks[:12*16])
-	}
-}
-
-// TestResumeAfterAnEpochWithoutABase: a dead process may have begun an epoch, and died before
-// its base was durable. The next base does not take that epoch again.
-func TestResumeAfterAnEpochWithoutABase(t *testing.T) {
-	w := newWorld(t)
-	w.start()
-	if _, err := w.log.Base(w.cbt); err != nil {
-		t.Fatal(err)
-	}
-	w.write(3*zone, 512)
-	w.attach()
-	if err := w.log.Resume(w.base, w.content()); err != nil {
-		t.Fatal(err)
-	}
-	if h := w.recovered(); h.Marks[3*16+7] != 1 {
-		t.Errorf("zone 3 is marked with %d", h.Marks[3*16+7])
-	}
-	w.checkpoint()
-	if h := w.recovered(); h.Marks[3*16] != 1 || h.Marks[3*16+7] != 0 {
-		t.Errorf("zone 3 is marked with %d, and with %d where nobody wrote", h.Marks[3*16], h.Marks[3*16+7])
 	}
 }
 

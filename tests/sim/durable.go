@@ -248,11 +248,10 @@ func (w *world) reboots() {
 				w.fail("I6: disk%d: the first boot finds take %d of %v, a later one take %d of %v, %v, or other marks",
 					dev, f.ChangesNumber, f.GenerationID, h.ChangesNumber, h.GenerationID, err)
 			}
-			s.resized()
-			p.keepers = append(p.keepers, p.keep(dev))
 		}
+		p.keepAll()
 		ended := false
-		p.startAll(func() { ended = true })
+		p.startAll(func(int) {}, func() { ended = true })
 		if left == 0 {
 			w.sched.Run()
 			if !ended {

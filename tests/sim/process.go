@@ -120,19 +120,34 @@ func (w *world) boot() {
 		w.cbtMemory = append(w.cbtMemory, cbt.Memory())
 		p.cbts = append(p.cbts, cbt)
 	}
-	if w.c.Zone == 0 {
-		p.filter()
-		p.serve()
+	p.keepAll()
+	p.filter()
+	p.begin(func() {})
+}
+
+// keepAll makes the keepers, if there are logs.
+func (p *process) keepAll() {
+	for i := range p.w.devices {
+		if p.w.c.Zone != 0 {
+			p.keepers = append(p.keepers, p.keep(i))
+		}
+	}
+}
+
+// begin lets the kernel's requests come to each filter once its log is on, if there are
+// logs, and then calls done.
+func (p *process) begin(done func()) {
+	if p.keepers == nil {
+		for i := range p.w.devices {
+			p.serveOf(i)
+		}
+		done()
 		return
 	}
-	for i := range w.devices {
-		p.keepers = append(p.keepers, p.keep(i))
-	}
-	p.filter()
-	p.do("start the logs", func(done func()) {
-		p.startAll(func() {
-			p.serve()
+	p.do("start the logs", func(end func()) {
+		p.startAll(p.serveOf, func() {
 			done()
+			end()
 		})
 	})
 }
@@ -161,13 +176,7 @@ func (p *process) filterOf(dev int) {
 	}
 }
 
-// serve lets the kernel's requests come to the filters.
-func (p *process) serve() {
-	for i := range p.w.devices {
-		p.serveOf(i)
-	}
-}
-
+// serveOf lets the kernel's requests come to a filter.
 func (p *process) serveOf(dev int) {
 	for n, h := range p.w.devices[dev].queues {
 		server := p.handlers[dev][n]
@@ -196,9 +205,10 @@ func (w *world) kill() {
 
 // recover starts the next process. What the last one had begun on the disks
 // has come to its end by now, one way or the other: it waits for that, by the
-// devices and the storages that it claims.
+// devices and the storages that it claims. It does not wait for the logs: it begins new
+// ones, in other files.
 func (w *world) recover() {
-	w.sched.Settle(nil)
+	w.sched.Settle(func(m *blockdevtest.Memory) bool { return !w.isLog(m) })
 	w.tracef("recovery")
 	p := w.start()
 	for i, memory := range w.cbtMemory {
@@ -208,11 +218,8 @@ func (w *world) recover() {
 		}
 		p.cbts = append(p.cbts, cbt)
 		w.checkAdopted(i, cbt)
-		if w.c.Zone != 0 {
-			p.keepers = append(p.keepers, p.keep(i))
-			p.keepers[i].takeOver()
-		}
 	}
+	p.keepAll()
 	p.filter()
 	for i, s := range w.snaps {
 		if s == nil {
@@ -236,23 +243,21 @@ func (w *world) recover() {
 			w.model.devs[i].renew(info)
 		}
 	}
-	for _, k := range p.keepers {
-		if w.sched.Random().OneIn(2) {
-			k.checkpoint()
-		}
-	}
-	p.serve()
-	for _, s := range w.snaps {
-		if s != nil {
-			s.taken = true
-			s.show()
-			if w.c.Zone != 0 {
-				// Whoever asked for it may be told now.
-				p.do("answer", func(done func()) { s.answer(done) })
+	p.begin(func() {
+		for _, s := range w.snaps {
+			if s != nil {
+				s.taken = true
+				s.show()
 			}
 		}
+		w.resume()
+	})
+	for _, s := range w.snaps {
+		if s != nil && w.c.Zone != 0 {
+			// Whoever asked for it may be told then.
+			p.do("answer", func(done func()) { s.answer(done) })
+		}
 	}
-	w.resume()
 }
 
 // checkAdopted compares a change map taken over from a dead process with its

@@ -355,11 +355,7 @@ func (p *process) replaceKept(dev int, done func()) {
 
 // comeBack adds a device whose map may have been kept.
 func (p *process) comeBack(dev int, done func()) {
-	if !p.keepers[dev].log.Idle() {
-		p.w.states[dev].resized() // what is still being written must not meet the new log
-	}
 	k := p.keep(dev)
-	k.away = true
 	p.keepers[dev] = k
 	k.do(func(end func()) {
 		k.load()

@@ -26,7 +26,7 @@ type state struct {
 	dev     int
 	name    *blockdevtest.Memory // one sector: the number of the record that it stands for
 	records []record             // by number; 0 is nothing
-	log     *blockdevtest.Memory // of the disk's size as it is now
+	log     *blockdevtest.Memory // the file of the last keeper's log
 	logs    []*blockdevtest.Memory
 
 	gone    bool // the daemon says that a power failure now costs the history
@@ -44,7 +44,6 @@ type record struct {
 func (w *world) newState(dev int) *state {
 	s := &state{w: w, dev: dev, records: make([]record, 1), gone: true, nothing: true}
 	s.name = s.newFile("name", sectorSize)
-	s.resized()
 	return s
 }
 
@@ -55,10 +54,14 @@ func (s *state) newFile(what string, size int64) *blockdevtest.Memory {
 	return m
 }
 
-// resized makes another file for the log, for the disk's size as it is now.
-func (s *state) resized() {
-	s.log = s.newFile("log", intentlog.FileSize(s.w.devices[s.dev].size, uint8(s.w.c.Zone)))
-	s.logs = append(s.logs, s.log)
+// isLog says whether a file is one of a log.
+func (w *world) isLog(m *blockdevtest.Memory) bool {
+	for _, s := range w.states {
+		if slices.Contains(s.logs, m) {
+			return true
+		}
+	}
+	return false
 }
 
 // files are all that there ever were.
@@ -79,20 +82,21 @@ type keeper struct {
 	queue   blockdev.Queue // faults strike
 	jobs    []func(done func())
 	working bool
-	away    bool // the filter goes: nobody writes or marks any more
+	away    bool // the filter goes, or has not come: nobody writes or marks
 	starts  bool // the log is being started: nothing is believed on its account yet
 }
 
-// keep makes the keeper of a disk. Its log is off.
+// keep makes the keeper of a disk. Its log is off. It has a file of its own, which what a
+// log of before may still have under way does not meet.
 func (p *process) keep(dev int) *keeper {
-	k := &keeper{p: p, s: p.w.states[dev], queue: p.queue(p.state)}
+	k := &keeper{p: p, s: p.w.states[dev], queue: p.queue(p.state), away: true}
 	size := p.w.devices[dev].size
-	if k.s.log.Size() != intentlog.FileSize(size, uint8(p.w.c.Zone)) {
-		k.s.resized()
-	}
+	length := intentlog.FileSize(size, uint8(p.w.c.Zone))
+	k.s.log = k.s.newFile("log", length)
+	k.s.logs = append(k.s.logs, k.s.log)
 	l, err := intentlog.New(intentlog.Config{
 		Size: size, ZoneShift: uint8(p.w.c.Zone), Orig: p.w.origs[dev], File: k.s.log, Queue: k.queue,
-		Memory: make([]byte, intentlog.FileSize(size, uint8(p.w.c.Zone))),
+		Memory: make([]byte, length),
 		Failed: func(err error) {
 			p.w.tracef("log of disk%d failed: %v", dev, err)
 			k.giveUp()
@@ -271,40 +275,23 @@ func (k *keeper) marked(off, n int64, then func()) {
 	}
 }
 
-// startAll switches the logs on, for disks that nobody writes to yet.
-func (p *process) startAll(done func()) {
+// startAll switches the logs on, for disks that nobody writes to yet, calls serve for each
+// disk and then done, on the control thread.
+func (p *process) startAll(serve func(dev int), done func()) {
 	left := len(p.keepers)
 	for _, k := range p.keepers {
 		k.do(func(end func()) {
 			k.come(func() {
 				end()
-				if left--; left == 0 {
-					p.control.After(0, done)
-				}
+				p.control.After(0, func() {
+					k.away = false
+					serve(k.s.dev)
+					if left--; left == 0 {
+						done()
+					}
+				})
 			})
 		})
-	}
-}
-
-// takeOver is for a disk whose process died: what it had begun has come to its end, and is
-// made durable first.
-func (k *keeper) takeOver() {
-	s := k.s
-	for _, m := range s.files() {
-		m.Sync()
-	}
-	r := s.records[s.number(s.name)]
-	err := errors.New("there is no base")
-	if r.log != nil {
-		err = k.log.Resume(contentOf(r.file, r.size), contentOf(r.log, r.log.Size()))
-	}
-	s.gone, s.nothing = err != nil, err != nil
-	if err != nil {
-		// No write may pass while something else could be believed.
-		s.w.tracef("log of disk%d is not taken over: %v", s.dev, err)
-		if _, err := s.name.WriteAt(make([]byte, sectorSize), 0); err != nil {
-			panic(err)
-		}
 	}
 }
 

@@ -383,7 +383,7 @@ func (w *world) settle() {
 // checkWaits is for when nothing goes on but for what is stuck: reads and
 // flushes of a disk wait for that disk, never for the storage of a snapshot;
 // changes wait for that only as long as its owner has not given it up, and for
-// other disks at a cut.
+// other disks at a cut. All wait for a log that begins, until that is given up.
 func (w *world) checkWaits() {
 	if w.proc == nil {
 		return
@@ -400,7 +400,7 @@ func (w *world) checkWaits() {
 		}
 	}
 	for i, d := range w.devices {
-		if w.sched.Stuck(w.origs[i]) {
+		if w.sched.Stuck(w.origs[i]) || w.proc.keepers != nil && w.proc.keepers[i].away {
 			continue
 		}
 		for _, h := range d.queues {
