@@ -32,7 +32,7 @@ func TestReload(t *testing.T) {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Add(2)
-	go func() {
+	untilStop := func(f func() (ok bool)) {
 		defer wg.Done()
 		for {
 			select {
@@ -40,31 +40,29 @@ func TestReload(t *testing.T) {
 				return
 			default:
 			}
-			if f, err := s.Dir.lock(); err == nil {
-				f.Close()
-				t.Error("the lock was free")
+			if !f() {
 				return
 			}
 		}
-	}()
-	go func() {
-		defer wg.Done()
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-			}
-			c := control.NewClient(s.Dir.Socket())
-			_, err := c.Info(ctx)
-			c.Close()
-			// A call that is under way may be broken off; none is refused.
-			if err != nil && (strings.Contains(err.Error(), "refused") || strings.Contains(err.Error(), "no daemon runs")) {
-				t.Errorf("a call during the reload: %v", err)
-				return
-			}
+	}
+	go untilStop(func() bool {
+		f, err := s.Dir.lock()
+		if err == nil {
+			f.Close()
+			t.Error("the lock was free")
 		}
-	}()
+		return err != nil
+	})
+	go untilStop(func() bool {
+		c := control.NewClient(s.Dir.Socket())
+		defer c.Close()
+		// A call that is under way may be broken off; none is refused.
+		if _, err := c.Info(ctx); err != nil && (strings.Contains(err.Error(), "refused") || strings.Contains(err.Error(), "no daemon runs")) {
+			t.Errorf("a call during the reload: %v", err)
+			return false
+		}
+		return true
+	})
 	c := control.NewClient(s.Dir.Socket())
 	defer c.Close()
 	var last time.Time

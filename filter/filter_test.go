@@ -290,7 +290,12 @@ func TestNoAllocationPerRequest(t *testing.T) {
 	f := filter.New(filter.Config{Orig: blockdevtest.NewMemoryDevice("disk", diskSize), Size: diskSize, CBT: must(cbtmap.NewMemory(diskSize, cbtmap.DefaultParams())), Queues: 1})
 	in := &instant{}
 	q := f.NewQueue(0, in)
-	r := ublk.NewRequest(0, ignore{})
+	noAllocation(t, q, in, ublk.NewRequest(0, ignore{}))
+}
+
+// noAllocation serves a request of each kind, of which none may allocate.
+func noAllocation(t *testing.T, q *filter.Queue, in *instant, r *ublk.Request) {
+	t.Helper()
 	buf := blockdev.MemBuf(make([]byte, chunk))
 	one := func() {
 		for op := ublk.OpRead; op <= ublk.OpWriteZeroes; op++ {

@@ -135,17 +135,7 @@ func loggedQueue(t testing.TB) (q *filter.Queue, in *instant, r *ublk.Request) {
 
 func TestNoAllocationWithALog(t *testing.T) {
 	q, in, r := loggedQueue(t)
-	buf := blockdev.MemBuf(make([]byte, chunk))
-	one := func() {
-		for op := ublk.OpRead; op <= ublk.OpWriteZeroes; op++ {
-			r.Op, r.Off, r.Len, r.Buf = op, 3*chunk, chunk, buf
-			q.Handle(r)
-			in.op.Done(in.op)
-		}
-	}
-	if n := testing.AllocsPerRun(100, one); n != 0 {
-		t.Errorf("%v allocations for one request of each kind", n)
-	}
+	noAllocation(t, q, in, r)
 }
 
 // BenchmarkWriteLogged is BenchmarkWrite with a write-intent log that has the zone.
