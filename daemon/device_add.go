@@ -206,7 +206,8 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 	found := d.loadHistory(ctx, dev, r.Name)
 	undo = append(undo, func() {
 		// It was used up, for nothing.
-		if dev.Name = r.Name; dev.History.Continued {
+		dev.Name = r.Name
+		if dev.History.Continued {
 			d.keepHistory(dev)
 		} else {
 			d.stopHistory(dev)

@@ -62,15 +62,15 @@ func (s Starter) reach(ctx context.Context, start func() bool) (*control.Client,
 	if os.Geteuid() != 0 {
 		return nil, &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "ask the daemon: not root", Fix: "run this as root"}
 	}
-	if lost := s.Dir.lost(); start() {
-		if s.Starting != nil {
-			s.Starting(lost)
-		}
-	} else {
+	lost := s.Dir.lost()
+	if !start() {
 		if lost != nil {
 			e.Message += ": " + lost.String()
 		}
 		return c, err
+	}
+	if s.Starting != nil {
+		s.Starting(lost)
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()

@@ -121,7 +121,11 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	}
 	if served > 0 {
 		d.recovered = &control.Recovered{At: began.Add(images), Count: d.countRecovery(), Pause: pause, Images: images, Devices: served}
-		d.opts.Log.Warn(map[bool]string{true: "taken over from the program before", false: "taken over from a daemon that died"}[d.predecessor == os.Getpid()], "devices", served, "pause", pause, "images", images)
+		from := "a daemon that died"
+		if d.predecessor == os.Getpid() {
+			from = "the program before"
+		}
+		d.opts.Log.Warn("taken over from "+from, "devices", served, "pause", pause, "images", images)
 	}
 	for _, s := range devices {
 		if s.dev != nil {
@@ -388,8 +392,9 @@ func (d *Daemon) closeAgain(dev *device) {
 	}
 }
 
-// resume serves a device whose log has begun. One that the driver does not give back is kept all the same:
-// whatever waits for its queues' threads goes on, and it can be removed by force.
+// resume serves a device whose log has begun. One that the driver does not give back is
+// kept all the same: whatever waits for its queues' threads goes on, and it can be removed
+// by force.
 func (d *Daemon) resume(ctx context.Context, s *survivor) {
 	dev := s.dev
 	d.leaveStateDir(&s.record)
