@@ -52,7 +52,7 @@ func (p *program) removeBoot(c *cobra.Command, r control.RemoveRequest) error {
 		return err
 	}
 	if !ok {
-		return &control.Error{Code: control.NotFound, Message: "remove " + r.Device + ": the configuration names no such disk: leave --boot out"}
+		return &control.Error{Code: control.NotFound, Message: "remove " + r.Device + ": the configuration names no such disk", Fix: "leave --boot out"}
 	}
 	if err := daemon.RemoveBootDevice(p.configFile(), b); err != nil {
 		return fmt.Errorf("remove %s: %w", r.Device, err)
