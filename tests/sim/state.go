@@ -174,7 +174,7 @@ func (k *keeper) makeBase(then func(ok bool)) {
 	}
 	r := record{log: k.s.log, file: k.s.newFile("base", int64(len(base))), size: int64(len(base)), at: at}
 	k.write(k.queue, r.file, base, func(errno unix.Errno) {
-		if errno != 0 || k.log.Status().State != intentlog.On {
+		if errno != 0 || k.log.State() != intentlog.On {
 			then(false)
 			return
 		}
@@ -194,7 +194,7 @@ func (k *keeper) makeBase(then func(ok bool)) {
 // start switches the log on, with a base. Job only.
 func (k *keeper) start(then func(ok bool)) {
 	switch {
-	case k.log.Status().State == intentlog.On:
+	case k.log.State() == intentlog.On:
 		k.makeBase(then)
 		return
 	case !k.log.Idle():

@@ -431,7 +431,7 @@ func (w *world) giveUp() bool {
 		return any
 	}
 	for _, k := range w.proc.keepers {
-		if waits, _ := k.log.Waiting(); waits && k.log.Status().State != intentlog.Off {
+		if waits, _ := k.log.Waiting(); waits && k.log.State() != intentlog.Off {
 			any = true
 			w.gaveUp = true
 			w.tracef("give up the log of disk%d", k.s.dev)
