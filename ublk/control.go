@@ -57,6 +57,7 @@ const (
 
 	wakeTag   = 1 << 32
 	cancelTag = 2 << 32
+	pauseTag  = 3 << 32 // and the slot
 )
 
 // OpenControl opens the driver, and loads it if need be. The errors are

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -172,6 +173,65 @@ func TestControlQueuedLikeHung(t *testing.T) {
 	for range alike {
 		if err := <-ended; err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// TestControlNoWorker: a command for which the kernel can make no worker is given again,
+// until there is one or nobody waits for the command any more.
+func TestControlNoWorker(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root can make a thread another user's")
+	}
+	f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var given atomic.Int64
+	c := pretend(t, func(sqe *uring.SQE, _ int, _ *command) {
+		// The limit below holds for this thread alone, because root has none.
+		const nobody = 65534
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, nobody, nobody, nobody); errno != 0 && given.Load() == 0 {
+			t.Errorf("become another user: %v", errno)
+		}
+		given.Add(1)
+		sqe.PrepFsync(int(f.Fd()), 0) // needs a worker
+	})
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &was); err != nil {
+		t.Fatal(err)
+	}
+	limit := func(n uint64) {
+		t.Helper()
+		if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: n, Max: was.Max}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { limit(was.Cur) })
+	limit(0)
+	for _, givenUp := range []bool{true, false} {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		before, ended := given.Load(), make(chan error, 1)
+		go func() { ended <- c.command(ctx, uapi.UBLK_U_CMD_STOP_DEV, 3, 0) }()
+		for given.Load() < before+3 {
+			select {
+			case err := <-ended:
+				t.Fatalf("without a worker: %v", err)
+			case <-time.After(time.Millisecond):
+			}
+		}
+		if givenUp {
+			cancel()
+			if err := <-ended; !errors.Is(err, context.Canceled) {
+				t.Fatalf("given up: %v", err)
+			}
+			continue
+		}
+		limit(was.Cur)
+		if err := <-ended; err != nil {
+			t.Fatalf("with a worker: %v", err)
 		}
 	}
 }

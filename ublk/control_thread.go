@@ -155,12 +155,25 @@ func (t *controlThread) start(cmd *command) {
 		cmd.arg.Addr = uint64(uintptr(unsafe.Pointer(&mem[0])))
 		cmd.arg.Len = uint16(len(mem))
 	}
-	sqe := t.ring.SQE()
-	t.prep(sqe, t.dev, cmd)
-	sqe.UserData = uint64(slot)
 	t.running[slot] = cmd
 	t.current = slot
 	t.inFlight++
+	t.issue(slot)
+}
+
+// issue makes the entry of the command in slot.
+func (t *controlThread) issue(slot int) {
+	sqe := t.ring.SQE()
+	t.prep(sqe, t.dev, t.running[slot])
+	sqe.UserData = uint64(slot)
+}
+
+// wanted says whether somebody still waits for the command in slot.
+func (t *controlThread) wanted(slot int) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	cmd := t.running[slot]
+	return t.givenUp[cmd.key()] != cmd && !t.closed
 }
 
 func prepCommand(sqe *uring.SQE, dev int, cmd *command) {
@@ -174,18 +187,38 @@ func (t *controlThread) complete(cqe uring.CQE) {
 		var n [8]byte
 		_, _ = unix.Read(t.wake, n[:]) // to zero; it was readable
 		t.polling = false
+	case cqe.UserData&^(commandSlots-1) == pauseTag:
+		slot := int(cqe.UserData & (commandSlots - 1))
+		if t.wanted(slot) {
+			t.issue(slot)
+		} else {
+			t.took(slot, -int32(unix.ECANCELED))
+		}
 	case cqe.UserData < commandSlots:
 		slot := int(cqe.UserData)
-		cmd := t.running[slot]
-		t.running[slot] = nil
-		t.inFlight--
-		if t.current == slot {
-			t.current = -1
+		if cqe.Res == -int32(unix.ECANCELED) && t.wanted(slot) {
+			// The kernel had no worker for the command, and could not make one just
+			// then: see internal/blockdev/ring_pause.go. The command has not begun.
+			sqe := t.ring.SQE()
+			sqe.PrepTimeout(&retryPause, 0, 0)
+			sqe.UserData = pauseTag | uint64(slot)
+			return
 		}
-		cmd.res = cqe.Res
-		copy(cmd.buf, t.mem[slot*slotSize:])
-		t.finish(cmd)
+		t.took(slot, cqe.Res)
 	}
+}
+
+// took takes the kernel's answer to the command in slot.
+func (t *controlThread) took(slot int, res int32) {
+	cmd := t.running[slot]
+	t.running[slot] = nil
+	t.inFlight--
+	if t.current == slot {
+		t.current = -1
+	}
+	cmd.res = res
+	copy(cmd.buf, t.mem[slot*slotSize:])
+	t.finish(cmd)
 }
 
 // finish ends a command. It tells the caller who waits for it, or undoes the command

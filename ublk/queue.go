@@ -240,8 +240,8 @@ const (
 	maxTries = 1 << 16
 )
 
-// registerPause is a millisecond. It lies off the heap, because the kernel reads it.
-var registerPause = uring.Timespec{Nsec: 1e6}
+// retryPause is a millisecond. It lies off the heap, because the kernel reads it.
+var retryPause = uring.Timespec{Nsec: 1e6}
 
 func (q *queue) register(tag uint32) {
 	q.tries[tag]++
@@ -255,7 +255,7 @@ func (q *queue) registered(tag uint32, res int32) {
 		q.tags[tag] = tagHandling
 		q.handle(tag)
 	case (res == -int32(unix.ENOMEM) || res == -int32(unix.EBUSY)) && q.tries[tag] < maxTries:
-		q.ring.Command(tag|forPause).PrepTimeout(&registerPause, 0, 0)
+		q.ring.Command(tag|forPause).PrepTimeout(&retryPause, 0, 0)
 	default:
 		q.unregistered.Add(1)
 		q.tries[tag] = 0

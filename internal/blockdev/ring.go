@@ -20,6 +20,7 @@ import (
 //	ring_turn.go    what its thread does, again and again
 //	ring_wait.go    how it waits for the kernel
 //	ring_op.go      an operation, from Submit to its result
+//	ring_pause.go   an operation for which the kernel has no worker
 //	ring_method.go  the ways to discard and to write zeroes
 //	ring_pin.go     registered memory
 

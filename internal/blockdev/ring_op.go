@@ -22,10 +22,11 @@ const (
 
 // slot is an operation in the ring.
 type slot struct {
-	op     *Op
-	method method
-	tries  uint8 // EAGAIN seen
-	async  bool  // leave it to a kernel worker
+	op      *Op
+	method  method
+	tries   uint8  // EAGAIN seen
+	cancels uint16 // ECANCELED seen
+	async   bool   // leave it to a kernel worker
 }
 
 // opList is a first-in first-out list through Op.next.
@@ -184,10 +185,7 @@ func (q *RingQueue) completed(i uint32, res int32) {
 				return
 			}
 		case unix.ECANCELED:
-			if sl.async {
-				// The kernel had no worker free, and no memory for a new one.
-				sl.async = false
-				q.issue(i)
+			if q.pause(i) {
 				return
 			}
 		case unix.EOPNOTSUPP:
@@ -203,7 +201,7 @@ func (q *RingQueue) completed(i uint32, res int32) {
 	case transfer:
 		op.transferred += int64(res)
 		if op.transferred < op.Len {
-			sl.tries, sl.async = 0, op.ForceAsync
+			sl.tries, sl.cancels, sl.async = 0, 0, op.ForceAsync
 			q.issue(i)
 			return
 		}

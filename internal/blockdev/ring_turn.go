@@ -20,7 +20,8 @@ const (
 	kindOp      uint64 = iota << 32 // low half: slot
 	kindCommand                     // low half: tag
 	kindWake
-	kindMask uint64 = 0xffffffff << 32
+	kindPause        // low half: slot
+	kindMask  uint64 = 0xffffffff << 32
 )
 
 // Post runs t.Run on the queue's thread. After the end of the queue it does
@@ -169,6 +170,8 @@ func (q *RingQueue) reap() bool {
 			case kindWake:
 				q.wakeRead = false
 				q.ending = false
+			case kindPause:
+				q.issue(which)
 			}
 		}
 		any = any || n > 0
