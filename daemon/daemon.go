@@ -64,7 +64,8 @@ type Daemon struct {
 	cleared       map[string]bool    // of which nothing is left
 	unnoted       map[uuid.UUID]bool // snapshots that have no note, under mu
 
-	boot bootDisks
+	boot  bootDisks
+	watch intentWatch
 
 	stopRetry context.CancelFunc
 }

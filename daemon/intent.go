@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/bits"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -54,17 +55,18 @@ type intent struct {
 	told    bool   // of that reason
 	stopped bool   // there is no record that counts: durably so
 
-	failed chan error    // has place for one
+	failed chan error    // the log is to be given up; has place for one
 	wake   chan struct{} // a new base is wanted; has place for one
+	due    chan struct{} // a look at the disk is due; has place for one
 	stop   context.CancelFunc
 	done   chan struct{} // closed when nobody looks after the log any more
+
+	// looked is how many requests had changed the disk at the last look at it.
+	looked atomic.Uint64
+	seen   watched // of the watch's goroutine
 }
 
 const (
-	// lookInterval is how often the superblocks of a disk that is written to are looked at.
-	lookInterval = 2 * time.Second
-	// watchInterval is how often it is seen whether a log answers.
-	watchInterval = 500 * time.Millisecond
 	// stopAgain is how long to wait before a record is taken back again.
 	stopAgain = 200 * time.Millisecond
 	// beginAgain is how long to wait before a log that has failed is begun anew; it
@@ -75,7 +77,7 @@ const (
 
 // newIntent makes the log of a device that shall have one, off. It has no file yet.
 func (d *Daemon) newIntent(dev *device, name string, zone int64) (in *intent, err error) {
-	in = &intent{d: d, dev: dev, name: name, counters: dev.counters.queues, reason: "it has not begun", failed: make(chan error, 1), wake: make(chan struct{}, 1), done: make(chan struct{})}
+	in = &intent{d: d, dev: dev, name: name, counters: dev.counters.queues, reason: "it has not begun", failed: make(chan error, 1), wake: make(chan struct{}, 1), due: make(chan struct{}, 1), done: make(chan struct{})}
 	if in.identity, err = d.host.Identify(dev.disk); err != nil {
 		return nil, err
 	}
@@ -161,6 +163,7 @@ func (in *intent) begin(ctx context.Context, answers bool) {
 	}
 	looking, stop := context.WithCancel(context.Background())
 	in.stop = stop
+	in.d.watch.add(in)
 	go in.look(looking)
 }
 

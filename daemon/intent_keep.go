@@ -21,32 +21,19 @@ import (
 // look looks after the log until ctx ends.
 func (in *intent) look(ctx context.Context) {
 	defer close(in.done)
+	defer in.d.watch.remove(in)
 	working := make(chan struct{})
 	go func() {
 		defer close(working)
 		in.work(ctx)
 	}()
 	defer func() { <-working }()
-	watch := time.NewTicker(watchInterval)
-	defer watch.Stop()
-	limit := in.d.opts.Config.DiskTimeout / 2
-	var since time.Time // nobody has had an answer since
-	var last uint64
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case err := <-in.failed:
-			in.giveUp(ctx, err, limit)
-		case <-watch.C:
-			waits, ended := in.log.Waiting()
-			if !waits || ended != last || since.IsZero() {
-				since, last = time.Now(), ended
-			}
-			if waits && time.Since(since) > limit {
-				in.giveUp(ctx, in.d.stateHangs(), limit)
-				since = time.Time{}
-			}
+			in.giveUp(ctx, err, in.d.opts.Config.DiskTimeout/2)
 		}
 	}
 }
@@ -101,10 +88,7 @@ func (d *Daemon) stopState(dev *device, id disk.Identity) error {
 
 // work keeps what is in the state directory up to date until ctx ends. It may hang.
 func (in *intent) work(ctx context.Context) {
-	tick := time.NewTicker(lookInterval)
-	defer tick.Stop()
 	wait, next := beginAgain, time.Now().Add(beginAgain)
-	var written uint64
 	for {
 		newBase := false
 		select {
@@ -112,9 +96,9 @@ func (in *intent) work(ctx context.Context) {
 			return
 		case <-in.wake:
 			newBase = true
-		case <-tick.C:
+		case <-in.due:
 		}
-		state := in.log.Status().State
+		state := in.log.State()
 		if state == intentlog.Off && in.believed() {
 			_ = in.stopRecord(ctx)
 		}
@@ -129,11 +113,11 @@ func (in *intent) work(ctx context.Context) {
 		case state != intentlog.On:
 			continue
 		}
-		if now := in.writes(); now != written || newBase {
+		if now := in.writes(); now != in.looked.Load() || newBase {
 			if err := in.lookAgain(ctx); err != nil {
 				in.uncovered(err)
 			} else {
-				written = now
+				in.looked.Store(now)
 			}
 		}
 		if newBase {
@@ -253,10 +237,7 @@ func (in *intent) taken(info cbtmap.Info) {
 	if err != nil && !errors.Is(err, intentlog.ErrOff) {
 		in.giveUp(ctx, fmt.Errorf("a take could not be made durable: %w", err), in.d.opts.Config.DiskTimeout/2)
 	}
-	select {
-	case in.wake <- struct{}{}:
-	default:
-	}
+	nudge(in.wake)
 }
 
 // hold waits until the log has ranges that have been marked.
