@@ -21,8 +21,10 @@ import (
 // long as its line in fstab says.
 
 const (
-	// bootInterval is how often the daemon looks for disks that are missing.
-	bootInterval = time.Second
+	// bootInterval is how often the daemon looks for named disks that have no filter,
+	// configInterval how often it looks whether others are named.
+	bootInterval   = time.Second
+	configInterval = 5 * time.Second
 	// bootRetryLimit bounds the time between two tries to add a disk that is there, but
 	// cannot be had. It doubles.
 	bootRetryLimit = 30 * time.Second
@@ -87,10 +89,14 @@ func (d *Daemon) startBoot(ctx context.Context) {
 	cancel()
 	go func() {
 		for {
+			pause := configInterval
+			if slices.ContainsFunc(d.boot.disks, func(b *bootDisk) bool { return d.deviceNamed(b.Name) == nil }) {
+				pause = bootInterval
+			}
 			select {
 			case <-ctx.Done():
 				return
-			case <-time.After(bootInterval):
+			case <-time.After(pause):
 			}
 			d.readBoot()
 			d.addBoot(ctx)
