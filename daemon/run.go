@@ -150,7 +150,13 @@ func run(o Options, open func() (stopper, error)) error {
 			return err
 		}
 	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false) // it may be handed on
+	return o.serve(api, l.(*net.UnixListener), lock, signals)
+}
+
+// serve answers clients until the daemon has been stopped, or this program's end in favour
+// of another one.
+func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signals <-chan os.Signal) error {
+	l.SetUnlinkOnClose(false) // it may be handed on
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	srv := newServer(api, o.Log.Logger, defaultTimeouts)
@@ -162,9 +168,16 @@ func run(o Options, open func() (stopper, error)) error {
 		o.Ready()
 	}
 	notify("READY=1")
-	go feedWatchdog(ctx, opened, o.Log.Logger)
+	go feedWatchdog(ctx, api, o.Log.Logger)
 	if o.Prober != nil {
-		go renewProber(ctx, o, api)
+		go renewProber(ctx, *o, api)
+	}
+	// Watchers would never end by themselves. Whoever asked for the end gets his answer.
+	finish := func() {
+		cancel()
+		limited, done := context.WithTimeout(context.Background(), answerTimeout)
+		defer done()
+		_ = srv.Shutdown(limited)
 	}
 
 	for {
@@ -184,23 +197,15 @@ func run(o Options, open func() (stopper, error)) error {
 			}()
 		case plan := <-api.reloads:
 			o.Log.Info("another program takes over in this process", "program", plan.Program)
-			socket, err := l.(*net.UnixListener).File()
+			socket, err := l.File()
 			if err != nil {
 				return fail(err, "hand the socket on")
 			}
-			cancel()
-			limited, done := context.WithTimeout(context.Background(), answerTimeout)
-			_ = srv.Shutdown(limited)
-			done()
-			return fail(o.exec(opened, lock, socket, plan), "exec %s", plan.Program)
+			finish()
+			return fail(o.exec(api, lock, socket, plan), "exec %s", plan.Program)
 		case <-api.stopped:
 			notify("STOPPING=1")
-			// Watchers would never end by themselves. Whoever asked for the stop gets his
-			// answer.
-			cancel()
-			limited, done := context.WithTimeout(context.Background(), answerTimeout)
-			_ = srv.Shutdown(limited)
-			done()
+			finish()
 			_ = srv.Close()
 			_ = os.Remove(o.Dir.Socket())
 			if err := o.dismissGuard(); err != nil {
