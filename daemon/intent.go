@@ -63,7 +63,9 @@ type intent struct {
 
 	// looked is how many requests had changed the disk at the last look at it.
 	looked atomic.Uint64
-	seen   watched // of the watch's goroutine
+	// Of the watch's goroutine, and when a look was last due.
+	stalled stall
+	lastDue time.Time
 }
 
 const (

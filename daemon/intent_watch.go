@@ -18,18 +18,11 @@ type intentWatch struct {
 }
 
 const (
-	// watchInterval is how often it is seen whether a log answers.
+	// watchInterval is how often it is looked whether a log answers.
 	watchInterval = 500 * time.Millisecond
 	// lookInterval is how often the superblocks of a disk that is written to are looked at.
 	lookInterval = 2 * time.Second
 )
-
-// watched is what the watch knows of a log.
-type watched struct {
-	ended  uint64    // how many writes of the log have ended
-	since  time.Time // since when that is so, and somebody waits
-	looked time.Time // when a look at the disk was last due
-}
 
 func (w *intentWatch) add(in *intent) {
 	w.mu.Lock()
@@ -62,25 +55,20 @@ func (w *intentWatch) run() {
 			return
 		}
 		for _, in := range all {
-			in.see(time.Now())
+			in.see()
 		}
 	}
 }
 
 // see is one look at a log. It never waits.
-func (in *intent) see(now time.Time) {
-	s := &in.seen
-	waits, ended := in.log.Waiting()
-	if !waits || ended != s.ended || s.since.IsZero() {
-		s.ended, s.since = ended, now
-	}
-	if waits && now.Sub(s.since) > in.d.opts.Config.DiskTimeout/2 {
+func (in *intent) see() {
+	if still := in.stalled.look(in.log.Waiting()); still > int(in.d.opts.Config.DiskTimeout/2/watchInterval) {
 		in.fail(in.d.stateHangs())
-		s.since = time.Time{}
+		in.stalled = stall{}
 	}
 	// A log that is off may be begun anew, or its record is still to be taken back.
-	if now.Sub(s.looked) >= lookInterval && (in.log.State() == intentlog.Off || in.writes() != in.looked.Load()) {
-		s.looked = now
+	if time.Since(in.lastDue) >= lookInterval && (in.log.State() == intentlog.Off || in.writes() != in.looked.Load()) {
+		in.lastDue = time.Now()
 		nudge(in.due)
 	}
 }

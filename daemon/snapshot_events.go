@@ -15,23 +15,6 @@ import (
 // looks is how often a snapshot is looked at within storage_timeout.
 const looks = 8
 
-// stall says whether a log has not got on for too long. It counts looks, not time, because
-// a process that somebody has stopped for a while finds at its next look that time has gone.
-type stall struct {
-	done uint64 // how far the log was when it last got on, or when nobody waited
-	seen int    // looks since then
-}
-
-// look is told what a look has shown: see diffarea.Log.Waiting.
-func (s *stall) look(waits bool, done uint64) (tooLong bool) {
-	if !waits || done != s.done {
-		*s = stall{done: done}
-		return false
-	}
-	s.seen++
-	return s.seen >= looks
-}
-
 // forwardEvents passes on the events of a snapshot until the snapshot is destroyed.
 // If writes wait too long for another disk than their own, it gives the snapshot up.
 func (d *Daemon) forwardEvents(s *snapshot) {
@@ -44,7 +27,7 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 		select {
 		case <-look.C:
 			s.use.RLock()
-			if stalled.look(s.snap.Waiting()) && !s.gone && s.snap.Err() == 0 {
+			if stalled.look(s.snap.Waiting()) >= looks && !s.gone && s.snap.Err() == 0 {
 				d.opts.Log.Error("the snapshot is given up, because writes wait for a disk that is not their own and does not answer", "snapshot", s.id, "for", limit, "disks", s.hanging())
 				s.snap.Break(unix.ETIMEDOUT)
 			}
