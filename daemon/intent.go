@@ -179,7 +179,7 @@ func (in *intent) tryBegin(ctx context.Context) error {
 }
 
 // beginLocked needs state.
-func (in *intent) beginLocked(ctx context.Context) (err error) {
+func (in *intent) beginLocked(ctx context.Context) error {
 	if in.ended || ctx.Err() != nil {
 		return errors.New("the device goes away")
 	}
@@ -197,70 +197,80 @@ func (in *intent) beginLocked(ctx context.Context) (err error) {
 	}
 	defer store.Close()
 	id := uuid.New()
+	counts, err := in.beginAs(ctx, store, id)
+	if err == nil {
+		store.Tidy(in.identity, id)
+		in.covered()
+		return nil
+	}
+	if counts {
+		err = errors.Join(err, in.stopLocked())
+	} else {
+		store.RemoveLog(in.identity, id)
+	}
+	in.log.GiveUp()
+	return err
+}
+
+// beginAs begins the log under that ID, with a base, and then has its record count; needs
+// state. counts: after an error the record may count.
+func (in *intent) beginAs(ctx context.Context, store *cbtstate.Store, id uuid.UUID) (counts bool, err error) {
+	if err := in.startLog(ctx, store, id); err != nil {
+		return false, err
+	}
+	base, err := in.base()
+	if err != nil {
+		return false, err
+	}
+	if err := store.WriteBase(in.identity, id, base); err != nil {
+		return false, err
+	}
+	r := cbtstate.Record{ID: id, Name: in.name, Path: in.dev.disk.DisplayPath(), Program: control.Version, Saved: time.Now()}
+	r.Identity, r.Size = in.identity, in.dev.geo.Size
+	if r.Boot, err = disk.BootID(); err != nil {
+		return false, err
+	}
+	if r.Fingerprint, err = in.superblocks(ctx); err != nil {
+		return false, err
+	}
+	if ctx.Err() != nil {
+		return false, ctx.Err()
+	}
+	if err := store.Run(r); err != nil {
+		return true, err
+	}
+	// What was kept at a clean end says the same, until the first write is served.
+	if err := store.Use(in.identity); err != nil {
+		return true, err
+	}
+	if err := in.log.Committed(base); err != nil {
+		return true, err
+	}
+	in.record = r
+	return true, nil
+}
+
+// startLog switches the log on, in a new file; needs state.
+func (in *intent) startLog(ctx context.Context, store *cbtstate.Store, id uuid.UUID) error {
 	f, err := store.NewLog(in.identity, id, int64(len(in.memory)))
 	if err != nil {
 		return err
 	}
 	err = unix.Dup3(int(f.Fd()), in.file.Fd(), unix.O_CLOEXEC)
 	f.Close()
-	if err != nil {
-		return fmt.Errorf("begin the log: %w", err)
-	}
-	counts := false
-	defer func() {
-		if err == nil {
-			return
+	if err == nil {
+		started := make(chan error, 1)
+		in.log.Start(id, func(err error) { started <- err })
+		select {
+		case err = <-started:
+		case err = <-in.failed:
+		case <-ctx.Done():
+			err = ctx.Err()
 		}
-		if counts {
-			err = errors.Join(err, in.stopLocked())
-		} else {
-			store.RemoveLog(in.identity, id)
-		}
-		in.log.GiveUp()
-	}()
-	started := make(chan error, 1)
-	in.log.Start(id, func(err error) { started <- err })
-	select {
-	case err = <-started:
-	case err = <-in.failed:
-	case <-ctx.Done():
-		err = ctx.Err()
 	}
 	if err != nil {
 		return fmt.Errorf("begin the log: %w", err)
 	}
-	base, err := in.base()
-	if err != nil {
-		return err
-	}
-	if err := store.WriteBase(in.identity, id, base); err != nil {
-		return err
-	}
-	r := cbtstate.Record{ID: id, Name: in.name, Path: in.dev.disk.DisplayPath(), Program: control.Version, Saved: time.Now()}
-	r.Identity, r.Size = in.identity, in.dev.geo.Size
-	if r.Boot, err = disk.BootID(); err != nil {
-		return err
-	}
-	if r.Fingerprint, err = in.superblocks(ctx); err != nil {
-		return err
-	}
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	counts = true
-	if err := store.Run(r); err != nil {
-		return err
-	}
-	// What was kept at a clean end says the same, until the first write is served.
-	if err := store.Use(in.identity); err != nil {
-		return err
-	}
-	if err := in.log.Committed(base); err != nil {
-		return err
-	}
-	in.record = r
-	store.Tidy(in.identity, id)
-	in.covered()
 	return nil
 }
 
