@@ -74,7 +74,7 @@ func main() {
 
 func fail(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "powercut: "+format+"\n", args...)
-	if out, err := exec.Command("tail", "-n", "40", "/run/ublk-blksnap/log").Output(); err == nil {
+	if out, err := exec.Command("tail", "-n", "40", "/run/ublk-blksnap/daemon.log").Output(); err == nil {
 		os.Stderr.Write(out)
 	}
 	os.Exit(1)

@@ -14,7 +14,7 @@ secret="this is on the disk, and nobody else may read it"
 
 fail() {
 	echo "lost $part: $*" >&2
-	tail -n 30 /run/ublk-blksnap/log >&2 || true
+	tail -n 30 /run/ublk-blksnap/daemon.log >&2 || true
 	exit 1
 }
 part=$1
