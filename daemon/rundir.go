@@ -295,9 +295,9 @@ func writeAt(f *os.File, s string) error {
 }
 
 // mountState mounts the tmpfs for the state. If one is there already it holds what a
-// daemon left behind, and only gets the size that is configured now. Where the kernel
-// can promise it, the tmpfs never goes to swap, because reading it back could need
-// the very devices that it describes.
+// daemon left behind, and only gets the size that is configured now. The tmpfs never
+// goes to swap (Linux 6.4), because it holds keys, and because reading it back could
+// need the very devices that it describes.
 func (d RunDir) mountState(bytes int64) error {
 	dir := d.State()
 	if err := d.subdir(stateName, 0o700); err != nil {
@@ -316,13 +316,11 @@ func (d RunDir) mountState(bytes int64) error {
 		}
 		return nil
 	}
-	options := fmt.Sprintf("mode=0700,size=%d", bytes)
-	// Large pages where a file asks for them: the pools of snapshots do.
-	for _, more := range []string{",noswap,huge=advise", ",noswap", ",huge=advise", ""} {
-		err = unix.Mount("tmpfs", dir, "tmpfs", flags, options+more)
-		if !errors.Is(err, unix.EINVAL) {
-			break
-		}
+	options := fmt.Sprintf("mode=0700,size=%d,noswap", bytes)
+	// Large pages where a file asks for them, as the pools of snapshots do, and where the
+	// kernel has them.
+	if err = unix.Mount("tmpfs", dir, "tmpfs", flags, options+",huge=advise"); errors.Is(err, unix.EINVAL) {
+		err = unix.Mount("tmpfs", dir, "tmpfs", flags, options)
 	}
 	if err != nil {
 		return fail(err, "mount a tmpfs on %s", dir)
