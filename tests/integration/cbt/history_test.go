@@ -154,6 +154,7 @@ func destroyAll(t *testing.T, d *program.Daemon) {
 // TestWrittenBehindOurBack: a filesystem that was mounted past the filter, and
 // every place of the fingerprint with one byte changed.
 func TestWrittenBehindOurBack(t *testing.T) {
+	turn := shortTurn(t)
 	for _, fs := range []guest.Filesystem{guest.Ext4, guest.XFS, guest.Btrfs} {
 		t.Run(fs.Name, func(t *testing.T) {
 			p := plug(t, fs.Minimum)
@@ -199,7 +200,7 @@ func TestWrittenBehindOurBack(t *testing.T) {
 			d.Remove(dev)
 
 			for n, place := range places(t, p) {
-				if fs.Name != guest.Ext4.Name && n%4 != 0 {
+				if n%4 != turn && (fs.Name != guest.Ext4.Name || !guest.Long()) {
 					continue // package fingerprint tries each
 				}
 				p.out()
@@ -213,6 +214,14 @@ func TestWrittenBehindOurBack(t *testing.T) {
 			wants(t, "untouched at last", add(), "", "")
 		})
 	}
+}
+
+// shortTurn is 0 or 1: two kernels share what the short form of a test goes through.
+func shortTurn(t *testing.T) int {
+	if guest.KernelAtLeast(t, 7, 0) {
+		return 1
+	}
+	return 0
 }
 
 func places(t *testing.T, p *plugged) []fingerprint.Place {

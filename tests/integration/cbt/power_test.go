@@ -231,8 +231,12 @@ func TestPowerFailureDoubts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	tries, turn := 0, shortTurn(t)
 	try := func(what, reason, text string, spoil func()) {
 		t.Helper()
+		if tries++; !guest.Long() && tries > 1 && tries%2 != turn {
+			return
+		}
 		p.out()
 		if err := os.WriteFile(p.file, disk, 0o600); err != nil {
 			t.Fatal(err)
@@ -257,9 +261,9 @@ func TestPowerFailureDoubts(t *testing.T) {
 		return func() { p.saved[p.named(suffix)][at] ^= 1 }
 	}
 	try("untouched", "", "goes on after a power failure", func() {})
-	for what, at := range map[string]int{"header": 30, "entry": 512 + 8, "the last sector": 4096 - 5} {
-		try("log: "+what, control.HistoryDamaged, "damaged", inFile(".log", at))
-	}
+	try("log: header", control.HistoryDamaged, "damaged", inFile(".log", 30))
+	try("log: entry", control.HistoryDamaged, "damaged", inFile(".log", 512+8))
+	try("log: the last sector", control.HistoryDamaged, "damaged", inFile(".log", 4096-5))
 	try("base: head", control.HistoryDamaged, "damaged", inFile(".base", 9))
 	try("base: marks", control.HistoryDamaged, "damaged", inFile(".base", 512+7))
 	try("record", control.HistoryDamaged, "checksum", inFile(".running", 200))

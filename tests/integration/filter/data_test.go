@@ -88,7 +88,7 @@ func TestFioVerify(t *testing.T) {
 			if dev.Queues != c.queues || dev.Depth != c.depth || dev.LogicalBlockSize != c.block {
 				t.Fatalf("made %d x %d with blocks of %d", dev.Queues, dev.Depth, dev.LogicalBlockSize)
 			}
-			fio(t, dev.Path, fmt.Sprintf("--rw=randrw --bsrange=4k-1m --size=%d --iodepth=%d --verify=crc32c %s", guest.Span(24<<20, size), c.depth, c.how))
+			fio(t, dev.Path, fmt.Sprintf("--rw=randrw --bsrange=4k-1m --size=%d --iodepth=%d --verify=crc32c %s", guest.Span(12<<20, size), c.depth, c.how))
 			s, err := d.DeviceStatus(guest.Context(t), dev.Name)
 			if err != nil {
 				t.Fatal(err)
