@@ -18,7 +18,7 @@ import (
 // serves others.
 //
 // It always resets the limits, the mask of signals, the open files and the file mode
-// mask. If a command started the daemon, it resets the scheduling and the control
+// mask, and makes the thread an I/O flusher. If a command started the daemon, it resets the scheduling and the control
 // groups too, because the user of the command did not mean them for a daemon. Who
 // runs the daemon in the foreground, or as a service, has chosen them for it.
 // [ublk.PrepareProcess] does what needs no exec.
@@ -30,6 +30,8 @@ func dropInherited(reportFD int) []error {
 		}
 	}
 	try("lift limits", ublk.RaiseLimits())
+	// From here on, to wait for memory may be to wait for disks that wait for this daemon.
+	try("become an I/O flusher", unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0))
 	// A blocked SIGURG would keep the runtime from stopping the queues' threads.
 	try("unblock signals", unix.PthreadSigmask(unix.SIG_SETMASK, &unix.Sigset_t{}, nil))
 	unix.Umask(0o022)
