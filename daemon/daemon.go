@@ -48,8 +48,8 @@ type Daemon struct {
 	lost      *control.Lost        // see notTakenOver
 
 	// Under opLock: what is kept of disks that must not be believed any more, and
-	// could not be used up yet; see useLater.
-	outdated map[string]disk.Identity
+	// could not be used up yet; see outdated.
+	outdated []outdated
 	// Under opLock: what of the above is on record, if a record is kept.
 	recorded bool
 	onRecord []byte
@@ -78,7 +78,7 @@ func New(o Options) (*Daemon, error) {
 	d := &Daemon{
 		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
 		opLock: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
-		waiting: map[string]*survivor{}, outdated: map[string]disk.Identity{},
+		waiting: map[string]*survivor{},
 		cleared: map[string]bool{}, unnoted: map[uuid.UUID]bool{},
 	}
 	d.activity.Store(new(string))
@@ -106,11 +106,13 @@ func New(o Options) (*Daemon, error) {
 	if r, ok := o.Dir.lastRecord(); ok {
 		d.predecessor = r.PID
 	}
+	d.opLock <- struct{}{} // what is tried again later waits until all is taken over
 	d.takeOver(context.Background())
 	retrying, stop := context.WithCancel(context.Background())
 	d.stopRetry = stop
 	d.findLost(retrying)
 	d.startRecord()
+	<-d.opLock
 	go d.retry(retrying)
 	d.startBoot(retrying)
 	return d, nil
@@ -241,6 +243,10 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		removed = append(removed, dev.Name)
 	}
 	d.forgetRemoved()
+	if d.useOutdated(); len(d.outdated) > 0 {
+		d.opts.Log.Error("what is kept of disks from before is out of date, and cannot be removed: remove it before they have filters in another boot",
+			"directory", d.outdated[0].StateDir)
+	}
 	// Nothing will be missed when this daemon ends, so its record goes.
 	if d.recorded {
 		d.recorded = false

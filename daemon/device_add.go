@@ -195,6 +195,12 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		return d.explainUser(dev.disk, err)
 	}
 	undo = append(undo, func() { d.closeOriginal(dev, func() {}) })
+	recorded := false
+	undo = append(undo, func() {
+		if recorded { // which goes after all that it tells the next daemon of
+			d.removeDeviceRecord(r.Name)
+		}
+	})
 
 	if dev.geo, err = readGeometry(ctx, dev.disk); err != nil {
 		return err
@@ -222,14 +228,7 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		zone = r.IntentLogZone
 	}
 	d.makeFilter(dev, r.Name, r.Queues, zone)
-	if dev.intent != nil {
-		dev.intent.begin(ctx, !found.unanswered)
-		d.takenOver(dev)
-	}
-	d.useHistory(ctx, dev, r.Name, found)
 	added := time.Now()
-	undo = append(undo, func() { d.removeDeviceRecord(r.Name) })
-	deathpoint.Point()
 
 	dev.ublk, err = d.addUblk(ctx, filterKind, r.Name, ublk.Config{
 		Name: r.Name, Queues: r.Queues, Depth: r.Depth, MaxIO: ublk.DefaultMaxIO,
@@ -241,6 +240,17 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		if dev.intent != nil {
 			record.Identity, record.IntentLogZone, record.StateDir = dev.intent.identity, r.IntentLogZone, d.opts.Config.StateDir
 		}
+		if err := d.writeDeviceRecord(record); err != nil || recorded {
+			return err
+		}
+		recorded = true
+		// Only now, because the next daemon takes back what it finds of a device that is
+		// on record and was never made.
+		d.beginHistory(ctx, dev, r.Name, found)
+		if record.History == dev.History {
+			return nil
+		}
+		record.History = dev.History
 		return d.writeDeviceRecord(record)
 	})
 	deathpoint.Point()
@@ -264,6 +274,18 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 	deathpoint.Point()
 	rescan(dev.disk.Name)
 	return nil
+}
+
+// beginHistory begins the log of a device that nobody writes to yet, and uses up what was
+// found of its disk.
+func (d *Daemon) beginHistory(ctx context.Context, dev *device, name string, found foundHistory) {
+	if dev.intent != nil {
+		dev.intent.begin(ctx, !found.unanswered)
+		d.takenOver(dev)
+	}
+	deathpoint.Point()
+	d.useHistory(ctx, dev, name, found)
+	deathpoint.Point()
 }
 
 // describe says what the device is, which its ublk device makes final.

@@ -45,6 +45,9 @@ func (r deviceRecord) zone() int64 {
 	return r.IntentLogZone
 }
 
+// kept is what is kept of the disk in a state directory, of a device that has a log.
+func (r deviceRecord) kept() outdated { return outdated{r.Identity, r.StateDir} }
+
 // originalRecord tells a disk from any other.
 type originalRecord struct {
 	Path     string `json:"path"`   // that a person knows it by

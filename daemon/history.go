@@ -93,7 +93,7 @@ func (d *Daemon) useHistory(ctx context.Context, dev *device, name string, found
 	if err == nil {
 		return
 	}
-	d.useLater(found.identity)
+	d.useLater(d.here(found.identity))
 	if found.refusal == nil {
 		found.refusal = &cbtstate.Refusal{Reason: cbtstate.NoPlace, Text: err.Error(), Record: found.record}
 		dev.cbt.NewGeneration()
@@ -105,7 +105,7 @@ func (d *Daemon) useHistory(ctx context.Context, dev *device, name string, found
 // later; needs opLock.
 func (d *Daemon) takenOver(dev *device) {
 	if dev.intent != nil && dev.powerFailure().Covered {
-		delete(d.outdated, dev.intent.identity.String())
+		d.usedUp(d.here(dev.intent.identity))
 	}
 }
 
@@ -141,9 +141,14 @@ func (d *Daemon) askHistory(ctx context.Context, dev *device, name string) found
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.opts.Config.DiskTimeout/2)
 	defer cancel()
+	owed := slices.Clone(d.outdated)
 	found, err := bounded.Call(ctx, func() foundHistory {
 		defer unix.Close(fd)
-		return d.findHistory(ctx, fd, dev, name, limit)
+		found := d.findHistory(ctx, fd, dev, name, limit)
+		if found.refusal == nil && slices.ContainsFunc(owed, d.here(found.identity).is) {
+			found.refusal = &cbtstate.Refusal{Reason: cbtstate.Unclean, Text: "what is kept is from before the last filter over the disk, and could not be removed since", Record: found.record}
+		}
+		return found
 	}, func(foundHistory) {})
 	if err == nil {
 		return found
@@ -261,51 +266,4 @@ func duplicate(dev *device) (int, error) {
 		return -1, fmt.Errorf("duplicate the descriptor of %s: %w", dev.disk.DisplayPath(), err)
 	}
 	return fd, nil
-}
-
-// useAgain is how long to wait before the state of a disk is used up that could not
-// be before; it doubles up to useAgainLimit.
-const (
-	useAgain      = 5 * time.Second
-	useAgainLimit = 10 * time.Minute
-)
-
-// useLater uses up the state of a disk as soon as the state directory can be had:
-// the disk is written to from now on, and nobody may believe later in what is kept
-// there. Needs opLock.
-func (d *Daemon) useLater(id disk.Identity) {
-	if id == nil {
-		return
-	}
-	d.outdated[id.String()] = id
-	d.retryUse(useAgain)
-}
-
-func (d *Daemon) retryUse(after time.Duration) {
-	time.AfterFunc(after, func() {
-		end, err := d.begin(context.Background(), "use up old change maps")
-		if err != nil {
-			return
-		}
-		defer end()
-		if d.useOutdated(); len(d.outdated) > 0 {
-			d.retryUse(min(2*after, useAgainLimit))
-		}
-	})
-}
-
-// useOutdated needs opLock.
-func (d *Daemon) useOutdated() {
-	for name, id := range d.outdated {
-		ctx, cancel := d.withDiskTimeout(context.Background())
-		err := d.callState(ctx, func() error {
-			// Also if it lies on a disk with a filter, for which openState would not do it.
-			store, err := d.openDir(d.opts.Config.StateDir, false)
-			return ifKept(store, err, func() error { return errors.Join(store.Stop(id), store.Use(id)) })
-		})
-		cancel()
-		if err == nil {
-			delete(d.outdated, name)
-		}
-	}
 }

@@ -2,8 +2,8 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -62,22 +62,28 @@ func (d *Daemon) stopHistory(dev *device) {
 		return
 	}
 	if d.endIntent(dev) != nil {
-		d.useLater(dev.intent.identity)
+		d.useLater(d.here(dev.intent.identity))
 		return
 	}
-	d.stopIdentity(dev, dev.intent.identity)
+	d.stopIdentity(dev, d.here(dev.intent.identity))
 }
 
 // stopIdentity takes back what counts of a disk that had a filter with a log, now or
 // later; dev may be nil.
-func (d *Daemon) stopIdentity(dev *device, id disk.Identity) {
-	if id == nil || d.opts.Config.StateDir == "" {
+func (d *Daemon) stopIdentity(dev *device, o outdated) {
+	if o.Identity == nil || o.StateDir == "" {
 		return
 	}
 	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
-	if d.callState(ctx, func() error { return d.stopState(dev, id) }) != nil {
-		d.useLater(id)
+	err := d.callState(ctx, func() error {
+		if o.StateDir == d.opts.Config.StateDir {
+			return d.stopState(dev, o.Identity)
+		}
+		return d.useUp(o)
+	})
+	if err != nil {
+		d.useLater(o)
 	}
 }
 
@@ -87,16 +93,11 @@ func (d *Daemon) leaveStateDir(r *deviceRecord) {
 	if r.StateDir == "" || r.StateDir == d.opts.Config.StateDir {
 		return
 	}
-	ctx, cancel := d.withDiskTimeout(context.Background())
-	defer cancel()
-	err, late := bounded.Call(ctx, func() error {
-		store, err := d.openDir(r.StateDir, false)
-		return ifKept(store, err, func() error { return store.Stop(r.Identity) })
-	}, func(error) {})
-	if err = errors.Join(err, late); err != nil {
-		d.opts.Log.Error("what the state directory of before has cannot be taken back: remove its files before it is used again",
-			"name", r.Name, "directory", r.StateDir, "error", err)
-		return
+	old := r.kept()
+	d.stopIdentity(nil, old)
+	if slices.ContainsFunc(d.outdated, old.is) {
+		d.opts.Log.Error("what the state directory of before has cannot be taken back yet: remove its files before it is used again",
+			"name", r.Name, "directory", old.StateDir)
 	}
 	r.StateDir = d.opts.Config.StateDir
 	if err := d.writeDeviceRecord(*r); err != nil {
@@ -141,14 +142,14 @@ func (d *Daemon) tryKeepHistory(dev *device) error {
 	if late != nil {
 		// The last step may be under way, and end when the disk has a filter again.
 		if !stage.CompareAndSwap(keepBegun, keepGivenUp) {
-			d.useLater(identity)
+			d.useLater(d.here(identity))
 		}
 		return fmt.Errorf("the disk or %w", d.stateHangs())
 	}
 	if result == nil {
-		delete(d.outdated, identity.String())
+		d.usedUp(d.here(identity))
 	} else if stage.Load() == keepCommitted {
-		d.useLater(identity)
+		d.useLater(d.here(identity))
 	}
 	return result
 }

@@ -161,7 +161,7 @@ func (in *intent) beginAgain(ctx context.Context) error {
 	defer cancel()
 	if err = in.tryBegin(limited); err == nil {
 		// What may be left from before is not to be used up any more.
-		delete(in.d.outdated, in.identity.String())
+		in.d.usedUp(in.d.here(in.identity))
 		return nil
 	}
 	in.uncovered(err)

@@ -68,6 +68,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 		d.thawLeftover()
 	}()
 	d.openEvents()
+	d.openOutdated()
 	records, damaged := d.deviceRecords()
 	d.damaged = damaged
 	var devices []*survivor
@@ -270,7 +271,7 @@ func (d *Daemon) forget(ctx context.Context, r deviceRecord) {
 		_, _ = bounded.Call(ctx, func() error { return rereadPartitions(bdev) }, func(error) {})
 		rescan(bdev.Name)
 	}
-	d.stopIdentity(nil, r.Identity)
+	d.stopIdentity(nil, r.kept())
 	d.removeDeviceRecord(r.Name)
 }
 
@@ -399,7 +400,7 @@ func (d *Daemon) resume(ctx context.Context, s *survivor) {
 	dev := s.dev
 	d.leaveStateDir(&s.record)
 	if d.takenOver(dev); dev.intent == nil {
-		d.stopIdentity(dev, s.record.Identity)
+		d.stopIdentity(dev, s.record.kept())
 	}
 	if err := dev.ublk.Resume(ctx); err != nil {
 		s.reason = err

@@ -20,7 +20,7 @@ import (
 func (d *Daemon) wait(s *survivor) {
 	d.opts.Log.Error("a filter cannot be taken over yet: its I/O waits", "name", s.record.Name, "disk", s.record.Original.Path, "reason", s.reason)
 	if s.claimedByOther {
-		d.stopIdentity(nil, s.record.Identity) // he may write to it
+		d.stopIdentity(nil, s.record.kept()) // he may write to it
 	}
 	d.mu.Lock()
 	d.waiting[s.record.Name] = s

@@ -43,7 +43,9 @@ type Daemon struct {
 	*control.Client
 	t      testing.TB
 	RunDir daemon.RunDir
-	PID    int
+	// StateDir is the state_dir that it was started with.
+	StateDir string
+	PID      int
 	// Program is another program than that under test, for the next Launch.
 	Program string
 	args    []string
@@ -84,6 +86,7 @@ func StartLogging(t testing.TB, stderr *os.File, params ...string) *Daemon {
 		}
 		values[key] = value
 	}
+	d.StateDir, _ = strconv.Unquote(values["state_dir"])
 	var b strings.Builder
 	for key, value := range values {
 		fmt.Fprintf(&b, "%s = %s\n", key, value)
