@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -117,8 +116,8 @@ func (d *Daemon) readDeviceRecord(name string) (r deviceRecord, err error) {
 	if err != nil {
 		return r, err
 	}
-	if err := json.Unmarshal(text, &r); err != nil {
-		return r, fmt.Errorf("%s: %w", path, err)
+	if err := statefile.Unmarshal(path, text, &r); err != nil {
+		return r, err
 	}
 	kind, ours := ublk.IsOurs(r.Tag)
 	_, err = disk.ParseNum(r.Original.Number)

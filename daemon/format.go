@@ -20,6 +20,8 @@ import (
 //	1  change maps (cbt/) and the files of snapshots, without records that tell of what
 //	   they are: what is there can only be given back
 //	2  records of devices and snapshots, from which the next daemon takes them over
+//	3  devices may have a write-intent log, and snapshots a note, in the state_dir: a
+//	   program that does not know of them would leave them there to be believed
 
 const (
 	formatName = "format"
@@ -39,6 +41,8 @@ var migrations = [stateFormat]func(dir RunDir) error{
 		// device or a snapshot that has no record.
 		return nil
 	},
+	// Of format 2 no device has a log and no snapshot a note, and none needs one.
+	2: func(RunDir) error { return nil },
 }
 
 // formatFound is the format of what is in the state directory; 0 if it is empty.

@@ -3,7 +3,7 @@
 package daemon
 
 // stateFormat is the format that this program writes.
-const stateFormat = 2
+const stateFormat = 3
 
 // devicesName is the directory of the records of devices.
 const devicesName = "devices"

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -44,6 +45,16 @@ func TestFormat(t *testing.T) {
 			if got, err := dir.formatFound(); got != stateFormat || err != nil {
 				t.Errorf("after the migration with %q: format %d, %v", name, got, err)
 			}
+		}
+	}
+
+	for old := 1; old < stateFormat; old++ {
+		dir, path := setUp(formatName, "")
+		if err := errors.Join(statefile.Write(path, formatKind, old, format{"0.1"}), dir.migrate()); err != nil {
+			t.Error(err)
+		}
+		if got, err := dir.formatFound(); got != stateFormat || err != nil {
+			t.Errorf("after the migration from format %d: %d, %v", old, got, err)
 		}
 	}
 

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"io/fs"
 	"os"
@@ -48,7 +47,7 @@ func (d *Daemon) openOutdated() {
 		return
 	}
 	if err == nil {
-		err = json.Unmarshal(text, &d.outdated)
+		err = statefile.Unmarshal(d.outdatedFile(), text, &d.outdated)
 	}
 	if err != nil {
 		d.opts.Log.Error("it is not known which change maps of before must not be believed: remove those of disks that have no filter now",

@@ -2,7 +2,6 @@ package snapshots
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -47,8 +46,8 @@ func ReadNote(path string, text []byte) (*Lost, error) {
 		return nil, err
 	}
 	l := &Lost{}
-	if err := json.Unmarshal(body, &l.note); err != nil {
-		return nil, damaged(path, err.Error())
+	if err := statefile.Unmarshal(path, body, &l.note); err != nil {
+		return nil, err
 	}
 	boot, err := disk.BootID()
 	if err != nil {

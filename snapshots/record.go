@@ -142,8 +142,8 @@ func readRecord(dir string, id uuid.UUID) (r record, err error) {
 	if err != nil {
 		return record{}, err
 	}
-	if err := json.Unmarshal(body, &r); err != nil {
-		return record{}, damaged(path, err.Error())
+	if err := statefile.Unmarshal(path, body, &r); err != nil {
+		return record{}, err
 	}
 	if r.ID != id {
 		return record{}, damaged(path, "it is of the snapshot "+r.ID.String())

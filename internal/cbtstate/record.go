@@ -172,7 +172,9 @@ func decode(b []byte) (*Record, *Refusal) {
 		return nil, refuse(Damaged, "has a wrong checksum")
 	}
 	r := &Record{}
-	if err := json.Unmarshal(body, r); err != nil {
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.DisallowUnknownFields() // it means something
+	if err := d.Decode(r); err != nil {
 		return nil, refuse(Damaged, "cannot be read: %v", err)
 	}
 	return r, nil

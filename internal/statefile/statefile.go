@@ -144,6 +144,17 @@ func Decode(path string, text []byte, kind string, newest int) (body []byte, ver
 	return body[:length], version, nil
 }
 
+// Unmarshal makes v of the body of the file at path. A field that v does not have is an
+// error that wraps ErrDamaged: it was written by another program, and means something.
+func Unmarshal(path string, body []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return fmt.Errorf("%s: %w: %v: nothing of it is used", path, ErrDamaged, err)
+	}
+	return nil
+}
+
 // CheckOwn makes sure that an open file is a regular one with one name, and that
 // nobody but this user can read or write it.
 func CheckOwn(f *os.File) error {

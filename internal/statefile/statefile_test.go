@@ -89,6 +89,19 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
+// TestUnmarshal: a field that this program does not know is not passed over.
+func TestUnmarshal(t *testing.T) {
+	var v thing
+	if err := Unmarshal("file", []byte(`{"name":"a","n":1}`), &v); err != nil || v != (thing{"a", 1}) {
+		t.Errorf("%+v, %v", v, err)
+	}
+	for _, body := range []string{`{"name":"a","n":1,"more":2}`, `{"name":1}`, `{`, ``} {
+		if err := Unmarshal("file", []byte(body), &v); !errors.Is(err, ErrDamaged) {
+			t.Errorf("%s: %v", body, err)
+		}
+	}
+}
+
 // TestForeign: what others own, may write, or know by another name is not read.
 func TestForeign(t *testing.T) {
 	for name, change := range map[string]func(path string) error{

@@ -359,3 +359,26 @@ func TestStateDirectory(t *testing.T) {
 	})
 	wants(t, "closed to others again", d.Add(p.disk, named("data")), control.HistoryUnclean, "")
 }
+
+// TestOutdatedOutlivesDeath: what was kept of a disk, and is out of date since it has
+// a filter, is used up, though the daemon that was to do that has died.
+func TestOutdatedOutlivesDeath(t *testing.T) {
+	p := plug(t, 16<<20)
+	d := program.Start(t, "intent_log=false")
+	d.Remove(d.Add(p.disk, named("data")))
+	if err := os.Chmod(d.StateDir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	dev := d.Add(p.disk, named("data"))
+	wants(t, "a directory for all", dev, control.HistoryUntrusted, "can be written to by others")
+	d.Kill()
+	d.Restart()
+	if err := os.Chmod(d.StateDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	guest.WaitFor(t, "the end of what was kept", func() bool {
+		names, err := filepath.Glob(d.StateDir + "/*.json")
+		return err == nil && len(names) == 0
+	})
+	d.Remove(dev)
+}
