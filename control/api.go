@@ -245,18 +245,19 @@ type History struct {
 
 // The reasons of a History that is not continued.
 const (
-	HistoryNone        = "no-state"    // nothing was kept of this disk
-	HistoryUnclean     = "unclean"     // the last filter had no clean end
-	HistoryUsed        = "used"        // what was kept was used before
-	HistoryOtherDisk   = "other-disk"  // what was kept under the name is of another disk
-	HistoryOtherSize   = "size"        // the disk has another size
-	HistoryOtherBlock  = "block-size"  // change tracking has another block size
-	HistoryWritten     = "written"     // the disk was written to while it had no filter
-	HistoryDamaged     = "damaged"     // what was kept is not whole
-	HistoryVersion     = "version"     // another version of the program kept it
-	HistoryUntrusted   = "untrusted"   // somebody else can write to where it was kept
-	HistoryUnavailable = "unavailable" // the state directory cannot be used now
-	HistoryUnknown     = "unknown"     // the disk cannot be known again, or not be looked at
+	HistoryNone        = "no-state"      // nothing was kept of this disk
+	HistoryUnclean     = "unclean"       // the last filter had no clean end
+	HistoryUsed        = "used"          // what was kept was used before
+	HistoryOtherDisk   = "other-disk"    // what was kept under the name is of another disk
+	HistoryOtherHost   = "other-machine" // what was kept is of another machine, of which this one may be a copy
+	HistoryOtherSize   = "size"          // the disk has another size
+	HistoryOtherBlock  = "block-size"    // change tracking has another block size
+	HistoryWritten     = "written"       // the disk was written to while it had no filter
+	HistoryDamaged     = "damaged"       // what was kept is not whole
+	HistoryVersion     = "version"       // another version of the program kept it
+	HistoryUntrusted   = "untrusted"     // somebody else can write to where it was kept
+	HistoryUnavailable = "unavailable"   // the state directory cannot be used now
+	HistoryUnknown     = "unknown"       // the disk cannot be known again, or not be looked at
 )
 
 // ChangesRequest asks what changed between a take and the last one.

@@ -36,7 +36,7 @@ func TestNotMounted(t *testing.T) {
 func TestHistoryReasons(t *testing.T) {
 	for api, state := range map[string]string{
 		control.HistoryNone: cbtstate.NoState, control.HistoryUnclean: cbtstate.Unclean, control.HistoryUsed: cbtstate.Used,
-		control.HistoryOtherDisk: cbtstate.OtherDisk, control.HistoryOtherSize: cbtstate.OtherSize, control.HistoryOtherBlock: cbtstate.OtherBlock,
+		control.HistoryOtherDisk: cbtstate.OtherDisk, control.HistoryOtherHost: cbtstate.OtherHost, control.HistoryOtherSize: cbtstate.OtherSize, control.HistoryOtherBlock: cbtstate.OtherBlock,
 		control.HistoryWritten: cbtstate.Written, control.HistoryDamaged: cbtstate.Damaged, control.HistoryVersion: cbtstate.Version,
 		control.HistoryUntrusted: cbtstate.Untrusted, control.HistoryUnavailable: cbtstate.NoPlace, control.HistoryUnknown: cbtstate.Unknown,
 	} {

@@ -108,6 +108,12 @@ func (d *Daemon) findLost(ctx context.Context) {
 		f.err = d.stateHangs()
 	}
 	for _, l := range f.lost {
+		if l.Foreign {
+			d.opts.Log.Warn(foreignNote, "snapshot", l.ID.String(), "created", l.Created, "directory", notesDir(d.opts.Config.StateDir))
+		}
+	}
+	f.lost = slices.DeleteFunc(f.lost, isForeign)
+	for _, l := range f.lost {
 		d.opts.Log.Error("a snapshot is lost in a restart or a loss of power", "snapshot", l.ID.String(), "devices", devicesOf(l), "created", l.Created)
 		d.events.notice(control.Event{Snapshot: l.ID.String(), Kind: control.EventLost, Text: lostText(l)})
 		d.lostSnapshots = append(d.lostSnapshots, lostSnapshot(l))
@@ -119,6 +125,11 @@ func (d *Daemon) findLost(ctx context.Context) {
 		go d.clearLost(ctx, f.lost, f.err != nil)
 	}
 }
+
+// foreignNote is said of a note that a copy of a machine finds.
+const foreignNote = "a note is of another machine's snapshot, which this machine leaves alone: remove the note if that machine is no more"
+
+func isForeign(l *snapshots.Lost) bool { return l.Foreign }
 
 // retryLost is how often storage that is not there is looked for.
 const retryLost = 10 * time.Second
@@ -155,7 +166,7 @@ func (d *Daemon) clearLost(ctx context.Context, lost []*snapshots.Lost, again bo
 		if again { // what is known of those that are left stays
 			more, err := d.lostBefore()
 			again = err != nil
-			for _, l := range more {
+			for _, l := range slices.DeleteFunc(more, isForeign) {
 				if !slices.ContainsFunc(left, func(k *snapshots.Lost) bool { return k.ID == l.ID }) {
 					left = append(left, l)
 				}
@@ -241,6 +252,10 @@ func examineLost(c Config) []Check {
 		out = append(out, Check{"lost snapshots", Note, err.Error(), ""})
 	}
 	for _, l := range lost {
+		if l.Foreign {
+			out = append(out, Check{"lost snapshot", Note, l.ID.String() + ": " + foreignNote, ""})
+			continue
+		}
 		out = append(out, Check{"lost snapshot", Note, l.ID.String() + " was " + lostText(l) + ": what it stored may remain", "start the daemon with its storage there"})
 	}
 	return out

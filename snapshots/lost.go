@@ -25,6 +25,9 @@ type Lost struct {
 	Encrypted bool
 	Devices   []Device
 	Storage   []LostStorage
+	// Foreign: it was a snapshot of another machine, of which this one may be a copy.
+	// Clear leaves its storage alone.
+	Foreign bool
 
 	note noteContent
 }
@@ -56,6 +59,8 @@ func ReadNote(path string, text []byte) (*Lost, error) {
 	if l.note.Boot == boot {
 		return nil, nil
 	}
+	machine := disk.MachineID()
+	l.Foreign = l.note.Machine != "" && machine != "" && l.note.Machine != machine
 	l.ID, l.Created, l.Encrypted, l.Devices = l.note.ID, l.note.Created, l.note.Encrypted, l.note.Devices
 	for _, st := range l.note.Storage {
 		l.Storage = append(l.Storage, LostStorage{Path: st.Path})
@@ -77,6 +82,9 @@ type Machine struct {
 
 // errLater: the storage is not there, or somebody uses it; it may be cleared later.
 var errLater = errors.New("data of the snapshot may remain there")
+
+// errForeign: the storage may be in use there.
+var errForeign = errors.New("it is of another machine, of which this one may be a copy: it is left as it is")
 
 // Clear clears the storage: of a file that was made for the snapshot nothing stays,
 // under whatever name it is found; one that lent its space has it back; a device is
@@ -100,6 +108,9 @@ func (l *Lost) Clear(m Machine) (done bool) {
 }
 
 func (l *Lost) clear(r noteStorage, m Machine) (text string, err error) {
+	if l.Foreign {
+		return "", errForeign
+	}
 	if r.Dir != nil {
 		return r.clearLostFile(m)
 	}

@@ -46,6 +46,9 @@ func lostLife(t *testing.T, kind string, change func(l life)) (l life, lost *Los
 	if err := json.Unmarshal(body, &c); err != nil {
 		t.Fatal(err)
 	}
+	if c.Machine != disk.MachineID() {
+		t.Errorf("the machine is %q on record", c.Machine)
+	}
 	c.Boot = "another"
 	for i := range c.Storage { // filesystems may have other numbers by then
 		for _, id := range []*identity{c.Storage[i].Dir, c.Storage[i].File, c.Storage[i].Lender} {
@@ -242,5 +245,36 @@ func TestNoteGone(t *testing.T) {
 	}
 	if err := d.destroy(s); err != nil || note != nil {
 		t.Errorf("destroyed: %v, a note of %d bytes", err, len(note))
+	}
+}
+
+// TestLostForeign: a copy of the machine finds the note, and the storage, where the first
+// one may still have its snapshot. It leaves both alone.
+func TestLostForeign(t *testing.T) {
+	for _, kind := range []string{"new", "device"} {
+		l, lost := lostLife(t, kind, nil)
+		before, err := os.ReadFile(l.Storage[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := lost.note
+		c.Machine = "another"
+		text, err := statefile.Encode(noteKind, noteVersion, c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		foreign, err := ReadNote("note", text)
+		if err != nil || !foreign.Foreign || lost.Foreign {
+			t.Fatalf("%+v, %v", foreign, err)
+		}
+		if foreign.Clear(machineOf(l)) || foreign.Storage[0].Done || !strings.Contains(foreign.Storage[0].Text, "another machine") {
+			t.Errorf("%s: %+v", kind, foreign.Storage)
+		}
+		if now, err := os.ReadFile(l.Storage[0]); err != nil || !bytes.Equal(now, before) {
+			t.Errorf("%s: changed, %v", kind, err)
+		}
+		if !lost.Clear(machineOf(l)) {
+			t.Errorf("%s: its own machine: %+v", kind, lost.Storage)
+		}
 	}
 }

@@ -27,12 +27,15 @@ import (
 //	note: disk ──> header on the device ──> Append ──> stored to
 //	given back, durably ──> no note
 //
-// The first daemon of another boot clears what a note names: see Lost.
+// The first daemon of another boot clears what a note names: see Lost. A copy of the
+// machine has the note too, and may reach the storage, where the first one still has its
+// snapshot. So only the machine that wrote a note clears what it names.
 
 // noteContent is what a note says.
 type noteContent struct {
 	ID        uuid.UUID     `json:"id"`
 	Created   time.Time     `json:"created"`
+	Machine   string        `json:"machine,omitempty"` // see disk.MachineID
 	Boot      string        `json:"boot"`
 	Encrypted bool          `json:"encrypted,omitempty"`
 	Devices   []Device      `json:"devices"`
@@ -57,7 +60,7 @@ func (s *state) keepNote() bool {
 		return false
 	}
 	r := s.recorded()
-	n := noteContent{ID: r.ID, Created: r.Created, Boot: boot, Encrypted: r.Encrypted}
+	n := noteContent{ID: r.ID, Created: r.Created, Machine: disk.MachineID(), Boot: boot, Encrypted: r.Encrypted}
 	for _, d := range r.Devices {
 		n.Devices = append(n.Devices, d.Device)
 	}

@@ -19,8 +19,9 @@ import (
 // Disk is what a disk is like while it has no filter.
 type Disk struct {
 	Identity    disk.Identity       `json:"identity"`
-	Size        int64               `json:"size"` // bytes
-	Boot        string              `json:"boot"` // of the kernel
+	Size        int64               `json:"size"`              // bytes
+	Machine     string              `json:"machine,omitempty"` // see disk.MachineID
+	Boot        string              `json:"boot"`              // of the kernel
 	Writes      *disk.Writes        `json:"writes,omitempty"`
 	Fingerprint []fingerprint.Place `json:"fingerprint"`
 }
@@ -48,18 +49,19 @@ func (r *Refusal) Error() string { return r.Text }
 
 // The reasons of a Refusal.
 const (
-	NoState    = "no-state"    // nothing is kept of this disk
-	Unclean    = "unclean"     // the last filter had no clean end
-	Used       = "used"        // the state was used before
-	OtherDisk  = "other-disk"  // what is kept under the name is of another disk
-	OtherSize  = "size"        // the disk has another size
-	OtherBlock = "block-size"  // change tracking has another block size
-	Written    = "written"     // the disk was written to
-	Damaged    = "damaged"     // a file is not whole
-	Version    = "version"     // a file is of another version of the program
-	Untrusted  = "untrusted"   // somebody else can write to a file or the directory
-	NoPlace    = "unavailable" // the directory cannot be used now
-	Unknown    = "unknown"     // the disk cannot be known again, or not be looked at
+	NoState    = "no-state"      // nothing is kept of this disk
+	Unclean    = "unclean"       // the last filter had no clean end
+	Used       = "used"          // the state was used before
+	OtherDisk  = "other-disk"    // what is kept under the name is of another disk
+	OtherHost  = "other-machine" // what is kept is of another machine
+	OtherSize  = "size"          // the disk has another size
+	OtherBlock = "block-size"    // change tracking has another block size
+	Written    = "written"       // the disk was written to
+	Damaged    = "damaged"       // a file is not whole
+	Version    = "version"       // a file is of another version of the program
+	Untrusted  = "untrusted"     // somebody else can write to a file or the directory
+	NoPlace    = "unavailable"   // the directory cannot be used now
+	Unknown    = "unknown"       // the disk cannot be known again, or not be looked at
 )
 
 func refuse(reason, format string, args ...any) *Refusal {
@@ -73,9 +75,13 @@ func (r *Record) refuse(reason, format string, args ...any) *Refusal {
 	return no
 }
 
-// sameDisk says why a disk is not the one of the record; nil if it is.
+// sameDisk says why a record is not of a disk that is now like this, whatever was written
+// to it.
 func (r *Record) sameDisk(now Disk) *Refusal {
 	switch {
+	case r.Machine != "" && now.Machine != "" && r.Machine != now.Machine:
+		// A copy of a machine goes another way from then on, under the same numbers of takes.
+		return r.refuse(OtherHost, "the state is of another machine, of which this one may be a copy")
 	case !slices.Equal(r.Identity, now.Identity):
 		return r.refuse(OtherDisk, "the state is of another disk: %s, and not %s", r.Identity, now.Identity)
 	case r.Size != now.Size:
@@ -90,19 +96,23 @@ func (r *Record) Judge(now Disk) *Refusal {
 	if no := r.sameDisk(now); no != nil {
 		return no
 	}
-	if r.Boot == now.Boot {
-		switch {
-		case r.Writes == nil || now.Writes == nil:
-			return r.refuse(Unknown, "the kernel has not counted the writes to the disk")
-		case r.Writes.Attached != now.Writes.Attached:
-			// It was away meanwhile: as after another boot.
-		case r.Writes.Own != now.Writes.Own:
-			return r.refuse(Written, "the disk was written to: the kernel has counted %d writes and %d discards since",
-				now.Writes.Own[0]-r.Writes.Own[0], now.Writes.Own[2]-r.Writes.Own[2])
-		case r.Writes.WholeDisk != now.Writes.WholeDisk:
-			return r.refuse(Written, "the disk of the partition was written to: the kernel has counted %d writes and %d discards since",
-				now.Writes.WholeDisk[0]-r.Writes.WholeDisk[0], now.Writes.WholeDisk[2]-r.Writes.WholeDisk[2])
-		}
+	then := r.Writes
+	switch {
+	case r.Boot == now.Boot && (then == nil || now.Writes == nil):
+		return r.refuse(Unknown, "the kernel has not counted the writes to the disk")
+	case r.Boot == now.Boot && then.Attached == now.Writes.Attached:
+		// The kernel has counted all the time.
+	case now.Writes != nil && !now.Writes.Carried:
+		then = &disk.Writes{} // it began anew in between
+	default:
+		then = now.Writes
+	}
+	if w := now.Writes; w != nil && then.Own != w.Own {
+		return r.refuse(Written, "the disk was written to: the kernel has counted %d writes and %d discards since",
+			w.Own[0]-then.Own[0], w.Own[2]-then.Own[2])
+	} else if w != nil && then.WholeDisk != w.WholeDisk {
+		return r.refuse(Written, "the disk of the partition was written to: the kernel has counted %d writes and %d discards since",
+			w.WholeDisk[0]-then.WholeDisk[0], w.WholeDisk[2]-then.WholeDisk[2])
 	}
 	if place := fingerprint.Difference(r.Fingerprint, now.Fingerprint); place != "" {
 		return r.refuse(Written, "the disk was written to: its %s is another one", place)
@@ -112,17 +122,19 @@ func (r *Record) Judge(now Disk) *Refusal {
 
 // JudgeRunning says why a disk that had a filter when the power failed, and is now like
 // this, is not believed to be as that filter left it; nil if it is believed. What the
-// filter wrote last does not matter: the log has it.
+// filter wrote last does not matter: the log has it. Whether the disk has been there
+// since the machine was started nobody can tell, so the kernel's counters are of the
+// time since it was plugged in.
 func (r *Record) JudgeRunning(now Disk) *Refusal {
-	if no := r.sameDisk(now); no != nil {
-		return no
-	}
+	no := r.sameDisk(now)
 	switch {
+	case no != nil:
+		return no
 	case r.Boot == now.Boot:
 		return r.refuse(Unclean, "the last filter over the disk did not end cleanly, and the machine has not been started anew since")
 	case now.Writes == nil:
 		return r.refuse(Unknown, "the kernel has not counted the writes to the disk")
-	case now.Writes.Own != [4]uint64{} || now.Writes.WholeDisk != [4]uint64{}:
+	case !now.Writes.None():
 		return r.refuse(Written, "the disk was written to after the power failure, before it had a filter: the kernel has counted that")
 	}
 	if place := fingerprint.Difference(r.Fingerprint, now.Fingerprint); place != "" {

@@ -102,6 +102,7 @@ func TestJudgeRunning(t *testing.T) {
 	}{
 		"as it was":         {func(*Record, *Disk) {}, ""},
 		"this boot":         {func(r *Record, now *Disk) { now.Boot = r.Boot }, Unclean},
+		"a copy of it":      {func(r *Record, now *Disk) { r.Machine, now.Machine = "a", "b" }, OtherHost},
 		"another identity":  {func(_ *Record, now *Disk) { now.Identity = disk.Identity{"serial=c"} }, OtherDisk},
 		"another size":      {func(_ *Record, now *Disk) { now.Size++ }, OtherSize},
 		"written":           {func(_ *Record, now *Disk) { now.Writes.Own[1]++ }, Written},

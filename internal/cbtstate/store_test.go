@@ -288,19 +288,31 @@ func TestJudge(t *testing.T) {
 		change func(r *Record, now *Disk)
 		want   string
 	}{
-		"as it was":         {func(*Record, *Disk) {}, ""},
-		"another boot":      {func(_ *Record, now *Disk) { now.Boot, now.Writes = "boot 2", &disk.Writes{} }, ""},
-		"no counters then":  {func(r *Record, now *Disk) { now.Boot, r.Writes = "boot 2", nil }, ""},
-		"plugged in again":  {func(_ *Record, now *Disk) { now.Writes = &disk.Writes{Attached: 6} }, ""},
-		"another identity":  {func(_ *Record, now *Disk) { now.Identity = disk.Identity{"serial=c"} }, OtherDisk},
-		"another size":      {func(_ *Record, now *Disk) { now.Size++ }, OtherSize},
-		"written":           {func(_ *Record, now *Disk) { now.Writes.Own[1]++ }, Written},
-		"discarded":         {func(_ *Record, now *Disk) { now.Writes.Own[2]++ }, Written},
-		"written past it":   {func(_ *Record, now *Disk) { now.Writes.WholeDisk[0]++ }, Written},
-		"no counters":       {func(r *Record, _ *Disk) { r.Writes = nil }, Unknown},
-		"no counters now":   {func(_ *Record, now *Disk) { now.Writes = nil }, Unknown},
-		"superblock":        {func(_ *Record, now *Disk) { now.Boot = "boot 2"; now.Fingerprint[0].SHA256 = "cc" }, Written},
-		"no superblock now": {func(_ *Record, now *Disk) { now.Boot = "boot 2"; now.Fingerprint = now.Fingerprint[1:] }, Written},
+		"as it was":        {func(*Record, *Disk) {}, ""},
+		"another boot":     {func(_ *Record, now *Disk) { now.Boot, now.Writes = "boot 2", &disk.Writes{} }, ""},
+		"no counters then": {func(r *Record, now *Disk) { now.Boot, r.Writes, now.Writes = "boot 2", nil, &disk.Writes{} }, ""},
+		"plugged in again": {func(_ *Record, now *Disk) { now.Writes = &disk.Writes{Attached: 6} }, ""},
+		"written in this boot": {func(_ *Record, now *Disk) {
+			now.Boot, now.Writes = "boot 2", &disk.Writes{Attached: 5, Own: [4]uint64{1, 8}}
+		}, Written},
+		"discarded in this boot, past it": {func(_ *Record, now *Disk) {
+			now.Boot, now.Writes = "boot 2", &disk.Writes{Attached: 5, WholeDisk: [4]uint64{0, 0, 1, 8}}
+		}, Written},
+		"written since it was plugged in again": {func(_ *Record, now *Disk) { now.Writes = &disk.Writes{Attached: 6, Own: [4]uint64{1, 8}} }, Written},
+		"a loop device was used before":         {func(_ *Record, now *Disk) { now.Writes.Attached, now.Writes.Carried = 6, true }, ""},
+		"no counters in this boot":              {func(_ *Record, now *Disk) { now.Boot, now.Writes = "boot 2", nil }, ""},
+		"a copy of the machine":                 {func(r *Record, now *Disk) { r.Machine, now.Machine = "a", "b" }, OtherHost},
+		"the same machine":                      {func(r *Record, now *Disk) { r.Machine, now.Machine = "a", "a" }, ""},
+		"a machine that is not known":           {func(r *Record, now *Disk) { r.Machine = "a" }, ""},
+		"another identity":                      {func(_ *Record, now *Disk) { now.Identity = disk.Identity{"serial=c"} }, OtherDisk},
+		"another size":                          {func(_ *Record, now *Disk) { now.Size++ }, OtherSize},
+		"written":                               {func(_ *Record, now *Disk) { now.Writes.Own[1]++ }, Written},
+		"discarded":                             {func(_ *Record, now *Disk) { now.Writes.Own[2]++ }, Written},
+		"written past it":                       {func(_ *Record, now *Disk) { now.Writes.WholeDisk[0]++ }, Written},
+		"no counters":                           {func(r *Record, _ *Disk) { r.Writes = nil }, Unknown},
+		"no counters now":                       {func(_ *Record, now *Disk) { now.Writes = nil }, Unknown},
+		"superblock":                            {func(_ *Record, now *Disk) { now.Boot = "boot 2"; now.Fingerprint[0].SHA256 = "cc" }, Written},
+		"no superblock now":                     {func(_ *Record, now *Disk) { now.Boot = "boot 2"; now.Fingerprint = now.Fingerprint[1:] }, Written},
 	} {
 		r, now := &Record{Disk: aDisk}, aDisk
 		writes := *aDisk.Writes

@@ -105,13 +105,18 @@ func TestCountWrites(t *testing.T) {
 		}
 		return m.CountWrites(d)
 	}
-	if w, err := count("sda"); err != nil || w != (Writes{9, [4]uint64{100, 1000, 10, 500}, [4]uint64{}}) {
+	if w, err := count("sda"); err != nil || w != (Writes{Attached: 9, Own: [4]uint64{100, 1000, 10, 500}}) {
 		t.Errorf("whole disk: %+v, %v", w, err)
 	}
 	before, err := count("sda1")
-	if err != nil || before != (Writes{9, [4]uint64{30, 300, 4, 100}, [4]uint64{10, 50, 1, 50}}) {
+	if err != nil || before != (Writes{Attached: 9, Own: [4]uint64{30, 300, 4, 100}, WholeDisk: [4]uint64{10, 50, 1, 50}}) {
 		t.Errorf("partition: %+v, %v", before, err)
 	}
+	m.set("sda", "removable", "1")
+	if w, err := count("sda1"); err != nil || !w.Carried {
+		t.Errorf("of a drive whose medium is another by now: %+v, %v", w, err)
+	}
+	m.set("sda", "removable", "0")
 	// Writes to its neighbour are not its own, writes to the whole disk may be.
 	stat("sda", 101, 1010, 10, 500)
 	stat("sda2", 61, 660, 5, 350)

@@ -19,7 +19,13 @@ type Writes struct {
 	Own [4]uint64 `json:"own"`
 	// WholeDisk, for a partition: what was written to the whole disk by its own name.
 	WholeDisk [4]uint64 `json:"whole_disk"`
+	// Carried: it may be of what was there before, because the kernel goes on counting
+	// when a loop device gets another file, or a drive another medium.
+	Carried bool `json:"carried,omitempty"`
 }
+
+// None says whether nothing was written to the disk since it is there.
+func (w Writes) None() bool { return w.Own == [4]uint64{} && w.WholeDisk == [4]uint64{} }
 
 // CountWrites reads the kernel's counters.
 func (h *Host) CountWrites(d *Disk) (Writes, error) {
@@ -38,6 +44,7 @@ func (h *Host) CountWrites(d *Disk) (Writes, error) {
 	if w.Attached, err = strconv.ParseUint(readText(filepath.Join(whole.sys, "diskseq")), 10, 64); err != nil {
 		return Writes{}, fmt.Errorf("read the sequence number of %s: %w", whole.Node, err)
 	}
+	w.Carried = exists(filepath.Join(whole.sys, "loop")) || readText(filepath.Join(whole.sys, "removable")) == "1"
 	if w.Own, err = counters(d); err != nil || whole == d {
 		return w, err
 	}

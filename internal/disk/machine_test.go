@@ -1,0 +1,54 @@
+package disk
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// TestMachineID: each of its sources tells a machine from another, one is enough, and
+// what is made up for a boot is none.
+func TestMachineID(t *testing.T) {
+	place := func(dir, text string) string {
+		path := filepath.Join(dir, "id")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	var dirs []string
+	for range 5 {
+		dir, err := os.MkdirTemp("/var/tmp", "machine")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		dirs = append(dirs, dir)
+	}
+	a, b, none := place(dirs[0], "a\n"), place(dirs[1], "b\n"), filepath.Join(dirs[2], "none")
+	u, v := place(dirs[3], "u\n"), place(dirs[4], "v\n")
+	seen := map[string]bool{}
+	for _, files := range [][2]string{{a, u}, {a, v}, {b, u}, {a, none}, {none, u}} {
+		id := machineID(files[0], files[1])
+		if id == "" || seen[id] || id != machineID(files[0], files[1]) {
+			t.Errorf("%v: %q, of %v", files, id, seen)
+		}
+		seen[id] = true
+	}
+	if id := machineID(none, none); id != "" {
+		t.Errorf("of nothing: %q", id)
+	}
+	if onTmpfs := "/dev/shm"; exists(onTmpfs) {
+		f, err := os.CreateTemp(onTmpfs, "machine")
+		if err != nil {
+			t.Skip("needs a tmpfs: ", err)
+		}
+		defer os.Remove(f.Name())
+		if _, err := f.WriteString("c\n"); err != nil || f.Close() != nil {
+			t.Fatal(err)
+		}
+		if id := machineID(f.Name(), none); id != "" {
+			t.Errorf("made up for this boot: %q", id)
+		}
+	}
+}
