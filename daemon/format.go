@@ -31,6 +31,10 @@ const (
 // format is the contents of the file. Its number is that of the statefile.
 type format struct {
 	Program string `json:"program"` // the version of the program that has written it
+	// From is the format that the directory is being brought from. That is noted before
+	// anything changes, so that no program of the older format takes what is half done
+	// for its own.
+	From int `json:"from,omitempty"`
 }
 
 // migrations bring the state directory from the format of their index to the next.
@@ -45,11 +49,18 @@ var migrations = [stateFormat]func(dir RunDir) error{
 	2: func(RunDir) error { return nil },
 }
 
-// formatFound is the format of what is in the state directory; 0 if it is empty.
+// formatFound is the format of what is in the state directory, or from which it is being
+// brought to that of this program; 0 if it is empty.
 func (d RunDir) formatFound() (int, error) {
 	path := filepath.Join(d.State(), formatName)
-	_, found, err := statefile.Read(path, formatKind, stateFormat)
+	text, found, err := statefile.Read(path, formatKind, stateFormat)
+	var said format
+	if err == nil {
+		err = statefile.Unmarshal(path, text, &said)
+	}
 	switch {
+	case err == nil && said.From > 0 && said.From < found:
+		return said.From, nil
 	case err == nil:
 		return found, nil
 	case errors.Is(err, fs.ErrNotExist):
@@ -83,18 +94,26 @@ func (d RunDir) migrate() error {
 	if err != nil || found == stateFormat {
 		return err
 	}
-	if found > 0 {
-		for _, step := range migrations[found:] {
-			if err := step(d); err != nil {
-				return fail(err, "bring the state from format %d to %d", found, stateFormat)
-			}
-			deathpoint.Point()
-		}
-	}
 	if err := d.subdir(stateName, 0o700); err != nil {
 		return fail(err, "make the state directory")
 	}
-	if err := statefile.Write(filepath.Join(d.State(), formatName), formatKind, stateFormat, format{control.Version}); err != nil {
+	for ; found > 0 && found < stateFormat; found++ {
+		if err := d.writeFormat(found); err != nil {
+			return err
+		}
+		deathpoint.Point()
+		if err := migrations[found](d); err != nil {
+			return fail(err, "bring the state from format %d to %d", found, found+1)
+		}
+		deathpoint.Point()
+	}
+	return d.writeFormat(0)
+}
+
+// writeFormat writes the number of this program's format; from is not 0 while the
+// directory is being brought to it.
+func (d RunDir) writeFormat(from int) error {
+	if err := statefile.Write(filepath.Join(d.State(), formatName), formatKind, stateFormat, format{control.Version, from}); err != nil {
 		return fail(err, "write the state's format")
 	}
 	return nil

@@ -50,7 +50,7 @@ func TestFormat(t *testing.T) {
 
 	for old := 1; old < stateFormat; old++ {
 		dir, path := setUp(formatName, "")
-		if err := errors.Join(statefile.Write(path, formatKind, old, format{"0.1"}), dir.migrate()); err != nil {
+		if err := errors.Join(statefile.Write(path, formatKind, old, format{Program: "0.1"}), dir.migrate()); err != nil {
 			t.Error(err)
 		}
 		if got, err := dir.formatFound(); got != stateFormat || err != nil {
@@ -59,7 +59,7 @@ func TestFormat(t *testing.T) {
 	}
 
 	dir, path := setUp(formatName, "")
-	if err := statefile.Write(path, formatKind, stateFormat+1, format{"9.9"}); err != nil {
+	if err := statefile.Write(path, formatKind, stateFormat+1, format{Program: "9.9"}); err != nil {
 		t.Fatal(err)
 	}
 	newer, err := os.ReadFile(path)
