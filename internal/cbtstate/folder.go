@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 )
 
 // directory is a folder of the machine. All is done through its descriptor.
@@ -135,6 +137,7 @@ func (d directory) names() ([]string, error) {
 }
 
 func (d directory) rename(from, to string) error {
+	deathpoint.Point()
 	return unix.Renameat(d.at(), from, d.at(), to)
 }
 
@@ -145,5 +148,11 @@ func (d directory) remove(name string) error {
 	return nil
 }
 
-func (d directory) sync() error { return d.dir.Sync() }
-func (d directory) close()      { d.dir.Close() }
+func (d directory) sync() error {
+	deathpoint.Point()
+	err := d.dir.Sync()
+	deathpoint.Point()
+	return err
+}
+
+func (d directory) close() { d.dir.Close() }

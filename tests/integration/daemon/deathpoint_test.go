@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -153,6 +154,9 @@ func (v *victim) clean() {
 	}
 	v.Remove(v.device())
 	v.nothingRuns()
+	if left, err := os.ReadDir(filepath.Join(v.StateDir, "snapshots")); len(left) > 0 || err != nil && !os.IsNotExist(err) {
+		v.t.Errorf("notes left: %v, %v", left, err)
+	}
 	for _, kind := range []string{"cbt", "counters", "devices", "snapshots"} {
 		if left, err := os.ReadDir(filepath.Join(v.RunDir.State(), kind)); err != nil || len(left) > 0 {
 			v.t.Errorf("left in %s: %v, %v", kind, left, err)
@@ -329,6 +333,31 @@ func TestDeathInSnapshot(t *testing.T) {
 			}
 			v.shows(v.device().Link, uint64(n)+1)
 			v.clean()
+			return died
+		})
+	})
+	// The storages of which there are notes in the state directory, all their life.
+	t.Run("note", func(t *testing.T) {
+		raw := guest.LoopDisk(t, 32<<20, 512)
+		everyStep(t, 2, func(n int) bool {
+			v.dies(n)
+			v.write(uint64(n))
+			noted := request(true)
+			noted.Storage = []control.Storage{{Path: filepath.Join(v.store, "named")}, {Path: raw}}
+			died := v.try(call(func(ctx context.Context) error {
+				s, err := v.CreateSnapshot(ctx, noted)
+				if err == nil {
+					err = v.DestroySnapshot(ctx, s.ID)
+				}
+				return err
+			}))
+			v.clean()
+			head := make([]byte, 4096)
+			if f, err := os.Open(raw); err != nil {
+				t.Error(err)
+			} else if _, err := f.ReadAt(head, 0); err != nil || f.Close() != nil || !bytes.Equal(head, make([]byte, len(head))) {
+				t.Errorf("the device still has our header: %q, %v", head[:64], err)
+			}
 			return died
 		})
 	})
