@@ -51,6 +51,7 @@ type Daemon struct {
 	args    []string
 	cmd     *exec.Cmd
 	Log     string        // file
+	threads []string      // that it began with, see namedThreads
 	end     chan struct{} // closed when the process has ended
 	Err     error         // of its end
 }
@@ -99,7 +100,12 @@ func StartLogging(t testing.TB, stderr *os.File, params ...string) *Daemon {
 	d.launch(stderr)
 	d.Client = control.NewClient(d.RunDir.Socket())
 	t.Cleanup(func() {
+		processes := d.processes()
+		if !d.Ended(0) && !t.Failed() {
+			d.noThreads()
+		}
 		d.StopAndWait()
+		d.noProcesses(processes)
 		if t.Failed() {
 			d.showLog()
 		}
@@ -109,6 +115,7 @@ func StartLogging(t testing.TB, stderr *os.File, params ...string) *Daemon {
 		d.Close()
 	})
 	d.answers()
+	d.threads = d.namedThreads()
 	return d
 }
 
