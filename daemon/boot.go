@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -78,8 +77,12 @@ func (d *Daemon) startBoot(ctx context.Context) {
 	if !d.hasBootDisks() {
 		return
 	}
-	if text, _, err := statefile.Read(d.removedFile(), removedKind, removedFormat); err == nil {
-		_ = json.Unmarshal(text, &d.boot.removed)
+	text, _, err := statefile.Read(d.removedFile(), removedKind, removedFormat)
+	if err == nil {
+		err = statefile.Unmarshal(d.removedFile(), text, &d.boot.removed)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		d.opts.Log.Warn("disks whose filters were removed have them again", "error", err)
 	}
 	limited, cancel := context.WithTimeout(ctx, bootLimit)
 	d.readBoot()

@@ -14,6 +14,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -132,7 +133,7 @@ func TestSpoiltFrozen(t *testing.T) {
 	var said strings.Builder
 	log := NewLog(&said, 0, false)
 	d := &Daemon{opts: Options{Dir: dir, Log: log, Config: DefaultConfig()}, host: disk.Machine()}
-	if err := errors.Join(os.MkdirAll(dir.State(), 0o700), os.WriteFile(d.frozenFile(), []byte(t.TempDir()+"\x00"), 0o666), os.Chmod(d.frozenFile(), 0o666)); err != nil {
+	if err := errors.Join(os.MkdirAll(dir.State(), 0o700), statefile.Write(d.frozenFile(), frozenKind, frozenFormat, []string{t.TempDir()}), os.Chmod(d.frozenFile(), 0o666)); err != nil {
 		t.Fatal(err)
 	}
 	d.thawLeftover()

@@ -4,15 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -99,20 +98,19 @@ func (d *Daemon) known() (names, noted map[string]bool) {
 
 // thawLeftover thaws what a dead daemon had frozen.
 func (d *Daemon) thawLeftover() {
-	saved, err := openLeft(d.frozenFile(), os.O_RDONLY)
+	text, _, err := statefile.Read(d.frozenFile(), frozenKind, frozenFormat)
 	if errors.Is(err, os.ErrNotExist) {
 		return
 	}
-	var b []byte
+	var points []string
 	if err == nil {
-		b, err = io.ReadAll(io.LimitReader(saved, 1<<20))
-		saved.Close()
+		err = statefile.Unmarshal(d.frozenFile(), text, &points)
 	}
 	if err != nil {
 		d.opts.Log.Error("what a dead daemon has frozen is not known", "error", err)
 		return
 	}
-	for _, point := range slices.Backward(strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")) {
+	for _, point := range slices.Backward(points) {
 		f, err := d.host.Open(point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 		if err == nil {
 			err = snapshots.Thaw(f, d.opts.Config.FreezeTimeout)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -14,6 +13,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
@@ -170,15 +170,17 @@ func (d *Daemon) mountsOver(s *snapshot) []disk.Mount {
 // frozenFile names the filesystems that a take has frozen. If the daemon is killed
 // before it can thaw them, the next daemon does, because they would stay frozen for
 // good.
-func (d *Daemon) frozenFile() string { return filepath.Join(d.opts.Dir.State(), "frozen") }
+func (d *Daemon) frozenFile() string { return filepath.Join(d.opts.Dir.State(), frozenKind) }
+
+const frozenKind, frozenFormat = "frozen", 1
 
 func (d *Daemon) rememberFrozen(mounts []*os.File) error {
 	if len(mounts) == 0 {
 		return nil
 	}
-	var b strings.Builder
+	var points []string
 	for _, m := range mounts {
-		fmt.Fprintf(&b, "%s\x00", m.Name())
+		points = append(points, m.Name())
 	}
-	return os.WriteFile(d.frozenFile(), []byte(b.String()), 0o600)
+	return statefile.Write(d.frozenFile(), frozenKind, frozenFormat, points)
 }

@@ -179,8 +179,12 @@ func (d *Daemon) countRecovery() int {
 	const kind, format = "recoveries", 1
 	path := filepath.Join(d.opts.Dir.State(), kind)
 	var r recoveries
-	if text, _, err := statefile.Read(path, kind, format); err == nil {
-		_ = json.Unmarshal(text, &r)
+	text, _, err := statefile.Read(path, kind, format)
+	if err == nil {
+		err = json.Unmarshal(text, &r)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		d.opts.Log.Warn("how often a daemon has taken over is counted anew", "error", err)
 	}
 	r.Count++
 	if err := statefile.Write(path, kind, format, r); err != nil {

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
 )
@@ -93,7 +94,7 @@ func TestKilled(t *testing.T) {
 	guest.Ext4.Make(t, still)
 	frozen := guest.Mount(t, still)
 	guest.Run(t, "fsfreeze", "-f", frozen)
-	if err := os.WriteFile(filepath.Join(d.RunDir.State(), "frozen"), []byte(frozen+"\x00"+onFilter+"\x00"), 0o600); err != nil {
+	if err := statefile.Write(filepath.Join(d.RunDir.State(), "frozen"), "frozen", 1, []string{frozen, onFilter}); err != nil {
 		t.Fatal(err)
 	}
 
