@@ -162,11 +162,17 @@ func Adopt(memory []byte) (*Map, error) {
 	return m, nil
 }
 
-// newest returns the newer of the valid header copies.
+// newest returns the newer of the valid header copies. A copy that was being written when
+// the process died begins with 0; any other that is not valid was damaged since, and may
+// have been the newer one.
 func newest(words []uint64) (header, geometry, error) {
 	h0, g0, err0 := headerAt(words)
 	h1, g1, err1 := headerAt(words[copyWords:])
 	switch {
+	case err0 != nil && words[0] != 0:
+		return h0, g0, err0
+	case err1 != nil && words[copyWords] != 0:
+		return h1, g1, err1
 	case err0 == nil && (err1 != nil || h0.sequence > h1.sequence):
 		return h0, g0, nil //nolint:nilerr // one valid copy is enough
 	case err1 == nil:
