@@ -59,8 +59,7 @@ func ReadNote(path string, text []byte) (*Lost, error) {
 	if l.note.Boot == boot {
 		return nil, nil
 	}
-	machine := disk.MachineID()
-	l.Foreign = l.note.Machine != "" && machine != "" && l.note.Machine != machine
+	l.Foreign = disk.OtherMachine(l.note.Machine, disk.MachineID())
 	l.ID, l.Created, l.Encrypted, l.Devices = l.note.ID, l.note.Created, l.note.Encrypted, l.note.Devices
 	for _, st := range l.note.Storage {
 		l.Storage = append(l.Storage, LostStorage{Path: st.Path})

@@ -79,7 +79,7 @@ func (r *Record) refuse(reason, format string, args ...any) *Refusal {
 // to it.
 func (r *Record) sameDisk(now Disk) *Refusal {
 	switch {
-	case r.Machine != "" && now.Machine != "" && r.Machine != now.Machine:
+	case disk.OtherMachine(r.Machine, now.Machine):
 		// A copy of a machine goes another way from then on, under the same numbers of takes.
 		return r.refuse(OtherHost, "the state is of another machine, of which this one may be a copy")
 	case !slices.Equal(r.Identity, now.Identity):

@@ -27,16 +27,18 @@ func TestMachineID(t *testing.T) {
 	}
 	a, b, none := place(dirs[0], "a\n"), place(dirs[1], "b\n"), filepath.Join(dirs[2], "none")
 	u, v := place(dirs[3], "u\n"), place(dirs[4], "v\n")
-	seen := map[string]bool{}
-	for _, files := range [][2]string{{a, u}, {a, v}, {b, u}, {a, none}, {none, u}} {
-		id := machineID(files[0], files[1])
-		if id == "" || seen[id] || id != machineID(files[0], files[1]) {
-			t.Errorf("%v: %q, of %v", files, id, seen)
+	for _, c := range []struct {
+		one, other [2]string
+		differ     bool
+	}{
+		{[2]string{a, u}, [2]string{a, u}, false}, {[2]string{a, u}, [2]string{a, v}, true}, {[2]string{a, u}, [2]string{b, u}, true},
+		{[2]string{a, u}, [2]string{none, u}, false}, {[2]string{a, u}, [2]string{a, none}, false}, {[2]string{a, u}, [2]string{none, v}, true},
+		{[2]string{a, none}, [2]string{none, u}, false}, {[2]string{none, none}, [2]string{a, u}, false},
+	} {
+		one, other := machineID(c.one[0], c.one[1]), machineID(c.other[0], c.other[1])
+		if OtherMachine(one, other) != c.differ || OtherMachine(other, one) != c.differ {
+			t.Errorf("%q and %q of %v: differ should be %v", one, other, c, c.differ)
 		}
-		seen[id] = true
-	}
-	if id := machineID(none, none); id != "" {
-		t.Errorf("of nothing: %q", id)
 	}
 	if onTmpfs := "/dev/shm"; exists(onTmpfs) {
 		f, err := os.CreateTemp(onTmpfs, "machine")
@@ -47,7 +49,7 @@ func TestMachineID(t *testing.T) {
 		if _, err := f.WriteString("c\n"); err != nil || f.Close() != nil {
 			t.Fatal(err)
 		}
-		if id := machineID(f.Name(), none); id != "" {
+		if id := machineID(f.Name(), none); id != "." {
 			t.Errorf("made up for this boot: %q", id)
 		}
 	}

@@ -150,7 +150,7 @@ func Unmarshal(path string, body []byte, v any) error {
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.DisallowUnknownFields()
 	if err := d.Decode(v); err != nil {
-		return fmt.Errorf("%s: %w: %v: nothing of it is used", path, ErrDamaged, err)
+		return fmt.Errorf("%s: %w: %w: nothing of it is used", path, ErrDamaged, err)
 	}
 	return nil
 }
