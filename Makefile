@@ -97,7 +97,7 @@ soak: integration-binaries
 	@for kernel in $(or $(KERNEL),6.12 newest); do \
 		VM_CPUS=$${VM_CPUS:-4} bin/vm -kernel $$kernel -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG \
 			'exec tests/integration/run.sh 355 .cache/test/integration "$(RUN)"'; \
-		KERNEL=$$kernel CUTS=$${CUTS:-30} $(MAKE) powercut; \
+		KERNEL=$$kernel CUTS=$${CUTS:-30} VM_CPUS=$${VM_CPUS:-4} $(MAKE) powercut; \
 	done
 	$(MAKE) boot KERNEL=newest
 

@@ -31,6 +31,7 @@ func file(n int) string { return filepath.Join(mounted, fmt.Sprint("file", n)) }
 
 // load does everything that the map must know of until the power fails.
 func (m *machine) load(ctx context.Context) {
+	note("lose", fmt.Sprint(m.mayLose))
 	time.Sleep(settle)
 	m.noteNow(ctx)
 	go m.takes(ctx, rand.New(rand.NewSource(m.rnd.Int63())))
@@ -48,6 +49,11 @@ func (m *machine) load(ctx context.Context) {
 	wait := time.Duration(m.rnd.Intn(500)) * time.Millisecond
 	if m.rnd.Intn(3) > 0 {
 		wait += time.Duration(m.rnd.Intn(15000)) * time.Millisecond
+	}
+	if m.frozen && !m.mayLose {
+		time.Sleep(wait)
+		m.taking.Lock() // and nobody takes any more
+		wait = settle
 	}
 	m.cut(wait)
 }
@@ -101,7 +107,9 @@ func makeAndRemove(rnd *rand.Rand) {
 func (m *machine) takes(ctx context.Context, rnd *rand.Rand) {
 	var held []control.Snapshot
 	for {
+		m.taking.Lock()
 		s := m.take()
+		m.taking.Unlock()
 		held = append(held, s)
 		m.noteTake(s)
 		for range rnd.Intn(4) {
@@ -109,7 +117,9 @@ func (m *machine) takes(ctx context.Context, rnd *rand.Rand) {
 		}
 		if rnd.Intn(2) == 0 {
 			at := diskSize*3/4 + rnd.Int63n(diskSize/4-1<<16)
-			try(m.MarkDirty(ctx, control.MarkRequest{Device: "data", Ranges: []control.Range{{Sector: uint64(at / 512), Count: 64}}}))
+			r := control.Range{Sector: uint64(at / 512), Count: 64}
+			try(m.MarkDirty(ctx, control.MarkRequest{Device: "data", Ranges: []control.Range{r}}))
+			noteMark(*s.Images[0].Take, r)
 		}
 		if rnd.Intn(3) == 0 {
 			m.increment(s)

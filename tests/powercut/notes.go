@@ -40,55 +40,62 @@ func (m *machine) noteTake(s control.Snapshot) {
 	note("take", s.Images[0].Take.String()+"\n"+b.String())
 }
 
-// compareMaps compares the map after a power failure with that of the last take that was noted.
-func (m *machine) compareMaps(i control.CBTInfo) {
+// compareMaps compares the map after a power failure with what was kept, and with that of the last take that was noted.
+func (m *machine) compareMaps(i control.CBTInfo, k *keptLog) {
 	token, before, _ := strings.Cut(readNote("take"), "\n")
 	last := must(control.ParseTake(token))
 	if i.Take.Generation != last.Generation || i.Take.Number != last.Number && i.Take.Number != last.Number+1 {
 		fail("the last take that was noted is %v, and after the power failure it is %v", last, i.Take)
 	}
-	var now bytes.Buffer
-	must(m.CBTMap(context.Background(), "data", &now))
-	if now.Len() != len(before) {
-		fail("the map had %d blocks, and has %d", len(before), now.Len())
+	var b bytes.Buffer
+	must(m.CBTMap(context.Background(), "data", &b))
+	now := b.Bytes()
+	if len(now) != len(before) || len(now) != len(k.marks) || i.Take.Number != uint64(k.number) || i.PowerFailure.ZoneSize != k.zone {
+		fail("%d blocks were noted, %d kept, and there are %d; take %d was kept; %+v", len(before), len(k.marks), len(now), k.number, i)
 	}
-	perZone := int(i.PowerFailure.ZoneSize / i.BlockSize)
-	if perZone < 1 {
-		fail("cbt info says nothing of zones: %+v", i.PowerFailure)
-	}
-	var more, zones int
-	for at := 0; at < now.Len(); at += perZone {
-		was, is := before[at:min(at+perZone, now.Len())], now.Bytes()[at:min(at+perZone, now.Len())]
-		least, grown := byte(255), false
-		for _, b := range is {
-			least = min(least, b)
-		}
-		for n := range is {
-			switch {
-			case is[n] < was[n]:
-				fail("block %d changed since take %d, and after the power failure since take %d", at+n, was[n], is[n])
-			case is[n] == was[n]:
-			case uint64(is[n]) > last.Number: // by the take that nobody noted
-			case uint64(is[n]) == last.Number && least < is[n]: // written after the take, and the new base has it
+	logged, more, zones := 0, 0, map[int64]bool{}
+	for n := range now {
+		_, inLog := k.logged(n)
+		since := k.marks[n] // not cut down to the last take
+		switch {
+		case now[n] < before[n]:
+			fail("block %d changed since take %d, and after the power failure since take %d", n, before[n], now[n])
+		case now[n] != k.shows(n):
+			fail("block %d changed since take %d after the power failure, and by base and log since %d (in the log: %v)", n, now[n], k.shows(n), inLog)
+		case inLog:
+			logged++
+			zones[int64(n)*k.blockSize/k.zone] = true
+			if now[n] > before[n] {
 				more++
-				grown = true
-			case marked(int64(at+n) * i.BlockSize): // since the take was noted
-			case least < is[n]:
-				fail("block %d counts as changed since take %d, after the power failure since take %d, and not all of its zone does", at+n, was[n], is[n])
-			default:
-				more++
-				grown = true
 			}
-		}
-		if grown {
-			zones++
+		case uint64(since) <= last.Number && since != before[n] && !marked(int64(n)*k.blockSize):
+			fail("block %d lies in no zone of the log, changed since take %d, and after the power failure since take %d", n, before[n], since)
 		}
 	}
-	all := (now.Len()-1)/perZone + 1
-	if zones > all/2 {
-		fail("%d of %d zones count as changed: the load does not write to so many", zones, all)
+	if all := (len(now)-1)*int(k.blockSize)/int(k.zone) + 1; len(zones) > all*3/4 {
+		fail("the log has %d of %d zones: the load does not write to so many", len(zones), all)
 	}
-	fmt.Printf("# take %d, then %d: %d blocks in %d of %d zones count as changed since later than they were\n", last.Number, i.Take.Number, more, zones, all)
+	m.compareMark(last, now, k.blockSize)
+	fmt.Printf("# take %d, then %d: of %d blocks %d lie in the %d zones of the log, and %d of these count as changed since later than they were\n",
+		last.Number, i.Take.Number, len(now), logged, len(zones), more)
+}
+
+// noteMark notes that a mark was acknowledged, after take t.
+func noteMark(t control.Take, r control.Range) { note("mark", fmt.Sprintf("%v %d", t, r.Sector)) }
+
+// compareMark: what somebody has marked is still marked.
+func (m *machine) compareMark(last control.Take, now []byte, blockSize int64) {
+	text, err := os.ReadFile(filepath.Join(notes, "mark"))
+	if err != nil {
+		return // nobody has marked yet
+	}
+	var token string
+	var at int64
+	must(fmt.Sscan(string(text), &token, &at))
+	since := must(control.ParseTake(token))
+	if n := at * 512 / blockSize; since.Generation == last.Generation && uint64(now[n]) < since.Number {
+		fail("block %d was marked after take %d, and after the power failure changed since take %d", n, since.Number, now[n])
+	}
 }
 
 // The last quarter of the disk is where images are written to and blocks are marked: that changes the readable map.
@@ -163,6 +170,6 @@ func firstDifference(a, b string) int64 {
 
 func (m *machine) take() control.Snapshot {
 	return must(m.CreateSnapshot(context.Background(), control.CreateRequest{
-		Devices: []string{"data"}, Storage: []control.Storage{{Path: storage}}, Take: true, NoFreeze: true,
+		Devices: []string{"data"}, Storage: []control.Storage{{Path: storage}}, Take: true, NoFreeze: !m.frozen,
 	}))
 }

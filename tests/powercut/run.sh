@@ -11,7 +11,7 @@ boot() { # CUT FLAGS…
 	local cut=$1
 	shift
 	bin/vm -again -timeout 15m -disk-file "data=$disks/data:192M" -disk-file "state=$disks/state:64M" \
-		-disk-file "storage=$disks/storage:256M" -disk-file "backup=$disks/backup:192M" "$@" \
+		-disk-file "storage=$disks/storage:1G" -disk-file "backup=$disks/backup:192M" "$@" \
 		"exec .cache/test/powercut -boot $cut -cuts $cuts -seed $seed"
 }
 for ((n = 0; n < cuts; n++)); do
