@@ -1,39 +1,24 @@
 package daemon
 
 import (
-	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
 )
-
-// processes are the processes of that comm, dead ones excepted.
-func processes(comm string) (pids []int) {
-	all, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, file := range all {
-		stat, err := os.ReadFile(file)
-		if err != nil || !bytes.Contains(stat, []byte("("+comm+") ")) || bytes.Contains(stat, []byte(") Z ")) {
-			continue
-		}
-		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
-		pids = append(pids, pid)
-	}
-	return pids
-}
 
 // guardOf is the only guard there is.
 func guardOf(t testing.TB) (pid int) {
 	t.Helper()
 	guest.WaitFor(t, "one guard", func() bool {
-		all := processes("ublk-guard")
+		all := program.Processes("ublk-guard")
 		if len(all) == 1 {
 			pid = all[0]
 		}
@@ -45,7 +30,7 @@ func guardOf(t testing.TB) (pid int) {
 // ours are all processes of ours.
 func ours() (pids []int) {
 	for _, comm := range []string{"ublk-guard", "ublk-probe", "ublk-blksnap"} {
-		pids = append(pids, processes(comm)...)
+		pids = append(pids, program.Processes(comm)...)
 	}
 	return pids
 }
@@ -144,10 +129,10 @@ func TestGuard(t *testing.T) {
 	kill(guard, pid)
 	next()
 	// A prober that is killed is replaced too, in the same daemon.
-	probers := processes("ublk-probe")
+	probers := program.Processes("ublk-probe")
 	kill(probers...)
 	guest.WaitFor(t, "another prober", func() bool {
-		now := processes("ublk-probe")
+		now := program.Processes("ublk-probe")
 		return len(now) == 1 && !slices.Contains(probers, now[0])
 	})
 	if now := pidOf(t, dir); now != pid {

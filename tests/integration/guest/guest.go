@@ -6,6 +6,7 @@
 //	UBLK_BLKSNAP_VM=1     there is ublk, root, and nothing of value (set by the machine)
 //	UBLK_BLKSNAP_BIN      the program; bin/ublk-blksnap of the tree, if empty
 //	UBLK_BLKSNAP_LONG=1   minutes instead of seconds for whatever runs for a time
+//	UBLK_BLKSNAP_KILLS    how often the daemon is killed under load; 200 in the long form, if empty
 package guest
 
 import (

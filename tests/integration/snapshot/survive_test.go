@@ -3,12 +3,14 @@ package snapshot
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -36,15 +38,26 @@ type survival struct {
 	late   time.Duration   // how long the next daemon is kept from starting
 	pauses []time.Duration // of the filters
 	images []time.Duration // of the images
+	calls  int             // of keepBusy, to a daemon that lived
+	cut    int             // of them, in whose midst it was killed
+
+	creating sync.Mutex // held by who creates what keepBusy must not destroy
 }
 
 // interrupted says whether a call that began at kills may have failed for a kill.
 func (s *survival) interrupted(kills int64) bool { return kills%2 == 1 || s.kills.Load() != kills }
 
-// killAndRestart kills the daemon and starts the next.
+// killAndRestart kills the daemon and starts the next. Every third time all processes
+// of ours die at once.
 func (s *survival) killAndRestart() {
 	s.t.Helper()
 	s.kills.Add(1)
+	if len(s.pauses)%3 == 2 {
+		_ = unix.Kill(s.PID, unix.SIGSTOP) // so that it does not notice
+		for _, pid := range program.Processes("ublk-probe") {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+	}
 	s.Kill()
 	time.Sleep(s.late)
 	s.Restart()
@@ -99,30 +112,42 @@ func TestKilledUnderLoad(t *testing.T) {
 	}
 	queues := []int{1, guest.QueueCounts()[len(guest.QueueCounts())-1]}
 	kills := int(guest.Span(3, 200))
-	var pauses []time.Duration
+	if n, err := strconv.Atoi(os.Getenv("UBLK_BLKSNAP_KILLS")); err == nil {
+		kills = n
+	}
+	var pauses []time.Duration // of all
 	for i, mode := range modes {
 		for _, n := range slices.Compact(queues) {
 			if guest.Span(0, 1) == 0 && n != queues[(i+1)%2] {
 				continue // the short form has each number of queues once
 			}
 			t.Run(fmt.Sprintf("%s/%dqueues", mode, n), func(t *testing.T) {
-				pauses = append(pauses, strikeUnderLoad(t, mode, n, max(3, kills/len(modes)/2), (*survival).killAndRestart))
+				pauses = append(pauses, strikeUnderLoad(t, mode, n, max(3, kills/len(modes)/2), (*survival).killAndRestart)...)
 			})
 		}
 	}
-	slices.Sort(pauses)
 	if len(pauses) > 0 {
-		t.Logf("longest pauses: %v", pauses)
+		t.Logf("%d kills: I/O of filters waited for %s", len(pauses), medianAndWorst(pauses))
 	}
 }
 
-func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike func(*survival)) (worst time.Duration) {
+func medianAndWorst(pauses []time.Duration) string {
+	sorted := slices.Sorted(slices.Values(pauses))
+	return fmt.Sprintf("%v (median), %v (worst)", sorted[len(sorted)/2], sorted[len(sorted)-1])
+}
+
+func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike func(*survival)) (pauses []time.Duration) {
 	const size, chunk = 12<<20 + 3<<10, 64 << 10
 	disks := guest.RAMDisks(t, 2, 64<<20)
-	s := &survival{Daemon: program.Start(t), t: t, store: guest.SmallFS(t, 256<<20)}
+	small, quiet := guest.LoopDisk(t, size, 512), guest.LoopDisk(t, backedUpSize, 512)
+	s := &survival{Daemon: program.Start(t, "tracking_block_minimum_shift=12"), t: t, store: guest.SmallFS(t, 512<<20)}
+	if err := os.Mkdir(filepath.Join(s.store, busyDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	before := s.left()
 	change := func(r *control.AddRequest) { r.Queues, r.Depth, r.Mode = queues, 32, mode }
-	small := guest.LoopDisk(t, size, 512)
 	s.dev = s.Add(small, change)
+	backup := s.backUp(s.Add(quiet, change))
 	mounted := s.Add(disks[0], change)
 	guest.Ext4.Make(t, mounted.Link)
 	dir := guest.Mount(t, mounted.Link)
@@ -141,17 +166,20 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 		t.Fatal(err)
 	}
 	seed := int64(queues)<<8 + int64(len(mode))
+	if guest.Long() {
+		seed = time.Now().UnixNano()
+		t.Logf("seed %d", seed)
+	}
 	stop := w.StartWriters(t, seed, stamp.Mix{Writers: 4, Zeroes: true}, s.dev.Path)
-	taken := func() (control.Snapshot, *stamp.Window) {
-		made := s.Create(control.CreateRequest{Devices: []string{s.dev.Name, mounted.Name}, ChunkSize: chunk, Storage: []control.Storage{{Path: s.store}}})
+	taken := func(encrypt bool) (control.Snapshot, *stamp.Window) {
+		made := s.create(control.CreateRequest{Devices: []string{s.dev.Name, mounted.Name}, ChunkSize: chunk, Storage: []control.Storage{{Path: s.store}}, Encrypt: &encrypt})
 		win := w.Open()
 		made = s.Taken(made.ID)
 		win.Close()
 		return made, win
 	}
-	plain, plainWin := taken()
-	since := plain.Images[0].Take
-	written, win := taken()
+	plain, plainWin := taken(false)
+	written, win := taken(queues == 1) // encrypted, its images copy their payloads
 	user := newImageUser(win, 0, written.Images[0].Path)
 	end, done := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -161,7 +189,20 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 	reads := make(chan error, 1)
 	go func() { reads <- readUntil(plain.Images[1].Path, end) }()
 
-	busy := s.keepBusy(mounted, seed)
+	last := plain
+	compareMaps := func() {
+		t.Helper()
+		next, _ := taken(false)
+		for i, dev := range []control.Device{s.dev, mounted}[:guest.Span(1, 2)] {
+			s.compareMap(dev, last.Images[i], next.Images[i])
+		}
+		if last.ID != plain.ID {
+			s.Destroy(last.ID)
+		}
+		last = next
+	}
+	stopBackup := backup.startLoad(seed)
+	busy := s.keepBusy([]control.Device{s.dev, mounted, backup.dev}, seed)
 	rnd := rand.New(rand.NewSource(seed))
 	for i := range times {
 		if i == times-1 {
@@ -169,6 +210,11 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 		}
 		time.Sleep(time.Duration(rnd.Intn(600)) * time.Millisecond)
 		strike(s)
+		backup.increment()
+		if i%10 == 9 {
+			compareMaps()
+			t.Logf("%d times so far: I/O of filters waited for %s, of images for %s", i+1, medianAndWorst(s.pauses), medianAndWorst(s.images))
+		}
 		select {
 		case err := <-fioEnd:
 			t.Fatalf("fio ended: %v\n%s", err, said.String())
@@ -188,14 +234,16 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 	if err := plainWin.Check(plain.Images[0].Path); err != nil {
 		t.Errorf("I1: %v", err)
 	}
+	guest.Ext4.Check(t, plain.Images[1].Path)
+	stopBackup()
+	backup.increment()
 	if err := stop(); err != nil {
 		t.Errorf("writers: %v", err)
 	}
 	if err := w.Same(s.dev.Path); err != nil {
 		t.Errorf("I2: %v", err)
 	}
-	last, _ := taken()
-	s.compareMap(*since, plain.Images[0].Path, last.Images[0].Path)
+	compareMaps()
 
 	_ = fio.Process.Signal(unix.SIGINT)
 	if err := guest.Await(t, "the end of fio", fioEnd); err != nil && fio.ProcessState.ExitCode() != 128 {
@@ -208,21 +256,22 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 	for _, id := range program.SnapshotIDs(t, s.Daemon) {
 		s.Destroy(id)
 	}
-	if st, err := s.DeviceStatus(guest.Context(t), s.dev.Name); err != nil || st.Errors != 0 {
-		t.Errorf("the filter has had %d errors, %v", st.Errors, err)
-	}
 	guest.Ext4.Check(t, mounted.Path)
-	s.Remove(s.dev)
-	s.Remove(mounted)
-	if err := w.Same(small); err != nil {
-		t.Errorf("I2: %v", err)
+	for _, dev := range []control.Device{s.dev, mounted, backup.dev} {
+		if st, err := s.DeviceStatus(guest.Context(t), dev.Name); err != nil || st.Errors != 0 {
+			t.Errorf("the filter %s has had %d errors, %v", dev.Name, st.Errors, err)
+		}
+		s.Remove(dev)
 	}
-	s.nothingLeft()
-	slices.Sort(s.pauses)
-	slices.Sort(s.images)
-	t.Logf("%d times; I/O of filters waited for %v (median), %v (worst), of images for %v, %v; %d writes", len(s.pauses),
-		s.pauses[len(s.pauses)/2], s.pauses[len(s.pauses)-1], s.images[len(s.images)/2], s.images[len(s.images)-1], w.Writes.Load())
-	return s.pauses[len(s.pauses)-1]
+	for disk, held := range map[string]*stamp.World{small: w, quiet: backup.world} {
+		if err := held.Same(disk); err != nil {
+			t.Errorf("I2: %v", err)
+		}
+	}
+	s.nothingLeft(before)
+	t.Logf("%d times; I/O of filters waited for %s, of images for %s; %d writes; %d calls, %d of them interrupted; %s", len(s.pauses),
+		medianAndWorst(s.pauses), medianAndWorst(s.images), w.Writes.Load(), s.calls, s.cut, backup.told())
+	return s.pauses
 }
 
 // readUntil reads all of an image again and again: it is always the same.
@@ -254,15 +303,28 @@ func readUntil(path string, end <-chan struct{}) error {
 	}
 }
 
+// create is Create of what is not keepBusy's.
+func (s *survival) create(r control.CreateRequest) control.Snapshot {
+	s.t.Helper()
+	s.creating.Lock()
+	defer s.creating.Unlock()
+	return s.Create(r)
+}
+
+// busyDir is the directory of the storage of what keepBusy makes.
+const busyDir = "busy"
+
 // keepBusy takes, appends, marks and destroys until stopped.
-func (s *survival) keepBusy(mounted control.Device, seed int64) (stop func()) {
+func (s *survival) keepBusy(devs []control.Device, seed int64) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Add(1)
 	go func() {
 		defer wg.Done()
 		rnd := rand.New(rand.NewSource(seed))
+		store := filepath.Join(s.store, busyDir)
 		var mine []string
+		unknown := false // there may be what a call made whose answer a kill has cut off
 		for ctx.Err() == nil {
 			kills := s.kills.Load()
 			limited, done := context.WithTimeout(context.Background(), guest.Patience)
@@ -270,13 +332,14 @@ func (s *survival) keepBusy(mounted control.Device, seed int64) (stop func()) {
 			switch k := rnd.Intn(5); {
 			case k < 2:
 				var made control.Snapshot
-				made, err = s.CreateSnapshot(limited, control.CreateRequest{Devices: []string{s.dev.Name, mounted.Name}[:1+rnd.Intn(2)], ChunkSize: 64 << 10,
-					Storage: []control.Storage{{Path: s.store}}, Take: k == 0, NoFreeze: rnd.Intn(2) == 0})
+				encrypt := rnd.Intn(2) == 0
+				made, err = s.CreateSnapshot(limited, control.CreateRequest{Devices: program.Names(devs)[:1+rnd.Intn(len(devs))], ChunkSize: 64 << 10,
+					Storage: []control.Storage{{Path: store}}, Take: k == 0, NoFreeze: rnd.Intn(2) == 0, Encrypt: &encrypt})
 				if err == nil {
 					mine = append(mine, made.ID)
 				}
 			case k == 2 && len(mine) > 0:
-				_, err = s.AppendStorage(limited, control.StorageRequest{ID: mine[rnd.Intn(len(mine))], Storage: control.Storage{Path: filepath.Join(s.store, fmt.Sprint("named", rnd.Int63()))}})
+				_, err = s.AppendStorage(limited, control.StorageRequest{ID: mine[rnd.Intn(len(mine))], Storage: control.Storage{Path: filepath.Join(store, fmt.Sprint("named", rnd.Int63()))}})
 			case k == 3:
 				err = s.MarkDirty(limited, control.MarkRequest{Device: s.dev.Name, Ranges: []control.Range{{Sector: uint64(rnd.Intn(1000)), Count: 8}}})
 			case len(mine) > 0:
@@ -285,14 +348,26 @@ func (s *survival) keepBusy(mounted control.Device, seed int64) (stop func()) {
 					mine = slices.Delete(mine, at, at+1)
 				}
 			}
-			done()
 			if len(mine) > 3 {
-				_ = s.DestroySnapshot(context.Background(), mine[0])
+				_ = s.DestroySnapshot(limited, mine[0])
 				mine = mine[1:]
 			}
-			if err != nil && !s.interrupted(kills) && control.CodeOf(err) != control.NotFound {
+			if kills%2 == 0 {
+				s.calls++
+			}
+			switch {
+			case s.interrupted(kills):
+				unknown = true
+				if kills%2 == 0 {
+					s.cut++
+				}
+			case err != nil && control.CodeOf(err) != control.NotFound:
 				s.t.Errorf("a call that nobody interrupted: %v", err)
 			}
+			if unknown {
+				unknown = s.destroyUnknown(limited, store, mine) != nil
+			}
+			done()
 			time.Sleep(20 * time.Millisecond)
 		}
 	}()
@@ -304,49 +379,16 @@ func (s *survival) keepBusy(mounted control.Device, seed int64) (stop func()) {
 	return stop
 }
 
-// compareMap compares two images: the change map has told of every difference.
-func (s *survival) compareMap(since control.Take, before, after string) {
-	s.t.Helper()
-	info, ranges, err := s.Changes(s.dev, since)
-	if err != nil {
-		s.t.Errorf("changes since %v: %v", since, err)
-		return
-	}
-	a, errA := os.ReadFile(before)
-	b, errB := os.ReadFile(after)
-	if errA != nil || errB != nil || len(a) != len(b) {
-		s.t.Fatalf("%d and %d bytes, %v, %v", len(a), len(b), errA, errB)
-	}
-	missed, changed := 0, 0
-	for n := 0; n < len(a); n += stamp.SectorSize {
-		if bytes.Equal(a[n:n+stamp.SectorSize], b[n:n+stamp.SectorSize]) {
-			continue
-		}
-		changed++
-		at := uint64(n / stamp.SectorSize)
-		if !slices.ContainsFunc(ranges, func(r control.Range) bool { return at >= r.Sector && at < r.Sector+r.Count }) {
-			missed++
+// destroyUnknown destroys the snapshots in a storage but for those that are known. One
+// that has no storage yet was being created when its daemon was killed.
+func (s *survival) destroyUnknown(ctx context.Context, store string, known []string) error {
+	s.creating.Lock()
+	defer s.creating.Unlock()
+	all, err := s.Snapshots(ctx)
+	for _, x := range all {
+		if (len(x.Storage) == 0 || x.Storage[0].Path == store) && !slices.Contains(known, x.ID) {
+			err = errors.Join(err, s.DestroySnapshot(ctx, x.ID))
 		}
 	}
-	if missed > 0 || changed == 0 {
-		s.t.Errorf("I3: of %d sectors that have changed the map %+v misses %d", changed, info, missed)
-	}
-}
-
-// nothingLeft: no file of the daemon's outlives its devices and snapshots.
-func (s *survival) nothingLeft() {
-	s.t.Helper()
-	for _, kind := range []string{"cbt", "counters", "devices", "snapshots"} {
-		if left, err := os.ReadDir(filepath.Join(s.RunDir.State(), kind)); err != nil || len(left) > 0 {
-			s.t.Errorf("left in %s: %v, %v", kind, left, err)
-		}
-	}
-	left, err := os.ReadDir(s.store)
-	left = slices.DeleteFunc(left, func(e os.DirEntry) bool { return e.Name() == "lost+found" })
-	if err != nil || len(left) > 0 {
-		s.t.Errorf("left in the storage: %v, %v", left, err)
-	}
-	if notes, err := os.ReadDir(filepath.Join(string(s.RunDir), "udev")); err != nil || len(notes) > 0 {
-		s.t.Errorf("notes left: %v, %v", notes, err)
-	}
+	return err
 }
