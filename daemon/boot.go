@@ -77,11 +77,7 @@ func (d *Daemon) startBoot(ctx context.Context) {
 	if !d.hasBootDisks() {
 		return
 	}
-	text, _, err := statefile.Read(d.removedFile(), removedKind, removedFormat)
-	if err == nil {
-		err = statefile.Unmarshal(d.removedFile(), text, &d.boot.removed)
-	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := d.readRemoved(); err != nil && !errors.Is(err, os.ErrNotExist) {
 		d.opts.Log.Warn("disks whose filters were removed have them again", "error", err)
 	}
 	limited, cancel := context.WithTimeout(ctx, bootLimit)
@@ -201,6 +197,15 @@ func (d *Daemon) addBootDisk(ctx context.Context, b *bootDisk, bdev *disk.Disk) 
 	}
 	d.opts.Log.Info("added, as the configuration says", "name", dev.Name, "disk", dev.Original, "device", dev.Path, "from", b.where())
 	return true, ""
+}
+
+// readRemoved reads which disks' filters were removed on purpose.
+func (d *Daemon) readRemoved() error {
+	text, _, err := statefile.Read(d.removedFile(), removedKind, removedFormat)
+	if err == nil {
+		err = statefile.Unmarshal(d.removedFile(), text, &d.boot.removed)
+	}
+	return err
 }
 
 // noteRemoved notes that somebody has removed a filter; needs opLock.

@@ -98,13 +98,9 @@ func (d *Daemon) known() (names, noted map[string]bool) {
 
 // thawLeftover thaws what a dead daemon had frozen.
 func (d *Daemon) thawLeftover() {
-	text, _, err := statefile.Read(d.frozenFile(), frozenKind, frozenFormat)
+	points, err := d.leftFrozen()
 	if errors.Is(err, os.ErrNotExist) {
 		return
-	}
-	var points []string
-	if err == nil {
-		err = statefile.Unmarshal(d.frozenFile(), text, &points)
 	}
 	if err != nil {
 		d.opts.Log.Error("what a dead daemon has frozen is not known", "error", err)
@@ -123,4 +119,13 @@ func (d *Daemon) thawLeftover() {
 		d.opts.Log.Warn("a filesystem that a dead daemon froze goes on", "filesystem", point)
 	}
 	_ = os.Remove(d.frozenFile())
+}
+
+// leftFrozen are the mount points of what a dead daemon had frozen.
+func (d *Daemon) leftFrozen() (points []string, err error) {
+	text, _, err := statefile.Read(d.frozenFile(), frozenKind, frozenFormat)
+	if err == nil {
+		err = statefile.Unmarshal(d.frozenFile(), text, &points)
+	}
+	return points, err
 }

@@ -142,6 +142,8 @@ func (s *Store) Find(id disk.Identity, name string, limit int64) (*Record, []byt
 		return nil, nil, used.refuse(Unclean, "the last filter over the disk did not end cleanly, or its change map could not be kept")
 	case err != nil:
 		return nil, nil, refusalOf(err)
+	case usedErr != nil && !errors.Is(usedErr, fs.ErrNotExist):
+		return nil, nil, refusalOf(usedErr) // it may say that this one was used
 	case usedErr == nil && used.ID == r.ID:
 		return nil, nil, r.refuse(Used, "the state was used before: %s%s has come back", k, recordSuffix)
 	}
