@@ -74,7 +74,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		}
 	}
 	c.ID, c.ChunkSize, c.PoolSize, c.Portion = id, chunk, pool, d.opts.Config.DiffStorageMinimum*sector.Size
-	c.Pending = r.Take // until it is answered, nobody knows of it
+	c.Pending = true // until it is answered, nobody knows of it
 	if s.snap, err = snapshots.New(c); err != nil {
 		return nil, err
 	}
@@ -105,10 +105,8 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		// The caller does not learn its UUID, so nobody else could destroy it.
 		return nil, d.abandon(s, err)
 	}
-	if r.Take {
-		if err := s.snap.SetPending(false); err != nil {
-			return nil, d.abandon(s, err)
-		}
+	if err := s.snap.SetPending(false); err != nil {
+		return nil, d.abandon(s, err)
 	}
 	return s, nil
 }

@@ -25,11 +25,11 @@ import (
 
 // The snapshots of a dead daemon, each by the stage it was in:
 //
-//	created              goes on, empty as it was
-//	taking               the take was not made: its number is void, and it is as created
-//	taken                goes on, and so do its images
-//	being destroyed      that is brought to its end
-//	created with a take  whose maker has had no answer: nobody knows of it, it is destroyed
+//	being created    its maker has had no answer: nobody knows of it, it is destroyed
+//	created          goes on, empty as it was
+//	taking           the take was not made: its number is void, and it is as created
+//	taken            goes on, and so do its images
+//	being destroyed  that is brought to its end
 //
 // One that cannot go on, because a device, a storage or a table is not to be had,
 // ends with its event. The devices do not end with it.

@@ -242,8 +242,20 @@ func TestDeathInSnapshot(t *testing.T) {
 		everyStep(t, 0, func(n int) bool {
 			v.dies(n)
 			v.write(uint64(n))
-			died := v.try(call(func(ctx context.Context) error { _, err := v.CreateSnapshot(ctx, request(false)); return err }))
-			if s := held(t); s != nil && len(s.Storage) == 1 && len(s.Images) == 1 {
+			var made string
+			died := v.try(call(func(ctx context.Context) error {
+				s, err := v.CreateSnapshot(ctx, request(false))
+				made = s.ID
+				return err
+			}))
+			s := held(t)
+			if made != "" && (s == nil || s.ID != made) {
+				t.Errorf("%s was made, and there is %+v", made, s)
+			}
+			if s != nil {
+				if len(s.Storage) != 1 || len(s.Images) != 1 {
+					t.Fatalf("half made: %+v", s)
+				}
 				v.Taken(s.ID)
 				v.write(uint64(n) + 1)
 				v.shows(held(t).Images[0].Path, uint64(n))
