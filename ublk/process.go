@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -94,17 +96,17 @@ func leaveNoCore() error {
 const processName = "ublk-blksnap"
 
 // nameThreads names the threads that there are. A thread to come gets the name of the
-// one that makes it, or a name of its own.
+// one that makes it, or a name of its own. The runtime makes none meanwhile, which would
+// have the old name.
 func nameThreads() error {
-	threads, err := os.ReadDir("/proc/self/task")
+	name, err := unix.BytePtrFromString(processName)
 	if err != nil {
 		return fmt.Errorf("name the process: %w", err)
 	}
-	for _, t := range threads {
-		err := os.WriteFile("/proc/self/task/"+t.Name()+"/comm", []byte(processName), 0)
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("name the process: %w", err)
-		}
+	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_NAME, uintptr(unsafe.Pointer(name)), 0, 0, 0, 0)
+	runtime.KeepAlive(name)
+	if errno != 0 {
+		return fmt.Errorf("name the process: %w", errno)
 	}
 	return nil
 }
