@@ -1,6 +1,7 @@
 package cbtstate
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -31,9 +32,10 @@ func (n *Notes) Put(name string, text []byte) error {
 	return nil
 }
 
-// Remove removes a note, durably, if there is one.
+// Remove removes a note, durably, if there is one, and what a Put that was cut short has
+// left of it.
 func (n *Notes) Remove(name string) error {
-	err := n.folder.remove(name)
+	err := errors.Join(n.folder.remove(name), n.folder.remove(name+newSuffix))
 	if err == nil {
 		err = n.folder.sync()
 	}
