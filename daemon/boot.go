@@ -201,11 +201,7 @@ func (d *Daemon) addBootDisk(ctx context.Context, b *bootDisk, bdev *disk.Disk) 
 
 // readRemoved reads which disks' filters were removed on purpose.
 func (d *Daemon) readRemoved() error {
-	text, _, err := statefile.Read(d.removedFile(), removedKind, removedFormat)
-	if err == nil {
-		err = statefile.Unmarshal(d.removedFile(), text, &d.boot.removed)
-	}
-	return err
+	return statefile.Load(d.removedFile(), removedKind, removedFormat, &d.boot.removed)
 }
 
 // noteRemoved notes that somebody has removed a filter; needs opLock.

@@ -112,11 +112,7 @@ func (d *Daemon) removeDeviceRecord(name string) {
 // readDeviceRecord reads and checks the record of the device of that name.
 func (d *Daemon) readDeviceRecord(name string) (r deviceRecord, err error) {
 	path := d.deviceRecordFile(name)
-	text, _, err := statefile.Read(path, deviceKind, deviceFormat)
-	if err != nil {
-		return r, err
-	}
-	if err := statefile.Unmarshal(path, text, &r); err != nil {
+	if err := statefile.Load(path, deviceKind, deviceFormat, &r); err != nil {
 		return r, err
 	}
 	kind, ours := ublk.IsOurs(r.Tag)

@@ -123,9 +123,6 @@ func (d *Daemon) thawLeftover() {
 
 // leftFrozen are the mount points of what a dead daemon had frozen.
 func (d *Daemon) leftFrozen() (points []string, err error) {
-	text, _, err := statefile.Read(d.frozenFile(), frozenKind, frozenFormat)
-	if err == nil {
-		err = statefile.Unmarshal(d.frozenFile(), text, &points)
-	}
+	err = statefile.Load(d.frozenFile(), frozenKind, frozenFormat, &points)
 	return points, err
 }

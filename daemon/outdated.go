@@ -42,12 +42,9 @@ const (
 
 // openOutdated is for a daemon that begins: it owes what the one before did.
 func (d *Daemon) openOutdated() {
-	text, _, err := statefile.Read(d.outdatedFile(), outdatedKind, outdatedFormat)
+	err := statefile.Load(d.outdatedFile(), outdatedKind, outdatedFormat, &d.outdated)
 	if errors.Is(err, fs.ErrNotExist) {
 		return
-	}
-	if err == nil {
-		err = statefile.Unmarshal(d.outdatedFile(), text, &d.outdated)
 	}
 	if err != nil {
 		d.opts.Log.Error("it is not known which change maps of before must not be believed: remove those of disks that have no filter now",

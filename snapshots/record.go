@@ -138,11 +138,7 @@ func (s *state) recorded() record {
 // readRecord reads the record of the snapshot id in dir, whatever its stage.
 func readRecord(dir string, id uuid.UUID) (r record, err error) {
 	path := filepath.Join(dir, recordName)
-	body, _, err := statefile.Read(path, recordKind, recordVersion)
-	if err != nil {
-		return record{}, err
-	}
-	if err := statefile.Unmarshal(path, body, &r); err != nil {
+	if err := statefile.Load(path, recordKind, recordVersion, &r); err != nil {
 		return record{}, err
 	}
 	if r.ID != id {

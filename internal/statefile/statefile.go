@@ -144,6 +144,15 @@ func Decode(path string, text []byte, kind string, newest int) (body []byte, ver
 	return body[:length], version, nil
 }
 
+// Load is Read and Unmarshal, for who makes the same of all versions.
+func Load(path, kind string, newest int, v any) error {
+	body, _, err := Read(path, kind, newest)
+	if err != nil {
+		return err
+	}
+	return Unmarshal(path, body, v)
+}
+
 // Unmarshal makes v of the body of the file at path. A field that v does not have is an
 // error that wraps ErrDamaged: it was written by another program, and means something.
 func Unmarshal(path string, body []byte, v any) error {
