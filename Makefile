@@ -49,7 +49,8 @@ test: check bin/vm overlay
 	go test -race -short $(GIOURING) ./internal/...
 	$(MAKE) integration-binaries
 	$(MAKE) integration-binaries BUILD=giouring
-	tests/together.sh '$(MAKE) integration-run KERNEL=6.12' '$(MAKE) integration-run KERNEL=newest' \
+	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12' \
+		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest' \
 		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/... && \
 		$(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest && $(MAKE) boot KERNEL=6.12 && \
 		$(MAKE) systemd KERNEL=newest && $(MAKE) demo KERNEL=newest && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
@@ -83,7 +84,7 @@ integration: integration-binaries
 
 integration-run: BINARIES = .cache/test/integration$(BUILD)
 integration-run:
-	VM_CPUS=$${VM_CPUS:-2} bin/vm -no-skips -again -timeout 75m 'exec tests/integration/run.sh 74 $(BINARIES) "$(RUN)"'
+	VM_CPUS=$${VM_CPUS:-2} bin/vm -no-skips -again -timeout 75m -e UBLK_BLKSNAP_SHARE 'exec tests/integration/run.sh 74 $(BINARIES) "$(RUN)"'
 
 integration-binaries: BINARIES = .cache/test/integration$(BUILD)
 integration-binaries: build build-next bin/vm

@@ -77,7 +77,7 @@ func parse(args []string) (*options, error) {
 	flags.BoolVar(&o.Systemd, "systemd", env("VM_SYSTEMD", "") != "", "run the command under systemd, as a service (VM_SYSTEMD)")
 	flags.StringVar(&o.Root, "root", "", "disk image with a Debian that is booted instead of the host's tree; made if missing")
 	flags.StringVar(&o.where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
-	flags.BoolVar(&o.noSkips, "no-skips", false, "fail if the output tells of a skipped Go test that does not say \""+allowedSkip+"\", or of no test at all")
+	flags.BoolVar(&o.noSkips, "no-skips", false, fmt.Sprintf("fail if the output tells of a skipped Go test that does not say one of %q, or of no test at all", allowedSkips))
 	flags.BoolVar(&o.again, "again", false, "run the command again, from its start, if an emulated processor ended the machine by a fault of its own")
 	flags.BoolVar(&o.fetch, "fetch", false, "fetch the kernel, print its release, and end")
 	flags.StringVar(&o.console, "console", env("VM_CONSOLE", ""), "file for the kernel's messages (VM_CONSOLE)")

@@ -55,6 +55,9 @@ func TestSkips(t *testing.T) {
 === RUN   TestOld
     x_test.go:3: needs kernel 6.16 for UPDATE_SIZE
 --- SKIP: TestOld (0.00s)
+=== RUN   TestShared
+    x_test.go:6: the other machine runs it: UBLK_BLKSNAP_SHARE=1
+--- SKIP: TestShared (0.00s)
 === RUN   TestLazy
     x_test.go:9: not today
 --- SKIP: TestLazy (0.00s)

@@ -34,7 +34,7 @@ func nth(i control.CBTInfo, n int) control.Take {
 // that were written, whatever wrote them; the map stands still while a snapshot
 // is held.
 func TestChangesExact(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 40<<20 + 3<<10 // 641 blocks, the last one short
 	disk := guest.LoopDisk(t, size, 512)
 	d := program.Start(t)
@@ -241,6 +241,7 @@ func TestChangesUnderLoad(t *testing.T) {
 // number 255 under the generation that followed it, so that the next increment
 // found nothing.
 func TestNumberWraps(t *testing.T) {
+	guest.NeedEither(t)
 	const size, perGeneration = 2<<20 + 1<<10, 255
 	rounds, skipped := 275, 0
 	if !guest.Long() {
@@ -389,7 +390,7 @@ func takeMore(t *testing.T, state string, n int) {
 
 // TestMarkDirty marks by hand: all ranges or none.
 func TestMarkDirty(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 8 << 20
 	disk := guest.RAMDisks(t, 1, size)[0]
 	d := program.Start(t)
@@ -431,7 +432,7 @@ func TestMarkDirty(t *testing.T) {
 
 // TestTrackingParameters: block size and count follow from the parameters.
 func TestTrackingParameters(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.LoopDisk(t, 64<<20, 512)
 	for _, c := range []struct {
 		params []string
@@ -470,7 +471,7 @@ func TestTrackingParameters(t *testing.T) {
 // does the same through the API. The kernel module marked the first of them as
 // often as there were ranges.
 func TestEveryRangeMarked(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 4 << 20
 	disk := guest.RAMDisks(t, 1, size)[0]
 	d := program.Start(t)

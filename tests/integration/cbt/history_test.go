@@ -79,6 +79,7 @@ func writeBlock(t *testing.T, path string, offset int64) {
 // TestHistoryGoesOn: changes before the end of a daemon, and after the start of
 // another one that shares nothing with it but the state directory, are one increment.
 func TestHistoryGoesOn(t *testing.T) {
+	guest.NeedEither(t)
 	p := plug(t, 40<<20)
 	state := "state_dir=" + filepath.Join(t.TempDir(), "state")
 	d := program.Start(t, state)
@@ -259,6 +260,7 @@ func flip(t *testing.T, file string, at int64) {
 
 // TestHistoryOfAnotherDisk: a clone is another disk, although it holds the same.
 func TestHistoryOfAnotherDisk(t *testing.T) {
+	guest.NeedEither(t)
 	p := plug(t, 16<<20)
 	d := program.Start(t)
 	d.Remove(d.Add(p.disk, named("data")))
@@ -284,7 +286,7 @@ func TestHistoryOfAnotherDisk(t *testing.T) {
 // TestHistoryOfAPartition: what is written to its neighbour does not count, what is
 // written to it by the disk's name does.
 func TestHistoryOfAPartition(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.SCSIDisk(t, 64, 512)
 	cmd := exec.Command("sfdisk", "-q", disk)
 	cmd.Stdin = strings.NewReader("label: gpt\nstart=2048 size=40960\nstart=43008 size=40960\n")
@@ -312,6 +314,7 @@ func TestHistoryOfAPartition(t *testing.T) {
 
 // TestStateDirectory: where the state may not lie, and what is said of that.
 func TestStateDirectory(t *testing.T) {
+	guest.NeedEither(t)
 	p := plug(t, 16<<20)
 	on := plug(t, guest.Ext4.Minimum)
 	dir := t.TempDir()
@@ -363,6 +366,7 @@ func TestStateDirectory(t *testing.T) {
 // TestOutdatedOutlivesDeath: what was kept of a disk, and is out of date since it has
 // a filter, is used up, though the daemon that was to do that has died.
 func TestOutdatedOutlivesDeath(t *testing.T) {
+	guest.NeedEither(t)
 	p := plug(t, 16<<20)
 	d := program.Start(t, "intent_log=false")
 	d.Remove(d.Add(p.disk, named("data")))

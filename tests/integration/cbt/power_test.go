@@ -294,6 +294,7 @@ func TestPowerFailureDoubts(t *testing.T) {
 
 // TestIntentLogOff: what is said of a device without a log, and what its end costs.
 func TestIntentLogOff(t *testing.T) {
+	guest.NeedEither(t)
 	p := newFailing(t, 16<<20)
 	off := false
 	dev := p.add(func(r *control.AddRequest) { r.IntentLog = &off })
@@ -306,6 +307,7 @@ func TestIntentLogOff(t *testing.T) {
 // TestIntentLogFails: whatever happens to the state directory, the disk's I/O goes on; it
 // is said that a power failure would cost the history, and a power failure does cost it.
 func TestIntentLogFails(t *testing.T) {
+	guest.NeedEither(t)
 	t.Run("errors", func(t *testing.T) { intentLogFails(t, "errors") })
 	t.Run("hung", func(t *testing.T) { intentLogFails(t, "hung") })
 }
@@ -359,7 +361,7 @@ func intentLogFails(t *testing.T, how string) {
 // TestIntentLogNoSpace: there is no log while the state directory is full, and there is one
 // as soon as it is not.
 func TestIntentLogNoSpace(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	dir := guest.SmallFS(t, 16<<20)
 	fill := filepath.Join(dir, "fill")
 	full := func() {
@@ -453,6 +455,7 @@ func TestIntentLogTakenOver(t *testing.T) {
 // TestIntentLogMoved: if the next daemon has another state_dir, nothing is believed any
 // more of what the one before kept.
 func TestIntentLogMoved(t *testing.T) {
+	guest.NeedEither(t)
 	p := newFailing(t, 40<<20)
 	dev := p.add()
 	awaitCovered(t, p.d, dev, true, "")

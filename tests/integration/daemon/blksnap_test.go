@@ -22,7 +22,7 @@ import (
 // TestBackupScript runs a backup script that was written for blksnap: full, then
 // incremental, restored and compared.
 func TestBackupScript(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	if _, err := os.Stat(control.DefaultSocket); err == nil {
 		t.Fatal("a daemon runs on the default run directory")
 	}
@@ -59,7 +59,7 @@ func TestBackupScript(t *testing.T) {
 // TestBlksnapScript does with blksnap's own commands what a backup script written
 // for blksnap does, and looks at every line and status it sees.
 func TestBlksnapScript(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 3, 64<<20)
 	d := program.Start(t)
 	call := func(args ...string) program.Answer {

@@ -18,7 +18,7 @@ import (
 // TestErrors has every error that a snapshot's life knows: its code, its errno,
 // and what the program says with status 1.
 func TestErrors(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 3, 16<<20)
 	d := program.Start(t)
 	a, b := d.Add(disks[0]), d.Add(disks[1])

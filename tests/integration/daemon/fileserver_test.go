@@ -42,7 +42,7 @@ func TestDeadFileServer(t *testing.T) {
 		serveFiles(t, data, at)
 		return
 	}
-	guest.Need(t)
+	guest.NeedEither(t)
 	ram := guest.RAMDisks(t, 2, 8<<20)
 	at := t.TempDir()
 	server, _ := guest.StartChild(t, "TestDeadFileServer", fileServerEnv+"="+t.TempDir()+":"+at, "serving")

@@ -30,7 +30,7 @@ import (
 // TestBadDisks: what cannot be added is refused, with the reason and, if it is in
 // use, with its user.
 func TestBadDisks(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 3, 64<<20)
 	d := program.Start(t)
 	file := guest.SparseFile(t, "/dev/shm", 1<<20)
@@ -159,7 +159,7 @@ func TestBadDisks(t *testing.T) {
 
 // TestBadParameters: values out of range, names, and things that are not there.
 func TestBadParameters(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
 	d := program.Start(t)
 	many := fmt.Sprint(runtime.NumCPU() + 1)
@@ -250,7 +250,7 @@ func busyDisk(t *testing.T) string {
 
 // TestRemoveInUse: a filter that somebody uses stays, with the user named.
 func TestRemoveInUse(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
 	d := program.Start(t)
 	dev := d.Add(disk)
@@ -308,7 +308,7 @@ func TestRemoveInUse(t *testing.T) {
 // TestLargeRequests: what clients send takes no memory to speak of, however much
 // it is and from how many.
 func TestLargeRequests(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	program.LeakTest(t)
 	const size = 64 << 20
 	disk := guest.RAMDisks(t, 1, size)[0]

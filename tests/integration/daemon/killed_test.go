@@ -154,7 +154,7 @@ func TestKilled(t *testing.T) {
 // daemon lived, waits, and goes on when he lets go of it. All of it counts as changed
 // then. Or it is removed by force, and the I/O fails.
 func TestDiskInUse(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 2, 64<<20)
 	d := program.Start(t)
 	dev, other := d.Add(disks[0]), d.Add(disks[1])
@@ -223,7 +223,7 @@ func TestDiskInUse(t *testing.T) {
 // TestDamagedRecord: a record that cannot be trusted is left alone and told, with the
 // way out, and so is the device of it.
 func TestDamagedRecord(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 2, 64<<20)
 	d := program.Start(t)
 	dev, other := d.Add(disks[0]), d.Add(disks[1])

@@ -19,6 +19,7 @@ import (
 
 // TestNotRoot: another user is told to be root, whether a daemon runs or not.
 func TestNotRoot(t *testing.T) {
+	guest.NeedEither(t)
 	d := program.Start(t)
 	// The program may lie where others cannot go.
 	bin := filepath.Join("/run", "ublk-blksnap-test")
@@ -54,7 +55,7 @@ func fresh(t *testing.T) (dir string, call func(args ...string) program.Answer) 
 // TestMachineCannot: what is missing on the machine is said by the first
 // command, by doctor, and leaves nothing behind.
 func TestMachineCannot(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	t.Run("io_uring disabled", func(t *testing.T) {
 		const sysctl = "/proc/sys/kernel/io_uring_disabled"
 		if err := os.WriteFile(sysctl, []byte("2"), 0); err != nil {

@@ -18,7 +18,7 @@ import (
 // TestInheritsNothing: a daemon that a command starts has nothing of the one who
 // typed it, and no signal but those that ask it to stop ends or stops it.
 func TestInheritsNothing(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 2, 64<<20)
 	guest.Ext4.Make(t, disks[1])
 	callers := guest.Mount(t, disks[1])
@@ -161,7 +161,7 @@ func TestInheritsNothing(t *testing.T) {
 // TestCannotForget: what a daemon keeps of the one who started it, because it
 // cannot do otherwise, is in its log.
 func TestCannotForget(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
 	dir, call := fresh(t)
 	const group = "/sys/fs/cgroup/jail"

@@ -41,7 +41,7 @@ func alive(pid int) bool {
 // TestFirstCommand: the first command starts a daemon, whose life does not hang
 // on the command's.
 func TestFirstCommand(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
 	dir, call := fresh(t)
 	a := call("add", disk)
@@ -87,7 +87,7 @@ func TestFirstCommand(t *testing.T) {
 // TestNamespace: the daemon keeps no mount of the machine alive, and yet reaches
 // what is mounted after its start.
 func TestNamespace(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 3, 64<<20)
 	guest.Ext4.Make(t, disks[0])
 	early := guest.Mount(t, disks[0])
@@ -141,7 +141,7 @@ func TestNamespace(t *testing.T) {
 // TestStopRefused: SIGTERM removes nothing while a filter is used, and names the
 // user; after that it removes all.
 func TestStopRefused(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 2, 64<<20)
 	d := program.Start(t)
 	idle, used := d.Add(disks[0]), d.Add(disks[1])
@@ -207,7 +207,7 @@ func TestStopRefused(t *testing.T) {
 // TestTwoDaemons: the names are the machine's, whoever serves the devices: no
 // daemon takes one from another, or removes it.
 func TestTwoDaemons(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 2, 64<<20)
 	a, b := program.Start(t), program.Start(t)
 	named := func(name string) func(*control.AddRequest) {
@@ -270,7 +270,7 @@ func TestTwoDaemons(t *testing.T) {
 // TestRunDirOfOthers: a run directory that somebody has prepared is refused, and
 // nothing that is root's is touched through it.
 func TestRunDirOfOthers(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	precious := filepath.Join(t.TempDir(), "precious")
 	if err := os.WriteFile(precious, []byte("precious"), 0o644); err != nil {
 		t.Fatal(err)

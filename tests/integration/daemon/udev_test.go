@@ -52,6 +52,7 @@ func startUdev(t *testing.T) {
 // our own links as well, but for a daemon whose run directory its rules do not
 // know.
 func TestUdev(t *testing.T) {
+	guest.NeedEither(t)
 	startUdev(t)
 	const uuid = "7b268516-3b6a-4bfd-8a17-3e7eb26ed9bb"
 	disk := guest.LoopDisk(t, 64<<20, 512)

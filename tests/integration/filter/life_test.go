@@ -22,7 +22,7 @@ import (
 // TestOriginalError has a part of the original fail: what touches it gets EIO,
 // and nothing else does.
 func TestOriginalError(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 16 << 20
 	ram := guest.RAMDisks(t, 1, size)[0]
 	good := guest.LinearTable(t, ram)
@@ -196,7 +196,7 @@ func TestRounds(t *testing.T) {
 // TestSteadyState is I9 for a filter under load: after the first requests it
 // takes no more memory, and starts no threads.
 func TestSteadyState(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	program.LeakTest(t)
 	const size = 64 << 20
 	ram := guest.RAMDisks(t, 1, size)[0]

@@ -6,16 +6,19 @@
 //	UBLK_BLKSNAP_VM=1     there is ublk, root, and nothing of value (set by the machine)
 //	UBLK_BLKSNAP_BIN      the program; bin/ublk-blksnap of the tree, if empty
 //	UBLK_BLKSNAP_LONG=1   minutes instead of seconds for whatever runs for a time
+//	UBLK_BLKSNAP_SHARE    0 or 1: which share of NeedEither's tests is run; all, if empty
 //	UBLK_BLKSNAP_KILLS    how often the daemon is killed under load; 200 in the long form, if empty
 package guest
 
 import (
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -30,6 +33,19 @@ func Need(t testing.TB) {
 	t.Helper()
 	if os.Getenv("UBLK_BLKSNAP_VM") != "1" {
 		t.Skip("needs root and ublk: make integration")
+	}
+}
+
+// NeedEither is Need, for a test of what is the same with every kernel. Of two machines that
+// share these tests each runs about half of them.
+func NeedEither(t testing.TB) {
+	t.Helper()
+	Need(t)
+	share := os.Getenv("UBLK_BLKSNAP_SHARE")
+	sum := fnv.New32a()
+	fmt.Fprint(sum, t.Name())
+	if share != "" && share != strconv.FormatUint(uint64(sum.Sum32()%2), 10) {
+		t.Skip("the other machine runs it: UBLK_BLKSNAP_SHARE=" + share)
 	}
 }
 

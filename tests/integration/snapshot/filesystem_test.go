@@ -17,7 +17,7 @@ import (
 func TestImageFilesystem(t *testing.T) {
 	for _, k := range []guest.Filesystem{guest.Ext4, guest.XFS, guest.Btrfs} {
 		t.Run(k.Name, func(t *testing.T) {
-			guest.Need(t)
+			guest.NeedEither(t)
 			disk := guest.RAMDisks(t, 1, max(k.Minimum, 128<<20))[0]
 			d := program.Start(t)
 			dev := d.Add(disk)

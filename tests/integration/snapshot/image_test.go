@@ -20,7 +20,7 @@ import (
 // TestImageShape: an image has the size and blocks of its original, on storage
 // of other blocks as well, and random writers get along with it.
 func TestImageShape(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	for _, c := range []struct {
 		block, storage int
 		size           int64
@@ -133,7 +133,7 @@ func TestImagePartitions(t *testing.T) {
 // TestPartitionsMade: partitions made and deleted through the filter are so on the
 // original when it is used again.
 func TestPartitionsMade(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.SCSIDisk(t, 16, 512)
 	d := program.Start(t)
 	for _, there := range []bool{true, false} {

@@ -22,7 +22,7 @@ import (
 // and written (TestDestroyBusy does that at greater length). The kernel module
 // corrupted its lists and its memory so.
 func TestAddedTwiceAndDestroyedMounted(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
 	d := program.Start(t)
 	dev := d.Add(disk)
@@ -70,7 +70,7 @@ func TestAddedTwiceAndDestroyedMounted(t *testing.T) {
 // TestDetachWhileHeld: a device that a snapshot holds is not detached, and by force
 // the snapshot breaks aloud. The kernel module went on without copying.
 func TestDetachWhileHeld(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 4 << 20
 	disk := guest.RAMDisks(t, 1, size)[0]
 	d := program.Start(t)
@@ -127,7 +127,7 @@ func TestDetachWhileHeld(t *testing.T) {
 
 // TestSnapshotRounds takes and destroys 30 times: it leaves nothing.
 func TestSnapshotRounds(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	program.LeakTest(t)
 	const size = 4 << 20
 	disk := guest.RAMDisks(t, 1, size)[0]

@@ -261,7 +261,7 @@ func snapshotsUnder(t *testing.T, d *program.Daemon, disk string, chunk int64, q
 // a cut that does not wait for those in flight would let them into the image
 // when it is there already.
 func TestSlowOriginal(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 8 << 20
 	ram := guest.RAMDisks(t, 1, size)[0]
 	guest.Run(t, "modprobe", "dm-delay")
@@ -348,7 +348,7 @@ func TestSmallPool(t *testing.T) {
 // TestEightSnapshots holds eight snapshots of one device at once, with chunks of
 // several sizes, and destroys them in any order.
 func TestEightSnapshots(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 16<<20 + 1<<10
 	disk := guest.RAMDisks(t, 1, size)[0]
 	d := program.Start(t)

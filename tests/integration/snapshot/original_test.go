@@ -24,7 +24,7 @@ import (
 // TestHungOriginal: while a disk does not answer nothing can be done with its
 // filter, but with those of others. What was written gets there in the end.
 func TestHungOriginal(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	ram := guest.RAMDisks(t, 2, 16<<20)
 	guest.Run(t, "modprobe", "dm-mod")
 	disk := guest.DMDisk(t, "hung", guest.LinearTable(t, ram[0]))

@@ -19,7 +19,7 @@ import (
 // TestTakeHalfDone: a take that fails on the last device leaves nothing of itself
 // on any. The kernel module left the snapshot half taken.
 func TestTakeHalfDone(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 3, 64<<20)
 	d := program.Start(t)
 	var devs []control.Device
@@ -97,7 +97,7 @@ func TestTakeHalfDone(t *testing.T) {
 
 // TestTakeWithoutMemory: a take for which there is no memory fails as a whole too.
 func TestTakeWithoutMemory(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	small, large := guest.LoopDisk(t, 16<<20, 512), guest.LoopDisk(t, 256<<30, 512)
 	d := program.Start(t, "state_size=24M")
 	devs := []control.Device{d.Add(small), d.Add(large)}
@@ -127,7 +127,7 @@ func TestTakeWithoutMemory(t *testing.T) {
 // TestFreezeFails: a take fails if a filesystem does not freeze, unless it is told
 // to do without. The kernel module only logged it.
 func TestFreezeFails(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
 	d := program.Start(t)
 	dev := d.Add(disk)
@@ -266,7 +266,7 @@ func TestThreeDevices(t *testing.T) {
 func TestNoFreeze(t *testing.T) {
 	for _, k := range []guest.Filesystem{guest.Ext4, guest.XFS} {
 		t.Run(k.Name, func(t *testing.T) {
-			guest.Need(t)
+			guest.NeedEither(t)
 			disk := guest.RAMDisks(t, 1, max(k.Minimum, 128<<20))[0]
 			d := program.Start(t)
 			dev := d.Add(disk)

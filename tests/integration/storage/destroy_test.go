@@ -23,7 +23,7 @@ import (
 // TestNothingToRead is I10: after its destruction nothing of a snapshot's data
 // can be read from where it lay.
 func TestNothingToRead(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 8 << 20
 	ram := guest.RAMDisks(t, 2, size)
 	noDiscard := guest.SCSIDisk(t, 8, 512)
@@ -162,7 +162,7 @@ func grepState(t *testing.T, dir string) string {
 // I/O: their users get errors, nothing hangs, nothing is left, and the original
 // does not notice.
 func TestDestroyBusy(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.RAMDisks(t, 1, 128<<20)[0]
 	d := program.Start(t)
 	dev := d.Add(disk)

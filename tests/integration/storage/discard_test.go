@@ -62,7 +62,7 @@ func TestDiscardNotCopied(t *testing.T) {
 // TestTrim is the trim of a whole filesystem while a snapshot is held: it
 // neither copies nor overflows, and the image stays right.
 func TestTrim(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.LoopDisk(t, 128<<20, 512)
 	d := program.Start(t)
 	dev := d.Add(disk)

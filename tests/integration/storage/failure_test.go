@@ -20,7 +20,7 @@ import (
 // TestOverflow is I5: the storage comes to its end, or breaks, while writers go
 // on. The snapshot breaks aloud; the original has no part in it.
 func TestOverflow(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 24 << 20
 	ram := guest.RAMDisks(t, 2, size)
 	guest.Run(t, "modprobe", "dm-mod")
@@ -124,7 +124,7 @@ func TestOverflow(t *testing.T) {
 // TestCopyError has the original fail to read what a snapshot needs: that
 // breaks the snapshot (I5), and the write that needed it goes on.
 func TestCopyError(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 8 << 20
 	ram := guest.RAMDisks(t, 1, size)[0]
 	guest.Run(t, "modprobe", "dm-flakey")
@@ -160,7 +160,7 @@ func TestCopyError(t *testing.T) {
 // that first, a read, a store, or a write to the image, breaks the snapshot, and no
 // image ever shows zeroes for what was lost. The original goes on.
 func TestStorageCutOff(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size, chunk = 8 << 20, 64 << 10
 	d := program.Start(t)
 	ram := guest.RAMDisks(t, 1, size)[0]

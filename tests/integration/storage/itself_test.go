@@ -16,7 +16,7 @@ import (
 // refused to blksnap's own command. The kernel module took it. TestStorageOnItself
 // tries every way to that.
 func TestBlksnapStorageOnItself(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
 	d := program.Start(t)
 	dev := d.Add(disk)
@@ -38,7 +38,7 @@ func TestBlksnapStorageOnItself(t *testing.T) {
 // TestStorageOnItself: storage that lies on a filtered device, in whatever way,
 // is refused, and nothing is left of the attempt.
 func TestStorageOnItself(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 2, 160<<20)
 	guest.Run(t, "modprobe", "dm-mod")
 	guest.Run(t, "modprobe", "loop")

@@ -62,7 +62,7 @@ func lstat(t *testing.T, path string) (st unix.Stat_t) {
 // file of others is touched, nothing can be read of what was stored, and the file
 // that was there is what it was: after a destroy, and after the daemon was killed.
 func TestStorageOfAUser(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size, allocated = 8 << 20, 4 << 20
 	disk := guest.RAMDisks(t, 1, size)[0]
 	loop := guest.LoopDisk(t, guest.Ext4.Minimum, 512)
@@ -180,7 +180,7 @@ func TestStorageOfAUser(t *testing.T) {
 
 // TestStorageThatWasThere: what blksnap's scripts do, and what needs --overwrite.
 func TestStorageThatWasThere(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.RAMDisks(t, 1, 8<<20)[0]
 	d := program.Start(t)
 	dir := guest.SmallFS(t, 64<<20)
@@ -228,7 +228,7 @@ func TestStorageThatWasThere(t *testing.T) {
 // TestStorageDevice: a block device that holds anything is refused, wherever that
 // shows, and so is one of which nobody can tell; but not for who knows better.
 func TestStorageDevice(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 16 << 20
 	d := program.Start(t)
 	s := d.Create(control.CreateRequest{})

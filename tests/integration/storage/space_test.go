@@ -21,7 +21,7 @@ import (
 // TestPoolsGivenBack: what a queue's ring holds of a snapshot goes with it, even
 // if nothing else happens on that queue.
 func TestPoolsGivenBack(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size, pool = 4 << 20, 32 << 20
 	d := program.Start(t, "diff_buffer_pool_size=32M", "state_size=256M")
 	dev := d.Add(guest.RAMDisks(t, 1, size)[0])
@@ -57,7 +57,7 @@ func TestPoolsGivenBack(t *testing.T) {
 // TestAttachForNothing: a snapshot that cannot be created leaves no filter
 // behind that was attached for it, and those that were there.
 func TestAttachForNothing(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	ram := guest.RAMDisks(t, 3, 4<<20)
 	d := program.Start(t)
 	dev := d.Add(ram[0])
@@ -89,7 +89,7 @@ func TestAttachForNothing(t *testing.T) {
 // storage is used directly if it can do what the images need, else through the
 // page cache, and the images are right.
 func TestStorageBlocks(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 8 << 20
 	for _, c := range []struct {
 		first, later int // logical blocks of the devices before and after the storage
@@ -184,7 +184,7 @@ func isDirect(t testing.TB, pid int, path string) bool {
 // TestAppendStorage appends storage to a snapshot that is running out of it:
 // the overflow that was near does not come.
 func TestAppendStorage(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 16 << 20
 	disk := guest.RAMDisks(t, 1, size)[0]
 	d := program.Start(t, "diff_storage_minimum=2097152") // 1 GiB, much more than there is
@@ -266,7 +266,7 @@ func TestAppendStorage(t *testing.T) {
 // TestLargeDevice is I9 for tables: a snapshot of a device of 1 TiB needs little
 // memory before anything is written.
 func TestLargeDevice(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disk := guest.LoopDisk(t, 1<<40, 512)
 	d := program.Start(t, "diff_buffer_pool_size=64M", "state_size=1G")
 	dev := d.Add(disk)

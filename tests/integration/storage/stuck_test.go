@@ -23,7 +23,7 @@ import (
 // for it no longer than configured, and everything about the snapshot but its
 // memory goes. That the daemon's log is a pipe that nobody reads changes nothing.
 func TestStuckStorage(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 24 << 20
 	ram := guest.RAMDisks(t, 2, size)
 	guest.Run(t, "modprobe", "dm-mod")
@@ -135,7 +135,7 @@ func fillPipe(t testing.TB, w *os.File) {
 // time, holds up nobody else, and ends by itself when the storage answers. Until
 // then it is claimed.
 func TestDestroyStuckStorage(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 8 << 20
 	ram := guest.RAMDisks(t, 2, size)
 	guest.Run(t, "modprobe", "dm-mod")
@@ -289,7 +289,7 @@ func TestKilledStuckStorage(t *testing.T) {
 // TestStorageGone: a block device of the storage goes while no daemon lives. The
 // snapshot ends with its events, the filter goes on.
 func TestStorageGone(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	guest.Run(t, "modprobe", "dm-mod")
 	loop := guest.LoopDisk(t, 32<<20, 512)
 	store := guest.DMDisk(t, "gone", guest.LinearTable(t, loop))
@@ -334,7 +334,7 @@ func TestStorageGone(t *testing.T) {
 // allocating one ends in time, and nobody gets a file that another snapshot
 // still waits for.
 func TestStuckFile(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 8 << 20
 	disk := guest.LoopDisk(t, guest.Ext4.Minimum, 512)
 	guest.Ext4.Make(t, disk)
