@@ -51,7 +51,7 @@ test: check bin/vm overlay
 	$(MAKE) integration-binaries BUILD=giouring
 	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12' \
 		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest' \
-		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/... && \
+		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -short -count=1 -timeout 60m ./tests/vm/... && \
 		$(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest && $(MAKE) boot KERNEL=6.12 && \
 		$(MAKE) systemd KERNEL=newest && $(MAKE) demo KERNEL=newest && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
 		$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk && \
@@ -102,6 +102,7 @@ soak: integration-binaries
 		KERNEL=$$kernel CUTS=$${CUTS:-30} VM_CPUS=$${VM_CPUS:-4} $(MAKE) powercut; \
 	done
 	$(MAKE) boot KERNEL=newest
+	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...
 
 systemd: build bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd

@@ -73,6 +73,7 @@ type imageUser struct {
 	path  string
 	over  []stamp.Version // by sector; zeroes: not written
 	last  stamp.Version
+	pause time.Duration // longest between two steps
 	mu    sync.Mutex
 	wrong error
 }
@@ -133,6 +134,7 @@ func (u *imageUser) workOn(seed, half int64, end <-chan struct{}) error {
 			return nil
 		default:
 		}
+		stamp.Rest(rnd, u.pause)
 		lo := (2*rnd.Int63n((int64(len(u.over))+2*stripe-1)/(2*stripe)) + half) * stripe
 		hi := min(lo+stripe, int64(len(u.over)))
 		if lo >= hi {

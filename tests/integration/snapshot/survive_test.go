@@ -136,6 +136,11 @@ func medianAndWorst(pauses []time.Duration) string {
 	return fmt.Sprintf("%v (median), %v (worst)", sorted[len(sorted)/2], sorted[len(sorted)-1])
 }
 
+// rest is how long those who write or read rest at most between two requests. They are so
+// many that some requests are under way at any moment; and without a rest they would leave
+// nothing of a small machine to the daemon and to who kills it.
+const rest = 100 * time.Millisecond
+
 func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike func(*survival)) (pauses []time.Duration) {
 	const size, chunk = 12<<20 + 3<<10, 64 << 10
 	disks := guest.RAMDisks(t, 2, 64<<20)
@@ -152,7 +157,8 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 	guest.Ext4.Make(t, mounted.Link)
 	dir := guest.Mount(t, mounted.Link)
 	fio := exec.Command("fio", "--name=verify", "--directory="+dir, "--size=16M", "--ioengine=io_uring", "--direct=1", "--rw=randwrite",
-		"--bsrange=4k-64k", "--iodepth=8", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_backlog=64", "--loops=100000")
+		"--bsrange=4k-64k", "--iodepth=8", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_backlog=64", "--loops=100000",
+		"--rate_iops=40")
 	var said bytes.Buffer
 	fio.Stdout, fio.Stderr = &said, &said
 	if err := fio.Start(); err != nil {
@@ -170,7 +176,7 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 		seed = time.Now().UnixNano()
 		t.Logf("seed %d", seed)
 	}
-	stop := sync.OnceValue(w.StartWriters(t, seed, stamp.Mix{Writers: 4, Zeroes: true}, s.dev.Path))
+	stop := sync.OnceValue(w.StartWriters(t, seed, stamp.Mix{Writers: 4, Zeroes: true, Largest: 256 << 10, Pause: rest}, s.dev.Path))
 	taken := func(encrypt bool) (control.Snapshot, *stamp.Window) {
 		made := s.create(control.CreateRequest{Devices: []string{s.dev.Name, mounted.Name}, ChunkSize: chunk, Storage: []control.Storage{{Path: s.store}}, Encrypt: &encrypt})
 		win := w.Open()
@@ -181,6 +187,7 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 	plain, plainWin := taken(false)
 	written, win := taken(queues == 1) // encrypted, its images copy their payloads
 	user := newImageUser(win, 0, written.Images[0].Path)
+	user.pause = rest
 	end, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
@@ -293,7 +300,7 @@ func readUntil(path string, end <-chan struct{}) error {
 		select {
 		case <-end:
 			return nil
-		default:
+		case <-time.After(rest / 2):
 		}
 		p := (*buf)[:piece]
 		if err := f.ReadAt(p, int64(n)*piece); err != nil {
@@ -372,7 +379,7 @@ func (s *survival) keepBusy(devs []control.Device, seed int64) (stop func()) {
 				unknown = s.destroyUnknown(limited, store, mine) != nil
 			}
 			done()
-			time.Sleep(20 * time.Millisecond)
+			stamp.Rest(rnd, 10*rest) // to make a snapshot is more work than all else here
 		}
 	}()
 	stop = func() {

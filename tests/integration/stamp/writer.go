@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +20,8 @@ type Mix struct {
 	Writers int   // per disk
 	Zeroes  bool  // also write zeroes without a payload
 	Largest int64 // bytes; direct.BufferSize if 0
+	// Pause is the longest that each rests after each step, half of it in the mean.
+	Pause time.Duration
 }
 
 // StartWriters has writers write random pieces to the disks at paths until stopped, and read
@@ -45,6 +48,7 @@ func (w *World) StartWriters(t testing.TB, seed int64, m Mix, paths ...string) (
 						errs <- err
 						return
 					}
+					Rest(r.Rand, m.Pause)
 				}
 			}()
 		}
@@ -66,6 +70,13 @@ func (w *World) StartWriters(t testing.TB, seed int64, m Mix, paths ...string) (
 	}
 	t.Cleanup(func() { _ = stop() })
 	return stop
+}
+
+// Rest waits for up to the longest pause.
+func Rest(rnd *rand.Rand, longest time.Duration) {
+	if longest > 0 {
+		time.Sleep(time.Duration(rnd.Int63n(int64(longest))))
+	}
 }
 
 // Writer writes at random in its stripes of a disk.
