@@ -18,7 +18,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
-	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -29,7 +28,7 @@ type Daemon struct {
 	host     *disk.Host
 	ctl      *ublk.Control
 	queue    *blockdev.RingQueue // control work of snapshots
-	crypt    *blockdev.RingQueue // encrypts what they store; nil until one does
+	stores   *blockdev.RingQueue // writes to their storages
 	logs     *blockdev.RingQueue // of write-intent logs
 	events   *eventLog
 	activity atomic.Pointer[string]
@@ -50,6 +49,9 @@ type Daemon struct {
 	// Under opLock: what is kept of disks that must not be believed any more, and
 	// could not be used up yet; see outdated.
 	outdated []outdated
+	// outdatedDamaged: what the daemon before had in it cannot be read, so that nothing that
+	// is kept is believed.
+	outdatedDamaged error
 	// Under opLock: what of the above is on record, if a record is kept.
 	recorded bool
 	onRecord []byte
@@ -98,7 +100,14 @@ func New(o Options) (*Daemon, error) {
 		d.ctl.Close()
 		return nil, driverError(err, "start the daemon")
 	}
+	// So many that what waits for storages that do not answer holds up no other.
+	if d.stores, err = blockdev.NewRingQueue(blockdev.RingConfig{Name: "stores", Depth: 256}); err != nil {
+		d.queue.Stop()
+		d.ctl.Close()
+		return nil, driverError(err, "start the daemon")
+	}
 	if d.logs, err = blockdev.NewRingQueue(blockdev.RingConfig{Name: "intent-logs", Depth: 64}); err != nil {
+		d.stores.Stop()
 		d.queue.Stop()
 		d.ctl.Close()
 		return nil, driverError(err, "start the daemon")
@@ -261,13 +270,12 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 func (d *Daemon) Close() {
 	d.stopRetry()
 	d.queue.Stop()
-	if d.crypt != nil {
-		d.crypt.Stop()
-	}
-	// A log whose file does not answer may hold its queue up, and the process ends now.
+	// A file that does not answer may hold its queue up, and the process ends now.
 	stopped, cancel := context.WithTimeout(context.Background(), settleLimit)
 	defer cancel()
-	_, _ = bounded.Call(stopped, func() error { d.logs.Stop(); return nil }, func(error) {})
+	for _, q := range []*blockdev.RingQueue{d.stores, d.logs} {
+		_, _ = bounded.Call(stopped, func() error { q.Stop(); return nil }, func(error) {})
+	}
 	d.ctl.Close()
 }
 
@@ -301,19 +309,6 @@ func (d *Daemon) served() (all []*ublk.Device) {
 		}
 	}
 	return all
-}
-
-// startCrypt gives a snapshot the thread that encrypts what all snapshots store; needs
-// opLock, or to be the only one.
-func (d *Daemon) startCrypt(c *snapshots.Config) (err error) {
-	if d.crypt == nil {
-		if d.crypt, err = blockdev.NewRingQueue(blockdev.RingConfig{Name: "encrypt", Depth: 64}); err != nil {
-			d.crypt = nil
-			return err
-		}
-	}
-	c.Crypt = d.crypt
-	return nil
 }
 
 // lowerDisks names the disk under one of our own devices, for a search that goes

@@ -28,7 +28,7 @@ func TestDamage(t *testing.T) {
 	if err := errors.Join(dir.make(), dir.subdir(stateName, 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	d := &Daemon{opts: Options{Dir: dir, Log: quiet(), Config: DefaultConfig()}, host: host(0), opLock: make(chan struct{}, 1)}
+	d := &Daemon{events: newEventLog(), opts: Options{Dir: dir, Log: quiet(), Config: DefaultConfig()}, host: host(0), opLock: make(chan struct{}, 1)}
 	d.opts.Config.StateDir = filepath.Join(base, "kept")
 	d.opLock <- struct{}{}
 	for _, sub := range []string{d.devicesDir(), d.cbtDir(), d.countersDir()} {

@@ -34,6 +34,9 @@ type deviceRecord struct {
 	Identity      disk.Identity `json:"identity,omitempty"`
 	IntentLogZone int64         `json:"intent_log_zone,omitempty"`
 	StateDir      string        `json:"state_dir,omitempty"`
+	// ClaimedByOther: a daemon that was to take the device over found that somebody else had
+	// the disk. He may have written to it, and may have let go since.
+	ClaimedByOther bool `json:"claimed_by_other,omitempty"`
 }
 
 // zone is what the device's log is made with: negative if it has none.
@@ -81,7 +84,7 @@ const (
 	recordSuffix = ".json"
 
 	deviceKind   = "device" // of the statefile
-	deviceFormat = 1
+	deviceFormat = 2        // in which a record is that says ClaimedByOther: a program of format 1 would go on with the map
 )
 
 func (d *Daemon) cbtFile(name string) string      { return filepath.Join(d.cbtDir(), name) }
@@ -95,10 +98,22 @@ func (d *Daemon) deviceRecordFile(name string) string {
 
 // writeDeviceRecord puts a device on record: whole, or not at all.
 func (d *Daemon) writeDeviceRecord(r deviceRecord) error {
-	if err := statefile.Write(d.deviceRecordFile(r.Name), deviceKind, deviceFormat, r); err != nil {
+	format := 1
+	if r.ClaimedByOther {
+		format = deviceFormat
+	}
+	if err := statefile.Write(d.deviceRecordFile(r.Name), deviceKind, format, r); err != nil {
 		return fmt.Errorf("put it on record: %w", err)
 	}
 	return nil
+}
+
+// changeDeviceRecord replaces a record by what it is now.
+func (d *Daemon) changeDeviceRecord(r deviceRecord) {
+	if err := d.writeDeviceRecord(r); err != nil {
+		d.opts.Log.Error("not all of a device is on record", "name", r.Name, "error", err)
+	}
+	deathpoint.Point()
 }
 
 func (d *Daemon) removeDeviceRecord(name string) {

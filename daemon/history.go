@@ -141,10 +141,13 @@ func (d *Daemon) askHistory(ctx context.Context, dev *device, name string) found
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.opts.Config.DiskTimeout/2)
 	defer cancel()
-	owed := slices.Clone(d.outdated)
+	owed, damaged := slices.Clone(d.outdated), d.outdatedDamaged
 	found, err := bounded.Call(ctx, func() foundHistory {
 		defer unix.Close(fd)
 		found := d.findHistory(ctx, fd, dev, name, limit)
+		if found.refusal == nil && damaged != nil {
+			found.refusal = &cbtstate.Refusal{Reason: cbtstate.Unclean, Text: "it is not known whether what is kept is out of date: " + damaged.Error(), Record: found.record}
+		}
 		if found.refusal == nil && slices.ContainsFunc(owed, d.here(found.identity).is) {
 			found.refusal = &cbtstate.Refusal{Reason: cbtstate.Unclean, Text: "what is kept is from before the last filter over the disk, and could not be removed since", Record: found.record}
 		}

@@ -100,9 +100,7 @@ func (d *Daemon) leaveStateDir(r *deviceRecord) {
 			"name", r.Name, "directory", old.StateDir)
 	}
 	r.StateDir = d.opts.Config.StateDir
-	if err := d.writeDeviceRecord(*r); err != nil {
-		d.opts.Log.Error("not all of a device is on record", "name", r.Name, "error", err)
-	}
+	d.changeDeviceRecord(*r)
 }
 
 func (d *Daemon) tryKeepHistory(dev *device) error {

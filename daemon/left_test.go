@@ -51,7 +51,7 @@ func TestSpoiltChangeMap(t *testing.T) {
 		}
 		defer os.RemoveAll(shm)
 		dir := RunDir(shm)
-		d := &Daemon{opts: Options{Dir: dir, Log: quiet(), Config: DefaultConfig()}}
+		d := &Daemon{events: newEventLog(), opts: Options{Dir: dir, Log: quiet(), Config: DefaultConfig()}}
 		if err := os.MkdirAll(d.cbtDir(), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -132,7 +132,7 @@ func TestSpoiltFrozen(t *testing.T) {
 	dir := RunDir(t.TempDir())
 	var said strings.Builder
 	log := NewLog(&said, 0, false)
-	d := &Daemon{opts: Options{Dir: dir, Log: log, Config: DefaultConfig()}, host: disk.Machine()}
+	d := &Daemon{events: newEventLog(), opts: Options{Dir: dir, Log: log, Config: DefaultConfig()}, host: disk.Machine()}
 	if err := errors.Join(os.MkdirAll(dir.State(), 0o700), statefile.Write(d.frozenFile(), frozenKind, frozenFormat, []string{t.TempDir()}), os.Chmod(d.frozenFile(), 0o666)); err != nil {
 		t.Fatal(err)
 	}

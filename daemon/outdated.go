@@ -47,15 +47,19 @@ func (d *Daemon) openOutdated() {
 		return
 	}
 	if err != nil {
-		d.opts.Log.Error("it is not known which change maps of before must not be believed: remove those of disks that have no filter now",
+		d.opts.Log.Error("it is not known which change maps of before must not be believed: none is until the machine boots; remove those of disks that have no filter then",
 			"directory", d.opts.Config.StateDir, "error", err)
-		return // the file stays until there is another
+		d.outdatedDamaged = err
+		return
 	}
 	d.retryUse(useAgain)
 }
 
 // saveOutdated needs opLock.
 func (d *Daemon) saveOutdated() {
+	if d.outdatedDamaged != nil {
+		return // the file stays as it is, so that the next daemon believes nothing either
+	}
 	var err error
 	if len(d.outdated) > 0 {
 		err = statefile.Write(d.outdatedFile(), outdatedKind, outdatedFormat, d.outdated)

@@ -73,7 +73,20 @@ func TestOutdated(t *testing.T) {
 	next.useLater(d.here(id))
 	next.usedUp(d.here(id))
 	third := daemon("state")
-	if third.openOutdated(); len(third.outdated) != 0 {
-		t.Errorf("%v", third.outdated)
+	if third.openOutdated(); len(third.outdated) != 0 || third.outdatedDamaged != nil {
+		t.Errorf("%v, %v", third.outdated, third.outdatedDamaged)
+	}
+
+	// What cannot be read stays so for all daemons to come, because the next debts do not
+	// take its place.
+	if err := os.WriteFile(third.outdatedFile(), []byte("ublk-blksnap outdated"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		fourth := daemon("state")
+		if fourth.openOutdated(); fourth.outdatedDamaged == nil {
+			t.Error("a damaged file was read")
+		}
+		fourth.useLater(d.here(id))
 	}
 }

@@ -68,11 +68,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		s.encrypted = *r.Encrypt
 	}
 	c := d.snapshotConfig(s.engineEvents)
-	if c.Encrypt = s.encrypted; c.Encrypt {
-		if err := d.startCrypt(&c); err != nil {
-			return nil, err
-		}
-	}
+	c.Encrypt = s.encrypted
 	c.ID, c.ChunkSize, c.PoolSize, c.Portion = id, chunk, pool, d.opts.Config.DiffStorageMinimum*sector.Size
 	c.Pending = true // until it is answered, nobody knows of it
 	if s.snap, err = snapshots.New(c); err != nil {

@@ -27,11 +27,15 @@ import (
 // A daemon begins with what the one before it left, if that died. Its devices wait
 // with their I/O, and go on under the same numbers:
 //
-//	records ── claim all ──> open disks, maps, counters ──> serve
-//	   │           │                 │
-//	   │           │                 └ not to be had: it waits, and is tried again
-//	   │           └ stopped, or not there: an add or a remove that died; its rest goes
+//	records ── claim ──> open disk, map, counters ──> serve
+//	   │         │               │
+//	   │         │               └ not to be had: it waits, and is tried again
+//	   │         └ stopped, or not there: an add or a remove that died; its rest goes
 //	   └ damaged: said, and left alone
+//
+// A device that no snapshot holds goes this way alone. Those that one holds wait for
+// each other, for the snapshots' storage and for their images, because only then has
+// everything ended that the dead daemon had begun for the snapshots.
 //
 // This daemon may die in turn at any step of it: the next one does it again.
 
@@ -41,8 +45,7 @@ type survivor struct {
 	claimed *ublk.Claimed
 	dev     *device // that is about to be served
 	reason  error   // why it waits
-	// claimedByOther: somebody else had claimed the disk, and may have written to it.
-	claimedByOther bool
+	held    bool    // by a snapshot
 }
 
 const (
@@ -76,20 +79,13 @@ func (d *Daemon) takeOver(ctx context.Context) {
 		devices = append(devices, &survivor{record: r})
 	}
 	snaps := d.leftSnapshots()
-	devices = d.claimAll(ctx, devices, snaps)
-	storage := make(chan struct{})
+	ready := make(chan struct{})
 	go func() {
-		defer close(storage)
-		eachAtOnce(snaps, d.claimStorage)
+		defer close(ready)
+		d.claimSnapshots(ctx, snaps)
 	}()
-	eachAtOnce(devices, func(s *survivor) {
-		if s.reason == nil {
-			s.dev, s.reason = d.reopen(ctx, s)
-		}
-	})
-	// Those that no snapshot holds need not wait for storage.
-	served := d.resumeAll(ctx, devices, snaps, false)
-	<-storage
+	devices, served := d.claimAll(ctx, devices, snaps)
+	<-ready
 	there := map[string]*device{}
 	for _, s := range devices {
 		if s.dev != nil {
@@ -101,7 +97,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	for i, s := range snaps {
 		reopened[i], reasons[i] = d.reopenSnapshot(s, there)
 	}
-	served += d.resumeAll(ctx, devices, snaps, true)
+	served += d.resumeHeld(ctx, devices)
 	pause := time.Since(began)
 	d.resumeImages(ctx, reopened, snaps)
 	images := time.Since(began)
@@ -141,15 +137,11 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	<-thawed
 }
 
-// resumeAll serves the devices that a snapshot holds, or those that none does, and
-// says how many.
-func (d *Daemon) resumeAll(ctx context.Context, devices []*survivor, snaps []*leftSnapshot, held bool) int {
+// resumeHeld serves the devices that snapshots hold, and says how many.
+func (d *Daemon) resumeHeld(ctx context.Context, devices []*survivor) int {
 	var now []*survivor
 	for _, s := range devices {
-		holds := slices.ContainsFunc(snaps, func(l *leftSnapshot) bool {
-			return slices.ContainsFunc(l.Devices, func(known snapshots.Device) bool { return known.Name == s.record.Name })
-		})
-		if s.dev != nil && holds == held {
+		if s.dev != nil && s.held {
 			now = append(now, s)
 		}
 	}
@@ -206,21 +198,30 @@ func eachAtOnce[T any](all []T, f func(T)) {
 	wg.Wait()
 }
 
-// claimAll claims the devices of the driver before any is served, because only then
-// has everything ended that the dead daemon had begun. It returns those that there
-// are.
-func (d *Daemon) claimAll(ctx context.Context, all []*survivor, snaps []*leftSnapshot) []*survivor {
-	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+// claimAll claims the devices of the driver and opens what they need. It serves those
+// that no snapshot holds, and says how many. It returns the devices that there are.
+func (d *Daemon) claimAll(ctx context.Context, all []*survivor, snaps []*leftSnapshot) (there []*survivor, served int) {
+	claiming, cancel := context.WithTimeout(ctx, claimTimeout)
 	defer cancel()
-	images := make(chan struct{})
-	go func() {
-		defer close(images)
-		eachAtOnce(snaps, func(s *leftSnapshot) { d.claimImages(ctx, s) })
-	}()
 	gone := make([]bool, len(all))
-	eachAtOnce(all, func(s *survivor) { gone[slices.Index(all, s)] = d.claim(ctx, s) })
-	<-images
-	var there []*survivor
+	var one sync.Mutex // what follows the opening changes the daemon itself
+	eachAtOnce(all, func(s *survivor) {
+		s.held = slices.ContainsFunc(snaps, func(l *leftSnapshot) bool {
+			return slices.ContainsFunc(l.Devices, func(known snapshots.Device) bool { return known.Name == s.record.Name })
+		})
+		if gone[slices.Index(all, s)] = d.claim(claiming, s); s.claimed == nil || s.reason != nil {
+			return
+		}
+		if s.dev, s.reason = d.reopen(ctx, s); s.dev == nil || s.held {
+			return
+		}
+		d.beginIntent(ctx, s)
+		one.Lock()
+		defer one.Unlock()
+		deathpoint.Point()
+		d.resume(ctx, s)
+		served++
+	})
 	for i, s := range all {
 		if !gone[i] {
 			there = append(there, s)
@@ -230,7 +231,14 @@ func (d *Daemon) claimAll(ctx context.Context, all []*survivor, snaps []*leftSna
 		d.opts.Log.Warn("what a dead daemon began to add or to remove is removed", "name", s.record.Name, "disk", s.record.Original.Path)
 		d.forget(ctx, s.record)
 	}
-	return there
+	return there, served
+}
+
+var errNotEnded = errors.New("what the dead daemon had begun on its disks has not ended")
+
+// notEnded says whether a claim failed because the driver still has the last server.
+func notEnded(err error) bool {
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, unix.EBUSY)
 }
 
 // claim claims the device of s, or says that there is none.
@@ -254,8 +262,8 @@ func (d *Daemon) claim(ctx context.Context, s *survivor) (gone bool) {
 			deathpoint.Point()
 			return true
 		}
-	case errors.Is(err, context.DeadlineExceeded):
-		err = errors.New("what the dead daemon had begun on its disks has not ended")
+	case notEnded(err):
+		err = errNotEnded
 	}
 	s.reason = err
 	return false
@@ -311,7 +319,10 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 		return nil, fmt.Errorf("%s has shrunk from %d to %d bytes", r.Original.Path, r.Geometry.Size, dev.disk.Size)
 	}
 	if dev.orig, err = d.claimOriginal(ctx, dev.disk); err != nil {
-		s.claimedByOther = s.claimedByOther || errors.Is(err, disk.ErrInUse)
+		if errors.Is(err, disk.ErrInUse) && !r.ClaimedByOther {
+			r.ClaimedByOther = true
+			d.changeDeviceRecord(*r)
+		}
 		return nil, err
 	}
 	deathpoint.Point()
@@ -367,18 +378,30 @@ func (d *Daemon) adoptChangeMap(dev *device, s *survivor) error {
 		}
 		if err == nil || errors.Is(err, cbtmap.ErrCorrupted) { // stays so until the next take
 			dev.cbt = m
-			if s.claimedByOther {
-				d.opts.Log.Warn("somebody else had the disk while no daemon did: all of it counts as changed", "name", name, "disk", s.record.Original.Path)
+			if s.record.ClaimedByOther {
 				m.NewGeneration()
-				dev.History = control.History{Reason: control.HistoryWritten, Text: "somebody else had the disk while no daemon did"}
+				d.beganAnew(dev, s, control.HistoryWritten, "somebody else had the disk while no daemon did")
 			}
 			return nil
 		}
 		_ = m.Close()
 	}
-	d.opts.Log.Error("the change map cannot be taken over: all of the disk counts as changed", "name", name, "error", err)
-	dev.History = control.History{Reason: control.HistoryDamaged, Text: fmt.Sprintf("the change map of the daemon before cannot be taken over: %v", err)}
-	return d.createChangeMap(dev, name)
+	why := err
+	if err = d.createChangeMap(dev, name); err == nil {
+		d.beganAnew(dev, s, control.HistoryDamaged, fmt.Sprintf("the change map of the daemon before cannot be taken over: %v", why))
+	}
+	return err
+}
+
+// beganAnew tells why the change map of a device that is taken over has a new
+// generation, and puts that on record.
+func (d *Daemon) beganAnew(dev *device, s *survivor, reason, text string) {
+	dev.History = control.History{Reason: reason, Text: text}
+	d.opts.Log.Error("all of a disk counts as changed", "name", s.record.Name, "disk", s.record.Original.Path, "reason", text)
+	d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: s.record.Original.Number, Text: text})
+	deathpoint.Point()
+	s.record.History, s.record.ClaimedByOther = dev.History, false
+	d.changeDeviceRecord(s.record)
 }
 
 // closeAgain lets go of a device that could not be taken over: what is in files stays.

@@ -41,6 +41,9 @@ type leftSnapshot struct {
 	config  snapshots.Config
 	events  chan diffarea.Event
 	members []*device // of each device, as far as they are taken over
+	// busy: the dead daemon has something under way for an image, which may still write to
+	// the snapshot's memory.
+	busy bool
 }
 
 // snapshotNote is what the daemon keeps with a snapshot.
@@ -68,7 +71,8 @@ func (d *Daemon) leftSnapshots() []*leftSnapshot {
 // snapshotConfig is what all snapshots have in common.
 func (d *Daemon) snapshotConfig(events chan diffarea.Event) snapshots.Config {
 	return snapshots.Config{
-		StateDir: d.snapshotsDir(), Root: d.host.Root, StorageTimeout: d.opts.Config.StorageTimeout, Control: d.queue, Keep: d.keepNote,
+		StateDir: d.snapshotsDir(), Root: d.host.Root, StorageTimeout: d.opts.Config.StorageTimeout, Control: d.queue, Stores: d.stores,
+		Keep: d.keepNote,
 		OnEvent: func(e diffarea.Event) {
 			select {
 			case events <- e:
@@ -79,6 +83,20 @@ func (d *Daemon) snapshotConfig(events chan diffarea.Event) snapshots.Config {
 }
 
 func (s *leftSnapshot) id() string { return s.Left.ID.String() }
+
+// claimSnapshots claims what the snapshots need: then nothing of the dead daemon is under
+// way for them.
+func (d *Daemon) claimSnapshots(ctx context.Context, snaps []*leftSnapshot) {
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	images := make(chan struct{})
+	go func() {
+		defer close(images)
+		eachAtOnce(snaps, func(s *leftSnapshot) { d.claimImages(ctx, s) })
+	}()
+	eachAtOnce(snaps, d.claimStorage)
+	<-images
+}
 
 // claimImages claims the ublk devices of the images.
 func (d *Daemon) claimImages(ctx context.Context, s *leftSnapshot) {
@@ -98,7 +116,8 @@ func (d *Daemon) claimImages(ctx context.Context, s *leftSnapshot) {
 			err = d.ctl.DeleteDevice(ctx, int(im.Number))
 		}
 		if err != nil && !errors.Is(err, unix.ENODEV) {
-			d.opts.Log.Warn("an image is not taken over: another is made", "snapshot", s.id(), "device", im.Number, "error", err)
+			s.busy = s.busy || notEnded(err)
+			d.opts.Log.Warn("the image of a dead daemon's snapshot cannot be had", "snapshot", s.id(), "device", im.Number, "error", err)
 		}
 	}
 }
@@ -142,11 +161,8 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 		return nil, nil
 	case missing != "":
 		return nil, fmt.Errorf("its device %s is not taken over", missing)
-	}
-	if s.Encrypted {
-		if err := d.startCrypt(&s.config); err != nil {
-			return nil, err
-		}
+	case s.busy:
+		return nil, errNotEnded
 	}
 	var snap *snapshots.Snapshot
 	taken := s.Stage == snapshots.Taken

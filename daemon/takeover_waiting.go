@@ -19,12 +19,18 @@ import (
 // wait keeps a device that cannot be served yet.
 func (d *Daemon) wait(s *survivor) {
 	d.opts.Log.Error("a filter cannot be taken over yet: its I/O waits", "name", s.record.Name, "disk", s.record.Original.Path, "reason", s.reason)
-	if s.claimedByOther {
-		d.stopIdentity(nil, s.record.kept()) // he may write to it
-	}
+	d.stopIfClaimed(s)
 	d.mu.Lock()
 	d.waiting[s.record.Name] = s
 	d.mu.Unlock()
+}
+
+// stopIfClaimed has nothing believed of a disk that somebody else has, who may write to
+// it; needs opLock, or to be the only one.
+func (d *Daemon) stopIfClaimed(s *survivor) {
+	if s.record.ClaimedByOther {
+		d.stopIdentity(nil, s.record.kept())
+	}
 }
 
 // lost is what is told of a device that waits.
@@ -77,7 +83,13 @@ func (d *Daemon) tryAgain(ctx context.Context, s *survivor) {
 		d.beginIntent(ctx, &try)
 		d.resume(ctx, &try)
 		d.nameAgain(ctx, &try)
-	case try.reason.Error() != s.reason.Error():
+	default:
+		if !s.record.ClaimedByOther {
+			d.stopIfClaimed(&try)
+		}
+		if try.reason.Error() == s.reason.Error() {
+			return
+		}
 		d.opts.Log.Error("a filter cannot be taken over yet: its I/O waits", "name", s.record.Name, "disk", s.record.Original.Path, "reason", try.reason)
 	}
 }

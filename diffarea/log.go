@@ -32,6 +32,9 @@ type LogConfig struct {
 	Pool      Pool
 	// State is LogStateSize bytes of zeroed memory that outlives the process.
 	State []byte
+	// Stores is the queue whose thread writes to the storages and allocates in them. If it
+	// is nil, the queue does it that has a reason to.
+	Stores blockdev.Queue
 	// Seal, if it is not nil, encrypts what is stored. The pool is never encrypted.
 	Seal *Seal
 	// Portion is by how much storage grows at a time at most, in bytes. Growing
@@ -64,6 +67,7 @@ type Log struct {
 	poolSlots Region
 	onEvent   func(Event)
 	state     *logState
+	storer    *Worker  // of LogConfig.Stores, may be nil
 	seal      *sealing // nil: what is stored is not encrypted
 
 	// dead is the errno that broke the log, 0 while it is alive.
@@ -151,6 +155,9 @@ func newLog(c LogConfig, s *logState) (*Log, error) {
 		onEvent:   c.OnEvent,
 		slots:     make([]slot, n),
 		state:     s,
+	}
+	if c.Stores != nil {
+		l.storer = NewWorker(c.Stores)
 	}
 	if c.Seal != nil {
 		l.seal = newSealing(c.Seal)

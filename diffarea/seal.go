@@ -41,9 +41,6 @@ const checkSector = Sector(1<<64 - 1)
 type Seal struct {
 	// Cipher has a key that no other log has, nor this one in another life.
 	Cipher Cipher
-	// Queue is the one whose thread encrypts and stores, so that it takes no time of the
-	// threads that serve requests.
-	Queue blockdev.Queue
 	// Memory holds what is on its way to the storage: SealMemory bytes off the Go heap.
 	Memory []byte
 }
@@ -57,7 +54,6 @@ const SealMemory = maxStores * sealPart
 // sealing is a log's Seal at work.
 type sealing struct {
 	cipher Cipher
-	worker *Worker
 	memory []byte
 	given  int // parts of memory that a store has
 }
@@ -66,7 +62,7 @@ func newSealing(s *Seal) *sealing {
 	if len(s.Memory) < SealMemory {
 		panic(fmt.Sprintf("diffarea: %d bytes to encrypt in", len(s.Memory)))
 	}
-	return &sealing{cipher: s.Cipher, worker: NewWorker(s.Queue), memory: s.Memory}
+	return &sealing{cipher: s.Cipher, memory: s.Memory}
 }
 
 // checkOf tells a key from others without telling what it is: 0 if there is none.
@@ -82,14 +78,7 @@ func (s *sealing) checkOf() uint64 {
 // give gives a new store its part of the memory, for good.
 func (s *sealing) give(st *store) {
 	st.part = s.memory[s.given*sealPart:][:sealPart:sealPart]
-	st.task.Run = st.sealNext
 	s.given++
-}
-
-// sealFirst starts a store on the thread that encrypts.
-func (s *store) sealFirst() {
-	s.w, s.sent = s.l.seal.worker, 0
-	s.w.q.Post(&s.task)
 }
 
 // sealNext encrypts the next part and writes it. The slots do not change before the

@@ -273,6 +273,7 @@ type growth struct {
 	l      *Log
 	w      *Worker
 	op     blockdev.Op
+	task   blockdev.Task // of the thread that stores
 	active bool
 	source uint64
 }
@@ -280,7 +281,7 @@ type growth struct {
 func (g *growth) init(l *Log) {
 	g.l = l
 	g.op.Kind = blockdev.Allocate
-	g.op.Done = g.finished
+	g.op.Done, g.task.Run = g.finished, g.start
 }
 
 // canGrowLocked says whether more storage may come without anybody's help.
@@ -386,9 +387,15 @@ func (l *Log) nextGrowthLocked() bool {
 }
 
 func (g *growth) submit(w *Worker) {
+	if g.w = g.l.storer; g.w != nil {
+		g.w.q.Post(&g.task)
+		return
+	}
 	g.w = w
-	w.q.Submit(&g.op)
+	g.start()
 }
+
+func (g *growth) start() { g.w.q.Submit(&g.op) }
 
 // finished takes the portion into use. A full file system, or quota, is asked
 // again for half as much, until not even a chunk fits.

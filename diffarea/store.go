@@ -18,6 +18,7 @@ type store struct {
 	first Region
 	n     Region
 	op    blockdev.Op
+	task  blockdev.Task // of the thread that stores
 	next  *store
 
 	// If it is encrypted:
@@ -25,7 +26,6 @@ type store struct {
 	sector Sector // the number of its first sector
 	sent   int64  // bytes written
 	part   []byte // where the next are encrypted
-	task   blockdev.Task
 }
 
 // nextStoreLocked takes the stretch of landed regions at storeNext, if it is
@@ -60,7 +60,7 @@ func (l *Log) nextStoreLocked() *store {
 	if s == nil {
 		s = &store{l: l}
 		s.op.Kind = blockdev.Write
-		s.op.Done = s.done
+		s.op.Done, s.task.Run = s.done, s.start
 		if l.seal != nil {
 			l.seal.give(s)
 		}
@@ -82,12 +82,21 @@ func (l *Log) nextStoreLocked() *store {
 }
 
 func (s *store) submit(w *Worker) {
-	l := s.l
-	if l.seal != nil {
-		s.sealFirst()
+	if s.w = s.l.storer; s.w != nil {
+		s.w.q.Post(&s.task)
 		return
 	}
 	s.w = w
+	s.start()
+}
+
+func (s *store) start() {
+	l, w := s.l, s.w
+	if l.seal != nil {
+		s.sent = 0
+		s.sealNext()
+		return
+	}
 	s.op.Len = int64(s.n) << l.shift
 	s.op.Buf = w.slots(l, s.first)
 	if s.op.ForceAsync = s.op.Len >= storeAsync; s.op.ForceAsync {

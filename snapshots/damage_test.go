@@ -58,7 +58,7 @@ func TestDamage(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			if c.Seal, err = s.reopenSeal(d.control); err != nil {
+			if c.Seal, err = s.reopenSeal(); err != nil {
 				return err
 			}
 			_, err = diffarea.OpenLog(c, []diffarea.Storage{{File: c.Pool.File}})

@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
@@ -98,7 +97,7 @@ func plain(t reflect.Type) bool {
 }
 
 // newSeal makes a key.
-func (s *state) newSeal(q blockdev.Queue) (*diffarea.Seal, error) {
+func (s *state) newSeal() (*diffarea.Seal, error) {
 	key, f, err := s.file(keyName, keySize, true)
 	if err != nil {
 		return nil, err
@@ -109,21 +108,21 @@ func (s *state) newSeal(q blockdev.Queue) (*diffarea.Seal, error) {
 		return nil, fmt.Errorf("make a key: %w", err)
 	}
 	deathpoint.Point()
-	return s.sealWith(key, q)
+	return s.sealWith(key)
 }
 
 // reopenSeal finds the key again.
-func (s *state) reopenSeal(q blockdev.Queue) (*diffarea.Seal, error) {
+func (s *state) reopenSeal() (*diffarea.Seal, error) {
 	key, f, err := s.reopen(keyName, keySize, true)
 	if err != nil {
 		return nil, err
 	}
 	f.Close()
 	defer s.unmap(key)
-	return s.sealWith(key, q)
+	return s.sealWith(key)
 }
 
-func (s *state) sealWith(key []byte, q blockdev.Queue) (*diffarea.Seal, error) {
+func (s *state) sealWith(key []byte) (*diffarea.Seal, error) {
 	any := byte(0)
 	for _, b := range key { // which is copied nowhere, not onto the stack either
 		any |= b
@@ -139,7 +138,7 @@ func (s *state) sealWith(key []byte, q blockdev.Queue) (*diffarea.Seal, error) {
 	if s.cipher, err = newRegionCipher(key); err != nil {
 		return nil, err
 	}
-	return &diffarea.Seal{Cipher: s.cipher, Queue: q, Memory: memory}, nil
+	return &diffarea.Seal{Cipher: s.cipher, Memory: memory}, nil
 }
 
 // forgetCipher wipes this process's copy of the key.

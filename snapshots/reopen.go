@@ -174,11 +174,11 @@ func (l *Left) Reopen(c Config, filters []*filter.Filter) (*Snapshot, error) {
 		return fail(err)
 	}
 	if c.Encrypt && l.Broken == 0 {
-		if log.Seal, err = st.reopenSeal(c.Crypt); err != nil {
+		if log.Seal, err = st.reopenSeal(); err != nil {
 			return fail(err)
 		}
 	}
-	log.Portion, log.OnEvent = c.Portion, c.OnEvent
+	log.Portion, log.OnEvent, log.Stores = c.Portion, c.OnEvent, c.Stores
 	page, f, err := st.reopen(takeName, takeSize(len(filters)), true)
 	if err != nil {
 		return fail(err)

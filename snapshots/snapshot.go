@@ -33,16 +33,18 @@ type Config struct {
 	// Root is the root directory that everybody sees, as of a disk.Host: another than
 	// "/" says that this process has a mount namespace of its own. Empty is "/".
 	Root string
-	// Encrypt: what is stored is encrypted, on the thread of Crypt. The images of the
+	// Encrypt: what is stored is encrypted, on the thread of Stores. The images of the
 	// snapshot are to be served in copy mode: see snapimage.Queue.
 	Encrypt bool
-	Crypt   blockdev.Queue // not nil if Encrypt
 	// Pending: nobody has been told of the snapshot yet. See SetPending.
 	Pending bool
 	// StorageTimeout is how long a caller that appends storage waits for it.
 	StorageTimeout time.Duration
 	// Control is the queue for control work; its thread is not the caller's.
 	Control blockdev.Queue
+	// Stores is the queue that writes to the storages. No ublk device is open in its ring,
+	// so a storage that does not answer keeps none from the next daemon.
+	Stores blockdev.Queue
 	// Keep puts a note on stable storage, in the place of the snapshot's last, or removes
 	// it if it is nil: see Lost. If it fails, or is nil, a loss of power leaves what was
 	// stored.
@@ -100,11 +102,11 @@ func beginSnapshot(c Config, st *state) (*Snapshot, error) {
 		return nil, err
 	}
 	if c.Encrypt {
-		if log.Seal, err = st.newSeal(c.Crypt); err != nil {
+		if log.Seal, err = st.newSeal(); err != nil {
 			return nil, err
 		}
 	}
-	log.Portion, log.OnEvent = c.Portion, c.OnEvent
+	log.Portion, log.OnEvent, log.Stores = c.Portion, c.OnEvent, c.Stores
 	engine, err := snapimage.New(snapimage.Config{ID: c.ID, Log: log, Memory: st.memory}, c.Control)
 	if err != nil {
 		return nil, err

@@ -246,9 +246,7 @@ func linearizable(t *testing.T, rounds int, seed uint64) {
 			for range 2 {
 				s.queues = append(s.queues, thread())
 			}
-			if (round+i)%2 == 0 {
-				s.crypt = thread()
-			}
+			s.stores, s.encrypted = thread(), (round+i)%2 == 0
 			writers.Add(1)
 			go func() {
 				defer writers.Done()
@@ -345,8 +343,10 @@ type nativeSnapshot struct {
 	control  blockdev.Queue
 	work     *sync.Mutex // one piece of control work at a time
 	queues   []*blockdevtest.MemoryThread
-	crypt    *blockdevtest.MemoryThread // nil: it stores as it is
+	stores   *blockdevtest.MemoryThread
 	accesses int
+
+	encrypted bool
 }
 
 // live is its life: taken, read and written, destroyed.
@@ -356,9 +356,9 @@ func (n *nativeSnapshot) live(versions *versionSource) {
 	pool, state := words(chunk*int64(1+n.n/2%3)), words(diffarea.LogStateSize)
 	mem := [][]byte{pool, state}
 	var seal *diffarea.Seal
-	if n.crypt != nil {
+	if n.encrypted {
 		mem = append(mem, words(diffarea.SealMemory))
-		seal = &diffarea.Seal{Cipher: &cipher{key: uint64(n.n)}, Queue: n.crypt, Memory: mem[2]}
+		seal = &diffarea.Seal{Cipher: &cipher{key: uint64(n.n)}, Memory: mem[2]}
 	}
 	var s *snapimage.Snapshot
 	var cut *blockdevtest.Memory
@@ -373,7 +373,7 @@ func (n *nativeSnapshot) live(versions *versionSource) {
 		s, err = snapimage.New(snapimage.Config{
 			ID: uuid.New(),
 			Log: diffarea.LogConfig{
-				ChunkSize: chunk, State: state, Portion: 1 << 14, Seal: seal,
+				ChunkSize: chunk, State: state, Portion: 1 << 14, Stores: n.stores, Seal: seal,
 				Pool:    diffarea.Pool{Mem: pool, File: blockdevtest.MapMemory(fmt.Sprint("pool", n.n), pool)},
 				OnEvent: func(e diffarea.Event) { t.Errorf("event %v %v", e.Kind, e.Errno) },
 			},

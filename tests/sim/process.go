@@ -16,7 +16,7 @@ type process struct {
 	w       *world
 	threads []*blockdevtest.SchedQueue
 	control *blockdevtest.SchedQueue
-	crypt   *blockdevtest.SchedQueue // nil until something is encrypted
+	stores  *blockdevtest.SchedQueue // writes to storages
 	filters []*filter.Filter
 	cbts    []*cbtmap.Map
 	state   *blockdevtest.SchedQueue // writes the logs
@@ -93,6 +93,7 @@ func (w *world) start() *process {
 	w.proc = p
 	w.bornAt, w.points = w.sched.Steps(), 0
 	p.control = p.thread("control")
+	p.stores = p.thread("stores")
 	if w.c.Zone != 0 {
 		p.state = p.thread("state")
 	}

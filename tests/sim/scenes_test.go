@@ -6,7 +6,7 @@ package sim
 // that a death may leave half done, with an increment over them.
 var scenes = []string{`
 config Devices=1 Size0=61 Size1=8 Size2=8 Queues=2 IQueues=2 Depth=4 MaxIO=64 Block=12 Slots=2 Storages=2 Limit=56 Portion=8 Encrypt=2 Sector=1
-order 2
+order 1
 create snap=0 off=0 len=2 arg=1
 create snap=1 off=1 len=1 arg=1
 append snap=0
@@ -62,7 +62,7 @@ destroy snap=2 gap=6
 write dev=1 off=0 len=9
 `, `
 config Devices=1 Size0=96 Size1=8 Size2=8 Queues=1 IQueues=1 Depth=8 MaxIO=96 Block=13 Discards=1 Slots=2 Storages=2 Limit=64 Portion=16 Encrypt=3 Sector=8
-order 5
+order 1
 create snap=0 off=0 len=4 arg=1
 append snap=0 arg=1
 take snap=0

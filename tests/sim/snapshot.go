@@ -161,6 +161,7 @@ func (s *snapshot) config(c *cipher) snapimage.Config {
 			ChunkSize: s.chunkSize,
 			Pool:      diffarea.Pool{Mem: s.pool, File: s.poolFile},
 			State:     s.state,
+			Stores:    s.w.proc.queue(s.w.proc.stores),
 			Seal:      s.seal(c),
 			Portion:   int64(s.w.c.Portion) * sectorSize,
 			OnEvent:   s.event,
@@ -193,16 +194,12 @@ func (s *snapshot) reopen() {
 	s.snap = snap
 }
 
-// seal is the encryption with a cipher, on a thread of this process.
+// seal is the encryption with a cipher.
 func (s *snapshot) seal(c *cipher) *diffarea.Seal {
 	if c == nil {
 		return nil
 	}
-	p := s.w.proc
-	if p.crypt == nil {
-		p.crypt = p.thread("crypt")
-	}
-	return &diffarea.Seal{Cipher: c, Queue: p.queue(p.crypt), Memory: s.w.words(diffarea.SealMemory)}
+	return &diffarea.Seal{Cipher: c, Memory: s.w.words(diffarea.SealMemory)}
 }
 
 // pages is what a sparse file of mem has data in, page by page.

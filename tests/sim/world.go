@@ -204,6 +204,7 @@ func (w *world) onSubmit(q *blockdevtest.SchedQueue, op *blockdev.Op) {
 		w.fail("I10: %v of %s, which %s gave back", op.Kind, op.File.Name(), name)
 	}
 	w.checkEncrypted(op)
+	w.checkThread(q, op)
 	i := w.isOrig(op.File)
 	if i < 0 || !changes(op.Kind) {
 		return
@@ -221,6 +222,19 @@ func (w *world) onSubmit(q *blockdevtest.SchedQueue, op *blockdev.Op) {
 		if c, ok := s.unprotected(i, op.Off, op.Len); ok {
 			w.fail("I4: %v of disk%d at sector %d+%d submitted while chunk %d of snapshot %d is still NEW",
 				op.Kind, i, op.Off/sectorSize, op.Len/sectorSize, c, s.slot)
+		}
+	}
+}
+
+// checkThread: a filter's ring has nothing under way to a storage, because a storage that
+// hangs would keep the filter from the next process.
+func (w *world) checkThread(q *blockdevtest.SchedQueue, op *blockdev.Op) {
+	if w.proc == nil || !slices.ContainsFunc(w.storages, func(m *blockdevtest.Memory) bool { return op.File == m }) {
+		return
+	}
+	for _, of := range w.proc.handlers {
+		if slices.ContainsFunc(of, func(h handler) bool { return h.thread == q }) {
+			w.fail("I5: %s has %v of %s under way", q.Name(), op.Kind, op.File.Name())
 		}
 	}
 }

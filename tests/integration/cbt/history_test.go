@@ -2,6 +2,7 @@ package cbt
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -215,6 +216,47 @@ func TestWrittenBehindOurBack(t *testing.T) {
 			wants(t, "untouched at last", add(), "", "")
 		})
 	}
+}
+
+// TestClaimedWhileDead: somebody has the disk when the next daemon comes, which dies too,
+// and writes and lets go before a third one comes. It says so, and so does a fourth.
+func TestClaimedWhileDead(t *testing.T) {
+	p := plug(t, 40<<20)
+	d := program.Start(t)
+	dev := d.Add(p.disk, named("data"))
+	s := d.Take(0, dev)
+	since := *s.Images[0].Take
+	d.Kill()
+	var other *os.File
+	guest.WaitFor(t, "the dead daemon to let go of the disk", func() (ok bool) {
+		var err error
+		other, err = os.OpenFile(p.disk, os.O_RDWR|unix.O_EXCL, 0)
+		return err == nil
+	})
+	d.Restart()
+	d.Refused([]string{"waits to be taken over", "opened exclusively by"}, "remove", dev.Name)
+	d.Kill()
+	_, err := other.WriteAt([]byte("behind our back"), 32<<20)
+	if err = errors.Join(err, other.Sync(), other.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		d.Restart()
+		all, err := d.Devices(guest.Context(t))
+		if err != nil || len(all) != 1 {
+			t.Fatalf("%v, %v", all, err)
+		}
+		wants(t, "after another had it", all[0], control.HistoryWritten, "somebody else had the disk")
+		if _, _, err := d.Changes(dev, since); control.CodeOf(err) != control.GenerationEnded {
+			t.Errorf("I3: changes since before: %v", err)
+		}
+		if i, err := d.Info(guest.Context(t)); err != nil || i.Lost != nil && len(i.Lost.Devices) > 0 {
+			t.Errorf("the daemon says %+v, %v", i.Lost, err)
+		}
+		d.Kill()
+	}
+	d.Restart()
+	d.Remove(dev)
 }
 
 // shortTurn is 0 or 1: two kernels share what the short form of a test goes through.

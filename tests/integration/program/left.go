@@ -32,7 +32,7 @@ func (d *Daemon) namedThreads() (names []string) {
 }
 
 // noThreads makes sure that a daemon without devices has the threads only that it began
-// with, and the one that encrypts for all.
+// with.
 func (d *Daemon) noThreads() {
 	d.t.Helper()
 	devices, err := d.Devices(guest.Context(d.t))
@@ -44,8 +44,7 @@ func (d *Daemon) noThreads() {
 		return // what it could not take over it may still serve
 	}
 	guest.WaitFor(d.t, fmt.Sprintf("the end of threads: of %v there were %v", d.namedThreads(), d.threads), func() bool {
-		now := slices.DeleteFunc(d.namedThreads(), func(name string) bool { return name == "encrypt" })
-		return slices.Equal(now, d.threads)
+		return slices.Equal(d.namedThreads(), d.threads)
 	})
 }
 

@@ -274,7 +274,6 @@ func (s *survival) nothingLeft(before leftovers) {
 	guest.WaitFor(s.t, "the end of all processes but the daemon and its prober", func() bool {
 		return len(program.Processes("ublk-blksnap")) == 1 && len(program.Processes("ublk-probe")) <= 1
 	})
-	before.FDs += 2            // the ring of who encrypts, which is made when it is first needed
 	s.Settled(before.Held, 32) // threads that the runtime has once needed
 	if now := s.left(); now.FDs > before.FDs {
 		s.t.Errorf("open are %q, and were %q", now.files, before.files)

@@ -8,12 +8,14 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/direct"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/stamp"
@@ -284,6 +286,70 @@ func TestKilledStuckStorage(t *testing.T) {
 	})
 	d.Remove(dev)
 	guest.Unmount(t, dir)
+}
+
+// TestKilledWhileStoring: the daemon is killed while stores are under way to a device that
+// does not answer. Neither its disk nor another waits for that.
+func TestKilledWhileStoring(t *testing.T) {
+	guest.Need(t)
+	const size = 24 << 20
+	ram := guest.RAMDisks(t, 3, size)
+	guest.Run(t, "modprobe", "dm-mod")
+	guest.Run(t, "modprobe", "dm-delay")
+	// Writes take ten minutes, until another table is loaded.
+	store := guest.DMDisk(t, "store", fmt.Sprintf("0 %[2]d delay %[1]s 0 0 %[1]s 0 600000", ram[1], size>>9))
+	d := program.Start(t, "storage_timeout=6s", "diff_buffer_pool_size=1M")
+	dev, free := d.Add(ram[0]), d.Add(ram[2])
+	s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 16 << 10, Storage: []control.Storage{{Path: store}}})
+	s = d.Taken(s.ID)
+	resume := sync.OnceFunc(func() { guest.ReloadDM(t, "store", guest.LinearTable(t, ram[1])) })
+	t.Cleanup(resume)
+	write := func(path string, chunks int64) <-chan error {
+		done := make(chan error, 1)
+		f := direct.MustOpen(t, path, unix.O_RDWR)
+		go func() {
+			var err error
+			buf := direct.Buffers.Get().(*[]byte)
+			defer direct.Buffers.Put(buf)
+			for n := int64(0); n < chunks && err == nil; n++ {
+				err = f.WriteAt((*buf)[:4<<10], n*s.ChunkSize)
+			}
+			f.Close()
+			done <- err
+		}()
+		return done
+	}
+	// As many copies as fit the pool, because their stores do not end.
+	if err := guest.Await(t, "the first writes", write(dev.Path, 8)); err != nil {
+		t.Fatal(err)
+	}
+	guest.WaitFor(t, "stores under way", func() bool {
+		u := d.Show(s.ID).Usage
+		return u.Copied > u.Stored
+	})
+	d.Kill()
+	d.Launch()
+	for what, done := range map[string]<-chan error{"the disk": write(dev.Path, 16), "another disk": write(free.Path, 1)} {
+		if err := guest.Await(t, "writes to "+what, done); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	var i control.Info
+	var err error
+	guest.WaitFor(t, "the next daemon", func() bool {
+		i, err = d.Info(guest.Context(t))
+		return err == nil
+	})
+	if err != nil || i.Lost == nil || len(i.Lost.Devices) != 0 || len(i.Lost.Snapshots) != 1 || i.Lost.Snapshots[0].ID != s.ID {
+		t.Errorf("the daemon says %+v, %v", i.Lost, err)
+	}
+	resume()
+	guest.WaitFor(t, "the end of the storage", func() bool {
+		left, err := os.ReadDir(filepath.Join(d.RunDir.State(), "snapshots"))
+		return err == nil && len(left) == 0
+	})
+	d.Remove(dev)
+	d.Remove(free)
 }
 
 // TestStorageGone: a block device of the storage goes while no daemon lives. The
