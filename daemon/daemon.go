@@ -69,6 +69,8 @@ type Daemon struct {
 	boot  bootDisks
 	watch intentWatch
 
+	thawed chan struct{} // closed when what a dead daemon froze is thawed
+
 	stopRetry context.CancelFunc
 }
 

@@ -133,7 +133,7 @@ func TestSpoiltFrozen(t *testing.T) {
 	var said strings.Builder
 	log := NewLog(&said, 0, false)
 	d := &Daemon{events: newEventLog(), opts: Options{Dir: dir, Log: log, Config: DefaultConfig()}, host: disk.Machine()}
-	if err := errors.Join(os.MkdirAll(dir.State(), 0o700), statefile.Write(d.frozenFile(), frozenKind, frozenFormat, []string{t.TempDir()}), os.Chmod(d.frozenFile(), 0o666)); err != nil {
+	if err := errors.Join(os.MkdirAll(dir.State(), 0o700), statefile.Write(d.frozenFile(), frozenKind, frozenFormat, frozenRecord{Points: []string{t.TempDir()}}), os.Chmod(d.frozenFile(), 0o666)); err != nil {
 		t.Fatal(err)
 	}
 	d.thawLeftover()

@@ -2,17 +2,11 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
-	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -94,35 +88,4 @@ func (d *Daemon) known() (names, noted map[string]bool) {
 		}
 	}
 	return names, noted
-}
-
-// thawLeftover thaws what a dead daemon had frozen.
-func (d *Daemon) thawLeftover() {
-	points, err := d.leftFrozen()
-	if errors.Is(err, os.ErrNotExist) {
-		return
-	}
-	if err != nil {
-		d.opts.Log.Error("what a dead daemon has frozen is not known", "error", err)
-		return
-	}
-	for _, point := range slices.Backward(points) {
-		f, err := d.host.Open(point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
-		if err == nil {
-			err = snapshots.Thaw(f, d.opts.Config.FreezeTimeout)
-			f.Close()
-		}
-		if err != nil && !errors.Is(err, unix.EINVAL) {
-			d.opts.Log.Warn("cannot thaw what a dead daemon froze", "filesystem", point, "error", err)
-			continue
-		}
-		d.opts.Log.Warn("a filesystem that a dead daemon froze goes on", "filesystem", point)
-	}
-	_ = os.Remove(d.frozenFile())
-}
-
-// leftFrozen are the mount points of what a dead daemon had frozen.
-func (d *Daemon) leftFrozen() (points []string, err error) {
-	err = statefile.Load(d.frozenFile(), frozenKind, frozenFormat, &points)
-	return points, err
 }

@@ -32,17 +32,27 @@ const recordVersion = 1
 // the boot and the time when the process began. It is empty if there is no such
 // process.
 func processIdentity(pid int) string {
+	identity, state := processStat(pid)
+	if state == "Z" || state == "X" {
+		return ""
+	}
+	return identity
+}
+
+// processStat is the identity of a process, dead or alive, and the state of its main
+// thread; both are empty if there is none.
+func processStat(pid int) (identity, state string) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return ""
+		return "", ""
 	}
 	// The name is in parentheses and may hold anything; the state follows it.
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	if len(fields) < 20 || fields[0] == "Z" || fields[0] == "X" {
-		return ""
+	if len(fields) < 20 {
+		return "", ""
 	}
 	boot, _ := disk.BootID()
-	return boot + " " + fields[19] // when it began, in ticks
+	return boot + " " + fields[19], fields[0] // when it began, in ticks
 }
 
 // lost is what the last daemon of the directory had, if it died. It is nil if the

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -13,7 +12,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
@@ -36,7 +34,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	if s.snap.Taken() {
 		return snapimage.ErrTaken
 	}
-	o := snapshots.TakeOptions{Limit: d.opts.Config.FreezeTimeout}
+	o := snapshots.TakeOptions{Limit: d.opts.Config.FreezeTimeout, Freezer: d.freeze}
 	defer func() {
 		for _, f := range o.Freeze {
 			f.Close()
@@ -56,7 +54,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 		return err
 	}
 	frozen, err := s.snap.Take(ctx, o)
-	_ = os.Remove(d.frozenFile())
+	d.forgetFrozen()
 	if err != nil {
 		if s.snap.Taken() {
 			return d.abandon(s, err)
@@ -165,22 +163,4 @@ func (d *Daemon) mountsOver(s *snapshot) []disk.Mount {
 		}
 	}
 	return out
-}
-
-// frozenFile names the filesystems that a take has frozen. If the daemon is killed
-// before it can thaw them, the next daemon does, because they would stay frozen for
-// good.
-func (d *Daemon) frozenFile() string { return filepath.Join(d.opts.Dir.State(), frozenKind) }
-
-const frozenKind, frozenFormat = "frozen", 1
-
-func (d *Daemon) rememberFrozen(mounts []*os.File) error {
-	if len(mounts) == 0 {
-		return nil
-	}
-	var points []string
-	for _, m := range mounts {
-		points = append(points, m.Name())
-	}
-	return statefile.Write(d.frozenFile(), frozenKind, frozenFormat, points)
 }

@@ -65,9 +65,9 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	began := time.Now()
 	// Beside all else: a filesystem that goes on writes to its filter, which has to be
 	// served for that.
-	thawed := make(chan struct{})
+	d.thawed = make(chan struct{})
 	go func() {
-		defer close(thawed)
+		defer close(d.thawed)
 		d.thawLeftover()
 	}()
 	d.openEvents()
@@ -134,7 +134,10 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	d.removeLeftovers(ctx)
 	d.endSnapshots(ctx, snaps, reopened, reasons)
 	d.forgetEvents(snaps)
-	<-thawed
+	select {
+	case <-d.thawed:
+	case <-time.After(d.opts.Config.FreezeTimeout): // some disk does not answer
+	}
 }
 
 // resumeHeld serves the devices that snapshots hold, and says how many.
@@ -337,7 +340,7 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 	limited, cancel := context.WithTimeout(ctx, serveTimeout)
 	defer cancel()
 	prepared, err := s.claimed.Prepare(limited, ublk.Config{
-		Name: r.Name, Files: []*blockdev.OSFile{dev.orig}, OpenedBy: d.openedBy,
+		Name: r.Name, Files: []*blockdev.OSFile{dev.orig}, OpenedBy: d.openedBy, Sync: d.syncDisk,
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
 	})
 	if err != nil {

@@ -17,6 +17,8 @@ type TakeOptions struct {
 	// Freeze are directories on the mounted filesystems to freeze around the
 	// cut, one per filesystem.
 	Freeze []*os.File
+	// Freezer freezes them; nil is Freeze.
+	Freezer Freezer
 	// Limit bounds the freezing and the wait for writes in flight, each.
 	Limit time.Duration
 }
@@ -28,7 +30,10 @@ func (s *Snapshot) Take(ctx context.Context, o TakeOptions) (frozen time.Duratio
 	if len(o.Freeze) == 0 {
 		return 0, s.cut(ctx, o.Limit)
 	}
-	f, err := freeze(o.Freeze, o.Limit)
+	if o.Freezer == nil {
+		o.Freezer = Freeze
+	}
+	f, err := freeze(o.Freezer, o.Freeze, o.Limit)
 	if err != nil {
 		return 0, err
 	}

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
@@ -35,7 +37,8 @@ type Device struct {
 	slots      int
 	newHandler func(q int, bq blockdev.Queue) Handler
 	openedBy   func(blockdev.Num) string // see Config.OpenedBy
-	cdev       *blockdev.OSFile          // nil when closed
+	sync       func(*blockdev.OSFile) error
+	cdev       *blockdev.OSFile // nil when closed
 	queues     []*queue
 	procs      int  // queues told to addProcs
 	cutShort   bool // see Claimed.begun
@@ -71,7 +74,11 @@ func newDevice(ctl *Control, cfg *Config, info Info) *Device {
 		slots:      cfg.Slots,
 		newHandler: cfg.NewHandler,
 		openedBy:   cfg.OpenedBy,
+		sync:       cfg.Sync,
 		claims:     make(chan struct{}),
+	}
+	if d.sync == nil {
+		d.sync = func(f *blockdev.OSFile) error { return unix.Fsync(f.Fd()) }
 	}
 	close(d.claims)
 	if info.Flags&uapi.UBLK_F_AUTO_BUF_REG != 0 {

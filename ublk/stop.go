@@ -118,7 +118,7 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 	}
 	c, err := bounded.Call(ctx, func() (c claim) {
 		if c.file, c.opened = blockdev.OpenExclusive(d.Path, d.Path, unix.O_RDONLY); c.opened == nil {
-			c.sync = unix.Fsync(c.file.Fd())
+			c.sync = d.sync(c.file)
 		}
 		return c
 	}, func(c claim) {

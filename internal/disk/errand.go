@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
 // What else the process of a Prober does for a daemon, because the daemon must not
@@ -104,6 +106,10 @@ func (e *errands) do(q question, files []*os.File) answer {
 			a.Error = err.Error()
 		}
 		return a
+	case q.Thaw && len(files) == 1:
+		return request(files[0], uapi.FITHAW)
+	case q.Sync && len(files) == 1:
+		return failed(unix.Fsync(int(files[0].Fd())))
 	case q.Run != nil:
 		ran, err := e.run(*q.Run)
 		if err != nil {

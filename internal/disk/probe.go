@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -46,6 +47,11 @@ type question struct {
 	Keep  []string `json:"keep,omitempty"` // the arguments of a process, the file is its lock
 	// LetGo: nothing is kept any more.
 	LetGo bool `json:"let_go,omitempty"`
+	// Freeze: the filesystem of the file, until nobody has the other end of the pipe that
+	// comes with it. There are two answers: it is frozen, and it is thawed.
+	Freeze bool `json:"freeze,omitempty"`
+	Thaw   bool `json:"thaw,omitempty"` // the filesystem of the file, whoever froze it
+	Sync   bool `json:"sync,omitempty"` // the file
 }
 
 // maxQuestion is how large a question is at most, in bytes.
@@ -57,6 +63,8 @@ type answer struct {
 	Error  string `json:"error,omitempty"`
 	NoTool bool   `json:"no_tool,omitempty"`
 	Ran    *Ran   `json:"ran,omitempty"`
+
+	Errno unix.Errno `json:"errno,omitempty"` // of Freeze, Thaw and Sync
 }
 
 // StartProber starts this program with args, to call ServeProbes with the file
@@ -131,16 +139,29 @@ func (p *Prober) Probe(ctx context.Context, dev *os.File) (string, error) {
 
 // ask puts a question and waits for the answer.
 func (p *Prober) ask(ctx context.Context, q question, files ...*os.File) (answer, error) {
-	var a answer
+	r, err := p.put(q, files...)
+	if err != nil {
+		return answer{}, err
+	}
+	defer r.Close()
+	return hear(ctx, r)
+}
+
+// put puts a question, and returns the pipe for the answer.
+func (p *Prober) put(q question, files ...*os.File) (_ *os.File, err error) {
 	text, err := json.Marshal(q)
 	if err != nil || len(text) > maxQuestion {
-		return a, errors.Join(errors.New("a question that cannot be put"), err)
+		return nil, errors.Join(errors.New("a question that cannot be put"), err)
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
-		return a, err
+		return nil, err
 	}
-	defer r.Close()
+	defer func() {
+		if err != nil {
+			r.Close()
+		}
+	}()
 	var fds []int
 	for _, f := range append(files, w) {
 		fds = append(fds, int(f.Fd()))
@@ -149,10 +170,15 @@ func (p *Prober) ask(ctx context.Context, q question, files ...*os.File) (answer
 	w.Close()
 	switch {
 	case errors.Is(err, unix.EAGAIN):
-		return a, fmt.Errorf("the process that asks blkid is asked too much: %w", err)
+		return nil, fmt.Errorf("the process that asks blkid is asked too much: %w", err)
 	case err != nil:
-		return a, fmt.Errorf("%w: %w", ErrGone, err)
+		return nil, fmt.Errorf("%w: %w", ErrGone, err)
 	}
+	return r, nil
+}
+
+// hear waits for an answer.
+func hear(ctx context.Context, r *os.File) (a answer, err error) {
 	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	if err := json.NewDecoder(r).Decode(&a); ctx.Err() != nil {
@@ -172,15 +198,17 @@ func ServeProbes(fd int, root string) error {
 	// It is small, and starts anew what must not be missing.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 	e := errands{root: root, leaving: make(chan struct{})}
+	var freezing sync.WaitGroup
 	text := make([]byte, maxQuestion)
 	for {
-		oob := make([]byte, unix.CmsgSpace(2*4))
+		oob := make([]byte, unix.CmsgSpace(3*4))
 		n, oobn, _, _, err := unix.Recvmsg(fd, text, oob, unix.MSG_CMSG_CLOEXEC)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil || n == 0 {
 			e.end()
+			freezing.Wait() // so that all is thawed
 			return err
 		}
 		var files []*os.File
@@ -191,12 +219,21 @@ func ServeProbes(fd int, root string) error {
 			}
 		}
 		var q question
-		if err := json.Unmarshal(text[:n], &q); err != nil || len(files) == 0 {
+		if err := json.Unmarshal(text[:n], &q); err != nil || len(files) == 0 || q.Freeze && len(files) != 3 {
 			return errors.Join(errors.New("what came is no question, or came without its files"), err)
+		}
+		if q.Freeze {
+			freezing.Add(1)
 		}
 		go func() {
 			last := len(files) - 1
-			_ = json.NewEncoder(files[last]).Encode(e.do(q, files[:last]))
+			answers := json.NewEncoder(files[last])
+			if q.Freeze {
+				freeze(answers, files[0], files[1])
+				freezing.Done()
+			} else {
+				_ = answers.Encode(e.do(q, files[:last]))
+			}
 			for _, f := range files {
 				f.Close()
 			}

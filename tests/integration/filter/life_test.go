@@ -221,3 +221,36 @@ func TestSteadyState(t *testing.T) {
 	}
 	d.Remove(dev)
 }
+
+// TestKilledWhileSyncing: the daemon is killed while its disk, which is about to be
+// removed, is made durable. That waits for the next daemon.
+func TestKilledWhileSyncing(t *testing.T) {
+	guest.Need(t)
+	const size = 32 << 20
+	guest.Run(t, "modprobe", "dm-mod")
+	guest.Run(t, "modprobe", "dm-delay")
+	// Each write takes a second.
+	disk := guest.DMDisk(t, "slow", fmt.Sprintf("0 %[2]d delay %[1]s 0 0 %[1]s 0 1000", guest.RAMDisks(t, 1, size)[0], size>>9))
+	d := program.Start(t)
+	dev := d.Add(disk)
+	f, err := os.OpenFile(dev.Path, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.Write(make([]byte, 8<<20)) // to the page cache
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	removed := make(chan error, 1)
+	go func() { removed <- d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name}) }()
+	guest.WaitFor(t, "the sync", func() bool {
+		st, err := d.DeviceStatus(guest.Context(t), dev.Name)
+		return err == nil && st.InFlight > 0
+	})
+	d.Kill()
+	<-removed
+	d.Restart()
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	d.Remove(dev)
+}

@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -154,6 +155,57 @@ func TestFreezeFails(t *testing.T) {
 	d.Destroy(s.ID)
 	guest.Run(t, "fsfreeze", "-u", dir)
 	guest.Unmount(t, dir)
+	d.Remove(dev)
+}
+
+// TestKilledWhileFreezing: the daemon is killed while a filesystem that it freezes writes
+// what it has to the filter. That waits for the next daemon, which must not wait for it.
+func TestKilledWhileFreezing(t *testing.T) {
+	guest.Need(t)
+	ram := guest.RAMDisks(t, 1, 64<<20)[0]
+	guest.Run(t, "modprobe", "dm-mod")
+	guest.Run(t, "modprobe", "dm-delay")
+	// Each write takes 0.4 s.
+	disk := guest.DMDisk(t, "slow", fmt.Sprintf("0 %[2]d delay %[1]s 0 0 %[1]s 0 400", ram, 64<<20>>9))
+	d := program.Start(t)
+	dev := d.Add(disk)
+	guest.Ext4.Make(t, dev.Link)
+	dir := guest.Mount(t, dev.Link)
+	for i := range 2 {
+		s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: "/dev/shm"}}})
+		if err := os.WriteFile(filepath.Join(dir, "file"), make([]byte, 4<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		taken := make(chan error, 1)
+		go func() {
+			_, err := d.TakeSnapshot(guest.Context(t), control.TakeRequest{ID: s.ID})
+			taken <- err
+		}()
+		guest.WaitFor(t, "the take to freeze", func() bool {
+			_, begun := os.Stat(filepath.Join(d.RunDir.State(), "frozen"))
+			st, err := d.DeviceStatus(guest.Context(t), dev.Name)
+			return err == nil && begun == nil && st.InFlight > 0
+		})
+		if i == 1 { // all of ours at once
+			for _, name := range []string{"ublk-probe", "ublk-freeze"} {
+				for _, pid := range program.Processes(name) {
+					_ = unix.Kill(pid, unix.SIGKILL)
+				}
+			}
+		}
+		d.Kill()
+		d.Restart()
+		<-taken
+		written := make(chan error, 1)
+		go func() { written <- os.WriteFile(filepath.Join(dir, "after"), []byte("x"), 0o600) }()
+		if err := guest.Await(t, "a write to the filesystem, which goes on", written); err != nil {
+			t.Error(err)
+		}
+		d.Destroy(s.ID)
+	}
+	d.Destroy(d.Take(0, dev).ID)
+	guest.Unmount(t, dir)
+	guest.Ext4.Check(t, dev.Path)
 	d.Remove(dev)
 }
 

@@ -1,0 +1,175 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
+)
+
+// Around a take the prober freezes the filesystems, and thaws them if this daemon dies. If
+// it dies too, the next daemon thaws what is on record. The prober may have to write to a
+// filter before it can end, with the filesystem frozen. So that daemon thaws again until
+// the prober has ended.
+
+// frozenRecord is what a take is about to freeze, in state/frozen.
+type frozenRecord struct {
+	Points []string `json:"points"` // mount points
+	// PID and Process are who freezes.
+	PID     int    `json:"pid"`
+	Process string `json:"process"` // see processIdentity
+}
+
+const frozenKind, frozenFormat = "frozen", 2 // format 1 had the points alone
+
+func (d *Daemon) frozenFile() string { return filepath.Join(d.opts.Dir.State(), frozenKind) }
+
+// rememberFrozen puts on record what is about to be frozen; needs opLock.
+func (d *Daemon) rememberFrozen(mounts []*os.File) error {
+	if len(mounts) == 0 {
+		return nil
+	}
+	if d.thawed != nil {
+		select {
+		case <-d.thawed:
+		default:
+			return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "what a daemon that died was freezing has not been thawed yet", Fix: "try again when its disk answers, or take without freezing"}
+		}
+	}
+	r := frozenRecord{PID: os.Getpid()}
+	if d.opts.Prober != nil {
+		r.PID = d.opts.Prober.PID()
+	}
+	r.Process = processIdentity(r.PID)
+	for _, m := range mounts {
+		r.Points = append(r.Points, m.Name())
+	}
+	return statefile.Write(d.frozenFile(), frozenKind, frozenFormat, r)
+}
+
+func (d *Daemon) forgetFrozen() { _ = os.Remove(d.frozenFile()) }
+
+// freeze is the snapshots.Freezer of a daemon. If there is no prober, it asks itself.
+func (d *Daemon) freeze(ctx context.Context, dir *os.File) (thaw func(context.Context) error, err error) {
+	if d.opts.Prober == nil {
+		return snapshots.Freeze(ctx, dir)
+	}
+	frozen, err := d.opts.Prober.Freeze(ctx, dir)
+	if errors.Is(err, disk.ErrGone) {
+		return snapshots.Freeze(ctx, dir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error {
+		if err := frozen.Thaw(ctx); !errors.Is(err, disk.ErrGone) {
+			return err
+		}
+		return snapshots.Thaw(ctx, dir)
+	}, nil
+}
+
+// syncDisk is the ublk.Config.Sync of a daemon, for the same reason.
+func (d *Daemon) syncDisk(dev *blockdev.OSFile) error {
+	if d.opts.Prober != nil {
+		if err := d.askSync(dev); !errors.Is(err, disk.ErrGone) {
+			return err
+		}
+	}
+	return unix.Fsync(dev.Fd())
+}
+
+func (d *Daemon) askSync(dev *blockdev.OSFile) error {
+	fd, err := unix.FcntlInt(uintptr(dev.Fd()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	f := os.NewFile(uintptr(fd), dev.Name())
+	defer f.Close()
+	return d.opts.Prober.Sync(context.Background(), f)
+}
+
+// thaw thaws what this daemon did not freeze.
+func (d *Daemon) thaw(ctx context.Context, point string) error {
+	f, err := d.host.Open(point, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if d.opts.Prober != nil {
+		if err = d.opts.Prober.Thaw(ctx, f); !errors.Is(err, disk.ErrGone) {
+			return err
+		}
+	}
+	return snapshots.Thaw(ctx, f)
+}
+
+// thawLeftover thaws what a dead daemon had frozen or was about to freeze. That may take
+// until its filters are served.
+func (d *Daemon) thawLeftover() {
+	r, err := d.leftFrozen()
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	if err != nil {
+		d.opts.Log.Error("what a dead daemon has frozen is not known", "error", err)
+		return
+	}
+	told := map[string]bool{}
+	for last := false; !last; {
+		last = processEnded(r.PID, r.Process)
+		for _, point := range slices.Backward(r.Points) {
+			ctx, cancel := context.WithTimeout(context.Background(), d.opts.Config.FreezeTimeout)
+			err := d.thaw(ctx, point)
+			cancel()
+			switch {
+			case err == nil:
+				d.opts.Log.Warn("a filesystem that a dead daemon froze goes on", "filesystem", point)
+			case !errors.Is(err, unix.EINVAL) && !told[point]:
+				told[point] = true
+				d.opts.Log.Warn("cannot thaw what a dead daemon froze", "filesystem", point, "error", err)
+			}
+		}
+		if !last {
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	d.forgetFrozen()
+}
+
+// leftFrozen is what a dead daemon had on record.
+func (d *Daemon) leftFrozen() (r frozenRecord, err error) {
+	text, format, err := statefile.Read(d.frozenFile(), frozenKind, frozenFormat)
+	if err == nil && format == 1 {
+		err = statefile.Unmarshal(d.frozenFile(), text, &r.Points)
+	} else if err == nil {
+		err = statefile.Unmarshal(d.frozenFile(), text, &r)
+	}
+	return r, err
+}
+
+// processEnded says whether a process, by its identity, has ended with all its threads. One
+// thread may be in the kernel after the others have been killed.
+func processEnded(pid int, identity string) bool {
+	if identity == "" {
+		return true
+	}
+	now, state := processStat(pid)
+	if now != identity {
+		return true
+	}
+	threads, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	return len(threads) <= 1 && bytes.ContainsAny([]byte(state), "ZX")
+}
