@@ -4,7 +4,7 @@
 #   make test                          everything below that tests, on both kernels; what CI runs
 #   make check                         format, vet, lint, unit tests with and without the race detector: no machine
 #   make integration [KERNEL=] [RUN=] [BUILD=giouring]  the tests that need ublk, or those that match RUN
-#   make soak [KERNEL=] [RUN=] [KILLS=] [CUTS=]  the long form of the tests of the daemon's death and of power cuts, for hours
+#   make soak [KERNEL=] [RUN=] [KILLS=] [CUTS=]  the long form of what tests deaths, restarts and power cuts, for hours
 #   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
 #   make reboot [KERNEL=]              change tracking, and what is left of snapshots, over restarts and a power failure
 #   make boot [KERNEL=]                boots of a Debian whose filesystems lie on filters
@@ -94,12 +94,14 @@ integration-binaries: build build-next bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/snapshots.test ./snapshots
 
 soak: export UBLK_BLKSNAP_LONG = 1
-soak: RUN := $(if $(filter .,$(RUN)),TestKilled|TestGuard|TestDeathIn|TestUblkRecovery|TestStorageOutlives|TestStorageGone|TestUpgradedUnderLoad|TestReload|TestLowMemory|TestNumberWraps|TestPowerFailureDoubts|TestWrittenBehindOurBack,$(RUN))
+soak: RUN := $(if $(filter .,$(RUN)),TestKilled|TestGuard|TestDeathIn|TestUblkRecovery|TestStorageOutlives|TestStorageGone|TestUpgradedUnderLoad|TestReload|TestLowMemory|TestNumberWraps|TestClaimedWhileDead|TestPowerFailureDoubts|TestWrittenBehindOurBack,$(RUN))
 soak: integration-binaries
 	@for kernel in $(or $(KERNEL),6.12 newest); do \
 		VM_CPUS=$${VM_CPUS:-4} bin/vm -kernel $$kernel -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG -e UBLK_BLKSNAP_KILLS=$(KILLS) \
 			'exec tests/integration/run.sh 355 .cache/test/integration "$(RUN)"'; \
 		KERNEL=$$kernel CUTS=$${CUTS:-30} VM_CPUS=$${VM_CPUS:-4} $(MAKE) powercut; \
+		KERNEL=$$kernel $(MAKE) reboot; \
+		KERNEL=$$kernel $(MAKE) systemd; \
 	done
 	$(MAKE) boot KERNEL=newest
 	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...

@@ -74,6 +74,9 @@ func (d *Daemon) planReload(ctx context.Context, r control.ReloadRequest) (contr
 	if !filepath.IsAbs(plan.Program) {
 		return plan, invalid("program %q: not an absolute path", plan.Program)
 	}
+	if hanging := d.hangingStorage(); len(hanging) > 0 {
+		return plan, &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "storage " + publicPaths(strings.Join(hanging, ", ")) + " does not answer", Fix: "try again when it does, or when the snapshot has ended"}
+	}
 	if running(d.opts.Prober) {
 		if err := d.checkProgramPlace(plan.Program); err != nil {
 			return plan, err
@@ -87,6 +90,42 @@ func (d *Daemon) planReload(ctx context.Context, r control.ReloadRequest) (contr
 		return plan, &control.Error{Code: control.Unavailable, Errno: unix.ESRCH, Message: "the process that runs programs for the daemon is gone", Fix: "have this program take over first: ublk-blksnap daemon reload"}
 	}
 	return plan, nil
+}
+
+// patience is how long a store may take before a reload is refused for it.
+const patience = 2 * time.Second
+
+// hangingStorage names the storages that do not answer. The exec of a program waits for all
+// that the kernel does for this process. If one of these storages holds that up, all I/O
+// would wait for it, because nobody serves it by then.
+func (d *Daemon) hangingStorage() (names []string) {
+	first := map[*snapshot]uint64{} // how far each was at the first look
+	for end := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		names = nil
+		for _, s := range d.sortedSnapshots() {
+			names = append(names, s.snap.Returning()...)
+			d.mu.Lock()
+			releasing, storage := s.releasing, slices.Clone(s.storage)
+			d.mu.Unlock()
+			if releasing {
+				continue
+			}
+			_, done := s.snap.Waiting()
+			if was, seen := first[s]; !seen {
+				first[s] = done
+			} else if was != done {
+				continue // it has got on
+			}
+			for _, name := range s.snap.UnderWay() {
+				if slices.ContainsFunc(storage, func(st control.Storage) bool { return st.Path == name }) {
+					names = append(names, name)
+				}
+			}
+		}
+		if len(names) == 0 || time.Now().After(end) {
+			return names
+		}
+	}
 }
 
 // running says whether there is a prober.

@@ -353,11 +353,16 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 }
 
 // claimOriginal opens the disk of a dead daemon's filter. Its last user may still be
-// on the way out, and a passer-by may look at it.
+// on the way out, and a passer-by may look at it. If nobody is seen who has it, it may be a
+// flush of the dead daemon, which takes as long as the disk needs.
 func (d *Daemon) claimOriginal(ctx context.Context, bdev *disk.Disk) (*blockdev.OSFile, error) {
-	for until := time.Now().Add(settleLimit); ; {
+	for began := time.Now(); ; {
 		f, err := d.openOriginal(ctx, bdev)
-		if err == nil || !errors.Is(err, disk.ErrInUse) || time.Now().After(until) || ctx.Err() != nil {
+		limit := settleLimit
+		if disk.Unseen(err) {
+			limit = d.opts.Config.DiskTimeout / 2
+		}
+		if err == nil || !errors.Is(err, disk.ErrInUse) || time.Since(began) > limit || ctx.Err() != nil {
 			return f, err
 		}
 		time.Sleep(5 * time.Millisecond)

@@ -169,7 +169,16 @@ func (h *Host) explainBusy(d *Disk) error {
 	if ps := h.Openers(d.Num); len(ps) > 0 {
 		return &Error{ErrInUse, d.Path, "opened exclusively by " + ps[0].String(), "end that process first"}
 	}
-	return &Error{ErrInUse, d.Path, "claimed by the kernel or another program", "find the user first: lsblk, fuser -v " + d.DisplayPath()}
+	return &Error{ErrInUse, d.Path, unseen, "find the user first: lsblk, fuser -v " + d.DisplayPath()}
+}
+
+const unseen = "claimed by the kernel or another program"
+
+// Unseen says whether a disk is in use and nobody is found who uses it. It may be I/O that
+// a process has left under way.
+func Unseen(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.What == unseen
 }
 
 // Process is a process that has something open.

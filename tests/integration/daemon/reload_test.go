@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/direct"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
@@ -119,4 +121,47 @@ func TestReload(t *testing.T) {
 	guest.Ext4.Check(t, disk)
 	slices.Sort(pauses)
 	t.Logf("%d reloads: I/O waited for %v at most, in the median %v", len(pauses), pauses[len(pauses)-1], pauses[len(pauses)/2])
+}
+
+// TestReloadStuckStorage: while a storage's filesystem stands still a program could not
+// begin, so a reload is refused, and all I/O goes on.
+func TestReloadStuckStorage(t *testing.T) {
+	guest.NeedEither(t)
+	guest.Run(t, "modprobe", "dm-mod")
+	files := guest.DMDisk(t, "files", guest.LinearTable(t, guest.LoopDisk(t, guest.Ext4.Minimum, 512)))
+	guest.Ext4.Make(t, files)
+	dir := guest.Mount(t, files)
+	ram := guest.RAMDisks(t, 2, 24<<20)
+	d := program.Start(t, "diff_buffer_pool_size=8M")
+	dev, free := d.Add(ram[0]), d.Add(ram[1])
+	s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 64 << 10, Storage: []control.Storage{{Path: filepath.Join(dir, "differences")}}})
+	s = d.Taken(s.ID)
+	guest.Run(t, "dmsetup", "suspend", "files") // with its filesystem frozen
+	resume := sync.OnceFunc(func() { guest.Run(t, "dmsetup", "resume", "files") })
+	t.Cleanup(resume)
+	write := func(dev control.Device, n int64) {
+		t.Helper()
+		f := direct.MustOpen(t, dev.Path, unix.O_RDWR)
+		defer f.Close()
+		buf := direct.Buffers.Get().(*[]byte)
+		defer direct.Buffers.Put(buf)
+		if err := f.WriteAt((*buf)[:4096], n*s.ChunkSize); err != nil {
+			t.Errorf("%s: %v", dev.Name, err)
+		}
+	}
+	for n := range int64(40) {
+		write(dev, n)
+	}
+	d.Refused([]string{"reload", "storage " + dir, "does not answer"}, "daemon", "reload")
+	write(dev, 41)
+	write(free, 0)
+	resume()
+	guest.WaitFor(t, "the end of all stores", func() bool { u := d.Show(s.ID).Usage; return u.Copied == u.Stored })
+	if a := d.Call("ublk-blksnap", "daemon", "reload"); a.Status != 0 {
+		t.Errorf("reload: %+v", a)
+	}
+	d.Destroy(s.ID)
+	d.Remove(dev)
+	d.Remove(free)
+	guest.Unmount(t, dir)
 }
