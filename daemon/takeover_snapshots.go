@@ -125,7 +125,7 @@ func (d *Daemon) claimImages(ctx context.Context, s *leftSnapshot) {
 // claimStorage has a snapshot's storage, if it will be needed. What it waits for it
 // says when the snapshot is reopened.
 func (d *Daemon) claimStorage(s *leftSnapshot) {
-	if s.Err == nil && !s.Pending && s.Stage != snapshots.Destroying {
+	if s.Err == nil && !s.Stage.Ends(s.Pending) {
 		if err := s.Claim(s.config); err != nil {
 			d.opts.Log.Warn("storage of a dead daemon's snapshot cannot be claimed", "snapshot", s.id(), "error", publicPaths(err.Error()))
 		}
@@ -157,7 +157,7 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 		deathpoint.Point()
 	}
 	switch {
-	case s.Pending, s.Stage == snapshots.Destroying:
+	case s.Stage.Ends(s.Pending):
 		return nil, nil
 	case missing != "":
 		return nil, fmt.Errorf("its device %s is not taken over", missing)

@@ -39,7 +39,7 @@ func TestDamage(t *testing.T) {
 		_, err := readRecord(dir, id)
 		return err
 	}))
-	take := takeSize(len(r.Devices))
+	take := TakeSize(len(r.Devices))
 	statefiletest.Try(t, statefiletest.File{Kind: "take", Path: path(takeName), Header: int(take),
 		Future: func(whole []byte) []byte { whole[7]++; return whole },
 		Read: func() error {
@@ -47,7 +47,7 @@ func TestDamage(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			if _, _, wrong := (takePage{mem}).read(len(r.Devices)); wrong != "" {
+			if _, _, wrong := (TakePage{mem}).read(len(r.Devices)); wrong != "" {
 				return errors.New(wrong)
 			}
 			return nil

@@ -18,38 +18,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 )
 
-// Stage is how far a snapshot had come when its daemon died.
-//
-//	Created <──> Taking ──> Taken ──> Destroying
-//	   └───────────────────────────────^
-type Stage int
-
-// The stages.
-const (
-	// Created: it has the devices and storage that were added. Left.Again goes on with it.
-	Created Stage = iota + 1
-	// Taking: a take had begun, and was not made. After Left.Void it is Created.
-	Taking
-	// Taken: its images exist. Left.Reopen goes on with it.
-	Taken
-	// Destroying: its end had begun. Left.Clear completes it.
-	Destroying
-)
-
-func (s Stage) String() string {
-	switch s {
-	case Created:
-		return "created"
-	case Taking:
-		return "taking"
-	case Taken:
-		return "taken"
-	case Destroying:
-		return "destroying"
-	}
-	return "unknown"
-}
-
 // Left is a snapshot that a dead daemon left. One goroutine at a time uses it.
 //
 //	LeftBehind ──> Claim ──> Void ──> Again | Reopen ──> Snapshot
@@ -143,35 +111,33 @@ func (l *Left) read() {
 			l.Storage = append(l.Storage, st.Note)
 		}
 	}
-	l.Stage = Created
-	if r.Destroying {
-		l.Stage = Destroying
-		return
-	}
+	var page, log []byte
 	path := filepath.Join(l.Dir, takeName)
-	mem, err := readOwn(path, takeSize(len(r.Devices)))
-	if errors.Is(err, fs.ErrNotExist) {
-		return
+	if !r.Destroying {
+		page, err = l.readFile(takeName, TakeSize(len(r.Devices)))
 	}
 	if err != nil {
 		l.Err = err
 		return
 	}
-	var wrong string
-	if l.before, l.take, wrong = (takePage{mem}).read(len(r.Devices)); wrong != "" {
+	if page != nil { // a log that is not there is for Reopen to complain about
+		log, _ = l.readFile(logName, diffarea.LogStateSize)
+	}
+	p, wrong := PastOf(r.Destroying, len(r.Devices), page, log)
+	if wrong != "" {
 		l.Err = damaged(path, wrong)
 		return
 	}
-	if l.Stage = Taking; l.take == nil {
-		return
+	l.Stage, l.before, l.take, l.Broken = p.Stage, p.Before, p.Take, p.Broken
+}
+
+// readFile reads a file of the directory, nil if it is not there.
+func (l *Left) readFile(name string, size int64) ([]byte, error) {
+	mem, err := readOwn(filepath.Join(l.Dir, name), size)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
 	}
-	l.Stage = Taken
-	// A log that is not there is for Reopen to complain about.
-	if log, err := readOwn(filepath.Join(l.Dir, logName), diffarea.LogStateSize); err == nil {
-		if l.Broken = diffarea.Dead(log); l.Broken == unix.ESHUTDOWN {
-			l.Stage = Destroying // it was given up, and there was no time to say so
-		}
-	}
+	return mem, err
 }
 
 // barelyMade says whether the daemon died before it could write the first record.

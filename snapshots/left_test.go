@@ -199,7 +199,7 @@ func TestRecordDamaged(t *testing.T) {
 	for i := range 40 {
 		damages = append(damages, damage{fmt.Sprintf("byte %d flipped", i), recordName, rewrite(func(b []byte) []byte { b[i] ^= 0x10; return b })})
 	}
-	for i := range int(takeSize(1)) {
+	for i := range int(TakeSize(1)) {
 		damages = append(damages, damage{fmt.Sprintf("byte %d flipped", i), takeName, rewrite(func(b []byte) []byte { b[i] ^= 0x10; return b })})
 	}
 	for _, d := range damages {
@@ -224,7 +224,7 @@ func TestRecordDamaged(t *testing.T) {
 			if err := st.newTake([]cbtmap.Info{{BlockSize: 1}}); err != nil {
 				t.Fatal(err)
 			}
-			st.page.taken(1, func(int) cbtmap.Info { return cbtmap.Info{BlockSize: 1, ChangesNumber: 1} })
+			st.page.Taken(1, func(int) cbtmap.Info { return cbtmap.Info{BlockSize: 1, ChangesNumber: 1} })
 			st.page.setBreakReported()
 			st.release()
 			s.close()

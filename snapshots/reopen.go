@@ -179,12 +179,12 @@ func (l *Left) Reopen(c Config, filters []*filter.Filter) (*Snapshot, error) {
 		}
 	}
 	log.Portion, log.OnEvent, log.Stores = c.Portion, c.OnEvent, c.Stores
-	page, f, err := st.reopen(takeName, takeSize(len(filters)), true)
+	page, f, err := st.reopen(takeName, TakeSize(len(filters)), true)
 	if err != nil {
 		return fail(err)
 	}
 	f.Close()
-	st.page = takePage{page}
+	st.page = TakePage{page}
 	var members []snapimage.Member
 	for i, d := range l.rec.Devices {
 		n := diffarea.TableSize(diffarea.Chunks(d.Size, c.ChunkSize))

@@ -25,7 +25,7 @@ import (
 //	log          the log's state
 //	pool         its slots
 //	words-N      the chunk words of device N
-//	take         the take: takePage
+//	take         the take: TakePage
 //	key          the key of what is stored, if that is encrypted
 //	storage-N    where storage N is kept: pins
 //
@@ -39,7 +39,7 @@ type state struct {
 	pins pins
 	maps [][]byte
 	pool *os.File
-	page takePage // of a take that was tried
+	page TakePage // of a take that was tried
 
 	keep   func(uuid.UUID, []byte) error // see Config.Keep
 	cipher *regionCipher                 // of what is stored, nil if that is not encrypted
@@ -195,13 +195,13 @@ func wordsName(device int) string { return fmt.Sprintf("words-%d", device) }
 func (s *state) newTake(before []cbtmap.Info) error {
 	fresh := takeName + ".new"
 	os.Remove(filepath.Join(s.dir, fresh))
-	mem, f, err := s.file(fresh, takeSize(len(before)), true)
+	mem, f, err := s.file(fresh, TakeSize(len(before)), true)
 	if err != nil {
 		return err
 	}
 	f.Close()
-	s.page = takePage{mem}
-	s.page.format(before)
+	s.page = TakePage{mem}
+	s.page.Format(before)
 	deathpoint.Point()
 	err = os.Rename(filepath.Join(s.dir, fresh), filepath.Join(s.dir, takeName))
 	deathpoint.Point()
@@ -211,7 +211,7 @@ func (s *state) newTake(before []cbtmap.Info) error {
 // endTake takes a take that was not made off the record.
 func (s *state) endTake() error {
 	s.unmap(s.page.mem)
-	s.page = takePage{}
+	s.page = TakePage{}
 	err := os.Remove(filepath.Join(s.dir, takeName))
 	deathpoint.Point()
 	return err
@@ -237,7 +237,7 @@ func (s *state) release() {
 	for _, m := range s.maps {
 		unix.Munmap(m)
 	}
-	s.maps, s.page = nil, takePage{}
+	s.maps, s.page = nil, TakePage{}
 	if s.pool != nil {
 		s.pool.Close()
 		s.pool = nil

@@ -65,7 +65,7 @@ func (s *Snapshot) cut(ctx context.Context, limit time.Duration) error {
 	err := s.call(func(done func(error)) {
 		s.engine.Take(func() {
 			deathpoint.Point()
-			s.state.page.taken(len(s.filters), s.engine.TakeInfo)
+			s.state.page.Taken(len(s.filters), s.engine.TakeInfo)
 			deathpoint.Point()
 		}, func(err error) {
 			if err == nil {

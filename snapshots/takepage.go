@@ -9,7 +9,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 )
 
-// takePage is the record of a take: a mapped file, made before the take, in which
+// TakePage is the record of a take: a mapped file, made before the take, in which
 // one store says that the snapshot was taken.
 //
 //	 0 magic                          8 number of devices
@@ -26,7 +26,10 @@ import (
 //
 // TOLD means: the owner has put on record, where it outlives the daemon, that the
 // snapshot is broken.
-type takePage struct{ mem []byte }
+type TakePage struct{ mem []byte }
+
+// NewTakePage is the page in mem, of TakeSize bytes.
+func NewTakePage(mem []byte) TakePage { return TakePage{mem} }
 
 const (
 	takeMagic = 0x3145474150454b54 // "TKEPAGE1"
@@ -46,18 +49,19 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-func takeSize(devices int) int64 { return takeHead + 2*takeMapSize*int64(devices) }
+// TakeSize is that of the page of a snapshot with so many devices.
+func TakeSize(devices int) int64 { return takeHead + 2*takeMapSize*int64(devices) }
 
-func (p takePage) word(off int) *uint64 { return (*uint64)(unsafe.Pointer(&p.mem[off])) }
+func (p TakePage) word(off int) *uint64 { return (*uint64)(unsafe.Pointer(&p.mem[off])) }
 
 // part is the numbers before the take (0) or of it (1).
-func (p takePage) part(i, devices int) []byte {
+func (p TakePage) part(i, devices int) []byte {
 	n := takeMapSize * devices
 	return p.mem[takeHead+i*n : takeHead+(i+1)*n]
 }
 
 // sum covers the number of devices too.
-func (p takePage) sum(i, devices int) uint64 {
+func (p TakePage) sum(i, devices int) uint64 {
 	return uint64(crc32.Update(crc32.Checksum(p.mem[:takeSum], castagnoli), castagnoli, p.part(i, devices)))
 }
 
@@ -78,8 +82,8 @@ func getInfo(b []byte) (i cbtmap.Info) {
 	return i
 }
 
-// format makes the page of a take that has not happened.
-func (p takePage) format(before []cbtmap.Info) {
+// Format makes the page of a take that has not happened.
+func (p TakePage) Format(before []cbtmap.Info) {
 	binary.LittleEndian.PutUint64(p.mem, takeMagic)
 	binary.LittleEndian.PutUint64(p.mem[takeCount:], uint64(len(before)))
 	for i, info := range before {
@@ -88,8 +92,8 @@ func (p takePage) format(before []cbtmap.Info) {
 	binary.LittleEndian.PutUint64(p.mem[takeSum:], p.sum(0, len(before)))
 }
 
-// taken puts on record that the take was made. It neither blocks nor allocates.
-func (p takePage) taken(devices int, take func(i int) cbtmap.Info) {
+// Taken puts on record that the take was made. It neither blocks nor allocates.
+func (p TakePage) Taken(devices int, take func(i int) cbtmap.Info) {
 	of := p.part(1, devices)
 	for i := range devices {
 		putInfo(of[i*takeMapSize:], take(i))
@@ -99,14 +103,14 @@ func (p takePage) taken(devices int, take func(i int) cbtmap.Info) {
 }
 
 // setBreakReported puts on record that the owner knows of the break.
-func (p takePage) setBreakReported() { atomic.StoreUint64(p.word(takeToldAt), takeTold) }
+func (p TakePage) setBreakReported() { atomic.StoreUint64(p.word(takeToldAt), takeTold) }
 
 // breakReported says whether the owner knows of the break.
-func (p takePage) breakReported() bool { return atomic.LoadUint64(p.word(takeToldAt)) == takeTold }
+func (p TakePage) breakReported() bool { return atomic.LoadUint64(p.word(takeToldAt)) == takeTold }
 
 // read returns the numbers of a page, or in words what is wrong with it.
-func (p takePage) read(devices int) (before, take []cbtmap.Info, wrong string) {
-	if int64(len(p.mem)) != takeSize(devices) {
+func (p TakePage) read(devices int) (before, take []cbtmap.Info, wrong string) {
+	if int64(len(p.mem)) != TakeSize(devices) {
 		return nil, nil, "its size is wrong"
 	}
 	if binary.LittleEndian.Uint64(p.mem) != takeMagic || binary.LittleEndian.Uint64(p.mem[takeCount:]) != uint64(devices) ||
