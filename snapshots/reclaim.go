@@ -259,7 +259,9 @@ func (r *recordStorage) clearHidden() error {
 		return fmt.Errorf("a file remains, and it is empty: %w", err)
 	}
 	defer unix.Close(fd)
-	return (&name{&disk.Place{Dir: dir, Base: r.Hidden}}).remove(fd)
+	err = (&name{&disk.Place{Dir: dir, Base: r.Hidden}}).remove(fd)
+	syncDir(dir) // a note names it no more
+	return err
 }
 
 // clearDevice zeroes what was used of the device.

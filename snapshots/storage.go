@@ -162,6 +162,9 @@ func (s *storage) makeFile(dir *os.File, base string, align int) (err error) {
 	defer func() {
 		if err != nil {
 			_ = now.remove(fd) // what has another name is empty
+			if s.state.keep != nil {
+				syncDir(dir) // a later note does not name it
+			}
 		}
 	}()
 	deathpoint.Point()
