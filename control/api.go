@@ -66,13 +66,17 @@ type API interface {
 	Snapshot(ctx context.Context, id string) (Snapshot, error)
 	// WaitEvent takes the snapshot's next event that no WaitEvent has had,
 	// waiting for it if need be. [Timeout], or [NotFound] once the snapshot is
-	// gone.
+	// gone and its events were had, as far as they are kept.
 	WaitEvent(ctx context.Context, r WaitRequest) (Event, error)
-	// Watch calls each for every event from the snapshot's first on, or those of
-	// all snapshots from now on if id is empty. It ends without an error when the
-	// snapshot is gone and all its events were seen, and with each's error if
-	// that fails.
-	Watch(ctx context.Context, id string, each func(Event) error) error
+	// Watch calls each for every event of a snapshot, from its first on, or for the
+	// events of everything, if no snapshot is named: first for those that the daemon
+	// told while it started, when nobody could watch it, and then for those from now
+	// on. With Since it is those after that number. Watching a snapshot ends without
+	// an error when the snapshot is gone and all its events were seen. Of a snapshot
+	// that is gone already they are the ones that are kept: the latest 1024 of
+	// everything are, until the machine is restarted; [NotFound] without any. It ends
+	// with each's error if that fails. A [Client] goes on with the next daemon.
+	Watch(ctx context.Context, r WatchRequest, each func(Event) error) error
 }
 
 // Info says who a daemon is.
@@ -86,6 +90,8 @@ type Info struct {
 	Activity string `json:"doing,omitempty"`
 	// LogLinesLost are the lines of the log that were dropped, as nobody took them.
 	LogLinesLost uint64 `json:"log_lines_lost,omitempty"`
+	// LastEvent is the number of the latest event.
+	LastEvent uint64 `json:"last_event,omitempty"`
 	// Reloaded is the last reload in the life of the process.
 	Reloaded *Reloaded `json:"reloaded,omitempty"`
 	// Recovered is set if this daemon has taken over from one that died.
@@ -376,9 +382,18 @@ type WaitRequest struct {
 	Timeout time.Duration `json:"timeout_ns"` // 0: do not wait
 }
 
-// Event is something that happened to a snapshot.
+// WatchRequest asks for events.
+type WatchRequest struct {
+	ID string `json:"id,omitempty"` // of a snapshot; empty: everything
+	// Since is the number of an event: those after it are asked for. 0: none.
+	Since uint64 `json:"since,omitempty"`
+}
+
+// Event is something that happened to a snapshot, or to a device.
 type Event struct {
-	Seq      uint64    `json:"seq"` // counts on when another daemon takes over
+	// Seq is above those of all events before, also over the daemon's death and a
+	// restart of the machine.
+	Seq      uint64    `json:"seq"`
 	Time     time.Time `json:"time"`
 	Snapshot string    `json:"snapshot"`
 	Kind     string    `json:"event"`

@@ -253,16 +253,6 @@ func (c *Client) WaitEvent(ctx context.Context, r WaitRequest) (Event, error) {
 	return call[Event](ctx, c, "snapshot/wait", r)
 }
 
-// Watch implements API.
-func (c *Client) Watch(ctx context.Context, id string, each func(Event) error) error {
-	return lines(ctx, c, "snapshot/watch", SnapshotRef{id}, func(l EventLine) (*LastLine, error) {
-		if l.Event == nil {
-			return &l.LastLine, nil
-		}
-		return &l.LastLine, each(*l.Event)
-	})
-}
-
 // lines calls each for the lines of a long answer. It ends with each's error, or
 // the one that is in a line.
 func lines[Line any](ctx context.Context, c *Client, path string, req any, each func(Line) (*LastLine, error)) error {

@@ -8,7 +8,8 @@
 //
 // Every call is "POST /v1/OBJECT/VERB" with a JSON object as its body. The answer
 // is a JSON object, or an [Error]. A long answer is several lines, one JSON object
-// each. /v1/snapshot/watch sends a line for each event until the caller goes away.
+// each. /v1/snapshot/watch sends a line for each event until the caller goes away. If the
+// daemon ends, the caller asks the next one for what came "since" the last "seq".
 // /v1/cbt/changes sends a line for each range, and /v1/cbt/map a line for each
 // piece of the map, in base 64. The last line of these two has "info". A line with
 // "error" ends an answer, and means that the answer is not whole. So

@@ -104,8 +104,8 @@ func (f *fakeAPI) WaitEvent(_ context.Context, r control.WaitRequest) (control.E
 	f.asked = r
 	return control.Event{Kind: control.EventNoSpace}, f.err
 }
-func (f *fakeAPI) Watch(_ context.Context, id string, each func(control.Event) error) error {
-	f.asked = id
+func (f *fakeAPI) Watch(_ context.Context, r control.WatchRequest, each func(control.Event) error) error {
+	f.asked = r
 	for _, e := range f.events {
 		if err := each(e); err != nil {
 			return err
@@ -119,7 +119,8 @@ func (f *fakeAPI) Stop(context.Context) error {
 	}
 	return <-f.stops
 }
-func (f *fakeAPI) Close() { f.closings++ }
+func (f *fakeAPI) Serves() {}
+func (f *fakeAPI) Close()  { f.closings++ }
 func (f *fakeAPI) Reload(_ context.Context, r control.ReloadRequest) (control.Reloaded, error) {
 	f.asked = r
 	if f.err != nil {
@@ -211,6 +212,7 @@ func calls(ctx context.Context, a control.API) map[string]struct {
 	storage := control.StorageRequest{ID: "u", Storage: control.Storage{Path: "/s", Limit: 6}}
 	take := control.TakeRequest{ID: "u", NoFreeze: true}
 	wait := control.WaitRequest{ID: "u", Timeout: 3 * time.Second}
+	watch := control.WatchRequest{ID: "u", Since: 9}
 	return map[string]call{
 		"info":     {nil, func() (any, error) { return a.Info(ctx) }},
 		"add":      {add, func() (any, error) { return a.AddDevice(ctx, add) }},
@@ -237,9 +239,9 @@ func calls(ctx context.Context, a control.API) map[string]struct {
 		"list s":   {nil, func() (any, error) { return a.Snapshots(ctx) }},
 		"snapshot": {"u", func() (any, error) { return a.Snapshot(ctx, "u") }},
 		"wait":     {wait, func() (any, error) { return a.WaitEvent(ctx, wait) }},
-		"watch": {"u", func() (any, error) {
+		"watch": {watch, func() (any, error) {
 			var got []control.Event
-			err := a.Watch(ctx, "u", func(e control.Event) error { got = append(got, e); return nil })
+			err := a.Watch(ctx, watch, func(e control.Event) error { got = append(got, e); return nil })
 			return got, err
 		}},
 	}
@@ -291,12 +293,17 @@ func TestPlainErrorsGetACode(t *testing.T) {
 	}
 }
 
+// brokenWatch has errors in what it streams only.
+type brokenWatch struct{ *fakeAPI }
+
+func (b brokenWatch) Info(context.Context) (control.Info, error) { return control.Info{}, nil }
+
 // TestWatchBrokenOff: a stream that ends by an error must not look like one that
 // ended well.
 func TestWatchBrokenOff(t *testing.T) {
-	c := serveFake(t, &fakeAPI{events: []control.Event{{Seq: 1}}, err: noSnapshot("u")})
+	c := serveFake(t, brokenWatch{&fakeAPI{events: []control.Event{{Seq: 1}}, err: noSnapshot("u")}})
 	n := 0
-	err := c.Watch(context.Background(), "u", func(control.Event) error { n++; return nil })
+	err := c.Watch(context.Background(), control.WatchRequest{ID: "u"}, func(control.Event) error { n++; return nil })
 	if n != 1 || control.CodeOf(err) != control.NotFound || !errors.Is(err, unix.ESRCH) {
 		t.Fatalf("%d events, error %v", n, err)
 	}
@@ -305,7 +312,7 @@ func TestWatchBrokenOff(t *testing.T) {
 func TestWatchEndedByReader(t *testing.T) {
 	c := serveFake(t, &fakeAPI{events: []control.Event{{Seq: 1}, {Seq: 2}}})
 	enough := errors.New("enough")
-	if err := c.Watch(context.Background(), "u", func(control.Event) error { return enough }); !errors.Is(err, enough) {
+	if err := c.Watch(context.Background(), control.WatchRequest{ID: "u"}, func(control.Event) error { return enough }); !errors.Is(err, enough) {
 		t.Fatal(err)
 	}
 }

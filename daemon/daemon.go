@@ -203,7 +203,7 @@ func (d *Daemon) Info(context.Context) (control.Info, error) {
 	defer d.mu.Unlock()
 	return control.Info{
 		Version: control.Version, PID: os.Getpid(), Started: d.started,
-		RunDir: string(d.opts.Dir), Config: d.opts.ConfigPath, Activity: *d.activity.Load(), Recovered: d.recovered, Lost: d.lost, LogLinesLost: d.opts.Log.Lost(),
+		RunDir: string(d.opts.Dir), Config: d.opts.ConfigPath, Activity: *d.activity.Load(), Recovered: d.recovered, Lost: d.lost, LogLinesLost: d.opts.Log.Lost(), LastEvent: d.events.last(),
 		Unfiltered: d.unfiltered(),
 	}, nil
 }

@@ -30,8 +30,16 @@ type eventLog struct {
 	snapshots map[string]*snapshotEvents
 	// more is closed and replaced with every event.
 	more chan struct{}
-	// recent are the latest events of all snapshots, for watchers of everything.
+	// recent are the latest events of all snapshots, for watchers of everything, and for
+	// those who ask for a snapshot that has ended.
 	recent []control.Event
+	// waited are the lastWaited of snapshots that have ended and are in recent.
+	waited map[string]uint64
+
+	// A daemon tells things while it starts, when nobody can watch it yet: the events
+	// after the number before, up to answers. It is starting until it answers.
+	before, answers uint64
+	starting        bool
 }
 
 type snapshotEvents struct {
@@ -40,8 +48,13 @@ type snapshotEvents struct {
 	gone       bool   // destroyed: no more events will come
 }
 
+// lost says whether a loss of power, or a restart, has ended the snapshot.
+func (s *snapshotEvents) lost() bool {
+	return slices.ContainsFunc(s.events, func(e control.Event) bool { return e.Kind == control.EventLost })
+}
+
 func newEventLog() *eventLog {
-	return &eventLog{snapshots: map[string]*snapshotEvents{}, more: make(chan struct{})}
+	return &eventLog{snapshots: map[string]*snapshotEvents{}, more: make(chan struct{}), waited: map[string]uint64{}}
 }
 
 // savedEvents is an eventLog in its file.
@@ -49,6 +62,10 @@ type savedEvents struct {
 	Seq       uint64                     `json:"seq"`
 	Snapshots map[string]savedOfSnapshot `json:"snapshots"`
 	Recent    []control.Event            `json:"recent"`
+	Waited    map[string]uint64          `json:"waited,omitempty"`
+	// Before is there while a daemon starts: if that dies, what it has told belongs to
+	// the start of the next one.
+	Before *uint64 `json:"before,omitempty"`
 }
 
 type savedOfSnapshot struct {
@@ -62,16 +79,23 @@ const (
 )
 
 // openEventLog reads the events of a dead daemon at path, if there are any, and keeps
-// those to come there. With an error it begins anew.
+// those to come there. With an error it begins anew. The daemon is starting then.
+//
+// A log that begins anew counts from the time, in microseconds. So its numbers are above
+// those of the logs before, and a number that somebody has kept holds over a restart of
+// the machine.
 func openEventLog(path string, fail func(error)) (*eventLog, error) {
 	l := newEventLog()
 	l.path, l.fail = path, fail
+	l.seq = uint64(time.Now().UnixMicro())
+	l.before, l.starting = l.seq, true
 	text, _, err := statefile.Read(path, eventsKind, eventsFormat)
 	if errors.Is(err, fs.ErrNotExist) {
 		return l, nil
 	}
 	var saved savedEvents
 	if err == nil {
+		// A program that does not know a field here goes on without it.
 		err = json.Unmarshal(text, &saved)
 	}
 	if err != nil {
@@ -81,7 +105,29 @@ func openEventLog(path string, fail func(error)) (*eventLog, error) {
 	for id, s := range saved.Snapshots {
 		l.snapshots[id] = &snapshotEvents{events: s.Events, lastWaited: s.LastWaited}
 	}
+	maps.Copy(l.waited, saved.Waited)
+	l.before = l.seq
+	if saved.Before != nil {
+		l.before = *saved.Before
+	}
 	return l, nil
+}
+
+// answer ends the start: from now on there may be watchers.
+func (l *eventLog) answer() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.answers, l.starting = l.seq, false
+	if l.before < l.seq {
+		l.saveLocked()
+	}
+}
+
+// last is the number of the latest event.
+func (l *eventLog) last() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.seq
 }
 
 // saveLocked writes the file.
@@ -89,7 +135,10 @@ func (l *eventLog) saveLocked() {
 	if l.path == "" {
 		return
 	}
-	saved := savedEvents{Seq: l.seq, Snapshots: map[string]savedOfSnapshot{}, Recent: l.recent}
+	saved := savedEvents{Seq: l.seq, Snapshots: map[string]savedOfSnapshot{}, Recent: l.recent, Waited: l.waited}
+	if l.starting {
+		saved.Before = &l.before
+	}
 	for id, s := range l.snapshots {
 		saved.Snapshots[id] = savedOfSnapshot{s.events, s.lastWaited}
 	}
@@ -106,11 +155,22 @@ func (l *eventLog) has(id, kind string) bool {
 	return s != nil && slices.ContainsFunc(s.events, func(e control.Event) bool { return e.Kind == kind })
 }
 
-// ids are the snapshots that are not destroyed.
-func (l *eventLog) ids() []string {
+// ids are the snapshots that are not destroyed, all but the lost ones.
+func (l *eventLog) ids() []string { return l.idsOf(false) }
+
+// lostIDs are the lost snapshots of which something may be left.
+func (l *eventLog) lostIDs() []string { return l.idsOf(true) }
+
+func (l *eventLog) idsOf(lost bool) (ids []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.Sorted(maps.Keys(l.snapshots))
+	for id, s := range l.snapshots {
+		if s.lost() == lost {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
 }
 
 // emit adds an event of a snapshot. It takes a lock for a moment, and no other.
@@ -122,30 +182,68 @@ func (l *eventLog) emit(e control.Event) {
 		s = &snapshotEvents{}
 		l.snapshots[e.Snapshot] = s
 	}
-	l.seq++
-	e.Seq, e.Time = l.seq, time.Now()
+	l.addLocked(&e)
 	s.events = latest(append(s.events, e))
-	l.recent = latest(append(l.recent, e))
 	if e.Kind == control.EventDestroyed {
-		// Watchers still hold s, but nobody new shall find it.
+		// Watchers still hold s. Who comes now finds what is recent.
 		s.gone = true
 		delete(l.snapshots, e.Snapshot)
+		if s.lastWaited > 0 {
+			l.waited[e.Snapshot] = s.lastWaited
+		}
 	}
-	l.saveLocked()
-	close(l.more)
-	l.more = make(chan struct{})
+	l.tellLocked()
 }
 
 // notice adds an event that belongs to no snapshot.
 func (l *eventLog) notice(e control.Event) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.addLocked(&e)
+	l.tellLocked()
+}
+
+// addLocked numbers an event, and adds it to the recent ones.
+func (l *eventLog) addLocked(e *control.Event) {
 	l.seq++
 	e.Seq, e.Time = l.seq, time.Now()
-	l.recent = latest(append(l.recent, e))
+	oldest := ""
+	if len(l.recent) >= maxEvents {
+		oldest = l.recent[0].Snapshot
+	}
+	l.recent = latest(append(l.recent, *e))
+	if _, ok := l.waited[oldest]; ok && len(ofSnapshot(l.recent, oldest)) == 0 {
+		delete(l.waited, oldest)
+	}
+}
+
+// tellLocked keeps what was added, and wakes those who wait for it.
+func (l *eventLog) tellLocked() {
 	l.saveLocked()
 	close(l.more)
 	l.more = make(chan struct{})
+}
+
+func ofSnapshot(events []control.Event, id string) (of []control.Event) {
+	for _, e := range events {
+		if e.Snapshot == id {
+			of = append(of, e)
+		}
+	}
+	return of
+}
+
+// ofLocked are the events of a snapshot; of one that has ended those that are still
+// recent. It is nil if there are none.
+func (l *eventLog) ofLocked(id string) *snapshotEvents {
+	if s := l.snapshots[id]; s != nil || id == "" {
+		return s
+	}
+	s := &snapshotEvents{events: ofSnapshot(l.recent, id), lastWaited: l.waited[id], gone: true}
+	if len(s.events) == 0 {
+		return nil
+	}
+	return s
 }
 
 func latest(e []control.Event) []control.Event {
@@ -164,26 +262,10 @@ func noSnapshot(id string) *control.Error {
 func (l *eventLog) wait(ctx context.Context, r control.WaitRequest) (control.Event, error) {
 	ctx, cancel := context.WithTimeout(ctx, r.Timeout)
 	defer cancel()
-	l.mu.Lock()
-	s := l.snapshots[r.ID]
-	l.mu.Unlock()
-	if s == nil {
-		return control.Event{}, noSnapshot(r.ID)
-	}
 	for {
-		l.mu.Lock()
-		more, gone := l.more, s.gone
-		for _, e := range s.events {
-			if e.Seq > s.lastWaited && forWaiters(e.Kind) {
-				s.lastWaited = e.Seq
-				l.saveLocked()
-				l.mu.Unlock()
-				return e, nil
-			}
-		}
-		l.mu.Unlock()
-		if gone {
-			return control.Event{}, noSnapshot(r.ID)
+		e, more, err := l.takeNext(r.ID)
+		if more == nil {
+			return e, err
 		}
 		select {
 		case <-more:
@@ -193,40 +275,74 @@ func (l *eventLog) wait(ctx context.Context, r control.WaitRequest) (control.Eve
 	}
 }
 
+// takeNext is the next event of a snapshot that no waiter has had, or an error if none
+// will come; or more, if it has to be waited for.
+func (l *eventLog) takeNext(id string) (_ control.Event, more chan struct{}, _ error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.ofLocked(id)
+	if s == nil {
+		return control.Event{}, nil, noSnapshot(id)
+	}
+	for _, e := range s.events {
+		if e.Seq > s.lastWaited && forWaiters(e.Kind) {
+			s.lastWaited = e.Seq
+			if s.gone {
+				l.waited[id] = e.Seq
+			}
+			l.saveLocked()
+			return e, nil, nil
+		}
+	}
+	if s.gone || s.lost() {
+		return control.Event{}, nil, noSnapshot(id)
+	}
+	return control.Event{}, l.more, nil
+}
+
 func forWaiters(kind string) bool {
-	return kind == control.EventLowFreeSpace || kind == control.EventNoSpace || kind == control.EventCorrupted
+	switch kind {
+	case control.EventLowFreeSpace, control.EventNoSpace, control.EventCorrupted, control.EventLost:
+		return true
+	}
+	return false
 }
 
 // watch implements control.API.Watch.
-func (l *eventLog) watch(ctx context.Context, id string, each func(control.Event) error) error {
+func (l *eventLog) watch(ctx context.Context, r control.WatchRequest, each func(control.Event) error) error {
 	l.mu.Lock()
-	s := l.snapshots[id]
-	seen := uint64(0)
-	if id == "" {
-		seen = l.seq
+	s := l.ofLocked(r.ID)
+	seen := r.Since
+	var fresh []control.Event
+	switch {
+	case r.ID != "" && s == nil:
+		l.mu.Unlock()
+		return noSnapshot(r.ID)
+	case seen > l.seq: // of no log that this one follows
+		seen = 0
+	case r.ID == "" && seen == 0:
+		end := l.answers
+		if l.starting {
+			end = l.seq
+		}
+		fresh, seen = between(l.recent, l.before, end), l.seq
 	}
 	l.mu.Unlock()
-	if id != "" && s == nil {
-		return noSnapshot(id)
-	}
 	for {
-		var fresh []control.Event
-		l.mu.Lock()
-		from, more, gone := l.recent, l.more, false
-		if s != nil {
-			from, gone = s.events, s.gone
-		}
-		for _, e := range from {
-			if e.Seq > seen {
-				fresh = append(fresh, e)
-			}
-		}
-		l.mu.Unlock()
 		for _, e := range fresh {
 			if err := each(e); err != nil {
 				return err
 			}
-			seen = e.Seq
+		}
+		l.mu.Lock()
+		from, more, gone, now := l.recent, l.more, false, l.seq
+		if s != nil {
+			from, gone = s.events, s.gone
+		}
+		fresh, seen = between(from, seen, now), now
+		l.mu.Unlock()
+		if len(fresh) > 0 {
+			continue
 		}
 		if gone {
 			return nil
@@ -237,4 +353,14 @@ func (l *eventLog) watch(ctx context.Context, id string, each func(control.Event
 			return fail(ctx.Err(), "watch")
 		}
 	}
+}
+
+// between are the events after one number, up to another.
+func between(events []control.Event, after, last uint64) (out []control.Event) {
+	for _, e := range events {
+		if e.Seq > after && e.Seq <= last {
+			out = append(out, e)
+		}
+	}
+	return out
 }

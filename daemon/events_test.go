@@ -30,6 +30,10 @@ func TestEventsOutliveTheDaemon(t *testing.T) {
 		return l
 	}
 	l := open()
+	began := l.seq
+	if open().seq <= began {
+		t.Error("a log that begins anew does not count on")
+	}
 	l.emit(control.Event{Snapshot: "a", Kind: control.EventCreated})
 	l.emit(control.Event{Snapshot: "b", Kind: control.EventCreated})
 	l.emit(control.Event{Snapshot: "a", Kind: control.EventLowFreeSpace, Sectors: 7})
@@ -42,7 +46,7 @@ func TestEventsOutliveTheDaemon(t *testing.T) {
 	if !l.has("a", control.EventCorrupted) || l.has("a", control.EventTaken) || !slices.Equal(l.ids(), []string{"a"}) {
 		t.Errorf("taken over: %v", l.ids())
 	}
-	if e, err := l.wait(ctx, control.WaitRequest{ID: "a"}); err != nil || e.Kind != control.EventCorrupted || e.Seq != 4 || e.Errno != -5 {
+	if e, err := l.wait(ctx, control.WaitRequest{ID: "a"}); err != nil || e.Kind != control.EventCorrupted || e.Seq != began+4 || e.Errno != -5 {
 		t.Errorf("%+v, %v", e, err)
 	}
 	l = open()
@@ -50,7 +54,7 @@ func TestEventsOutliveTheDaemon(t *testing.T) {
 		t.Errorf("told twice: %+v, %v", e, err)
 	}
 	l.emit(control.Event{Snapshot: "a", Kind: control.EventDestroyed})
-	if l.seq != 6 || len(l.recent) != 6 {
+	if l.seq != began+6 || len(l.recent) != 6 {
 		t.Errorf("after %d events it remembers %d", l.seq, len(l.recent))
 	}
 	if err := os.WriteFile(path, []byte("no events"), 0o600); err != nil {
@@ -133,7 +137,7 @@ func TestWatch(t *testing.T) {
 	started := make(chan struct{})
 	var seenOne, seenAll []string
 	go func() {
-		one <- l.watch(context.Background(), "a", func(e control.Event) error {
+		one <- l.watch(context.Background(), control.WatchRequest{ID: "a"}, func(e control.Event) error {
 			if len(seenOne) == 0 {
 				close(started)
 			}
@@ -146,7 +150,7 @@ func TestWatch(t *testing.T) {
 	defer cancel()
 	ready := make(chan struct{})
 	go func() {
-		all <- l.watch(ctx, "", func(e control.Event) error {
+		all <- l.watch(ctx, control.WatchRequest{}, func(e control.Event) error {
 			if e.Snapshot == "c" {
 				select {
 				case <-ready:
@@ -186,11 +190,15 @@ func TestWatch(t *testing.T) {
 	if got := strings.Join(seenAll, " "); got != "btaken ataken adestroyed" {
 		t.Errorf("all: %s", got)
 	}
-	if err := l.watch(ctx, "a", nil); control.CodeOf(err) != control.NotFound {
-		t.Errorf("a destroyed snapshot: %v", err)
+	var late []string
+	if err := l.watch(ctx, control.WatchRequest{ID: "a"}, func(e control.Event) error { late = append(late, e.Kind); return nil }); err != nil || strings.Join(late, " ") != "created taken destroyed" {
+		t.Errorf("a destroyed snapshot: %v, %v", late, err)
+	}
+	if err := l.watch(ctx, control.WatchRequest{ID: "nobody"}, nil); control.CodeOf(err) != control.NotFound {
+		t.Errorf("an unknown snapshot: %v", err)
 	}
 	cancel()
-	if err := l.watch(ctx, "b", func(control.Event) error { return nil }); control.CodeOf(err) != control.Interrupted {
+	if err := l.watch(ctx, control.WatchRequest{ID: "b"}, func(control.Event) error { return nil }); control.CodeOf(err) != control.Interrupted {
 		t.Error(err)
 	}
 }
@@ -205,5 +213,107 @@ func TestEventsAreBounded(t *testing.T) {
 	}
 	if e, err := l.wait(context.Background(), control.WaitRequest{ID: "0"}); err != nil || e.Seq != maxEvents+1 {
 		t.Errorf("oldest kept: %+v, %v", e, err)
+	}
+}
+
+// seen are the kinds of the events that a watcher has at once, with their snapshots.
+func seen(l *eventLog, r control.WatchRequest) (string, error) {
+	var all []string
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel() // it gets what there is, and does not wait
+	err := l.watch(ctx, r, func(e control.Event) error { all = append(all, e.Snapshot+e.Device+" "+e.Kind); return nil })
+	return strings.Join(all, ", "), err
+}
+
+// TestEventsOfAStart: what a daemon tells while it starts, when nobody can watch it yet,
+// is told to whoever comes then: also if that daemon dies before anybody can ask it, and
+// for a snapshot that has ended meanwhile.
+func TestEventsOfAStart(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events.json")
+	open := func() *eventLog {
+		t.Helper()
+		l, err := openEventLog(path, func(err error) { t.Error(err) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	l := open()
+	l.answer()
+	l.emit(control.Event{Snapshot: "s", Kind: control.EventCreated})
+	l.emit(control.Event{Snapshot: "s", Kind: control.EventTaken})
+	number := l.last()
+
+	// The next daemon tells this, and dies before it answers.
+	l = open()
+	l.emit(control.Event{Snapshot: "s", Kind: control.EventCorrupted, Errno: -5})
+	l.emit(control.Event{Snapshot: "s", Kind: control.EventDestroyed})
+	// And the one after that.
+	l = open()
+	l.emit(control.Event{Snapshot: "p", Kind: control.EventLost, Text: "power"})
+	l.notice(control.Event{Kind: control.EventNewGeneration, Device: "8:0"})
+	const start = "s corrupted, s destroyed, p lost, 8:0 new_generation"
+	watch := func(when string, r control.WatchRequest, want string, code control.Code) {
+		t.Helper()
+		if got, err := seen(l, r); got != want || code == "" && err != nil || code != "" && control.CodeOf(err) != code {
+			t.Errorf("%s: watching %+v: %s, %v; want %s, %s", when, r, got, err, want, code)
+		}
+	}
+	watch("before it answers", control.WatchRequest{}, start, control.Interrupted)
+	l.answer()
+	l.emit(control.Event{Snapshot: "q", Kind: control.EventCreated})
+	for _, when := range []string{"once it answers", "for ever"} {
+		watch(when, control.WatchRequest{}, start, control.Interrupted)
+		watch(when, control.WatchRequest{Since: number}, start+", q created", control.Interrupted)
+		watch(when, control.WatchRequest{Since: number + 3}, "8:0 new_generation, q created", control.Interrupted)
+		watch(when, control.WatchRequest{Since: 1 << 62}, "s created, s taken, "+start+", q created", control.Interrupted)
+		watch(when, control.WatchRequest{ID: "s"}, "s created, s taken, s corrupted, s destroyed", "")
+		watch(when, control.WatchRequest{ID: "s", Since: number}, "s corrupted, s destroyed", "")
+		watch(when, control.WatchRequest{ID: "p"}, "p lost", control.Interrupted) // until it is cleared
+		watch(when, control.WatchRequest{ID: "q"}, "q created", control.Interrupted)
+		watch(when, control.WatchRequest{ID: "x"}, "", control.NotFound)
+	}
+
+	// Waiters have the end of a snapshot, once.
+	for id, kind := range map[string]string{"s": control.EventCorrupted, "p": control.EventLost} {
+		if e, err := l.wait(context.Background(), control.WaitRequest{ID: id}); err != nil || e.Kind != kind {
+			t.Errorf("%s: %+v, %v", id, e, err)
+		}
+	}
+	for range 2 {
+		for _, id := range []string{"s", "p"} {
+			if e, err := l.wait(context.Background(), control.WaitRequest{ID: id, Timeout: time.Minute}); control.CodeOf(err) != control.NotFound {
+				t.Errorf("%s: told twice: %+v, %v", id, e, err)
+			}
+		}
+		l = open()
+	}
+
+	// What was told before the last daemon answered is not of this one's start.
+	watch("the next", control.WatchRequest{}, "", control.Interrupted)
+	if ids, lost := l.ids(), l.lostIDs(); !slices.Equal(ids, []string{"q"}) || !slices.Equal(lost, []string{"p"}) {
+		t.Errorf("snapshots %v, lost ones %v", ids, lost)
+	}
+	l.emit(control.Event{Snapshot: "p", Kind: control.EventDestroyed})
+	watch("the next", control.WatchRequest{ID: "p"}, "p lost, p destroyed", "")
+}
+
+// TestEndedSnapshotsAreBounded: what is known of a snapshot that has ended goes with its
+// last recent event.
+func TestEndedSnapshotsAreBounded(t *testing.T) {
+	l := newEventLog()
+	for i := range 2 * maxEvents {
+		id := fmt.Sprint(i)
+		l.emit(control.Event{Snapshot: id, Kind: control.EventCorrupted})
+		if _, err := l.wait(context.Background(), control.WaitRequest{ID: id}); err != nil {
+			t.Fatal(err)
+		}
+		l.emit(control.Event{Snapshot: id, Kind: control.EventDestroyed})
+	}
+	if n := len(l.waited); n == 0 || n > maxEvents {
+		t.Errorf("%d ended snapshots are known", n)
+	}
+	if _, err := seen(l, control.WatchRequest{ID: "0"}); control.CodeOf(err) != control.NotFound {
+		t.Errorf("the first one: %v", err)
 	}
 }

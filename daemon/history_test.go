@@ -57,7 +57,7 @@ func TestNotice(t *testing.T) {
 	begun := make(chan struct{})
 	go func() {
 		close(begun)
-		_ = l.watch(ctx, "", func(e control.Event) error { seen <- e; return nil })
+		_ = l.watch(ctx, control.WatchRequest{}, func(e control.Event) error { seen <- e; return nil })
 	}()
 	<-begun
 	go func() {

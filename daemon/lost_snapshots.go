@@ -89,7 +89,7 @@ func (d *Daemon) lostBefore() (lost []*snapshots.Lost, err error) {
 }
 
 // findLost looks for the snapshots of another boot, and has them cleared beside all
-// other work. It is called once, at the start.
+// other work. It is called once, at the start; needs opLock.
 func (d *Daemon) findLost(ctx context.Context) {
 	if d.opts.Config.StateDir == "" {
 		return
@@ -107,36 +107,58 @@ func (d *Daemon) findLost(ctx context.Context) {
 	if late != nil {
 		f.err = d.stateHangs()
 	}
-	for _, l := range f.lost {
-		if l.Foreign {
-			d.opts.Log.Warn(foreignNote, "snapshot", l.ID.String(), "created", l.Created, "directory", notesDir(d.opts.Config.StateDir))
-		}
-	}
-	f.lost = slices.DeleteFunc(f.lost, isForeign)
-	for _, l := range f.lost {
-		d.opts.Log.Error("a snapshot is lost in a restart or a loss of power", "snapshot", l.ID.String(), "devices", devicesOf(l), "created", l.Created)
-		d.events.notice(control.Event{Snapshot: l.ID.String(), Kind: control.EventLost, Text: lostText(l)})
-		d.lostSnapshots = append(d.lostSnapshots, lostSnapshot(l))
-	}
+	known := map[uuid.UUID]bool{}
+	f.lost = d.tellFound(f.lost, known, f.err == nil)
 	if f.err != nil {
 		d.opts.Log.Warn("cannot tell which snapshots were lost in a restart or a loss of power: tried again", "directory", d.opts.Config.StateDir, "error", f.err)
 	}
 	if len(f.lost) > 0 || f.err != nil {
-		go d.clearLost(ctx, f.lost, f.err != nil)
+		go d.clearLost(ctx, f.lost, known, f.err != nil)
 	}
+}
+
+// tellFound tells of the snapshots of other boots that are not known yet, and returns
+// those of this machine; needs opLock. whole: there are no others.
+func (d *Daemon) tellFound(found []*snapshots.Lost, known map[uuid.UUID]bool, whole bool) (lost []*snapshots.Lost) {
+	dir := notesDir(d.opts.Config.StateDir)
+	for _, l := range found {
+		id := l.ID.String()
+		switch {
+		case known[l.ID]:
+			continue
+		case l.Foreign:
+			d.opts.Log.Warn(foreignNote, "snapshot", id, "created", l.Created, "directory", dir)
+		default:
+			lost = append(lost, l)
+			d.opts.Log.Error("a snapshot is lost in a restart or a loss of power", "snapshot", id, "devices", devicesOf(l), "created", l.Created)
+			if !d.events.has(id, control.EventLost) { // which a daemon before has told
+				d.events.emit(control.Event{Snapshot: id, Kind: control.EventLost, Text: lostText(l)})
+			}
+			d.lostSnapshots = append(d.lostSnapshots, lostSnapshot(l))
+		}
+		known[l.ID] = true
+	}
+	if !whole {
+		return lost
+	}
+	for _, id := range d.events.lostIDs() {
+		if !slices.ContainsFunc(found, func(l *snapshots.Lost) bool { return l.ID.String() == id }) {
+			// A daemon that died had cleared it, all but saying so.
+			d.events.emit(control.Event{Snapshot: id, Kind: control.EventDestroyed, Text: "there is no note of it any more in " + dir})
+		}
+	}
+	return lost
 }
 
 // foreignNote is said of a note that a copy of a machine finds.
 const foreignNote = "a note is of another machine's snapshot, which this machine leaves alone: remove the note if that machine is no more"
 
-func isForeign(l *snapshots.Lost) bool { return l.Foreign }
-
 // retryLost is how often storage that is not there is looked for.
 const retryLost = 10 * time.Second
 
 // clearLost clears the storage of lost snapshots until nothing is left to be done, or
-// ctx ends. again: some of them could not be read.
-func (d *Daemon) clearLost(ctx context.Context, lost []*snapshots.Lost, again bool) {
+// ctx ends. again: some could not be read, so that not all are known.
+func (d *Daemon) clearLost(ctx context.Context, lost []*snapshots.Lost, known map[uuid.UUID]bool, again bool) {
 	m := snapshots.Machine{Root: d.host.Root, Find: d.host.Find, Probe: d.probe, Started: disk.Started()}
 	for {
 		var left []*snapshots.Lost
@@ -164,13 +186,14 @@ func (d *Daemon) clearLost(ctx context.Context, lost []*snapshots.Lost, again bo
 		case <-time.After(retryLost):
 		}
 		if again { // what is known of those that are left stays
-			more, err := d.lostBefore()
+			found, err := d.lostBefore()
 			again = err != nil
-			for _, l := range slices.DeleteFunc(more, isForeign) {
-				if !slices.ContainsFunc(left, func(k *snapshots.Lost) bool { return k.ID == l.ID }) {
-					left = append(left, l)
-				}
+			end, err := d.begin(ctx, "look for lost snapshots")
+			if err != nil {
+				return
 			}
+			left = append(left, d.tellFound(found, known, !again)...)
+			end()
 		}
 		lost = left
 	}
@@ -196,7 +219,7 @@ func (d *Daemon) tellLost(l *snapshots.Lost, done bool) {
 		}
 	}
 	if done {
-		d.events.notice(control.Event{Snapshot: now.ID, Kind: control.EventDestroyed, Text: lostText(l)})
+		d.events.emit(control.Event{Snapshot: now.ID, Kind: control.EventDestroyed, Text: lostText(l)})
 	}
 }
 

@@ -20,7 +20,7 @@ func TestRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	daemon := func() *Daemon {
-		d := &Daemon{opts: Options{Dir: dir, Log: quiet()}, opLock: make(chan struct{}, 1), devices: map[string]*device{}, waiting: map[string]*survivor{}, snapshots: map[string]*snapshot{}}
+		d := &Daemon{events: newEventLog(), opts: Options{Dir: dir, Log: quiet()}, opLock: make(chan struct{}, 1), devices: map[string]*device{}, waiting: map[string]*survivor{}, snapshots: map[string]*snapshot{}}
 		d.activity.Store(new(string))
 		if r, ok := dir.lastRecord(); ok {
 			d.predecessor = r.PID

@@ -40,6 +40,8 @@ const ProbeCommand = "probe"
 // stopper is an API that is freed in two steps.
 type stopper interface {
 	control.API
+	// Serves is called when clients are answered from now on.
+	Serves()
 	// Answers waits until every thread that serves I/O has shown that it does.
 	Answers(ctx context.Context) error
 	// GiveUp gives all devices up, for a program that takes over in this process. Of
@@ -162,6 +164,7 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 	srv := newServer(api, o.Log.Logger, defaultTimeouts)
 	srv.BaseContext = func(net.Listener) context.Context { return ctx }
 	served := make(chan error, 1)
+	api.Serves()
 	go func() { served <- srv.Serve(&limitListener{Listener: l, places: make(chan struct{}, maxConnections)}) }()
 	o.Log.Info("daemon started", "version", control.Version, "pid", os.Getpid(), "socket", o.Dir.Socket())
 	if o.Ready != nil {

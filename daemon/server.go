@@ -247,8 +247,8 @@ func (s *server) cbtChanges(ctx context.Context, r control.ChangesRequest, put f
 	return put(control.LastLine{Info: &i}, false)
 }
 
-func (s *server) watch(ctx context.Context, r control.SnapshotRef, put func(any, bool) error) error {
-	return s.api.Watch(ctx, r.ID, func(e control.Event) error { return put(control.EventLine{Event: &e}, true) })
+func (s *server) watch(ctx context.Context, r control.WatchRequest, put func(any, bool) error) error {
+	return s.api.Watch(ctx, r, func(e control.Event) error { return put(control.EventLine{Event: &e}, true) })
 }
 
 func (s *server) mark(w http.ResponseWriter, r *http.Request) error {

@@ -93,7 +93,7 @@ func (b *blockedAPI) AddDevice(ctx context.Context, _ control.AddRequest) (contr
 	<-ctx.Done()
 	return control.Device{}, ctx.Err()
 }
-func (b *blockedAPI) Watch(ctx context.Context, _ string, _ func(control.Event) error) error {
+func (b *blockedAPI) Watch(ctx context.Context, _ control.WatchRequest, _ func(control.Event) error) error {
 	_, err := b.AddDevice(ctx, control.AddRequest{})
 	return err
 }
@@ -119,7 +119,7 @@ func TestNoClassStarvesAnother(t *testing.T) {
 		do   func(context.Context) error
 	}{
 		"turns":    {maxTurns, func(ctx context.Context) error { _, err := c.AddDevice(ctx, control.AddRequest{}); return err }},
-		"watchers": {maxWatchers, func(ctx context.Context) error { return c.Watch(ctx, "u", nil) }},
+		"watchers": {maxWatchers, func(ctx context.Context) error { return c.Watch(ctx, control.WatchRequest{ID: "u"}, nil) }},
 	} {
 		first, leave := context.WithCancel(ctx)
 		defer leave()

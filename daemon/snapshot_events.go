@@ -73,13 +73,16 @@ func (d *Daemon) WaitEvent(ctx context.Context, r control.WaitRequest) (control.
 }
 
 // Watch implements control.API.
-func (d *Daemon) Watch(ctx context.Context, id string, each func(control.Event) error) error {
-	if id != "" {
-		u, err := uuid.Parse(id)
+func (d *Daemon) Watch(ctx context.Context, r control.WatchRequest, each func(control.Event) error) error {
+	if r.ID != "" {
+		u, err := uuid.Parse(r.ID)
 		if err != nil {
-			return invalid("snapshot %q: not a UUID", id)
+			return invalid("snapshot %q: not a UUID", r.ID)
 		}
-		id = u.String()
+		r.ID = u.String()
 	}
-	return d.events.watch(ctx, id, each)
+	return d.events.watch(ctx, r, each)
 }
+
+// Serves implements stopper.
+func (d *Daemon) Serves() { d.events.answer() }

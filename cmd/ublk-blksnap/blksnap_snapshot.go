@@ -256,6 +256,9 @@ func (p *program) blksnapSnapshotWaitEvent() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				if e.Kind == control.EventLost { // to blksnap there is no such snapshot
+					result = "not found"
+				}
 			}
 			if result != "ok" {
 				return p.print(map[string]string{"result": result}, func(w io.Writer) { fmt.Fprintln(w, "result="+result) })
@@ -297,8 +300,13 @@ func inBlksnapsErrno(n int) string {
 	return strings.ToUpper(text[:1]) + text[1:]
 }
 
-// errWatched ends watching.
-var errWatched = errors.New("watched to the end")
+var (
+	// errWatched ends watching.
+	errWatched = errors.New("watched to the end")
+	// errLost is of a snapshot that a restart of the machine has ended: to blksnap there
+	// is none.
+	errLost = errors.New("lost")
+)
 
 func (p *program) blksnapSnapshotWatcher() *cobra.Command {
 	var id string
@@ -320,7 +328,10 @@ func (p *program) blksnapSnapshotWatcher() *cobra.Command {
 				}
 			}
 			say("Start snapshot watcher.")
-			err = api.Watch(c.Context(), id, func(e control.Event) error {
+			err = api.Watch(c.Context(), control.WatchRequest{ID: id}, func(e control.Event) error {
+				if e.Kind == control.EventLost {
+					return errLost
+				}
 				if !blksnapEvent(e.Kind) {
 					return nil
 				}
@@ -339,7 +350,7 @@ func (p *program) blksnapSnapshotWatcher() *cobra.Command {
 			})
 			switch {
 			case errors.Is(err, errWatched):
-			case err == nil, control.CodeOf(err) == control.NotFound:
+			case err == nil, errors.Is(err, errLost), control.CodeOf(err) == control.NotFound:
 				say("The snapshot no longer exists.")
 			default:
 				return watched(c.Context(), err)

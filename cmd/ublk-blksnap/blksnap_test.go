@@ -156,6 +156,21 @@ func TestWatcherOfNone(t *testing.T) {
 	}
 }
 
+// TestLostToBlksnap: to blksnap a snapshot that a restart has ended does not exist.
+func TestLostToBlksnap(t *testing.T) {
+	lost := control.Event{Snapshot: id1, Kind: control.EventLost}
+	for args, want := range map[string]string{
+		"snapshot_watcher -i " + id1:        "Start snapshot watcher.\nThe snapshot no longer exists.\nSnapshot watcher finished.\n",
+		"snapshot_waitevent -t 0 -i " + id1: "result=not found\n",
+	} {
+		f := newFake()
+		f.events = []control.Event{lost, lost}
+		if status, out, errs := execute(f, strings.Fields("blksnap "+args)...); status != 0 || out != want || errs != "" {
+			t.Errorf("%s: status %d, %q, %q", args, status, out, errs)
+		}
+	}
+}
+
 // TestBlksnapsWords: what to do is said in the commands that blksnap has.
 func TestBlksnapsWords(t *testing.T) {
 	for _, c := range []struct {

@@ -107,13 +107,13 @@ func (f *fakeDaemon) WaitEvent(_ context.Context, r control.WaitRequest) (contro
 	}
 	return f.events[1], nil
 }
-func (f *fakeDaemon) Watch(_ context.Context, id string, each func(control.Event) error) error {
+func (f *fakeDaemon) Watch(_ context.Context, r control.WatchRequest, each func(control.Event) error) error {
 	for _, e := range f.events {
 		if err := each(e); err != nil {
 			return err
 		}
 	}
-	return f.ask(id)
+	return f.ask(r)
 }
 
 const (

@@ -42,7 +42,7 @@ func TestSnapshotCommands(t *testing.T) {
 			"storage:   /var/tmp, at most 1G\n" +
 			"storage:   /dev/vdd\n" +
 			"image:     vdb (/dev/vdb) at /dev/ublk-blksnap/images/vdb-" + id1 + ", take " + id2 + ":3\n"},
-		{"ublk-blksnap snapshot watch " + id1, []any{id1}, "" +
+		{"ublk-blksnap snapshot watch --since 7 " + id1, []any{control.WatchRequest{ID: id1, Since: 7}}, "" +
 			"2025-01-02T03:04:05Z " + id1 + " taken\n" +
 			"2025-01-02T03:04:05Z " + id1 + " low_free_space requested_sectors=2097152\n" +
 			"2025-01-02T03:04:05Z " + id1 + " corrupted device=254:16 error_code=-28\n" +

@@ -12,19 +12,24 @@ import (
 )
 
 func (p *program) snapshotWatch() *cobra.Command {
-	return &cobra.Command{
+	var r control.WatchRequest
+	c := &cobra.Command{
 		Use:   "watch [UUID]",
 		Short: "Print the events of a snapshot, or of all, as they come",
 		Long: `Print a line per event: of one snapshot from its first event until it is
-destroyed, or of all snapshots from now on.`,
+destroyed; or of everything, first what the daemon told while it started, and
+then what happens from now on. When the daemon dies, or another version of the
+program takes over, it goes on with the next one. Of a snapshot that has ended
+it prints the events that are kept: the latest 1024 of everything are, until
+the machine is restarted.`,
 		Args: args(0, 1),
 		RunE: func(c *cobra.Command, args []string) error {
 			api, err := p.reach(c.Context(), startNext)
 			if err != nil {
 				return err
 			}
-			id := strings.Join(args, "")
-			err = api.Watch(c.Context(), id, func(e control.Event) error {
+			r.ID = strings.Join(args, "")
+			err = api.Watch(c.Context(), r, func(e control.Event) error {
 				if p.json {
 					// One line an event, for readers by the line.
 					return json.NewEncoder(p.out).Encode(e)
@@ -35,6 +40,8 @@ destroyed, or of all snapshots from now on.`,
 			return watched(c.Context(), err)
 		},
 	}
+	c.Flags().Uint64Var(&r.Since, "since", 0, "begin after the event of this number, which --json prints as \"seq\"")
+	return c
 }
 
 func eventLine(e control.Event) string {

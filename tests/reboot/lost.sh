@@ -79,6 +79,9 @@ without)
 	awaits "the clearing of $raw" cleared
 	"$program" list >/tmp/list 2>&1
 	grep -q "is not mounted on $there: data of the snapshot may remain there" /tmp/list || fail "list does not say what waits: $(cat /tmp/list)"
+	# The events were told while nobody could listen yet.
+	timeout 15 "$program" snapshot watch >/tmp/events 2>&1 || true
+	[ "$(grep -c " lost: lost in a restart or a loss of power, of data ($(realpath "$data"))" /tmp/events)" = 5 ] || fail "the events are: $(cat /tmp/events)"
 	"$program" doctor >/tmp/doctor 2>&1 || true
 	grep -q "lost snapshot" /tmp/doctor || fail "doctor does not say what waits: $(cat /tmp/doctor)"
 	[ "$(dd if="$data" bs=1M count=16 iflag=direct status=none | sha256sum)" = "$(content "the second content" | sha256sum)" ] || fail "the disk is not right"
@@ -90,6 +93,12 @@ with)
 	"$program" add "$data" --name data
 	gone() { [ -z "$(ls "$kept/snapshots")" ]; }
 	awaits "the end of all notes" gone
+	timeout 15 "$program" snapshot watch >/tmp/events 2>&1 || true
+	for id in $(grep " lost: " /tmp/events | cut -d' ' -f2); do
+		ended() { "$program" snapshot watch "$id" >/tmp/events.one && grep -q " $id destroyed: " /tmp/events.one; }
+		awaits "the last event of $id" ended
+	done
+	[ "$(grep -c " lost: " /tmp/events)" -ge 4 ] || fail "the events are: $(cat /tmp/events)"
 	[ "$(ls -A "$there")" = "$(printf 'dir\nlender\nlost+found')" ] || fail "left: $(ls -A "$there")"
 	[ -z "$(ls -A "$there/dir")" ] || fail "left: $(ls -A "$there/dir")"
 	(($(stat -c '%b * 512' "$there/lender") >= 24 << 20)) || fail "the lender has $(stat -c %b "$there/lender") blocks"

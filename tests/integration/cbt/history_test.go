@@ -178,7 +178,7 @@ func TestWrittenBehindOurBack(t *testing.T) {
 			events := make(chan control.Event, 10)
 			watching, stop := context.WithCancel(context.Background())
 			defer stop()
-			go d.Watch(watching, "", func(e control.Event) error { events <- e; return nil })
+			go d.Watch(watching, control.WatchRequest{}, func(e control.Event) error { events <- e; return nil })
 
 			p.again()
 			dir = guest.Mount(t, p.disk)

@@ -323,7 +323,7 @@ func intentLogFails(t *testing.T, how string) {
 	events := make(chan control.Event, 100)
 	watching, stop := context.WithCancel(context.Background())
 	defer stop()
-	go d.Watch(watching, "", func(e control.Event) error { events <- e; return nil })
+	go d.Watch(watching, control.WatchRequest{}, func(e control.Event) error { events <- e; return nil })
 	dev := d.Add(p.disk, named("data"))
 	awaitCovered(t, d, dev, true, "") // a machine that is busy may take longer than disk_timeout allows
 	for len(events) > 0 {

@@ -77,7 +77,7 @@ func TestErrors(t *testing.T) {
 			return err
 		}, control.NotFound, unix.ESRCH, nil, ""},
 		{"watching an unknown snapshot", func() error {
-			return d.Watch(guest.Context(t), nobody, func(control.Event) error { return nil })
+			return d.Watch(guest.Context(t), control.WatchRequest{ID: nobody}, func(control.Event) error { return nil })
 		}, control.NotFound, unix.ESRCH, nil, ""},
 		{"a second take", func() error {
 			_, err := d.TakeSnapshot(guest.Context(t), control.TakeRequest{ID: taken.ID})

@@ -277,7 +277,7 @@ func TestRemovedByForce(t *testing.T) {
 	var kinds []string
 	watched := make(chan error, 1)
 	go func() {
-		watched <- d.Watch(context.Background(), s.ID, func(e control.Event) error { kinds = append(kinds, e.Kind); return nil })
+		watched <- d.Watch(context.Background(), control.WatchRequest{ID: s.ID}, func(e control.Event) error { kinds = append(kinds, e.Kind); return nil })
 	}()
 	if a := d.Call("ublk-blksnap", "remove", "--force", dev.Name); a.Status != 0 || a.Err != "" {
 		t.Fatalf("%+v", a)

@@ -97,7 +97,7 @@ func TestDetachWhileHeld(t *testing.T) {
 	events := make(chan control.Event, 16)
 	watched := make(chan error, 1)
 	go func() {
-		watched <- d.Watch(guest.Context(t), s.ID, func(e control.Event) error { events <- e; return nil })
+		watched <- d.Watch(guest.Context(t), control.WatchRequest{ID: s.ID}, func(e control.Event) error { events <- e; return nil })
 	}()
 	// Once it watches: a snapshot that is gone cannot be watched any more.
 	if e := guest.Await(t, "the first event", events); e.Kind != control.EventCreated {

@@ -368,6 +368,12 @@ func TestStorageGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer image.Close()
+	var kinds []string
+	watch := func() error {
+		return d.Watch(guest.Context(t), control.WatchRequest{ID: s.ID}, func(e control.Event) error { kinds = append(kinds, e.Kind); return nil })
+	}
+	watched := make(chan error, 1)
+	go func() { watched <- watch() }() // through the daemon's death
 	d.Kill()
 	guest.WaitFor(t, "the dead process to let go of the storage", func() bool {
 		_, err := guest.Try("dmsetup", "remove", "gone")
@@ -377,6 +383,27 @@ func TestStorageGone(t *testing.T) {
 	i, err := d.Info(guest.Context(t))
 	if err != nil || i.Lost == nil || len(i.Lost.Devices) != 0 || len(i.Lost.Snapshots) != 1 || i.Lost.Snapshots[0].Storage[0] != store {
 		t.Fatalf("the daemon says %+v, %v", i.Lost, err)
+	}
+	const told = "created taken corrupted destroyed"
+	if err := guest.Await(t, "the end of the watching", watched); err != nil || strings.Join(kinds, " ") != told {
+		t.Errorf("who watched was told %v, %v", kinds, err)
+	}
+	kinds = nil
+	if err := watch(); err != nil || strings.Join(kinds, " ") != told {
+		t.Errorf("who asks for the snapshot is told %v, %v", kinds, err)
+	}
+	kinds = nil
+	err = d.Watch(guest.Context(t), control.WatchRequest{}, func(e control.Event) error {
+		if kinds = append(kinds, e.Kind); e.Kind == control.EventDestroyed {
+			return io.EOF
+		}
+		return nil
+	})
+	if !errors.Is(err, io.EOF) || strings.Join(kinds, " ") != "corrupted destroyed" {
+		t.Errorf("who watches everything is told %v, %v", kinds, err)
+	}
+	if e, err := d.WaitEvent(guest.Context(t), control.WaitRequest{ID: s.ID}); err != nil || e.Kind != control.EventCorrupted {
+		t.Errorf("who waits is told %+v, %v", e, err)
 	}
 	if ids := program.SnapshotIDs(t, d); len(ids) != 0 {
 		t.Errorf("snapshots %v", ids)
