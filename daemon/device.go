@@ -115,10 +115,13 @@ func (d *Daemon) findDevice(ref string) (*device, error) {
 	return nil, d.explainDevice(&control.Error{Code: control.NotFound, Errno: unix.ENODEV, Message: "has no filter", Fix: "add it first: ublk-blksnap add " + ref}, ref)
 }
 
-// openedBy names a process that has the device open, if one has.
+// openedBy names a process that has the device open, if one has that is not our prober,
+// which syncs it.
 func (d *Daemon) openedBy(n blockdev.Num) string {
-	if who := d.host.Openers(n); len(who) > 0 {
-		return who[0].String()
+	for _, who := range d.host.Openers(n) {
+		if d.opts.Prober == nil || who.PID != d.opts.Prober.PID() {
+			return who.String()
+		}
 	}
 	return ""
 }

@@ -88,11 +88,13 @@ func (p *Prober) askErrno(ctx context.Context, q question, f *os.File) error {
 // freeze is Freeze and the Thaw of it in the Prober's process.
 func freeze(answers *json.Encoder, dir, hold *os.File) {
 	a := request(dir, uapi.FIFREEZE)
-	_ = answers.Encode(a) // nobody may be left to hear it
 	if a.Errno == 0 {
+		_ = answers.Encode(a)             // nobody may be left to hear it
 		_, _ = hold.Read(make([]byte, 1)) // until nobody has the other end
-		_ = answers.Encode(request(dir, uapi.FITHAW))
+		a = request(dir, uapi.FITHAW)
 	}
+	dir.Close() // so that who hears the answer can unmount it
+	_ = answers.Encode(a)
 }
 
 // request has the kernel freeze or thaw the filesystem of dir.

@@ -227,17 +227,24 @@ func ServeProbes(fd int, root string) error {
 		}
 		go func() {
 			last := len(files) - 1
+			defer files[last].Close()
 			answers := json.NewEncoder(files[last])
 			if q.Freeze {
+				defer freezing.Done()
 				freeze(answers, files[0], files[1])
-				freezing.Done()
-			} else {
-				_ = answers.Encode(e.do(q, files[:last]))
+				closeAll(files[:last])
+				return
 			}
-			for _, f := range files {
-				f.Close()
-			}
+			a := e.do(q, files[:last])
+			closeAll(files[:last]) // whoever hears the answer finds nothing open
+			_ = answers.Encode(a)
 		}()
+	}
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
 	}
 }
 
