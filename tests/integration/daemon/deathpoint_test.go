@@ -172,10 +172,13 @@ func (v *victim) clean() {
 }
 
 // everyStep runs a part for n = 1, 2, ... until it says that nothing died; in the
-// short form some of them.
+// short form some of them, and others on a newer kernel.
 func everyStep(t *testing.T, offset int, part func(n int) (died bool)) {
 	t.Helper()
-	stride := int(guest.Span(20, 1))
+	stride := int(guest.Span(40, 1))
+	if guest.KernelAtLeast(t, 7, 0) {
+		offset += stride / 2
+	}
 	for n := 1 + offset%stride; ; n += stride {
 		if !part(n) || t.Failed() {
 			t.Logf("lives through it at n = %d", n)

@@ -369,11 +369,20 @@ func TestStorageGone(t *testing.T) {
 	}
 	defer image.Close()
 	var kinds []string
+	begun, watched := make(chan error, 4), make(chan error, 1)
 	watch := func() error {
-		return d.Watch(guest.Context(t), control.WatchRequest{ID: s.ID}, func(e control.Event) error { kinds = append(kinds, e.Kind); return nil })
+		return d.Watch(guest.Context(t), control.WatchRequest{ID: s.ID}, func(e control.Event) error {
+			kinds = append(kinds, e.Kind)
+			if e.Kind == control.EventTaken {
+				begun <- nil
+			}
+			return nil
+		})
 	}
-	watched := make(chan error, 1)
 	go func() { watched <- watch() }() // through the daemon's death
+	if err := guest.Await(t, "the snapshot's first events", begun); err != nil {
+		t.Fatal(err)
+	}
 	d.Kill()
 	guest.WaitFor(t, "the dead process to let go of the storage", func() bool {
 		_, err := guest.Try("dmsetup", "remove", "gone")
