@@ -25,7 +25,7 @@ import (
 
 // What a change map has to tell after a kill, and what may be left in the end.
 
-// backedUp is a disk that a backup follows by increments, one after each kill. It is
+// backedUp is a disk that a backup follows by increments, one after each kill or three. It is
 // written to so little that most blocks change once in that time or not at all: what a
 // change map forgets is not marked again by the next write.
 type backedUp struct {
