@@ -46,7 +46,7 @@ demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
 
 test: check bin/vm overlay
-	go test -race -short $(GIOURING) ./internal/...
+	go test -race -short $(GIOURING) ./internal/uring ./internal/blockdev/...
 	$(MAKE) integration-binaries
 	$(MAKE) integration-binaries BUILD=giouring
 	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12' \

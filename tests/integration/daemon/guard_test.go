@@ -40,7 +40,7 @@ func ours() (pids []int) {
 // namespace from which daemons are started, keeps no filesystem from being unmounted,
 // and is not chosen when memory ends.
 func TestGuard(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 2, 64<<20)
 	guest.Ext4.Make(t, disks[1])
 	early := guest.Mount(t, disks[1])

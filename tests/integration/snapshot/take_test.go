@@ -213,7 +213,7 @@ func TestKilledWhileFreezing(t *testing.T) {
 // one instant. Besides the random writers, one writes the number of its step to
 // the last sector of each in turn.
 func TestThreeDevices(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 8 << 20
 	disks := guest.RAMDisks(t, 3, size+4096)
 	d := program.Start(t)
@@ -228,7 +228,7 @@ func TestThreeDevices(t *testing.T) {
 	if err := w.Fill(paths...); err != nil {
 		t.Fatal(err)
 	}
-	stop := w.StartWriters(t, 7, stamp.Mix{Writers: 2, Largest: 256 << 10}, paths...)
+	stop := w.StartWriters(t, 7, stamp.Mix{Writers: 2, Largest: 256 << 10, Pause: rest / 4}, paths...)
 
 	end := make(chan struct{})
 	var steps stamp.Version
