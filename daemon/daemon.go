@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -114,8 +115,10 @@ func New(o Options) (*Daemon, error) {
 		d.ctl.Close()
 		return nil, driverError(err, "start the daemon")
 	}
-	if r, ok := o.Dir.lastRecord(); ok {
+	if r, err := o.Dir.lastRecord(); err == nil {
 		d.predecessor = r.PID
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		o.Log.Error("who the daemon before was is not known", "error", err)
 	}
 	d.opLock <- struct{}{} // what is tried again later waits until all is taken over
 	d.takeOver(context.Background())

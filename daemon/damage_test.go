@@ -51,6 +51,13 @@ func TestDamage(t *testing.T) {
 		_, err := dir.startRecord()
 		return err
 	})
+	try("daemon", dir.path(recordName), recordKind, recordFormat, record{Process: "long ago", Lost: control.Lost{PID: 1, Devices: []control.LostDevice{{Name: "data"}}}}, func() error {
+		lost, err := dir.lost()
+		if err == nil && (lost == nil || len(lost.Devices) != 1) {
+			t.Errorf("%+v", lost)
+		}
+		return err
+	})
 	record := deviceRecord{Name: "data", Tag: ublk.NewTag(filterKind), Original: originalRecord{Number: "8:0"}, Geometry: ublk.Geometry{Size: 1 << 20, LogicalBlock: 512}}
 	try("device", d.deviceRecordFile("data"), deviceKind, deviceFormat, record, func() error {
 		_, err := d.readDeviceRecord("data")

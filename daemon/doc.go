@@ -16,7 +16,7 @@
 //	    format       which files there are; statefile, see format.go
 //	    start        how the daemon was started, and who starts the next one; statefile
 //	    record.json  what a daemon has while it lives, so that the next one can say
-//	                 what was lost if it died
+//	                 what was lost if it died; statefile
 //	    devices/     a record of each filter; statefile
 //	    cbt/         its change map, mapped
 //	    counters/    its counters, mapped; see counters.go

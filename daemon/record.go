@@ -5,7 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -13,20 +13,20 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 )
 
 // record is what a daemon keeps in its run directory about itself while it
 // lives, so that after its death it can be told what waits for the next one. The next
 // one itself does not go by it.
 type record struct {
-	Version      int    `json:"version"` // recordVersion
-	Process      string `json:"birth"`   // tells the process from another of its number
+	Process      string `json:"birth"` // tells the process from another of its number
 	control.Lost        // what will wait for the next one, if it dies
 	// Before is what this one could not take over of the one before it.
 	Before *control.Lost `json:"before,omitempty"`
 }
 
-const recordVersion = 1
+const recordKind, recordFormat = "daemon", 1
 
 // processIdentity tells a process from all others that have or had its number, by
 // the boot and the time when the process began. It is empty if there is no such
@@ -56,28 +56,31 @@ func processStat(pid int) (identity, state string) {
 }
 
 // lost is what the last daemon of the directory had, if it died. It is nil if the
-// daemon lives or ended as it should, and if the record cannot be read.
-func (d RunDir) lost() *control.Lost {
-	r, ok := d.lastRecord()
-	if !ok || processIdentity(r.PID) == r.Process {
-		return nil
+// daemon lives or ended as it should. The error says that its record cannot be trusted.
+func (d RunDir) lost() (*control.Lost, error) {
+	r, err := d.lastRecord()
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if err != nil || processIdentity(r.PID) == r.Process {
+		return nil, err
 	}
 	if r.Before != nil {
 		r.Devices = append(r.Devices, r.Before.Devices...)
 		r.Snapshots = append(r.Snapshots, r.Before.Snapshots...)
 	}
-	return &r.Lost
+	return &r.Lost, nil
 }
 
-// lastRecord is the record of the last daemon of the directory.
-func (d RunDir) lastRecord() (r record, ok bool) {
-	f, err := d.file(recordName, os.O_RDONLY, 0)
-	if err != nil {
-		return r, false
+// lastRecord is the record of the last daemon of the directory; fs.ErrNotExist if there is
+// none.
+func (d RunDir) lastRecord() (r record, err error) {
+	text, _, err := statefile.Read(d.path(recordName), recordKind, recordFormat)
+	if err == nil {
+		// It is for people: a program that does not know a field here goes on without it.
+		err = json.Unmarshal(text, &r)
 	}
-	defer f.Close()
-	err = json.NewDecoder(io.LimitReader(f, 16<<20)).Decode(&r)
-	return r, err == nil && r.Version == recordVersion
+	return r, err
 }
 
 // saveRecord writes the record if it has changed; needs opLock.
@@ -85,7 +88,7 @@ func (d *Daemon) saveRecord() {
 	if !d.recorded {
 		return
 	}
-	r := record{Version: recordVersion, Process: processIdentity(os.Getpid()), Lost: control.Lost{PID: os.Getpid()}}
+	r := record{Process: processIdentity(os.Getpid()), Lost: control.Lost{PID: os.Getpid()}}
 	for _, dev := range d.sortedDevices() {
 		r.Devices = append(r.Devices, control.LostDevice{Name: dev.Name, Original: dev.Original, Path: dev.Path, Waits: true})
 	}
@@ -111,7 +114,7 @@ func (d *Daemon) saveRecord() {
 	d.mu.Unlock()
 	text, err := json.Marshal(r)
 	if err == nil && !bytes.Equal(text, d.onRecord) {
-		err = d.opts.Dir.replace(recordName, text)
+		err = statefile.Write(d.opts.Dir.path(recordName), recordKind, recordFormat, r)
 		d.onRecord = text
 	}
 	if err != nil {
@@ -178,19 +181,6 @@ func (d *Daemon) explainSnapshot(e *control.Error, id string) *control.Error {
 		}
 		return "", "", false
 	})
-}
-
-// replace replaces a file in the directory by a new one that holds text.
-func (d RunDir) replace(name string, text []byte) error {
-	fresh := name + ".new"
-	err := d.remove(fresh)
-	if err == nil {
-		err = d.write(fresh, text, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(d.path(fresh), d.path(name))
-	}
-	return err
 }
 
 // has says whether there is something of that name in the directory.

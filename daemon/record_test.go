@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 )
 
 // TestRecord: a daemon's record follows what it has, and what it could not take over of
@@ -22,7 +23,7 @@ func TestRecord(t *testing.T) {
 	daemon := func() *Daemon {
 		d := &Daemon{events: newEventLog(), opts: Options{Dir: dir, Log: quiet()}, opLock: make(chan struct{}, 1), devices: map[string]*device{}, waiting: map[string]*survivor{}, snapshots: map[string]*snapshot{}}
 		d.activity.Store(new(string))
-		if r, ok := dir.lastRecord(); ok {
+		if r, err := dir.lastRecord(); err == nil {
 			d.predecessor = r.PID
 		}
 		d.startRecord()
@@ -41,27 +42,36 @@ func TestRecord(t *testing.T) {
 	// die makes the record one of a daemon that is dead.
 	die := func() {
 		t.Helper()
-		b, err := os.ReadFile(dir.path(recordName))
+		r, err := dir.lastRecord()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := dir.replace(recordName, []byte(strings.ReplaceAll(string(b), processIdentity(os.Getpid()), "long ago"))); err != nil {
+		r.Process = "long ago"
+		if err := statefile.Write(dir.path(recordName), recordKind, recordFormat, r); err != nil {
 			t.Fatal(err)
 		}
+	}
+	lost := func() *control.Lost {
+		t.Helper()
+		l, err := dir.lost()
+		if err != nil {
+			t.Error(err)
+		}
+		return l
 	}
 	a := &device{Device: control.Device{Name: "a", Added: time.Unix(1, 0), Original: "/dev/vda", Path: "/dev/ublkb0"}}
 	b := &device{Device: control.Device{Name: "b", Added: time.Unix(2, 0), Original: "/dev/vdb", Path: "/dev/ublkb1"}}
 	s := &snapshot{id: "02e091ec-dae8-41ba-9dae-4e66f1473dd6", images: []*image{{device: a}}, storage: []control.Storage{{Path: "/s"}}}
 	first := daemon()
 	change(first, func() { first.devices["a"], first.devices["b"], first.snapshots[s.id] = a, b, s })
-	if l := dir.lost(); l != nil {
+	if l := lost(); l != nil {
 		t.Errorf("lost with a daemon that lives: %v", l)
 	}
 	// Destroyed, but for its storage, which is on its way back.
 	gone := &snapshot{id: "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8", releasing: true}
 	change(first, func() { first.snapshots[gone.id] = gone })
 	die()
-	l := dir.lost()
+	l := lost()
 	if l == nil || len(l.Devices) != 2 || len(l.Snapshots) != 1 || l.Devices[1] != (control.LostDevice{Name: "b", Original: "/dev/vdb", Path: "/dev/ublkb1", Waits: true}) {
 		t.Fatalf("a daemon died and left %+v", l)
 	}
@@ -91,7 +101,7 @@ func TestRecord(t *testing.T) {
 		t.Errorf("stopped while a device waits: %v", err)
 	}
 	die()
-	if l := dir.lost(); l == nil || len(l.Devices) != 2 || l.Devices[0].Reason != "" || l.Devices[1].Reason == "" {
+	if l := lost(); l == nil || len(l.Devices) != 2 || l.Devices[0].Reason != "" || l.Devices[1].Reason == "" {
 		t.Errorf("the next one died and left %+v", l)
 	}
 	third := daemon()

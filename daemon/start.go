@@ -62,10 +62,12 @@ func (s Starter) reach(ctx context.Context, start func() bool) (*control.Client,
 	if os.Geteuid() != 0 {
 		return nil, &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "ask the daemon: not root", Fix: "run this as root"}
 	}
-	lost := s.Dir.lost()
+	lost, damaged := s.Dir.lost()
 	if !start() {
 		if lost != nil {
 			e.Message += ": " + lost.String()
+		} else if damaged != nil {
+			e.Message += ": what the one before had is not known: " + damaged.Error()
 		}
 		return c, err
 	}
