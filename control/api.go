@@ -110,11 +110,13 @@ type Unfiltered struct {
 	Reason string `json:"reason"`
 }
 
-// Recovered is how a daemon took over from one that died.
+// Recovered is how a daemon took over from one that died. I/O waited for as long as Pause
+// says, and before that from the death to the start of the process, of which nobody knows
+// when it was. A daemon that systemd or a guard starts begins within about 100 ms.
 type Recovered struct {
 	At      time.Time     `json:"at"`
 	Count   int           `json:"count"`           // how often that has happened since the devices were first added
-	Pause   time.Duration `json:"pause_ns"`        // from the start of it to the last filter that was served again
+	Pause   time.Duration `json:"pause_ns"`        // from the start of its process to the last filter that was served again
 	Images  time.Duration `json:"images_pause_ns"` // the same, to the last image
 	Devices int           `json:"devices"`         // filters and images
 }

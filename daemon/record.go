@@ -10,6 +10,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
@@ -53,6 +56,20 @@ func processStat(pid int) (identity, state string) {
 	}
 	boot, _ := disk.BootID()
 	return boot + " " + fields[19], fields[0] // when it began, in ticks
+}
+
+// processStart is when this process began, to the hundredth of a second.
+func processStart() time.Time {
+	now := time.Now()
+	identity, _ := processStat(os.Getpid())
+	_, ticks, _ := strings.Cut(identity, " ")
+	n, err := strconv.ParseInt(ticks, 10, 64)
+	var up unix.Timespec
+	if err = errors.Join(err, unix.ClockGettime(unix.CLOCK_BOOTTIME, &up)); err != nil {
+		return now
+	}
+	const tick = time.Second / 100 // see proc(5); it is the same on all machines that Go knows
+	return now.Add(-max(time.Duration(up.Nano())-time.Duration(n)*tick, 0))
 }
 
 // lost is what the last daemon of the directory had, if it died. It is nil if the

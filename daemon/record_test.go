@@ -117,3 +117,12 @@ func TestRecord(t *testing.T) {
 		t.Errorf("the record outlives a daemon that ended well: %v", err)
 	}
 }
+
+var testsBegan = time.Now()
+
+// TestProcessStart: a process has begun before its program does anything.
+func TestProcessStart(t *testing.T) {
+	if start := processStart(); start.After(testsBegan) || start.Before(testsBegan.Add(-10*time.Minute)) {
+		t.Errorf("this process began at %v, and its program at %v", start, testsBegan)
+	}
+}

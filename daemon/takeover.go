@@ -63,6 +63,9 @@ const (
 // takeOver makes this daemon the server of what a dead one left.
 func (d *Daemon) takeOver(ctx context.Context) {
 	began := time.Now()
+	if d.predecessor != os.Getpid() { // else it knows itself how long it took: see reload.go
+		began = processStart()
+	}
 	// Beside all else: a filesystem that goes on writes to its filter, which has to be
 	// served for that.
 	d.thawed = make(chan struct{})

@@ -41,7 +41,7 @@ func (p *program) status() *cobra.Command {
 						}
 						fmt.Fprintf(w, "%-16s %s, %s, I/O waited for %v\n", "reloaded:", r.At.Format(time.RFC3339), what, r.Pause.Round(time.Millisecond))
 					} else if r := info.Recovered; r != nil {
-						fmt.Fprintf(w, "%-16s %s, %d devices, I/O waited for %v\n", "taken over:", r.At.Format(time.RFC3339), r.Devices, r.Pause.Round(time.Millisecond))
+						fmt.Fprintf(w, "%-16s %s, %d devices, I/O waited for %v from the start of the daemon\n", "taken over:", r.At.Format(time.RFC3339), r.Devices, r.Pause.Round(time.Millisecond))
 					}
 					if info.LogLinesLost > 0 {
 						fmt.Fprintf(w, "%-16s %d lines, because nobody took them\n", "log lost:", info.LogLinesLost)
