@@ -405,7 +405,8 @@ type Event struct {
 	// Device (major:minor of the original) and Errno (negative) with corrupted.
 	Device string `json:"device,omitempty"`
 	Errno  int    `json:"error_code,omitempty"`
-	// Text says why, with new_generation and uncovered; and more, with lost.
+	// Text says why, with new_generation and uncovered, and with corrupted if the snapshot
+	// could not be taken over from a daemon that died; and more, with lost.
 	Text string `json:"text,omitempty"`
 }
 

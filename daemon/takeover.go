@@ -111,6 +111,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 		if err := d.goOn(ctx, reopened[i], s); err != nil {
 			d.opts.Log.Error("a snapshot is taken over without its images: it is destroyed", "snapshot", s.id(), "error", err)
 			d.ended = append(d.ended, s.lost(err))
+			d.tellEnd(s, err)
 			go d.forwardEvents(reopened[i])
 			if err := d.startDestroy(reopened[i]); err != nil {
 				d.opts.Log.Error("a snapshot cannot be destroyed", "snapshot", s.id(), "error", err)

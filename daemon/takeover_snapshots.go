@@ -291,11 +291,7 @@ func (d *Daemon) endSnapshot(ctx context.Context, s *leftSnapshot, reason error)
 	if reason != nil {
 		d.opts.Log.Error("a snapshot cannot be taken over: it ends", "snapshot", s.id(), "reason", publicPaths(reason.Error()))
 		d.ended = append(d.ended, s.lost(reason))
-		if !d.events.has(s.id(), control.EventCorrupted) {
-			errno := unix.EIO
-			errors.As(reason, &errno)
-			d.events.emit(control.Event{Snapshot: s.id(), Kind: control.EventCorrupted, Errno: -int(errno)})
-		}
+		d.tellEnd(s, reason)
 	} else {
 		d.opts.Log.Warn("a snapshot that was to end when its daemon died is destroyed", "snapshot", s.id(), "stage", s.Stage.String())
 	}
@@ -310,6 +306,16 @@ func (d *Daemon) endSnapshot(ctx context.Context, s *leftSnapshot, reason error)
 		deathpoint.Point()
 	}
 	return func() { d.clearSnapshot(ctx, s) }
+}
+
+// tellEnd tells of a snapshot that ends, and why.
+func (d *Daemon) tellEnd(s *leftSnapshot, reason error) {
+	if d.events.has(s.id(), control.EventCorrupted) {
+		return
+	}
+	errno := unix.EIO
+	errors.As(reason, &errno)
+	d.events.emit(control.Event{Snapshot: s.id(), Kind: control.EventCorrupted, Errno: -int(errno), Text: publicPaths(reason.Error())})
 }
 
 // lost is what is told of a snapshot that ends.

@@ -403,6 +403,9 @@ func TestStorageGone(t *testing.T) {
 	}
 	kinds = nil
 	err = d.Watch(guest.Context(t), control.WatchRequest{}, func(e control.Event) error {
+		if e.Kind == control.EventCorrupted && !strings.Contains(e.Text, store) {
+			t.Errorf("the snapshot's end does not say why: %+v", e)
+		}
 		if kinds = append(kinds, e.Kind); e.Kind == control.EventDestroyed {
 			return io.EOF
 		}
