@@ -180,7 +180,7 @@ type Device struct {
 	Mode              Mode      `json:"mode"`
 	Added             time.Time `json:"added"`
 	Snapshots         []string  `json:"snapshots"` // that hold it
-	// History is whether its change map goes on where the last one ended.
+	// History is whether its change map goes on where the last one ended, as in [CBTInfo].
 	History History `json:"history"`
 }
 
@@ -223,8 +223,9 @@ type CBTInfo struct {
 	GenerationID   string `json:"generation_id"`
 	ChangesNumber  uint8  `json:"changes_number"` // of the last take
 	Take           Take   `json:"take"`           // the last take: both of the above
-	// History is what became of what was known before the filter was added. In the
-	// answer to a question about a map or about changes it is empty.
+	// History is what became of what was known before the filter was added, or before
+	// the last take that had to begin a new generation. In the answer to a question about
+	// a map or about changes it is empty.
 	History History `json:"history"`
 	// PowerFailure is whether the map would go on after one at this moment; empty as
 	// History is.
@@ -243,7 +244,8 @@ type PowerFailure struct {
 	Logged int64 `json:"logged_zones,omitempty"`
 }
 
-// History says whether a change map goes on where the filter before it ended.
+// History says whether a change map goes on where the filter before it ended, or if not, why
+// it has begun a new generation.
 type History struct {
 	Continued bool `json:"continued"`
 	// Reason is why it does not: one of the constants.
@@ -261,11 +263,12 @@ const (
 	HistoryOtherSize   = "size"          // the disk has another size
 	HistoryOtherBlock  = "block-size"    // change tracking has another block size
 	HistoryWritten     = "written"       // the disk was written to while it had no filter
-	HistoryDamaged     = "damaged"       // what was kept is not whole
+	HistoryDamaged     = "damaged"       // what was kept, or the map itself, is not whole
 	HistoryVersion     = "version"       // another version of the program kept it
 	HistoryUntrusted   = "untrusted"     // somebody else can write to where it was kept
 	HistoryUnavailable = "unavailable"   // the state directory cannot be used now
 	HistoryUnknown     = "unknown"       // the disk cannot be known again, or not be looked at
+	HistoryNumbers     = "numbers"       // the numbers of takes have run out
 )
 
 // ChangesRequest asks what changed between a take and the last one.
@@ -412,8 +415,8 @@ type Event struct {
 
 // The kinds of events.
 const (
-	// EventNewGeneration belongs to a device and no snapshot: what was kept of its
-	// changes is not believed.
+	// EventNewGeneration belongs to a device and no snapshot: the history of its changes
+	// ends, because what was kept is not believed, or for another reason of a [History].
 	EventNewGeneration = "new_generation"
 	// EventUncovered and EventCovered belong to a device too: from now on a power
 	// failure costs the history of its changes, as the text says, or does not any more.

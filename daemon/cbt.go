@@ -51,7 +51,7 @@ func (d *Daemon) CBTInfo(_ context.Context, ref string) (control.CBTInfo, error)
 		return control.CBTInfo{}, cbtError(err, "change map of %s", ref)
 	}
 	answer := cbtInfo(info)
-	answer.History, answer.PowerFailure = dev.History, dev.powerFailure()
+	answer.History, answer.PowerFailure = d.history(dev), dev.powerFailure()
 	return answer, nil
 }
 

@@ -17,7 +17,9 @@ func (d *Daemon) Devices(context.Context) ([]control.Device, error) {
 }
 
 func (d *Daemon) describe(dev *device) control.Device {
+	d.mu.Lock()
 	out := dev.Device
+	d.mu.Unlock()
 	out.Snapshots = d.holders(dev)
 	return out
 }
@@ -47,7 +49,7 @@ func (d *Daemon) DeviceStatus(ctx context.Context, ref string) (control.DeviceSt
 	}
 	if info, err := dev.cbt.Info(); err == nil {
 		c := cbtInfo(info)
-		c.History, c.PowerFailure = dev.History, dev.powerFailure()
+		c.History, c.PowerFailure = s.History, dev.powerFailure()
 		s.CBT = &c
 	}
 	return s, nil

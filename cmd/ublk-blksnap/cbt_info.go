@@ -16,8 +16,9 @@ func (p *program) cbtInfo() *cobra.Command {
 		Short: "Describe the change map of a filter",
 		Long: `Describe the change map of a filter. What "take" says names the last take for
 "cbt changes --since". "history" says whether the map goes on where the filter before
-this one ended, and if it does not, why. "power_failure" says whether the map would go on
-after one; all of the "logged_zones" would count as changed then.`,
+this one ended, and if it does not, or a take has begun a new generation, why.
+"power_failure" says whether the map would go on after one; all of the "logged_zones"
+would count as changed then.`,
 		Args:              args(1, 1),
 		ValidArgsFunction: p.deviceNames,
 		RunE:              func(c *cobra.Command, args []string) error { return p.showCBTInfo(c, args[0], true) },

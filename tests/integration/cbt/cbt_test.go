@@ -303,6 +303,9 @@ func TestNumberWraps(t *testing.T) {
 				// Who asks for an increment must not be told that nothing changed.
 				_, err := d.Changed(dev, *last.Take)
 				program.WantError(t, err, control.GenerationEnded, "copy the whole device")
+				if h := info.History; h.Reason != control.HistoryNumbers || !strings.Contains(h.Text, last.Take.Generation.String()) {
+					t.Errorf("round %d: why there is a new generation: %+v", round, h)
+				}
 			}
 			generations++
 			take(0, size)
