@@ -137,6 +137,9 @@ type Reloaded struct {
 	Pause  time.Duration `json:"pause_ns"`
 	Images time.Duration `json:"images_ns"`
 	Began  time.Time     `json:"began"` // of the pause
+	// Quiesced is how many filters and images the driver has had wait by its own command,
+	// which Linux 6.16 has. The end of the program has the others wait.
+	Quiesced int `json:"quiesced"`
 	// Error says why the program could not take over after all: the old one did.
 	Error string `json:"error,omitempty"`
 }

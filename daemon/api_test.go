@@ -128,9 +128,9 @@ func (f *fakeAPI) Reload(_ context.Context, r control.ReloadRequest) (control.Re
 	}
 	return control.Reloaded{At: time.Now().Round(0), Program: r.Program, From: "9"}, nil
 }
-func (f *fakeAPI) GiveUp(context.Context) error {
+func (f *fakeAPI) GiveUp(context.Context) (int, error) {
 	f.gaveUp.Store(true)
-	return nil
+	return 2, nil
 }
 func (f *fakeAPI) Answers(ctx context.Context) error {
 	if f.hangs.Load() {

@@ -181,7 +181,7 @@ func checkProgram(ctx context.Context, p *disk.Prober, program string, args []st
 }
 
 // GiveUp implements stopper.
-func (d *Daemon) GiveUp(ctx context.Context) error {
+func (d *Daemon) GiveUp(ctx context.Context) (quiesced int, err error) {
 	var (
 		wg   sync.WaitGroup
 		mu   sync.Mutex
@@ -192,15 +192,19 @@ func (d *Daemon) GiveUp(ctx context.Context) error {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			if err := dev.GiveUp(ctx); err != nil {
-				mu.Lock()
-				defer mu.Unlock()
+			done, err := dev.GiveUp(ctx)
+			mu.Lock()
+			defer mu.Unlock()
+			if done {
+				quiesced++
+			}
+			if err != nil {
 				errs = append(errs, err)
 			}
 		}()
 	}
 	wg.Wait()
-	return errors.Join(errs...)
+	return quiesced, errors.Join(errs...)
 }
 
 // exec is the end of this program in the process. It returns only if neither the new
@@ -220,8 +224,9 @@ func (o *Options) exec(d stopper, lock *os.File, socket *os.File, plan control.R
 	limited, cancel := context.WithTimeout(context.Background(), giveUpTime)
 	defer cancel()
 	plan.Began = time.Now().Round(0)
-	if err := d.GiveUp(limited); err != nil {
-		o.Log.Warn("not all devices could be given up before the reload: the kernel takes them back", "error", err)
+	var givenUp error
+	if plan.Quiesced, givenUp = d.GiveUp(limited); givenUp != nil {
+		o.Log.Warn("not all devices could be given up before the reload: the kernel takes them back", "error", givenUp)
 	}
 	held, lockErr := handLock(lock)
 	if lockErr != nil {
@@ -267,7 +272,7 @@ func (r *reloading) end(log *Log, now control.Info) *control.Reloaded {
 	if r.Error != "" {
 		log.Error("the reload failed: this program goes on", "error", r.Error, "pause", r.Pause)
 	} else {
-		log.Info("reloaded", "program", r.Program, "from", r.From, "to", r.To, "pause", r.Pause, "images", r.Images)
+		log.Info("reloaded", "program", r.Program, "from", r.From, "to", r.To, "pause", r.Pause, "images", r.Images, "quiesced", r.Quiesced)
 	}
 	return &r.Reloaded
 }

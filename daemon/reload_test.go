@@ -71,7 +71,7 @@ func TestReload(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if done.Program != own || done.From != "9" || done.To != control.Version || !done.At.After(last) || done.Pause <= 0 || done.Pause > time.Minute || done.Images < done.Pause {
+		if done.Program != own || done.From != "9" || done.To != control.Version || !done.At.After(last) || done.Pause <= 0 || done.Pause > time.Minute || done.Images < done.Pause || done.Quiesced != 2 {
 			t.Errorf("reloaded: %+v", done)
 		}
 		last = done.At

@@ -45,8 +45,8 @@ type stopper interface {
 	// Answers waits until every thread that serves I/O has shown that it does.
 	Answers(ctx context.Context) error
 	// GiveUp gives all devices up, for a program that takes over in this process. Of
-	// the API only Info may be called after that.
-	GiveUp(ctx context.Context) error
+	// the API only Info may be called after that. It says how many were quiesced.
+	GiveUp(ctx context.Context) (quiesced int, err error)
 	// Close frees what Stop left, at the end of the process.
 	Close()
 }

@@ -133,13 +133,15 @@ func (d *Device) Abandon() {
 	d.stopped, d.deleted = true, true
 }
 
-// GiveUp is Quiesce where the driver can do it, for a device with recovery. Elsewhere it
-// does nothing: the end of the process, or an exec, gives the device up.
-func (d *Device) GiveUp(ctx context.Context) error {
+// GiveUp is Quiesce where the driver can do it, for a device with recovery, and says whether
+// that was done. Elsewhere it does nothing: the end of the process, or an exec, gives the
+// device up.
+func (d *Device) GiveUp(ctx context.Context) (quiesced bool, err error) {
 	if d.Flags&uapi.UBLK_F_QUIESCE == 0 || d.Flags&uapi.UBLK_F_USER_RECOVERY == 0 {
-		return nil
+		return false, nil
 	}
-	return d.Quiesce(ctx)
+	err = d.Quiesce(ctx)
+	return err == nil, err
 }
 
 // Quiesce gives the device up without taking the disk away. It waits until every

@@ -77,8 +77,12 @@ func TestReload(t *testing.T) {
 		pauses = append(pauses, done.Pause)
 		return done
 	}
+	quiesced := 0
+	if guest.KernelAtLeast(t, 6, 16) {
+		quiesced = 2 // the filter and the image
+	}
 	for range int(guest.Span(3, 20)) {
-		if done := reload(); done.From != control.Version || done.To != control.Version || done.Program != program.Path(t) {
+		if done := reload(); done.Quiesced != quiesced || done.From != control.Version || done.To != control.Version || done.Program != program.Path(t) {
 			t.Errorf("reloaded: %+v", done)
 		}
 		time.Sleep(200 * time.Millisecond)
