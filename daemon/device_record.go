@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
@@ -37,6 +38,8 @@ type deviceRecord struct {
 	// ClaimedByOther: a daemon that was to take the device over found that somebody else had
 	// the disk. He may have written to it, and may have let go since.
 	ClaimedByOther bool `json:"claimed_by_other,omitempty"`
+	// Ending is what the disk was like just before a removal that is under way.
+	Ending *cbtstate.Disk `json:"ending,omitempty"`
 }
 
 // zone is what the device's log is made with: negative if it has none.
@@ -83,8 +86,10 @@ const (
 	countersName = "counters"
 	recordSuffix = ".json"
 
-	deviceKind   = "device" // of the statefile
-	deviceFormat = 2        // in which a record is that says ClaimedByOther: a program of format 1 would go on with the map
+	deviceKind = "device" // of the statefile
+	// In format 2 is a record that says ClaimedByOther: a program of format 1 would go on
+	// with the map. In format 3 is one that says Ending.
+	deviceFormat = 3
 )
 
 func (d *Daemon) cbtFile(name string) string      { return filepath.Join(d.cbtDir(), name) }
@@ -99,8 +104,11 @@ func (d *Daemon) deviceRecordFile(name string) string {
 // writeDeviceRecord puts a device on record: whole, or not at all.
 func (d *Daemon) writeDeviceRecord(r deviceRecord) error {
 	format := 1
-	if r.ClaimedByOther {
+	switch {
+	case r.Ending != nil:
 		format = deviceFormat
+	case r.ClaimedByOther:
+		format = 2
 	}
 	if err := statefile.Write(d.deviceRecordFile(r.Name), deviceKind, format, r); err != nil {
 		return fmt.Errorf("put it on record: %w", err)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -135,6 +136,20 @@ func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 		return d.checkIdle(dev)
 	}
 	d.step("remove %s: sync", dev.Name)
+	if err := d.foreseeEnd(context.WithoutCancel(ctx), dev); err != nil {
+		return d.removalError(dev, err)
+	}
+	deathpoint.Point()
+	if err := d.stopIdle(ctx, dev); err != nil {
+		d.forgetEnd(dev.Name)
+		return err
+	}
+	deathpoint.Point()
+	return d.takeDown(dev, true)
+}
+
+// stopIdle stops a device that nobody uses; needs opLock.
+func (d *Daemon) stopIdle(ctx context.Context, dev *device) error {
 	until := time.Now().Add(settleLimit)
 	for {
 		// Before Linux 7.0 the driver does not know of users that do not claim the
@@ -148,7 +163,7 @@ func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 		err := dev.ublk.TryStop(c)
 		cancel()
 		if err == nil {
-			break
+			return nil
 		}
 		if !errors.Is(err, ublk.ErrBusy) {
 			// If the stop was given up half-way, the device serves nobody any more.
@@ -161,7 +176,6 @@ func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	return d.takeDown(dev, true)
 }
 
 // sync writes the page cache of the filter device back. Its error says why the
@@ -214,6 +228,7 @@ func (d *Daemon) removeForced(dev *device) error {
 		}
 	}
 	d.comparePartitions(dev)
+	d.forgetEnd(dev.Name)
 	return d.takeDown(dev, false)
 }
 

@@ -34,7 +34,7 @@ func (d *Daemon) keepHistory(dev *device) {
 	d.step("remove %s: keep its change map", dev.Name)
 	err := d.endIntent(dev)
 	if err == nil {
-		err = d.tryKeepHistory(dev)
+		err = d.tryKeepHistory(dev, func(cbtstate.Disk) error { return nil })
 	}
 	if err != nil {
 		d.stopHistory(dev)
@@ -103,7 +103,9 @@ func (d *Daemon) leaveStateDir(r *deviceRecord) {
 	d.changeDeviceRecord(*r)
 }
 
-func (d *Daemon) tryKeepHistory(dev *device) error {
+// tryKeepHistory keeps the map of a disk, unless check has an objection to what the disk is
+// like.
+func (d *Daemon) tryKeepHistory(dev *device, check func(cbtstate.Disk) error) error {
 	saved, err := dev.cbt.Save()
 	if err != nil {
 		return err
@@ -132,6 +134,9 @@ func (d *Daemon) tryKeepHistory(dev *device) error {
 			return fmt.Errorf("sync %s: %w", dev.disk.DisplayPath(), err)
 		}
 		if r.Disk, err = d.lookAt(ctx, fd, dev, id, fingerprint.Read); err != nil {
+			return err
+		}
+		if err := check(r.Disk); err != nil {
 			return err
 		}
 		identity = id

@@ -87,7 +87,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 		defer close(ready)
 		d.claimSnapshots(ctx, snaps)
 	}()
-	devices, served := d.claimAll(ctx, devices, snaps)
+	devices, gone, served := d.claimAll(ctx, devices, snaps)
 	<-ready
 	there := map[string]*device{}
 	for _, s := range devices {
@@ -134,6 +134,9 @@ func (d *Daemon) takeOver(ctx context.Context) {
 		} else {
 			d.wait(s)
 		}
+	}
+	for _, s := range gone {
+		d.forgetHistory(ctx, s.record)
 	}
 	d.removeLeftovers(ctx)
 	d.endSnapshots(ctx, snaps, reopened, reasons)
@@ -206,17 +209,18 @@ func eachAtOnce[T any](all []T, f func(T)) {
 }
 
 // claimAll claims the devices of the driver and opens what they need. It serves those
-// that no snapshot holds, and says how many. It returns the devices that there are.
-func (d *Daemon) claimAll(ctx context.Context, all []*survivor, snaps []*leftSnapshot) (there []*survivor, served int) {
+// that no snapshot holds, and says how many. It returns the devices that there are, and
+// those that are gone, of which the history is left.
+func (d *Daemon) claimAll(ctx context.Context, all []*survivor, snaps []*leftSnapshot) (there, gone []*survivor, served int) {
 	claiming, cancel := context.WithTimeout(ctx, claimTimeout)
 	defer cancel()
-	gone := make([]bool, len(all))
+	isGone := make([]bool, len(all))
 	var one sync.Mutex // what follows the opening changes the daemon itself
 	eachAtOnce(all, func(s *survivor) {
 		s.held = slices.ContainsFunc(snaps, func(l *leftSnapshot) bool {
 			return slices.ContainsFunc(l.Devices, func(known snapshots.Device) bool { return known.Name == s.record.Name })
 		})
-		if gone[slices.Index(all, s)] = d.claim(claiming, s); s.claimed == nil || s.reason != nil {
+		if isGone[slices.Index(all, s)] = d.claim(claiming, s); s.claimed == nil || s.reason != nil {
 			return
 		}
 		if s.dev, s.reason = d.reopen(ctx, s); s.dev == nil || s.held {
@@ -230,15 +234,16 @@ func (d *Daemon) claimAll(ctx context.Context, all []*survivor, snaps []*leftSna
 		served++
 	})
 	for i, s := range all {
-		if !gone[i] {
+		if !isGone[i] {
 			there = append(there, s)
 			continue
 		}
+		gone = append(gone, s)
 		// It was being added or removed, and whoever did that has had no answer.
 		d.opts.Log.Warn("what a dead daemon began to add or to remove is removed", "name", s.record.Name, "disk", s.record.Original.Path)
-		d.forget(ctx, s.record)
+		d.forgetDevice(ctx, s.record)
 	}
-	return there, served
+	return there, gone, served
 }
 
 var errNotEnded = errors.New("what the dead daemon had begun on its disks has not ended")
@@ -278,11 +283,16 @@ func (d *Daemon) claim(ctx context.Context, s *survivor) (gone bool) {
 
 // forget removes what is left of a device that the driver does not have any more.
 func (d *Daemon) forget(ctx context.Context, r deviceRecord) {
+	d.forgetDevice(ctx, r)
+	d.forgetHistory(ctx, r)
+}
+
+// forgetDevice is the part of forget for which nobody may have the device's number yet.
+func (d *Daemon) forgetDevice(ctx context.Context, r deviceRecord) {
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	d.unlink(filepath.Join(linkDir, r.Name), fmt.Sprintf("ublkb%d", r.ID))
 	d.forgetNote(fmt.Sprintf("ublkb%d", r.ID))
-	_ = os.Remove(d.cbtFile(r.Name))
 	_ = os.Remove(d.countersFile(r.Name))
 	if bdev, err := r.Original.find(d.host); err == nil {
 		d.forgetNote(bdev.Name)
@@ -290,6 +300,14 @@ func (d *Daemon) forget(ctx context.Context, r deviceRecord) {
 		_, _ = bounded.Call(ctx, func() error { return rereadPartitions(bdev) }, func(error) {})
 		rescan(bdev.Name)
 	}
+}
+
+// forgetHistory is the rest of it, which may wait for the disk.
+func (d *Daemon) forgetHistory(ctx context.Context, r deviceRecord) {
+	ctx, cancel := d.withDiskTimeout(ctx)
+	defer cancel()
+	d.finishEnd(ctx, r)
+	_ = os.Remove(d.cbtFile(r.Name))
 	d.stopIdentity(nil, r.kept())
 	d.removeDeviceRecord(r.Name)
 }
@@ -437,6 +455,10 @@ func (d *Daemon) closeAgain(dev *device) {
 // by force.
 func (d *Daemon) resume(ctx context.Context, s *survivor) {
 	dev := s.dev
+	if s.record.Ending != nil { // of a removal that had not come far
+		s.record.Ending = nil
+		d.changeDeviceRecord(s.record)
+	}
 	d.leaveStateDir(&s.record)
 	if d.takenOver(dev); dev.intent == nil {
 		d.stopIdentity(dev, s.record.kept())

@@ -121,7 +121,9 @@ func (d *Daemon) removeWaiting(ctx context.Context, s *survivor) error {
 	if err := d.ctl.DeleteDevice(ctx, s.record.ID); err != nil && !errors.Is(err, unix.ENODEV) {
 		return err
 	}
-	d.forget(ctx, s.record)
+	r := s.record
+	r.Ending = nil // by force
+	d.forget(ctx, r)
 	d.mu.Lock()
 	delete(d.waiting, s.record.Name)
 	d.mu.Unlock()

@@ -203,20 +203,6 @@ func TestDeathInAdd(t *testing.T) {
 	})
 }
 
-func TestDeathInRemove(t *testing.T) {
-	v := newVictim(t)
-	everyStep(t, 1, func(n int) bool {
-		v.dies(n)
-		name := v.device().Name
-		v.write(uint64(n))
-		died := v.try(func() error { return v.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: name}) })
-		v.shows(v.device().Path, uint64(n))
-		v.clean()
-		v.shows(v.disk, uint64(n))
-		return died
-	})
-}
-
 // TestDeathInSnapshot dies in each of the operations on a snapshot.
 func TestDeathInSnapshot(t *testing.T) {
 	v := newVictim(t)
