@@ -82,6 +82,9 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	}
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
+	if err := d.checkDamaged(ctx, dev.disk); err != nil {
+		return nil, err
+	}
 	if err := d.checkFreeName(ctx, r.Name); err != nil {
 		return nil, err
 	}
@@ -91,6 +94,7 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	}
 	d.mu.Lock()
 	d.devices[dev.Name] = dev
+	d.damaged = slices.DeleteFunc(d.damaged, func(l control.LostDevice) bool { return l.Name == dev.Name })
 	d.mu.Unlock()
 	if err != nil {
 		return nil, &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer, so its filter could not be removed again: %v", dev.Original, err),

@@ -93,9 +93,7 @@ func (d *Daemon) removeOrphan(r control.RemoveRequest, id int) error {
 	if err := d.ctl.DeleteDevice(ctx, id); err != nil {
 		return fail(err, "remove %s", r.Device)
 	}
-	d.mu.Lock()
-	d.damaged = slices.DeleteFunc(d.damaged, func(l control.LostDevice) bool { return l.Path == fmt.Sprintf("/dev/ublkb%d", id) })
-	d.mu.Unlock()
+	d.forgetDamaged(id)
 	d.clearLinks(ctx)
 	d.opts.Log.Info("device of a dead daemon removed", "device", r.Device)
 	return nil

@@ -78,7 +78,10 @@ func (d *Daemon) known() (names, noted map[string]bool) {
 		names[s.record.Name], noted[fmt.Sprintf("ublkb%d", s.record.ID)], noted[s.record.Original.Name] = true, true, true
 	}
 	for _, l := range d.damaged {
-		names[l.Name] = true
+		names[l.Name], noted[filepath.Base(l.Path)] = true, true
+		if bdev, err := d.host.Lookup(l.Original); err == nil {
+			noted[bdev.Name] = true
+		}
 	}
 	for _, s := range d.sortedSnapshots() {
 		for _, im := range s.images {

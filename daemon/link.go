@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -215,12 +216,32 @@ func isOpen(path string) bool {
 // note tells the udev rules what a kernel device is, until forgetNote. It has to be
 // written before the device appears.
 func (d *Daemon) note(kernelName, kind, name string) error {
-	text := fmt.Sprintf("UBLK_BLKSNAP_KIND=%s\nUBLK_BLKSNAP_NAME=%s\n", kind, name)
-	if err := d.opts.Dir.write(filepath.Join(udevName, kernelName), []byte(text), 0o644); err != nil {
+	if err := d.opts.Dir.write(filepath.Join(udevName, kernelName), []byte(noteText(kind, name)), 0o644); err != nil {
 		d.forgetNote(kernelName) // the part of it that there was room for
 		return fmt.Errorf("write the note for udev: %w", err)
 	}
 	return nil
+}
+
+// noteText is what a note says.
+func noteText(kind, name string) string {
+	return fmt.Sprintf("UBLK_BLKSNAP_KIND=%s\nUBLK_BLKSNAP_NAME=%s\n", kind, name)
+}
+
+// notedAs is the kernel's name of what is noted so; empty if there is none.
+func (d *Daemon) notedAs(kind, name string) string {
+	for _, e := range dirEntries(d.opts.Dir.udev()) {
+		f, err := d.opts.Dir.file(filepath.Join(udevName, e.Name()), os.O_RDONLY, 0)
+		if err != nil {
+			continue
+		}
+		text, err := io.ReadAll(io.LimitReader(f, 4096))
+		f.Close()
+		if err == nil && string(text) == noteText(kind, name) {
+			return e.Name()
+		}
+	}
+	return ""
 }
 
 func (d *Daemon) forgetNote(kernelName string) {

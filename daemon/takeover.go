@@ -135,6 +135,9 @@ func (d *Daemon) takeOver(ctx context.Context) {
 			d.wait(s)
 		}
 	}
+	for i := range damaged {
+		d.locate(ctx, &d.damaged[i])
+	}
 	for _, s := range gone {
 		d.forgetHistory(ctx, s.record)
 	}

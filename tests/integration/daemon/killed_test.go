@@ -224,7 +224,10 @@ func TestDiskInUse(t *testing.T) {
 // way out, and so is the device of it.
 func TestDamagedRecord(t *testing.T) {
 	guest.NeedEither(t)
-	disks := guest.RAMDisks(t, 2, 64<<20)
+	var disks []string
+	for range 3 {
+		disks = append(disks, guest.LoopDisk(t, 4<<20, 512))
+	}
 	d := program.Start(t)
 	dev, other := d.Add(disks[0]), d.Add(disks[1])
 	d.Kill()
@@ -245,6 +248,16 @@ func TestDamagedRecord(t *testing.T) {
 	if a := d.Call("ublk-blksnap", "list"); a.Status != 0 || !strings.Contains(a.Out, other.Name) || !strings.Contains(a.Err, record) {
 		t.Errorf("%+v", a)
 	}
+	// Its disk gets no other filter meanwhile, nor has it lost the notes that say which it is.
+	for range 2 {
+		if i, err := d.Info(guest.Context(t)); err != nil || i.Lost == nil || len(i.Lost.Devices) != 1 || i.Lost.Devices[0].Original != disks[0] || i.Lost.Devices[0].Path != dev.Path {
+			t.Errorf("%+v, %v", i.Lost, err)
+		}
+		d.Refused([]string{"add " + disks[0], "has the filter " + dev.Name + " already", dev.Path, record, "remove --force " + dev.Path}, "add", disks[0], "--name", "another")
+		d.Remove(d.Add(disks[2]))
+		d.Kill()
+		d.Restart()
+	}
 	if i := d.CBT(other); i.Take.Number != 0 {
 		t.Errorf("the map of a damaged file is at %+v", i)
 	}
@@ -257,8 +270,33 @@ func TestDamagedRecord(t *testing.T) {
 	if i, err := d.Info(guest.Context(t)); err != nil || i.Lost != nil || i.Recovered == nil || i.Recovered.Devices != 2 {
 		t.Errorf("%+v, %v", i, err)
 	}
+	// Removed by force, nothing is left of it.
+	d.Kill()
+	if err := os.WriteFile(record, damaged, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.Restart()
+	if a := d.Call("ublk-blksnap", "remove", "--force", dev.Path); a.Status != 0 {
+		t.Errorf("%+v", a)
+	}
+	if i, err := d.Info(guest.Context(t)); err != nil || i.Lost != nil {
+		t.Errorf("%+v, %v", i.Lost, err)
+	}
+	if left, err := filepath.Glob(filepath.Join(d.StateDir, "*.running")); err != nil || len(left) != 1 {
+		t.Errorf("of one device there are %v, %v", left, err)
+	}
+	dev = d.Add(disks[0], named("another"))
+	d.Kill()
+	d.Restart()
+	if i, err := d.Info(guest.Context(t)); err != nil || i.Lost != nil {
+		t.Errorf("%+v, %v", i.Lost, err)
+	}
 	d.Remove(dev)
 	d.Remove(other)
+}
+
+func named(name string) func(*control.AddRequest) {
+	return func(r *control.AddRequest) { r.Name = name }
 }
 
 // TestRemovedByForce: the users of a filter get errors, those of its images too,
