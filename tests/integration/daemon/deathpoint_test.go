@@ -175,7 +175,13 @@ func (v *victim) clean() {
 // short form some of them, and others on a newer kernel.
 func everyStep(t *testing.T, offset int, part func(n int) (died bool)) {
 	t.Helper()
-	stride := int(guest.Span(40, 1))
+	everyStepOf(t, 40, offset, part)
+}
+
+// everyStepOf is everyStep, each stride-th of them in the short form.
+func everyStepOf(t *testing.T, stride, offset int, part func(n int) (died bool)) {
+	t.Helper()
+	stride = int(guest.Span(time.Duration(stride), 1))
 	if guest.KernelAtLeast(t, 7, 0) {
 		offset += stride / 2
 	}
