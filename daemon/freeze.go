@@ -13,10 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // Around a take the prober freezes the filesystems, and thaws them if this daemon dies. If
@@ -81,24 +81,22 @@ func (d *Daemon) freeze(ctx context.Context, dir *os.File) (thaw func(context.Co
 	}, nil
 }
 
-// syncDisk is the ublk.Config.Sync of a daemon, for the same reason.
-func (d *Daemon) syncDisk(dev *blockdev.OSFile) error {
+// claimDisk is the ublk.Config.Claim of a daemon, for the same reason.
+func (d *Daemon) claimDisk(path string) (release func(), err error) {
 	if d.opts.Prober != nil {
-		if err := d.askSync(dev); !errors.Is(err, disk.ErrGone) {
-			return err
+		claim, err := d.opts.Prober.Claim(context.Background(), path)
+		if err == nil {
+			return func() {
+				ctx, cancel := context.WithTimeout(context.Background(), settleLimit)
+				defer cancel()
+				_ = claim.Release(ctx)
+			}, nil
+		}
+		if !errors.Is(err, disk.ErrGone) {
+			return nil, err
 		}
 	}
-	return unix.Fsync(dev.Fd())
-}
-
-func (d *Daemon) askSync(dev *blockdev.OSFile) error {
-	fd, err := unix.FcntlInt(uintptr(dev.Fd()), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	f := os.NewFile(uintptr(fd), dev.Name())
-	defer f.Close()
-	return d.opts.Prober.Sync(context.Background(), f)
+	return ublk.ClaimDisk(path)
 }
 
 // thaw thaws what this daemon did not freeze.

@@ -365,7 +365,7 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 	limited, cancel := context.WithTimeout(ctx, serveTimeout)
 	defer cancel()
 	prepared, err := s.claimed.Prepare(limited, ublk.Config{
-		Name: r.Name, Files: []*blockdev.OSFile{dev.orig}, OpenedBy: d.openedBy, Sync: d.syncDisk,
+		Name: r.Name, Files: []*blockdev.OSFile{dev.orig}, OpenedBy: d.openedBy, Claim: d.claimDisk,
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
 	})
 	if err != nil {

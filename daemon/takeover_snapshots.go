@@ -250,7 +250,7 @@ func (d *Daemon) resumeImages(ctx context.Context, reopened []*snapshot, left []
 func (d *Daemon) resumeImage(ctx context.Context, s *snapshot, i int, claimed *ublk.Claimed) {
 	im := s.images[i]
 	dev, err := claimed.Prepare(ctx, ublk.Config{
-		Name: im.device.Name + "@", Files: []*blockdev.OSFile{im.device.orig}, OpenedBy: d.openedBy, Sync: d.syncDisk,
+		Name: im.device.Name + "@", Files: []*blockdev.OSFile{im.device.orig}, OpenedBy: d.openedBy, Claim: d.claimDisk,
 		NewHandler: func(_ int, bq blockdev.Queue) ublk.Handler { return s.snap.Image(i).NewQueue(bq) },
 	})
 	if err == nil {

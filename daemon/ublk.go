@@ -29,7 +29,7 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 	defer cancel()
 	cfg.Tag = ublk.NewTag(kind)
 	cfg.Recovery = true
-	cfg.OpenedBy, cfg.Sync = d.openedBy, d.syncDisk
+	cfg.OpenedBy, cfg.Claim = d.openedBy, d.claimDisk
 	noteKind := "filter"
 	if kind == imageKind {
 		noteKind = "image"

@@ -96,11 +96,12 @@ type Config struct {
 	// the driver does not know the openers, and TryStop relies on OpenedBy. If it is
 	// nil, nobody looks for openers.
 	OpenedBy func(blockdev.Num) string
-	// Sync makes the disk, which is open, durable before it is stopped; nil is fsync(2) by
-	// this process. If the process is killed then, it does not end before the disk is served
-	// again, and the driver gives the disk to no other while it has not ended. So who wants
-	// the disk to be taken over has another process do it.
-	Sync func(*blockdev.OSFile) error
+	// Claim opens the disk at a path, so that nobody else can claim it, and makes it durable,
+	// before it is stopped; nil: this process does. Both may wait for the disk's own I/O, the
+	// opening because somebody reads the partition table. If this process is killed then, it
+	// does not end before the disk is served again, and the driver gives the disk to no other
+	// while it has not ended. So who wants the disk to be taken over has another process do it.
+	Claim func(path string) (release func(), err error)
 	// NewHandler makes the handler of queue q, whose thread is that of bq. It
 	// is called before the queue's first request, on another thread.
 	NewHandler func(q int, bq blockdev.Queue) Handler

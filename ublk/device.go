@@ -7,8 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
@@ -36,9 +34,9 @@ type Device struct {
 	name       string
 	slots      int
 	newHandler func(q int, bq blockdev.Queue) Handler
-	openedBy   func(blockdev.Num) string // see Config.OpenedBy
-	sync       func(*blockdev.OSFile) error
-	cdev       *blockdev.OSFile // nil when closed
+	openedBy   func(blockdev.Num) string                     // see Config.OpenedBy
+	claimDisk  func(path string) (release func(), err error) // see Config.Claim
+	cdev       *blockdev.OSFile                              // nil when closed
 	queues     []*queue
 	procs      int  // queues told to addProcs
 	cutShort   bool // see Claimed.begun
@@ -74,11 +72,11 @@ func newDevice(ctl *Control, cfg *Config, info Info) *Device {
 		slots:      cfg.Slots,
 		newHandler: cfg.NewHandler,
 		openedBy:   cfg.OpenedBy,
-		sync:       cfg.Sync,
+		claimDisk:  cfg.Claim,
 		claims:     make(chan struct{}),
 	}
-	if d.sync == nil {
-		d.sync = func(f *blockdev.OSFile) error { return unix.Fsync(f.Fd()) }
+	if d.claimDisk == nil {
+		d.claimDisk = ClaimDisk
 	}
 	close(d.claims)
 	if info.Flags&uapi.UBLK_F_AUTO_BUF_REG != 0 {

@@ -49,7 +49,7 @@ func Claim(ctx context.Context, ctl *Control, id int) (*Claimed, error) {
 
 // Prepare makes all that serving the device needs. Nothing is served yet: the
 // device is to be resumed, or abandoned. It keeps its number, shape and content; of
-// cfg only Name, Files, Slots, OpenedBy, Sync and NewHandler are used.
+// cfg only Name, Files, Slots, OpenedBy, Claim and NewHandler are used.
 func (c *Claimed) Prepare(ctx context.Context, cfg Config) (*Device, error) {
 	if cfg.NewHandler == nil {
 		return nil, errors.New("recover ublk device: no handler")

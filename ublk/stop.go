@@ -113,17 +113,15 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 	ended := make(chan struct{})
 	d.claims = ended
 	type claim struct {
-		file         *blockdev.OSFile
-		opened, sync error
+		release func()
+		err     error
 	}
 	c, err := bounded.Call(ctx, func() (c claim) {
-		if c.file, c.opened = blockdev.OpenExclusive(d.Path, d.Path, unix.O_RDONLY); c.opened == nil {
-			c.sync = d.sync(c.file)
-		}
+		c.release, c.err = d.claimDisk(d.Path)
 		return c
 	}, func(c claim) {
-		if c.opened == nil {
-			_ = c.file.Close()
+		if c.err == nil {
+			c.release()
 		}
 		close(ended)
 	})
@@ -132,18 +130,28 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 	}
 	close(ended)
 	switch {
-	case errors.Is(c.opened, unix.EBUSY):
+	case errors.Is(c.err, unix.EBUSY):
 		return d.busy()
-	case errors.Is(c.opened, unix.ENXIO), errors.Is(c.opened, unix.ENODEV), errors.Is(c.opened, unix.ENOENT):
+	case errors.Is(c.err, unix.ENXIO), errors.Is(c.err, unix.ENODEV), errors.Is(c.err, unix.ENOENT):
 		return f() // there is no disk any more
-	case c.opened != nil:
-		return fmt.Errorf("claim %s: %w", d.Path, c.opened)
+	case c.err != nil:
+		return fmt.Errorf("claim and sync %s: %w", d.Path, c.err)
 	}
-	defer c.file.Close()
-	if c.sync != nil {
-		return fmt.Errorf("sync %s: %w", d.Path, c.sync)
-	}
+	defer c.release()
 	return f()
+}
+
+// ClaimDisk is a Config.Claim that does it in this process.
+func ClaimDisk(path string) (release func(), err error) {
+	f, err := blockdev.OpenExclusive(path, path, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Fsync(f.Fd()); err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return func() { _ = f.Close() }, nil
 }
 
 // busy is ErrBusy. It names a process that has the disk open, if there is one.

@@ -108,8 +108,6 @@ func (e *errands) do(q question, files []*os.File) answer {
 		return a
 	case q.Thaw && len(files) == 1:
 		return request(files[0], uapi.FITHAW)
-	case q.Sync && len(files) == 1:
-		return failed(unix.Fsync(int(files[0].Fd())))
 	case q.Run != nil:
 		ran, err := e.run(*q.Run)
 		if err != nil {

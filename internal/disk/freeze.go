@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
@@ -18,63 +19,91 @@ import (
 //
 //	Freeze ──question──> FIFREEZE ──answer──> Thaw, or the daemon's death ──> FITHAW ──answer
 
-// Frozen is a filesystem that a Prober has frozen, until Thaw or this process's death.
-type Frozen struct {
-	hold, answers *os.File // hold keeps it frozen while it is open
+// held is what a Prober does until this process has it end, or dies.
+type held struct {
+	hold, answers *os.File // it goes on while hold is open
 }
+
+// Frozen is a filesystem that a Prober has frozen, until Thaw or this process's death.
+type Frozen struct{ held }
 
 // Freeze freezes the filesystem that dir lies on. If ctx ends before that is done, the
 // filesystem is thawed as soon as it is frozen.
 func (p *Prober) Freeze(ctx context.Context, dir *os.File) (*Frozen, error) {
+	h, err := p.begin(ctx, question{Freeze: true}, dir)
+	if err != nil {
+		return nil, err
+	}
+	return &Frozen{h}, nil
+}
+
+// begin begins what lasts until its end, and waits for the answer that it has begun.
+func (p *Prober) begin(ctx context.Context, q question, files ...*os.File) (held, error) {
 	theirs, hold, err := os.Pipe()
 	if err != nil {
-		return nil, err
+		return held{}, err
 	}
 	defer theirs.Close()
-	f := &Frozen{hold: hold}
-	if f.answers, err = p.put(question{Freeze: true}, dir, theirs); err == nil {
-		err = f.answer(ctx)
+	h := held{hold: hold}
+	if h.answers, err = p.put(q, append(files, theirs)...); err == nil {
+		err = h.answer(ctx)
 	}
 	if err != nil {
-		f.close()
-		return nil, err
+		h.close()
+		return held{}, err
 	}
-	return f, nil
+	return h, nil
+}
+
+// end ends it, and waits for that.
+func (h *held) end(ctx context.Context) error {
+	defer h.close()
+	h.hold.Close()
+	return h.answer(ctx)
 }
 
 // Thaw lets the filesystem go on. If ctx ends before that is done, it goes on when its
 // disk answers. It fails with EINVAL if somebody else has thawed it.
-func (f *Frozen) Thaw(ctx context.Context) error {
-	defer f.close()
-	f.hold.Close()
-	return f.answer(ctx)
-}
+func (f *Frozen) Thaw(ctx context.Context) error { return f.end(ctx) }
 
-func (f *Frozen) answer(ctx context.Context) error {
-	a, err := hear(ctx, f.answers)
+func (h *held) answer(ctx context.Context) error {
+	a, err := hear(ctx, h.answers)
 	if err == nil && a.Errno != 0 {
 		err = a.Errno
 	}
 	return err
 }
 
-func (f *Frozen) close() {
-	f.hold.Close()
-	if f.answers != nil {
-		f.answers.Close()
+func (h *held) close() {
+	h.hold.Close()
+	if h.answers != nil {
+		h.answers.Close()
 	}
 }
+
+// Claim is a disk that a Prober has open, so that nobody else can claim it, until Release
+// or this process's death.
+type Claim struct{ held }
+
+// Claim opens the disk at path for that, and makes durable what was written to it. For a
+// disk of the daemon's own the same holds as for a filesystem on it: see above. Opening it
+// may have to wait for its I/O too, of whoever reads its partition table. If ctx ends before
+// it is done, the disk is let go as soon as it is.
+func (p *Prober) Claim(ctx context.Context, path string) (*Claim, error) {
+	h, err := p.begin(ctx, question{Claim: path})
+	if err != nil {
+		return nil, err
+	}
+	return &Claim{h}, nil
+}
+
+// Release lets go of the disk. If ctx ends before that is done, it is done later.
+func (c *Claim) Release(ctx context.Context) error { return c.end(ctx) }
 
 // Thaw lets the filesystem that dir lies on go on, whoever froze it. It fails with EINVAL
 // if it is not frozen.
 func (p *Prober) Thaw(ctx context.Context, dir *os.File) error {
 	return p.askErrno(ctx, question{Thaw: true}, dir)
-}
-
-// Sync makes durable what was written to f. For a disk of the daemon's own the same holds
-// as for a filesystem on it: see above.
-func (p *Prober) Sync(ctx context.Context, f *os.File) error {
-	return p.askErrno(ctx, question{Sync: true}, f)
 }
 
 func (p *Prober) askErrno(ctx context.Context, q question, f *os.File) error {
@@ -95,6 +124,19 @@ func freeze(answers *json.Encoder, dir, hold *os.File) {
 	}
 	dir.Close() // so that who hears the answer can unmount it
 	_ = answers.Encode(a)
+}
+
+// claim is Claim and the Release of it in the Prober's process.
+func claim(answers *json.Encoder, path string, hold *os.File) {
+	f, err := blockdev.OpenExclusive(path, path, unix.O_RDONLY)
+	if err == nil {
+		if err = unix.Fsync(f.Fd()); err == nil {
+			_ = answers.Encode(answer{})      // nobody may be left to hear it
+			_, _ = hold.Read(make([]byte, 1)) // until nobody has the other end
+		}
+		_ = f.Close()
+	}
+	_ = answers.Encode(failed(err))
 }
 
 // request has the kernel freeze or thaw the filesystem of dir.

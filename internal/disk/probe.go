@@ -51,7 +51,9 @@ type question struct {
 	// comes with it. There are two answers: it is frozen, and it is thawed.
 	Freeze bool `json:"freeze,omitempty"`
 	Thaw   bool `json:"thaw,omitempty"` // the filesystem of the file, whoever froze it
-	Sync   bool `json:"sync,omitempty"` // the file
+	// Claim: the disk at this path, until nobody has the other end of the pipe that comes
+	// with it. The answers are as with Freeze.
+	Claim string `json:"claim,omitempty"`
 }
 
 // maxQuestion is how large a question is at most, in bytes.
@@ -64,7 +66,7 @@ type answer struct {
 	NoTool bool   `json:"no_tool,omitempty"`
 	Ran    *Ran   `json:"ran,omitempty"`
 
-	Errno unix.Errno `json:"errno,omitempty"` // of Freeze, Thaw and Sync
+	Errno unix.Errno `json:"errno,omitempty"` // of Freeze, Thaw and Claim
 }
 
 // StartProber starts this program with args, to call ServeProbes with the file
@@ -219,7 +221,7 @@ func ServeProbes(fd int, root string) error {
 			}
 		}
 		var q question
-		if err := json.Unmarshal(text[:n], &q); err != nil || len(files) == 0 || q.Freeze && len(files) != 3 {
+		if err := json.Unmarshal(text[:n], &q); err != nil || len(files) == 0 || q.Freeze && len(files) != 3 || q.Claim != "" && len(files) != 2 {
 			return errors.Join(errors.New("what came is no question, or came without its files"), err)
 		}
 		if q.Freeze {
@@ -232,6 +234,11 @@ func ServeProbes(fd int, root string) error {
 			if q.Freeze {
 				defer freezing.Done()
 				freeze(answers, files[0], files[1])
+				closeAll(files[:last])
+				return
+			}
+			if q.Claim != "" {
+				claim(answers, q.Claim, files[0])
 				closeAll(files[:last])
 				return
 			}

@@ -4,11 +4,15 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestMain is a prober's process too.
@@ -76,6 +80,51 @@ func TestProbe(t *testing.T) {
 	two := image(t, map[int64]string{0: "hsqs\x00\x00\x00\x00", 28: "\x04\x00\x00\x00", 4096 - 10: "SWAPSPACE2", 1024: "\x01\x00\x00\x00\xff\x00\x00\x00"})
 	if got, err := p.Probe(context.Background(), two); err == nil || !strings.Contains(err.Error(), "several formats") {
 		t.Errorf("squashfs and swap: %q, %v", got, err)
+	}
+}
+
+// TestClaim: the prober has the disk open, and nobody else, until the release or the end of
+// who has asked for it.
+func TestClaim(t *testing.T) {
+	p, err := StartProber("ublk-blksnap", "probe", "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	path := image(t, nil).Name()
+	open := func() bool {
+		fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.PID()))
+		if err != nil || len(fds) == 0 {
+			t.Fatalf("%v, %v", fds, err)
+		}
+		return slices.ContainsFunc(fds, func(fd string) bool {
+			to, err := os.Readlink(fd)
+			return err == nil && to == path
+		})
+	}
+	for range 2 {
+		c, err := p.Claim(ctx, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !open() {
+			t.Error("the prober does not have it open")
+		}
+		if err := c.Release(ctx); err != nil || open() {
+			t.Errorf("released: %v, and it is open: %v", err, open())
+		}
+	}
+	if _, err := p.Claim(ctx, path+"0"); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("what is not there: %v", err)
+	}
+	if _, err := p.Claim(ctx, "/proc/self/comm"); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("what cannot be synced: %v", err)
+	}
+	p.Close()
+	if _, err := p.Claim(ctx, path); !errors.Is(err, ErrGone) {
+		t.Errorf("a prober that has ended: %v", err)
 	}
 }
 
