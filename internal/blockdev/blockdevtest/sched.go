@@ -288,6 +288,7 @@ func (s *Sched) happen(e *event) bool {
 		s.effect(e)
 		return true
 	case e.queue.dead:
+		e.ended()
 		return false
 	case e.queue.paused > s.now:
 		s.push(e, e.queue.paused)

@@ -22,6 +22,7 @@ func (s *Sched) Kill(queues ...*SchedQueue) {
 	for _, e := range s.events {
 		if e.queue.dead && len(e.pieces) == 0 {
 			delete(s.flight, e.op)
+			e.ended()
 			continue
 		}
 		kept = append(kept, e)
@@ -109,14 +110,19 @@ func (s *Sched) Settle(keep func(*Memory) bool) {
 		for len(e.pieces) > 0 && e.file.check(&e.was) == 0 {
 			s.land(e)
 		}
-		if e.was.Kind != blockdev.Flush {
-			// It has ended, so that a later Flush covers what it did. By itself it promises
-			// nothing: it may have been cut short.
-			was := e.was
-			was.FUA = false
-			e.file.completed(&was, &e.by, 0)
-		}
+		e.ended()
 	}
+}
+
+// ended is for an operation of a killed queue that has had its effect, so that a later Flush
+// covers what it did. By itself it promises nothing: it may have been cut short.
+func (e *event) ended() {
+	if e.op == nil || e.was.Kind == blockdev.Flush {
+		return
+	}
+	was := e.was
+	was.FUA = false
+	e.file.completed(&was, &e.by, 0)
 }
 
 // land lets the next piece of an operation take effect.

@@ -1,6 +1,7 @@
 package blockdevtest
 
 import (
+	"bytes"
 	"fmt"
 	"slices"
 	"strings"
@@ -126,6 +127,33 @@ func TestSchedSettle(t *testing.T) {
 			}
 		}
 		s.Run()
+	}
+}
+
+// TestSchedKilledDurable: a flush of the next process covers what the killed one wrote, at
+// whatever moment that one died.
+func TestSchedKilledDurable(t *testing.T) {
+	for seed := uint64(1); seed <= 400; seed++ {
+		s := NewSched(seed)
+		m := NewMemoryDevice("disk", 8*sector.Size)
+		m.LoseUnsynced()
+		old, fresh := s.NewQueue("old"), s.NewQueue("fresh")
+		w := write(m, 0, sectors(1, 8))
+		w.Done = func(*blockdev.Op) {}
+		old.Submit(w)
+		for n := seed % 4; n > 0 && s.Step(); n-- {
+		}
+		s.Kill(old)
+		if seed/4%2 == 0 {
+			s.Run()
+		}
+		s.Settle(nil)
+		now := content(t, m, 0, 8*sector.Size)
+		do(t, fresh, &blockdev.Op{Kind: blockdev.Flush, File: m})
+		s.PowerFail(m)
+		if !bytes.Equal(content(t, m, 0, 8*sector.Size), now) {
+			t.Fatalf("seed %d: a power failure takes back what was there at the flush", seed)
+		}
 	}
 }
 
