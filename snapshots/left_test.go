@@ -225,7 +225,7 @@ func TestRecordDamaged(t *testing.T) {
 				t.Fatal(err)
 			}
 			st.page.Taken(1, func(int) cbtmap.Info { return cbtmap.Info{BlockSize: 1, ChangesNumber: 1} })
-			st.page.setBreakReported()
+			st.page.SetBreakReported()
 			st.release()
 			s.close()
 			if l := leftOf(t, st); l.Err != nil || l.Stage != Taken {

@@ -243,7 +243,7 @@ func dataOf(f *os.File, n int64) func(yield func(from, to int64)) {
 // does not know.
 func (s *Snapshot) tellBroken() {
 	errno := s.log.Err()
-	if errno == 0 || s.state.page.breakReported() || s.cfg.OnEvent == nil {
+	if errno == 0 || s.state.page.BreakReported() || s.cfg.OnEvent == nil {
 		return
 	}
 	s.post(func() {

@@ -188,7 +188,7 @@ func (s *Snapshot) SetNote(n json.RawMessage) error {
 func (s *Snapshot) Told() {
 	removeKey(filepath.Join(s.state.dir, keyName))
 	if s.state.page.mem != nil {
-		s.state.page.setBreakReported()
+		s.state.page.SetBreakReported()
 	}
 }
 

@@ -102,11 +102,11 @@ func (p TakePage) Taken(devices int, take func(i int) cbtmap.Info) {
 	atomic.StoreUint64(p.word(takeState), takeTaken)
 }
 
-// setBreakReported puts on record that the owner knows of the break.
-func (p TakePage) setBreakReported() { atomic.StoreUint64(p.word(takeToldAt), takeTold) }
+// SetBreakReported puts on record that the owner knows of the break.
+func (p TakePage) SetBreakReported() { atomic.StoreUint64(p.word(takeToldAt), takeTold) }
 
-// breakReported says whether the owner knows of the break.
-func (p TakePage) breakReported() bool { return atomic.LoadUint64(p.word(takeToldAt)) == takeTold }
+// BreakReported says whether the owner knows of the break.
+func (p TakePage) BreakReported() bool { return atomic.LoadUint64(p.word(takeToldAt)) == takeTold }
 
 // read returns the numbers of a page, or in words what is wrong with it.
 func (p TakePage) read(devices int) (before, take []cbtmap.Info, wrong string) {

@@ -51,10 +51,17 @@ type Config struct {
 	KillPoint int
 	// Kills is how many times that happens.
 	Kills int
+	// KillAgain: so many steps after it started, the process that follows the first dies
+	// too. 0: not for that.
+	KillAgain int
 
 	// Zone is log2 of a zone of the write-intent logs, bytes; 0: there are none, and a
 	// power failure ends every history.
 	Zone int
+
+	// Records: each step of the daemon's records is one of the scheduler's, so that the
+	// process can die between any two. 0: they all happen at once.
+	Records int
 
 	// PowerStep is the scheduler's step at which the power fails; 0: never.
 	PowerStep int
@@ -162,7 +169,29 @@ func (p Profile) String() string { return profileNames[p] }
 func Generate(seed uint64, n int) Case {
 	c := generateBare(seed, n)
 	generateLog(&c, Profile(seed%uint64(profiles)), seed)
+	generateRecords(&c, seed)
 	return c
+}
+
+// generateRecords has the steps of the records come one by one, with a generator of its own:
+// then now and then a snapshot is taken as it is created, and filters come and go.
+func generateRecords(c *Case, seed uint64) {
+	r := blockdevtest.NewRandom(seed + 1<<63)
+	if !r.OneIn(3) {
+		return
+	}
+	c.Records = 1
+	if c.Kills > 0 && r.OneIn(2) {
+		c.KillAgain = 1 + r.Intn(60)
+	}
+	for i := range c.Steps {
+		switch s := &c.Steps[i]; {
+		case s.Verb == Create:
+			s.FUA = r.OneIn(4)
+		case s.Verb == Read && r.OneIn(12):
+			s.Verb = Replace
+		}
+	}
 }
 
 // generateBare makes the case of a seed without write-intent logs.

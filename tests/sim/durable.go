@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
+	"github.com/ublk-blksnap/ublk-blksnap/filter"
 	"github.com/ublk-blksnap/ublk-blksnap/intentlog"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/sim/mutation"
@@ -159,14 +160,14 @@ func (d *devModel) epochOf(i cbtmap.Info) int {
 // so, and nobody wrote to their zone since the base.
 func (w *world) checkExact(dev int, h cbtmap.History, r record) {
 	const activeAt = 512
-	if w.proc == nil {
+	if w.proc == nil || w.proc.cbts[dev] == nil {
 		return
 	}
 	if i, err := w.proc.cbts[dev].Info(); err != nil || i.GenerationID != h.GenerationID {
 		return
 	}
 	for b, m := range h.Marks {
-		if m <= min(w.cbtMemory[dev][activeAt+b], h.ChangesNumber+1) {
+		if m <= min(w.tmpfs.maps[dev][activeAt+b], h.ChangesNumber+1) {
 			continue
 		}
 		written := false
@@ -176,7 +177,7 @@ func (w *world) checkExact(dev int, h cbtmap.History, r record) {
 		})
 		if r.log == nil || !written {
 			w.fail("disk%d block %d: after a power failure its byte says %d, before it said %d, and nobody wrote to its zone since the base",
-				dev, b, m, w.cbtMemory[dev][activeAt+b])
+				dev, b, m, w.tmpfs.maps[dev][activeAt+b])
 		}
 	}
 }
@@ -233,6 +234,7 @@ func (w *world) reboots() {
 	first := make([]cbtmap.History, len(w.devices))
 	for left := w.sched.Random().Intn(4); ; left-- {
 		p := w.start()
+		p.filters = make([]*filter.Filter, len(w.devices))
 		for dev := range w.devices {
 			s := w.states[dev]
 			p.cbts = append(p.cbts, w.newMap(dev))

@@ -20,7 +20,8 @@ type device struct {
 	reg    *register
 	image  *image // nil for a filter device
 	queues []*hwqueue
-	gone   bool // deleted: requests fail at once
+	gone   bool   // deleted: requests fail at once
+	tag    uint64 // by which a process knows it, 0: there is none in the kernel
 }
 
 // hwqueue is one queue of a device.

@@ -286,7 +286,7 @@ func (d *devModel) checkMarked(op *blockdev.Op) {
 	}
 	first, last := d.blocks(op.Off, op.Len)
 	for b := first; b <= last; b++ {
-		if v := w.cbtMemory[d.dev][activeAt+b]; v <= info.ChangesNumber {
+		if v := w.tmpfs.maps[d.dev][activeAt+b]; v <= info.ChangesNumber {
 			w.fail("I3: %v of disk%d at sector %d+%d submitted while block %d is marked with %d, not %d",
 				op.Kind, d.dev, op.Off/sectorSize, op.Len/sectorSize, b, v, info.ChangesNumber+1)
 		}

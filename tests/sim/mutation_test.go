@@ -120,8 +120,8 @@ func TestMutations(t *testing.T) {
 			seeds := func(from, to uint64) bool {
 				for seed := from; seed <= to; seed++ {
 					c := generateBare(seed, 150)
-					if bug.Log {
-						if c = Generate(seed, 150); c.Zone == 0 {
+					if bug.Log || bug.Steps {
+						if c = Generate(seed, 150); bug.Log && c.Zone == 0 || bug.Steps && c.Records == 0 {
 							continue
 						}
 					}
@@ -144,7 +144,7 @@ func TestMutations(t *testing.T) {
 				})
 				return caught
 			}
-			// What goes wrong at the n-th step of a scene with logs.
+			// What goes wrong at the n-th step of a scene.
 			logs := func() (caught bool) {
 				for i, text := range logScenes {
 					scene, err := ParseCase(text)
@@ -171,7 +171,51 @@ func TestMutations(t *testing.T) {
 				}
 				return caught
 			}
-			if bug.Log && logs() {
+			// A death, or a loss of power, at the n-th step of the records.
+			records := func() (caught bool) {
+				for how := range uint64(9) {
+					for i, text := range recordScenes {
+						scene, err := ParseCase(text)
+						if err != nil {
+							t.Fatal(err)
+						}
+						scene.Order += how / 3
+						for n, more := 1, true; more && !caught; n++ {
+							c := scene
+							switch how % 3 {
+							case 0:
+								c.Kills, c.KillStep = 1, n
+							case 1:
+								c.PowerStep = n
+							case 2:
+								c.Kills, c.KillPoint = 1, n
+							}
+							s, f := Run(c, nil)
+							more = s.Deaths > 0 || how%3 == 1 && s.Steps >= uint64(n)
+							caught = f != nil && found(fmt.Sprintf("record scene %d, %d at %d", i, how, n), c)
+						}
+					}
+				}
+				return caught
+			}
+			// And a death within the take-over after that.
+			again := func() (caught bool) {
+				for i, text := range slices.Backward(recordScenes) {
+					scene, err := ParseCase(text)
+					if err != nil {
+						t.Fatal(err)
+					}
+					eachTakeOver(scene, 1, func(c *Config, n int) { c.KillPoint = n }, func(c Case, f *Failure) bool {
+						caught = f != nil && found(fmt.Sprintf("record scene %d, at %d and again at %d", i, c.KillPoint, c.KillAgain), c)
+						return !caught
+					})
+					if caught {
+						return true
+					}
+				}
+				return false
+			}
+			if bug.Log && logs() || bug.Steps && (records() || again()) {
 				return
 			}
 			if !seeds(1, maxSeeds/3) && !deaths() && !seeds(maxSeeds/3+1, maxSeeds) {

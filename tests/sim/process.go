@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/filter"
@@ -26,6 +27,7 @@ type process struct {
 
 	jobs    []job
 	current string // the job under way, "" if none
+	cutting bool   // it waits for a cut, and writes wait for that
 	cancel  func() // what Cancel does to it, nil if it cannot be cancelled
 }
 
@@ -118,7 +120,9 @@ func (w *world) boot() {
 			panic(err)
 		}
 		w.model.devs[i].begin(info.GenerationID, info.ChangesNumber)
-		w.cbtMemory = append(w.cbtMemory, cbt.Memory())
+		w.tmpfs.maps[i] = cbt.Memory()
+		w.tmpfs.devices[i] = &deviceRecord{w.newTag()}
+		w.made(d, w.tmpfs.devices[i].tag)
 		p.cbts = append(p.cbts, cbt)
 	}
 	p.keepAll()
@@ -128,19 +132,40 @@ func (w *world) boot() {
 
 // keepAll makes the keepers, if there are logs.
 func (p *process) keepAll() {
-	for i := range p.w.devices {
-		if p.w.c.Zone != 0 {
-			p.keepers = append(p.keepers, p.keep(i))
+	if p.w.c.Zone == 0 {
+		return
+	}
+	p.keepers = make([]*keeper, len(p.w.devices))
+	for i, cbt := range p.cbts {
+		if cbt != nil {
+			p.keepers[i] = p.keep(i)
 		}
 	}
+}
+
+// away says whether a disk has no filter now.
+func (p *process) away(dev int) bool {
+	return p.filters[dev] == nil || p.keepers != nil && (p.keepers[dev] == nil || p.keepers[dev].away)
+}
+
+// living are the keepers that there are.
+func (p *process) living() (all []*keeper) {
+	for _, k := range p.keepers {
+		if k != nil {
+			all = append(all, k)
+		}
+	}
+	return all
 }
 
 // begin lets the kernel's requests come to each filter once its log is on, if there are
 // logs, and then calls done.
 func (p *process) begin(done func()) {
 	if p.keepers == nil {
-		for i := range p.w.devices {
-			p.serveOf(i)
+		for i, f := range p.filters {
+			if f != nil {
+				p.serveOf(i)
+			}
 		}
 		done()
 		return
@@ -157,8 +182,10 @@ func (p *process) begin(done func()) {
 func (p *process) filter() {
 	p.filters = make([]*filter.Filter, len(p.w.devices))
 	p.handlers = make([][]handler, len(p.w.devices))
-	for i := range p.w.devices {
-		p.filterOf(i)
+	for i, cbt := range p.cbts {
+		if cbt != nil {
+			p.filterOf(i)
+		}
 	}
 }
 
@@ -199,6 +226,11 @@ func (w *world) kill() {
 	for _, d := range w.allDevices() {
 		d.abandon()
 	}
+	for _, d := range w.allDevices() {
+		if d.gone {
+			d.abort()
+		}
+	}
 	clear(w.changing)
 	w.onIdle = nil
 	w.client.After(8, w.recover)
@@ -212,53 +244,70 @@ func (w *world) recover() {
 	w.sched.Settle(func(m *blockdevtest.Memory) bool { return !w.isLog(m) })
 	w.tracef("recovery")
 	p := w.start()
-	for i, memory := range w.cbtMemory {
-		cbt, err := cbtmap.Adopt(memory)
-		if err != nil {
-			w.fail("I6: change map of disk%d: %v", i, err)
-		}
-		p.cbts = append(p.cbts, cbt)
-		w.checkAdopted(i, cbt)
+	p.cbts = make([]*cbtmap.Map, len(w.devices))
+	for i := range w.devices {
+		p.adopt(i)
 	}
 	p.keepAll()
-	p.filter()
-	for i, s := range w.snaps {
-		if s == nil {
-			continue
-		}
-		if !s.cut || s.leaving {
-			s.void()
-			for _, im := range s.images {
-				im.device.remove()
-				im.device.abort()
+	p.filters = make([]*filter.Filter, len(w.devices)) // there are none yet
+	left := slices.Clone(w.tmpfs.dirs)
+	for _, s := range w.snaps {
+		if s != nil && !slices.Contains(left, s.dir) {
+			if s.told && !s.aborted {
+				w.fail("I6: %v is not on record", s)
 			}
-			s.gone = true
-			s.giveBack()
-			w.snaps[i] = nil
-			continue
+			w.snaps[s.slot] = nil
 		}
-		s.reopen()
+	}
+	for _, d := range left {
+		d.believe()
+	}
+	p.current = "take over"
+	inTurn(len(left), func(i int, next func()) { left[i].void(next) }, func() {
+		later := p.jobs
+		p.current, p.jobs = "", nil
+		p.goOn(left)
+		p.jobs = append(p.jobs, later...)
+	})
+}
+
+// goOn goes on with what a dead process left, when the takes that it did not bring to an end
+// are void.
+func (p *process) goOn(left []*dir) {
+	w := p.w
+	p.filter()
+	var rest []func(done func())
+	for _, d := range left {
+		rest = append(rest, d.takeOver())
 	}
 	for i, cbt := range p.cbts {
+		if cbt == nil {
+			continue
+		}
 		if info, err := cbt.Info(); err == nil {
 			w.model.devs[i].renew(info)
 		}
 	}
-	p.begin(func() {
-		for _, s := range w.snaps {
-			if s != nil {
-				s.taken = true
-				s.show()
-			}
+	p.begin(w.resume)
+	for i := range w.devices {
+		if p.filters[i] == nil {
+			p.do(fmt.Sprintf("add %d again", i), func(done func()) { p.again(i, done) })
 		}
-		w.resume()
+	}
+	p.do("go on", func(done func()) {
+		inTurn(len(rest), func(i int, next func()) { rest[i](next) }, done)
 	})
-	for _, s := range w.snaps {
-		if s != nil && w.c.Zone != 0 {
+	for _, d := range left {
+		if s := d.s; s.cut && !s.gone && w.c.Zone != 0 {
 			// Whoever asked for it may be told then.
 			p.do("answer", func(done func()) { s.answer(done) })
 		}
 	}
+	p.do("look", func(done func()) {
+		w.stats.TakeOver = w.sched.Steps() - w.bornAt
+		w.checkRecords()
+		done()
+	})
 }
 
 // checkAdopted compares a change map taken over from a dead process with its
@@ -275,7 +324,7 @@ func (w *world) checkAdopted(dev int, cbt *cbtmap.Map) {
 	if err := cbt.Resize(size); err != nil {
 		w.fail("I6: resize: %v", err)
 	}
-	w.cbtMemory[dev] = cbt.Memory()
+	w.tmpfs.maps[dev] = cbt.Memory()
 	w.model.devs[dev].resize(size)
 }
 

@@ -99,10 +99,11 @@ func (w *world) do(st Step) {
 	case Add:
 		if s != nil && w.proc != nil {
 			w.proc.do("add", func(done func()) {
-				if w.snaps[slot] == s {
-					s.add(dev)
+				if w.snaps[slot] != s {
+					done()
+					return
 				}
-				done()
+				s.add(dev, done)
 			})
 		}
 	case Append:
@@ -165,7 +166,7 @@ func (w *world) do(st Step) {
 	case Truncate:
 		w.truncate(st)
 	case Checkpoint:
-		if w.proc != nil && w.c.Zone != 0 {
+		if w.proc != nil && w.c.Zone != 0 && w.proc.keepers[dev] != nil {
 			w.proc.keepers[dev].checkpoint()
 		}
 	case Kill:
@@ -211,7 +212,7 @@ func (w *world) issue(d *device, st Step, op ublk.Op) {
 
 // mark marks blocks dirty by hand, whatever is going on.
 func (w *world) mark(dev int, st Step) {
-	if w.c.Zone != 0 && (w.proc.keepers == nil || w.proc.keepers[dev].away) {
+	if w.proc.away(dev) {
 		return
 	}
 	d := w.model.devs[dev]
@@ -247,7 +248,7 @@ func (w *world) mark(dev int, st Step) {
 // checkReadable looks whether the readable map shows a change that belongs to
 // the images of the epoch.
 func (w *world) checkReadable(dev int, off, n int64, since epoch, what string) {
-	if w.proc == nil {
+	if w.proc == nil || w.proc.cbts[dev] == nil {
 		return
 	}
 	cbt, d := w.proc.cbts[dev], w.model.devs[dev]
@@ -291,6 +292,8 @@ func (p *process) replaceIdle(dev int, size int64, done func()) {
 		return
 	}
 	switch {
+	case w.c.Records != 0:
+		p.remove(dev, size, done)
 	case w.c.Zone != 0 && size == d.size:
 		p.replaceKept(dev, done)
 	case w.c.Zone != 0:
@@ -299,12 +302,12 @@ func (p *process) replaceIdle(dev int, size int64, done func()) {
 		k.do(func(end func()) {
 			k.forget(func() {
 				end()
-				p.grow(dev, size)
+				p.growAll(dev, size)
 				p.comeBack(dev, done)
 			})
 		})
 	case size != d.size:
-		p.grow(dev, size)
+		p.growAll(dev, size)
 		p.addAgain(dev, done)
 	default:
 		cbt.NewGeneration()
@@ -328,16 +331,24 @@ func (p *process) begun(dev int) {
 	}
 }
 
-// grow makes a disk larger, and its map with it.
-func (p *process) grow(dev int, size int64) {
+// growAll makes a disk larger, and its map with it.
+func (p *process) growAll(dev int, size int64) {
 	w := p.w
-	w.origs[dev].Resize(size)
-	w.devices[dev].size = size
-	w.model.devs[dev].resize(size)
+	w.grow(dev, size)
 	if err := p.cbts[dev].Resize(size); err != nil {
 		w.fail("resize: %v", err)
 	}
-	w.cbtMemory[dev] = p.cbts[dev].Memory()
+	w.tmpfs.maps[dev] = p.cbts[dev].Memory()
+}
+
+// grow makes a disk larger, for which what is known of it is not believed.
+func (w *world) grow(dev int, size int64) {
+	if w.c.Zone != 0 {
+		w.states[dev].gone, w.states[dev].kept = true, false
+	}
+	w.origs[dev].Resize(size)
+	w.devices[dev].size = size
+	w.model.devs[dev].resize(size)
 }
 
 // replaceKept keeps the map over the time without a filter.
@@ -363,7 +374,7 @@ func (p *process) comeBack(dev int, done func()) {
 			end()
 			p.control.After(0, func() {
 				k.away = false
-				p.w.cbtMemory[dev] = p.cbts[dev].Memory()
+				p.w.tmpfs.maps[dev] = p.cbts[dev].Memory()
 				p.addAgain(dev, done)
 			})
 		})
@@ -404,7 +415,9 @@ func (w *world) finish() {
 		if w.settle(); w.powerFailed {
 			return
 		}
-		s.checkUsage()
+		if s.checkUsage(); s.broken() && !s.aborted {
+			s.checkTold()
+		}
 	}
 	for _, s := range w.snaps {
 		if s == nil {
@@ -432,4 +445,5 @@ func (w *world) finish() {
 	if n := w.sched.InFlight(); n != 0 {
 		w.fail("%d operations are in flight at the end", n)
 	}
+	w.checkRecords()
 }

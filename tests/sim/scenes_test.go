@@ -116,6 +116,51 @@ take snap=2 gap=255
 write len=16 gap=255
 `}
 
+// recordScenes are scenes in which the steps of the records come one by one: filters that
+// come and go, snapshots in every stage with storage of every kind, takes of two disks, and a
+// snapshot that breaks.
+// They are short, because a process dies at each step of them.
+var recordScenes = []string{`
+config Devices=1 Size0=16 Size1=8 Size2=8 Queues=1 IQueues=1 Depth=1 MaxIO=16 Block=9 Slots=1 Storages=1 Limit=64 Portion=16 Sector=1 Zone=12 Records=1
+order 15
+write off=0 len=4
+replace gap=255
+write off=4 len=4 gap=255
+replace arg=8 gap=255
+write off=17 len=2 gap=255
+`, `
+config Devices=1 Size0=16 Size1=8 Size2=8 Queues=1 IQueues=1 Depth=1 MaxIO=16 Block=12 Slots=3 Storages=2 Limit=64 Portion=16 Sector=1 Fixed=2 Encrypt=2 Records=1
+order 17
+create snap=2 len=1 arg=1 queue=2
+create snap=0 len=1 arg=1
+take snap=0 gap=255
+write off=0 len=8
+append snap=0 gap=255
+create snap=1 len=1 arg=1 fua=1
+write off=8 len=8 gap=255
+destroy snap=0
+destroy snap=2 gap=255
+`, `
+config Devices=2 Size0=16 Size1=16 Size2=8 Queues=1 IQueues=1 Depth=1 MaxIO=16 Block=9 Slots=3 Storages=1 Limit=64 Portion=16 Sector=1 Records=1
+order 19
+create snap=0 len=1 arg=3 fua=1
+write len=4 gap=255
+write dev=1 off=8 len=1 gap=255
+create snap=1 len=1 arg=3
+take snap=1 gap=255
+write off=8 len=1 gap=255
+create snap=2 len=1 arg=3
+take snap=2 gap=255
+`, `
+config Devices=1 Size0=32 Size1=8 Size2=8 Queues=1 IQueues=1 Depth=1 MaxIO=16 Block=12 Slots=1 Storages=1 Limit=8 Portion=8 Encrypt=1 Sector=1 Records=1
+order 21
+create snap=0 len=1 arg=1 fua=1
+write off=0 len=8 gap=255
+write off=8 len=8 gap=255
+write off=16 len=8 gap=255
+iread snap=0 off=0 len=8 gap=255
+`}
+
 // logScenes are scenes with write-intent logs: the numbers run out, and the filter goes and
 // comes back.
 var logScenes = []string{`

@@ -2,7 +2,6 @@ package sim
 
 import (
 	"fmt"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -38,19 +37,19 @@ func (w *world) checkWaits() {
 	if w.proc == nil {
 		return
 	}
-	lost := !strings.HasPrefix(w.proc.current, "take")
+	lost := !w.proc.cutting
 	for _, s := range w.snaps {
 		if s != nil && s.waiting() {
 			lost = false
 		}
 	}
-	for _, k := range w.proc.keepers {
+	for _, k := range w.proc.living() {
 		if waits, _ := k.log.Waiting(); waits {
 			lost = false
 		}
 	}
 	for i, d := range w.devices {
-		if w.sched.Stuck(w.origs[i]) || w.proc.keepers != nil && w.proc.keepers[i].away {
+		if w.sched.Stuck(w.origs[i]) || w.proc.away(i) {
 			continue
 		}
 		for _, h := range d.queues {
@@ -80,7 +79,7 @@ func (w *world) giveUp() bool {
 	if w.proc == nil {
 		return any
 	}
-	for _, k := range w.proc.keepers {
+	for _, k := range w.proc.living() {
 		if waits, _ := k.log.Waiting(); waits && k.log.State() != intentlog.Off {
 			any = true
 			w.gaveUp = true

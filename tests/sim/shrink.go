@@ -78,6 +78,7 @@ func (s *shrinker) pass() (helped bool) {
 		func(c *Config) { c.FaultOn = 0 },
 		func(c *Config) { c.Kills, c.KillStep, c.KillPoint = 0, 0, 0 },
 		func(c *Config) { c.Kills = min(c.Kills, 1) },
+		func(c *Config) { c.KillAgain = 0 },
 		func(c *Config) { c.Depth = max(c.Depth/2, 1) },
 		func(c *Config) { c.Size0 = max(c.Size0/2/max(c.Sector, 1)*max(c.Sector, 1), 16) },
 	} {

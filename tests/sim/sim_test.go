@@ -203,6 +203,7 @@ func small(seed uint64) Case {
 	c.Size0, c.Size1, c.Size2, c.Sector = 61, 40, 24, 1
 	c.Depth, c.Queues, c.IQueues = 4, 2, 1
 	c.Devices = 1 + int(seed%2)
+	c.Records = 0
 	if c.Zone = 0; seed%3 == 0 {
 		c.Zone = 12
 	}
@@ -232,7 +233,7 @@ func eachSmall(t *testing.T, f func(name string, c Case) bool) {
 	if quick() {
 		generated, cases = 2, scenes[:1]
 	}
-	cases = append(slices.Clone(cases), logScenes...)
+	cases = slices.Concat(cases, logScenes, recordScenes)
 	for seed := uint64(1); seed <= generated; seed++ {
 		if !f(fmt.Sprintf("small %d", seed), small(seed)) {
 			return
@@ -319,6 +320,47 @@ func TestNoMemory(t *testing.T) {
 // every n, and its successor after as many.
 func TestDeathAtEveryStep(t *testing.T) {
 	everyDeath(t, func(c *Config, n int) { c.KillStep = n })
+}
+
+// TestDeathInTakeOver kills the process after n steps of the records' scenes, and its
+// successor at each step of its taking over.
+func TestDeathInTakeOver(t *testing.T) {
+	runs, stride := 0, 1
+	if quick() || !mutation.Built { // make test runs both builds
+		stride = 31
+	}
+	for i, text := range recordScenes {
+		scene, err := ParseCase(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		eachTakeOver(scene, stride, func(c *Config, n int) { c.KillStep = n }, func(c Case, f *Failure) bool {
+			if runs++; f != nil {
+				report(t, fmt.Sprintf("record scene %d killed at %d and %d", i, c.KillStep, c.KillAgain), c, f)
+			}
+			return f == nil
+		})
+	}
+	t.Logf("%d runs", runs)
+}
+
+// eachTakeOver runs a case with a death at every place, at says at which of them, and for
+// each of these with a second one at each step of the taking over, as far as result says yes.
+func eachTakeOver(c Case, stride int, at func(c *Config, n int), result func(c Case, f *Failure) bool) {
+	c.Kills = 1
+	for n := 1; ; n += stride {
+		at(&c.Config, n)
+		c.KillAgain = 0
+		once, f := Run(c, nil)
+		if !result(c, f) || once.Deaths == 0 {
+			return
+		}
+		for c.KillAgain = 1; c.KillAgain <= int(once.TakeOver); c.KillAgain++ {
+			if _, f := Run(c, nil); !result(c, f) {
+				return
+			}
+		}
+	}
 }
 
 func everyDeath(t *testing.T, at func(c *Config, n int)) {

@@ -1,7 +1,6 @@
 package sim
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"math"
@@ -14,6 +13,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev/blockdevtest"
 	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -26,22 +26,22 @@ type snapshot struct {
 	devs []int
 
 	chunkSize int64
-	pool      []byte
+	slots     int64 // of the pool
+	dir       *dir  // what outlives the process
 	poolFile  *blockdevtest.Memory
-	state     []byte
-	words     [][]byte
 	cipher    *cipher // nil: it stores as it is
 
 	appended []diffarea.Storage // and those that an Append is under way for; without a File if it failed
-	before   []cbtmap.Info      // of the devices, before the take
 	takes    []cbtmap.Info      // of the devices, at the take
+	believed []taken            // of the devices, the last takes before this one
 
-	cut         bool // the instant was: this is the record on which recovery relies
-	taken       bool // and Take has said so
+	told        bool // its client knows of it
+	heard       bool // its client knows that it is broken
+	cut         bool // the instant was
+	taken       bool // which its client may know
 	aborted     bool // its end has begun
 	brokeBefore bool // it was broken by then
-	leaving     bool // which is on record: its images go, Destroy follows
-	gone        bool // Destroy has begun
+	gone        bool // nobody uses it any more
 	images      []*image
 	corrupted   int // events
 	noSpace     int
@@ -54,6 +54,9 @@ func (s *snapshot) broken() bool { return s.snap.Log().Err() != 0 }
 
 // waiting says whether original I/O waits for room in the snapshot.
 func (s *snapshot) waiting() bool {
+	if s.gone || s.snap == nil {
+		return false
+	}
 	waits, _ := s.snap.Log().Waiting()
 	return waits && !s.broken()
 }
@@ -90,7 +93,7 @@ func (s *snapshot) memory(name string, size int64) ([]byte, error) {
 		return nil, unix.ENOMEM
 	}
 	mem := s.w.words(size)
-	s.words = append(s.words, mem)
+	s.dir.files[name] = mem
 	return mem, nil
 }
 
@@ -111,43 +114,106 @@ func (w *world) create(st Step) {
 			done()
 			return
 		}
-		s := &snapshot{w: w, slot: slot, chunkSize: diffarea.MinChunkSize << (st.Off % 9)}
-		s.pool = w.words(s.chunkSize * int64(1+(st.Len-1)%64))
-		s.poolFile = blockdevtest.MapMemory(fmt.Sprintf("pool%d", slot), s.pool)
-		s.state = w.words(diffarea.LogStateSize)
-		if w.c.Encrypt>>slot&1 != 0 {
-			w.keys++
-			s.cipher = newCipher(w.keys)
-		}
-		p := w.proc
-		snap, err := snapimage.New(s.config(s.cipher), p.queue(p.control))
-		if err != nil {
-			w.fail("create: %v", err)
-		}
-		s.snap = snap
-		for i := range w.devices {
-			if st.Arg>>i&1 == 0 {
-				continue
-			}
-			s.add(i)
-			s.add(i)
-		}
+		s := &snapshot{w: w, slot: slot, chunkSize: diffarea.MinChunkSize << (st.Off % 9), slots: int64(1 + (st.Len-1)%64)}
+		s.dir = &dir{s: s, files: make(map[string][]byte), pins: make(map[int]*storagePlace), note: newCached[*note](nil)}
 		w.snaps[slot] = s
-		s.append(int(st.Queue), done)
+		s.make(w.c.Encrypt>>slot&1 != 0, func() {
+			inTurn(len(w.devices), func(i int, next func()) {
+				if st.Arg>>i&1 == 0 {
+					next()
+					return
+				}
+				s.add(i, func() { s.add(i, next) })
+			}, func() {
+				s.append(int(st.Queue), func() { s.created(st.FUA, done) })
+			})
+		})
+	})
+}
+
+// make begins the snapshot's directory.
+func (s *snapshot) make(encrypted bool, then func()) {
+	s.step("directory", func() { s.w.tmpfs.dirs = append(s.w.tmpfs.dirs, s.dir) }, func() {
+		s.put("begun", func(r *snapRecord) { r.pending, r.encrypted = true, encrypted }, func() { s.begin(then) })
+	})
+}
+
+// begin makes a snapshot in fresh memory.
+func (s *snapshot) begin(then func()) {
+	w, d := s.w, s.dir
+	s.step("log", func() { d.files[logFile] = w.words(diffarea.LogStateSize) }, func() {
+		s.step("pool", func() {
+			d.files[poolFile] = w.words(s.chunkSize * s.slots)
+			s.poolFile = blockdevtest.MapMemory(fmt.Sprintf("pool%d", s.slot), d.files[poolFile])
+		}, func() {
+			s.makeKey(func() {
+				snap, err := snapimage.New(s.config(s.cipher), w.proc.queue(w.proc.control))
+				if err != nil {
+					w.fail("create: %v", err)
+				}
+				s.snap = snap
+				then()
+			})
+		})
+	})
+}
+
+// makeKey makes the key of a snapshot that encrypts.
+func (s *snapshot) makeKey(then func()) {
+	if s.cipher = nil; !s.dir.rec.encrypted {
+		then()
+		return
+	}
+	s.step("key", func() {
+		s.w.keys++
+		s.cipher = newCipher(s.w.keys)
+		s.dir.key = s.cipher
+	}, then)
+}
+
+// created tells the client, which may have asked for a take in the same breath.
+func (s *snapshot) created(take bool, done func()) {
+	tell := func() {
+		s.put("it is known", func(r *snapRecord) { r.pending = false }, func() {
+			s.told = true
+			done()
+		})
+	}
+	if !take {
+		tell()
+		return
+	}
+	s.tryTake(func() {
+		if s.taken {
+			tell()
+			return
+		}
+		s.end(done)
 	})
 }
 
 // add gives the snapshot one more device. Job only.
-func (s *snapshot) add(dev int) {
-	var want error
+func (s *snapshot) add(dev int, then func()) {
 	switch {
 	case s.taken:
-		want = snapimage.ErrTaken
+		s.addTo(dev, snapimage.ErrTaken)
+		then()
 	case slices.Contains(s.devs, dev):
-		want = snapimage.ErrAdded
+		s.addTo(dev, snapimage.ErrAdded)
+		then()
 	default:
-		s.devs = append(s.devs, dev)
+		s.put("device", func(r *snapRecord) {
+			r.members = append(r.members, memberRecord{dev: dev, size: s.w.devices[dev].size})
+		}, func() {
+			s.devs = append(s.devs, dev)
+			s.addTo(dev, nil)
+			then()
+		})
 	}
+}
+
+// addTo is add without the record.
+func (s *snapshot) addTo(dev int, want error) {
 	if err := s.snap.Add(s.w.proc.filters[dev], uint64(dev+1)); !errors.Is(err, want) {
 		s.w.fail("add disk%d to %v: %v, want %v", dev, s, err, want)
 	}
@@ -159,8 +225,8 @@ func (s *snapshot) config(c *cipher) snapimage.Config {
 		ID: uuid.NewSHA1(uuid.Nil, []byte(s.String())),
 		Log: diffarea.LogConfig{
 			ChunkSize: s.chunkSize,
-			Pool:      diffarea.Pool{Mem: s.pool, File: s.poolFile},
-			State:     s.state,
+			Pool:      diffarea.Pool{Mem: s.dir.files[poolFile], File: s.poolFile},
+			State:     s.dir.files[logFile],
 			Stores:    s.w.proc.queue(s.w.proc.stores),
 			Seal:      s.seal(c),
 			Portion:   int64(s.w.c.Portion) * sectorSize,
@@ -171,16 +237,28 @@ func (s *snapshot) config(c *cipher) snapimage.Config {
 }
 
 // reopen takes the snapshot over from a process that died.
-func (s *snapshot) reopen() {
+func (s *snapshot) reopen(past snapshots.Past) {
 	p := s.w.proc
+	s.takes = past.Take
 	var members []snapimage.Member
-	for i, dev := range s.devs {
+	for i, m := range s.dir.rec.members {
+		words := s.dir.files[fmt.Sprintf("words-%d", i)]
 		members = append(members, snapimage.Member{
-			Filter: p.filters[dev], Device: uint64(dev + 1), Size: s.images[i].device.size,
-			Words: s.words[i], Take: s.takes[i], Data: pages(s.words[i]),
+			Filter: p.filters[m.dev], Device: uint64(m.dev + 1), Size: m.size,
+			Words: words, Take: past.Take[i], Data: pages(words),
 		})
 	}
-	if s.cipher != nil && diffarea.Dead(s.state) == 0 {
+	for n, st := range s.dir.rec.storage {
+		if st.stage == storageUsed && s.dir.pins[n] == nil {
+			s.w.fail("I6: storage %d of %v is not there", n, s)
+		}
+	}
+	if past.Broken != 0 {
+		s.cipher = nil // the key may be gone
+	} else if s.dir.rec.encrypted && s.cipher == nil {
+		s.w.fail("I6: the key of %v is gone", s)
+	}
+	if s.cipher != nil {
 		for _, wrong := range []*cipher{nil, newCipher(s.cipher.key + 1)} {
 			if _, err := snapimage.Reopen(s.config(wrong), p.queue(p.control), members, s.appended); !errors.Is(err, diffarea.ErrState) {
 				s.w.fail("%v is taken over with another key: %v", s, err)
@@ -192,6 +270,9 @@ func (s *snapshot) reopen() {
 		s.w.fail("I6: %v: %v", s, err)
 	}
 	s.snap = snap
+	if past.Broken != 0 && !snapshots.NewTakePage(s.dir.files[takeFile]).BreakReported() {
+		s.tell()
+	}
 }
 
 // seal is the encryption with a cipher.
@@ -217,305 +298,34 @@ func pages(mem []byte) func(yield func(from, to int64)) {
 	}
 }
 
-// void is for a take that the last process did not bring to an end. Somebody may
-// have believed in it, and asks for what changed since: but has only what was
-// there at the take before.
-func (s *snapshot) void() {
-	if s.cut {
-		return
-	}
-	w := s.w
-	for i, before := range s.before {
-		cbt, last := w.proc.cbts[s.devs[i]], &w.takes[s.devs[i]]
-		if now, err := cbt.Info(); err == nil && now != before && last.disk != nil {
-			last.info = now
-		}
-		cbt.Void(before)
-	}
-}
-
-// append gives the snapshot one more storage. Job only.
-func (s *snapshot) append(kind int, done func()) {
-	w := s.w
-	if len(s.appended) >= w.c.Storages {
-		done()
-		return
-	}
-	size := int64(w.c.Limit) * sectorSize
-	n := len(w.storages)
-	st := diffarea.Storage{}
-	var m *blockdevtest.Memory
-	if w.c.Fixed>>(n%3)&1 != 0 {
-		size = min(size, 8<<20)
-		m = blockdevtest.NewMemoryDevice(fmt.Sprintf("store%d", n), size)
-		st.Size, st.Fixed = size, true
-		st.Start = int64(n%2) * diffarea.MinChunkSize
-	} else {
-		m = blockdevtest.NewMemoryFile(fmt.Sprintf("store%d", n), size)
-		if kind&1 != 0 {
-			st.Size = size
-		}
-		if w.full {
-			m.SetLimit(0)
-		}
-	}
-	m.SetBlockSize(int64(max(w.c.Sector, 1)) * sectorSize)
-	st.File, st.Index = m, len(s.appended)
-	w.storages = append(w.storages, m)
-	fired := w.fired
-	s.appended = append(s.appended, st)
-	s.snap.Append(st, func(err error) {
-		if err != nil && w.fired == fired && !errors.Is(err, unix.ENOSPC) && size-st.Start >= s.chunkSize && !s.broken() {
-			w.fail("append: %v", err)
-		}
-		if err != nil {
-			s.appended[st.Index] = diffarea.Storage{}
-		}
-		done()
-	})
-}
-
-// event takes the snapshot's events.
-func (s *snapshot) event(e diffarea.Event) {
-	w := s.w
-	w.tracef("%v: event %v %v", s, e.Kind, e.Errno)
-	switch e.Kind {
-	case diffarea.NoSpace:
-		s.noSpace++
-		if room := s.room(); room >= s.chunkSize {
-			w.fail("%v: no space, yet there is room for %d more bytes", s, room)
-		}
-	case diffarea.Corrupted:
-		w.stats.Breaks++
-		if s.corrupted++; s.corrupted > 1 {
-			w.fail("%v is corrupted twice", s)
-		}
-		if s.noSpace == 0 && w.fired == 0 {
-			w.fail("I5: %v is corrupted for no reason: %v", s, e.Errno)
-		}
-		if s.noSpace > 0 && e.Errno != unix.ENOSPC {
-			w.fail("%v has no space but is corrupted with %v", s, e.Errno)
-		}
-		if e.Device != 0 && !slices.Contains(s.devs, int(e.Device-1)) {
-			w.fail("%v is corrupted by device %d, which it does not have", s, e.Device)
-		}
-	case diffarea.LowFreeSpace:
-		need := int64(0)
-		for _, dev := range s.devs {
-			need += int64(diffarea.Chunks(w.devices[dev].size, s.chunkSize)) * s.chunkSize
-		}
-		if most := min(max(int64(w.c.Portion)*sectorSize, s.chunkSize), need); e.Sectors <= 0 || w.deaths == 0 && e.Sectors*sectorSize > most {
-			w.fail("%v wants %d sectors, it can need %d", s, e.Sectors, most/sectorSize)
-		}
-		if !s.cut {
-			w.fail("%v wants storage before it is taken", s)
-		}
-	}
-}
-
-// checkReported sees to it that a break is reported, and nothing else: broken says whether
-// there was one. It is reported at the end of the turn, so nothing may be under way.
-func (s *snapshot) checkReported(broken bool) {
-	if reported := s.corrupted > 0; s.w.deaths == 0 && reported != broken {
-		s.w.fail("I5: %v is broken: %v (%v); reported: %v", s, broken, s.snap.Log().Err(), reported)
-	}
-}
-
-// room is how much more the storage could take, in bytes. It is 0 if the storage has
-// ever failed or been full, because the engine need not try again.
-func (s *snapshot) room() int64 {
-	if s.w.fired > 0 || s.w.wasFull {
-		return 0
-	}
-	u := s.snap.Log().Usage()
-	left := (u.Capacity - u.Regions) * u.ChunkSize
-	for _, st := range s.appended {
-		if st.File == nil {
-			continue
-		}
-		m := st.File.(*blockdevtest.Memory)
-		if max := m.Limit(); max > 0 {
-			left += (max - m.Size()) / u.ChunkSize * u.ChunkSize
-		}
-	}
-	return left
-}
-
-// take makes the cut.
-func (s *snapshot) take() {
-	w := s.w
-	w.proc.do(fmt.Sprintf("take %d", s.slot), func(done func()) {
-		if w.snaps[s.slot] != s {
-			done()
+// show makes the devices of the images, or serves those that there are.
+func (s *snapshot) show(then func()) {
+	inTurn(len(s.images), func(i int, next func()) {
+		d, tag := s.images[i].device, s.dir.rec.members[i].image
+		if d.tag != 0 && d.tag == tag {
+			s.serve(i)
+			next()
 			return
 		}
-		before := s.taken
-		if !s.cut {
-			s.before = nil
-			for _, dev := range s.devs {
-				info, _ := w.proc.cbts[dev].Info()
-				s.before = append(s.before, info)
-			}
-		}
-		w.proc.cancel = s.snap.Cancel
-		cut := false
-		s.snap.Take(func() {
-			cut = true
-			s.atCut()
-		}, func(err error) {
-			switch {
-			case err == nil && !cut:
-				w.fail("I7: take of %v is over without a cut", s)
-			case err != nil && cut:
-				w.fail("I7: take of %v fails after the cut: %v", s, err)
-			case err == nil:
-				s.taken = true
-				w.stats.Takes++
-				s.show()
-				s.answer(done)
-				return
-			case errors.Is(err, snapimage.ErrTaken):
-				if !before {
-					w.fail("take: %v", err)
-				}
-			case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapimage.ErrNoStorage):
-			case errors.Is(err, snapimage.ErrNoDevices) && len(s.devs) == 0:
-			case errors.Is(err, unix.ENOMEM) && w.tables == w.c.NoMemory:
-			default:
-				w.fail("take: %v", err)
-			}
-			done()
+		tag = s.w.newTag()
+		s.put("image", func(r *snapRecord) { r.members[i].image = tag }, func() {
+			s.step("device of the image", func() {
+				s.w.made(d, tag)
+				s.serve(i)
+			}, next)
 		})
+	}, func() {
+		s.taken = true
+		then()
 	})
 }
 
-// answer tells that the snapshot has been taken, when no power failure can take it back.
-func (s *snapshot) answer(done func()) {
-	w := s.w
-	if w.c.Zone == 0 {
-		done()
-		return
-	}
-	left := len(s.devs)
-	for i, dev := range s.devs {
-		w.proc.keepers[dev].taken(s.takes[i], func() {
-			if left--; left > 0 {
-				return
-			}
-			for i, dev := range s.devs {
-				w.answered[dev] = taken{s.images[i].base, s.takes[i]}
-				w.whatIfAnswered(dev)
-				if w.sched.Random().OneIn(2) {
-					w.proc.keepers[dev].checkpoint()
-				}
-			}
-			done()
-		})
-	}
-}
-
-// atCut is the instant of the cut: the originals hold what the images must
-// show, and nothing is being written.
-func (s *snapshot) atCut() {
-	w := s.w
-	w.tracef("%v: cut", s)
-	if s.cut {
-		w.fail("I7: %v is cut twice", s)
-	}
-	s.cut = true
-	for i, dev := range s.devs {
-		if n := w.changing[w.origs[dev]]; n != 0 {
-			w.fail("I7: %d writes are in flight on disk%d at the cut", n, dev)
-		}
-		im := &image{snap: s, dev: dev, base: w.origs[dev].Clone(), needed: make([]bool, w.devices[dev].size/sectorSize)}
-		w.devices[dev].eachWrite(im.needs)
-		reg := newRegister(dev, im.version)
-		im.device = newDevice(w, im.String(), dev, w.devices[dev].size, w.c.IQueues, w.c.Depth, reg)
-		im.device.image = im
-		s.images = append(s.images, im)
-		w.checkSwitched(i, dev, s)
-	}
-}
-
-// checkSwitched compares device dev's change map with the model right after a
-// cut.
-func (w *world) checkSwitched(i, dev int, s *snapshot) {
-	cbt := w.proc.cbts[dev]
-	info, err := cbt.Info()
-	if err != nil {
-		w.fail("I3: change map of disk%d: %v", dev, err)
-	}
-	s.takes = append(s.takes, info)
-	if t := s.snap.TakeInfo(i); t != info {
-		w.fail("I3: %v says its take of disk%d is %v, the map says %v", s, dev, t, info)
-	}
-	m := make([]byte, info.BlockCount)
-	if _, err := cbt.ReadMap(info.GenerationID, m, 0); err != nil {
-		w.fail("I3: change map of disk%d: %v", dev, err)
-	}
-	w.checkIncrement(dev, s, info)
-	d := w.model.devs[dev]
-	d.checkMap(m, info.GenerationID, info.ChangesNumber, w.deaths == 0)
-	d.begin(info.GenerationID, info.ChangesNumber)
-}
-
-// checkIncrement does what a backup does: it takes what the change map calls
-// changed since the take before, and must then have all that differs.
-func (w *world) checkIncrement(dev int, s *snapshot, info cbtmap.Info) {
-	now := taken{w.origs[dev].Clone(), info}
-	before := w.takes[dev]
-	w.takes[dev] = now
-	if before.disk == nil || before.info.GenerationID != info.GenerationID {
-		return
-	}
-	changed, err := w.proc.cbts[dev].Changes(info.GenerationID, uint64(before.info.ChangesNumber))
-	if err != nil {
-		w.fail("I3: changes of disk%d since take %d: %v", dev, before.info.ChangesNumber, err)
-	}
-	p, q := make([]byte, 1<<w.c.Block), make([]byte, 1<<w.c.Block)
-	same := func(from, to int64) {
-		for ; from < to; from += int64(len(p)) {
-			n := min(to-from, int64(len(p)))
-			if _, err := before.disk.ReadAt(p[:n], from); err != nil {
-				panic(err)
-			}
-			if _, err := now.disk.ReadAt(q[:n], from); err != nil {
-				panic(err)
-			}
-			if !bytes.Equal(p[:n], q[:n]) {
-				w.fail("I3: disk%d differs at sector %d+%d between takes %d and %d, and the change map has no change there",
-					dev, from/sectorSize, n/sectorSize, before.info.ChangesNumber, info.ChangesNumber)
-			}
-		}
-	}
-	at := int64(0)
-	for r, err := range changed {
-		if err != nil {
-			w.fail("I3: changes of disk%d: %v", dev, err)
-		}
-		if r.Offset < at || r.Length <= 0 {
-			w.fail("I3: disk%d: changes %d+%d after %d", dev, r.Offset, r.Length, at)
-		}
-		same(at, r.Offset)
-		at = r.Offset + r.Length
-	}
-	same(at, info.DeviceCapacity)
-}
-
-// taken is a disk at a cut, as a backup has it.
-type taken struct {
-	disk *blockdevtest.Memory
-	info cbtmap.Info
-}
-
-// show serves the images.
-func (s *snapshot) show() {
-	p := s.w.proc
-	for i, im := range s.images {
-		for n, h := range im.device.queues {
-			thread := p.thread(fmt.Sprintf("%s.%d", im.device.name, n))
-			h.serve(thread, s.snap.Image(i).NewQueue(p.queue(thread)))
-		}
+// serve serves an image.
+func (s *snapshot) serve(i int) {
+	p, d := s.w.proc, s.images[i].device
+	for n, h := range d.queues {
+		thread := p.thread(fmt.Sprintf("%s.%d", d.name, n))
+		h.serve(thread, s.snap.Image(i).NewQueue(p.queue(thread)))
 	}
 }
 
@@ -527,16 +337,40 @@ func (s *snapshot) destroy() {
 			done()
 			return
 		}
-		s.aborted, s.brokeBefore = true, s.broken()
-		s.snap.Abort()
-		w.proc.control.After(0, func() {
-			s.leaving = true
-			for _, im := range s.images {
-				im.device.remove()
-			}
-			s.destroyIdle(done)
+		s.end(done)
+	})
+}
+
+// end ends the snapshot. Job only.
+func (s *snapshot) end(done func()) {
+	w := s.w
+	s.aborted, s.brokeBefore = true, s.broken()
+	s.snap.Abort()
+	w.proc.control.After(0, func() {
+		s.put("destroying", func(r *snapRecord) { r.destroying = true }, func() {
+			s.hide(func() { s.destroyIdle(done) })
 		})
 	})
+}
+
+// hide has the kernel delete the devices of the images.
+func (s *snapshot) hide(then func()) {
+	inTurn(len(s.images), func(i int, next func()) {
+		if s.dir.rec.members[i].image == 0 {
+			next()
+			return
+		}
+		d := s.images[i].device
+		s.step("no device of the image", func() {
+			d.remove()
+			if s.gone {
+				d.abort() // nobody serves it
+			}
+			s.w.deleted(d)
+		}, func() {
+			s.put("no image", func(r *snapRecord) { r.members[i].image = 0 }, next)
+		})
+	}, then)
 }
 
 // destroyIdle goes on when no image is under I/O any more.
@@ -552,76 +386,11 @@ func (s *snapshot) destroyIdle(done func()) {
 	s.snap.Destroy(func() {
 		s.checkReported(s.brokeBefore)
 		s.checkUsed()
-		s.giveBack()
-		w.snaps[s.slot] = nil
-		done()
+		s.clear(func() {
+			w.snaps[s.slot] = nil
+			done()
+		})
 	})
-}
-
-// checkUsed is for a destroyed snapshot: what is to be wiped must be all that
-// was ever written.
-func (s *snapshot) checkUsed() {
-	for _, st := range s.appended {
-		if st.File == nil {
-			continue
-		}
-		if used, end := s.snap.Log().Used(st.File), s.w.written[st.File]; end > used {
-			s.w.fail("I10: %v says that %d bytes of %s were used, yet something was written up to %d", s, used, st.File.Name(), end)
-		}
-	}
-}
-
-// giveBack takes back the snapshot's memory and storage: nobody may use them
-// any more.
-func (s *snapshot) giveBack() {
-	w := s.w
-	for _, st := range s.appended {
-		if st.File == nil {
-			continue
-		}
-		w.retired[st.File] = s.String()
-	}
-	w.retired[s.poolFile] = s.String()
-	for _, mem := range append(s.words, s.pool, s.state) {
-		if err := unix.Mprotect(mem, unix.PROT_NONE); err != nil {
-			panic(err)
-		}
-	}
-}
-
-// checkUsage is for a log at rest.
-func (s *snapshot) checkUsage() {
-	if err := s.snap.Log().Check(); err != nil {
-		s.w.fail("%v: %v", s, err)
-	}
-	u := s.snap.Log().Usage()
-	if u.Regions > u.Capacity && !s.broken() {
-		s.w.fail("%v: %d regions in storage for %d", s, u.Regions, u.Capacity)
-	}
-	if u.Unstored != 0 && !s.broken() {
-		s.w.fail("%v: %d regions were never stored", s, u.Unstored)
-	}
-	copied := int64(0)
-	for i, im := range s.images {
-		a := s.snap.Image(i).Area()
-		for c := range diffarea.Chunks(a.Size(), a.ChunkSize()) {
-			if a.Load(c) == 0 {
-				continue
-			}
-			copied++
-			from := a.Start(c) / sectorSize
-			to := min(a.Start(c+1), a.Size()) / sectorSize
-			if !slices.Contains(im.needed[from:to], true) {
-				s.w.fail("%v: chunk %d of disk%d was copied, and nothing was written there", s, c, im.dev)
-			}
-		}
-	}
-	if s.w.deaths == 0 && s.w.fired == 0 && !s.broken() && copied != u.Regions {
-		s.w.fail("%v: %d regions handed out for %d chunks", s, u.Regions, copied)
-	}
-	if !s.aborted {
-		s.checkReported(s.broken())
-	}
 }
 
 // request issues a step's request to the image of a device, if there is one.
@@ -631,7 +400,7 @@ func (s *snapshot) request(st Step, op ublk.Op) {
 		return
 	}
 	im := s.images[int(st.Dev)%len(s.images)]
-	if op == ublk.OpWriteZeroes && s.cipher != nil {
+	if op == ublk.OpWriteZeroes && s.dir.rec.encrypted {
 		op = ublk.OpWrite // as the kernel does, because the image refuses the other
 	}
 	w.issue(im.device, st, op)

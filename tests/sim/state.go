@@ -30,6 +30,7 @@ type state struct {
 	logs    []*blockdevtest.Memory
 
 	gone    bool // the daemon says that a power failure now costs the history
+	kept    bool // the map is kept over the time without a filter
 	nothing bool // the name stands for nothing, durably
 }
 
@@ -38,6 +39,7 @@ type record struct {
 	log  *blockdevtest.Memory // nil: after a clean end
 	file *blockdevtest.Memory // base or saved map
 	size int64                // of what is in it
+	disk int64                // bytes
 	at   moment               // when it was begun to be made
 }
 
@@ -154,6 +156,7 @@ func (k *keeper) write(q blockdev.Queue, m *blockdevtest.Memory, content []byte,
 func (k *keeper) rename(q blockdev.Queue, r record, then func(unix.Errno)) {
 	n := 0
 	if r.file != nil {
+		k.s.kept = false
 		n = len(k.s.records)
 		k.s.records = append(k.s.records, r)
 		k.s.nothing = false // even if it fails
@@ -278,8 +281,12 @@ func (k *keeper) marked(off, n int64, then func()) {
 // startAll switches the logs on, for disks that nobody writes to yet, calls serve for each
 // disk and then done, on the control thread.
 func (p *process) startAll(serve func(dev int), done func()) {
-	left := len(p.keepers)
-	for _, k := range p.keepers {
+	all := p.living()
+	left := len(all)
+	if left == 0 {
+		done()
+	}
+	for _, k := range all {
 		k.do(func(end func()) {
 			k.come(func() {
 				end()
@@ -311,7 +318,7 @@ func (k *keeper) leave(done func()) {
 			failed(errno)
 			return
 		}
-		r := record{file: s.newFile("saved", int64(len(saved))), size: int64(len(saved)), at: at}
+		r := record{file: s.newFile("saved", int64(len(saved))), size: int64(len(saved)), disk: s.w.devices[s.dev].size, at: at}
 		k.write(k.queue, r.file, saved, func(errno unix.Errno) {
 			if errno != 0 {
 				failed(errno)
@@ -322,7 +329,7 @@ func (k *keeper) leave(done func()) {
 					failed(errno)
 					return
 				}
-				s.gone = false
+				s.gone, s.kept = false, true
 				k.log.GiveUp()
 				done()
 			})
@@ -333,11 +340,16 @@ func (k *keeper) leave(done func()) {
 // load gives a new map what was kept.
 func (k *keeper) load() {
 	s := k.s
-	if r := s.records[s.number(s.name)]; r.file != nil {
+	r := s.records[s.number(s.name)]
+	if s.kept && r.file == nil {
+		s.w.fail("I6: the map of disk%d that was kept is forgotten", s.dev)
+	}
+	s.kept = false
+	if r.file != nil && r.log == nil && r.disk == s.w.devices[s.dev].size {
 		if err := k.p.cbts[s.dev].Load(contentOf(r.file, r.size)); err != nil {
 			s.w.fail("I6: the map of disk%d that was kept: %v", s.dev, err)
 		}
-		s.w.cbtMemory[s.dev] = k.p.cbts[s.dev].Memory()
+		s.w.tmpfs.maps[s.dev] = k.p.cbts[s.dev].Memory()
 	}
 	k.p.begun(s.dev)
 }

@@ -48,7 +48,10 @@ type world struct {
 	points      int    // places to die passed since then
 	retired     map[blockdev.File]string
 	written     map[blockdev.File]int64 // up to where, bytes
-	cbtMemory   [][]byte                // of the change maps, which outlives a process
+	tmpfs       tmpfs                   // which outlives a process
+	kernel      map[uint64]*device      // the ublk devices that there are, by tag
+	tags        uint64                  // handed out
+	places      []*storagePlace         // that there ever were
 	takes       [maxDevices]taken       // the last of each disk
 	answered    [maxDevices]taken       // the last of which somebody was told
 	states      []*state                // of each disk, if there are write-intent logs
@@ -70,6 +73,7 @@ type Stats struct {
 	Breaks   int // snapshots broken by faults or want of storage
 	Deaths   int
 	Faults   int
+	TakeOver uint64 // steps of the scheduler that the last one took
 }
 
 // Failure is a violated invariant.
@@ -123,6 +127,7 @@ func newWorld(c Case, trace io.Writer) *world {
 		chance:   blockdevtest.NewRandom(^c.Order),
 		changing: make(map[*blockdevtest.Memory]int),
 		retired:  make(map[blockdev.File]string),
+		kernel:   make(map[uint64]*device),
 		written:  make(map[blockdev.File]int64),
 	}
 	w.client = w.sched.NewQueue("client")
@@ -248,6 +253,9 @@ func (w *world) onEffect(q *blockdevtest.SchedQueue, op *blockdev.Op, off, n int
 	}
 	if changes(op.Kind) {
 		w.written[op.File] = max(w.written[op.File], op.Off+off+n)
+		if at := slices.IndexFunc(w.places, func(pl *storagePlace) bool { return op.File == pl.file }); at >= 0 && w.c.Records != 0 {
+			w.stored(w.places[at])
+		}
 	}
 	if i := w.isOrig(op.File); i >= 0 && changes(op.Kind) {
 		if op.Kind != blockdev.Discard || blockdevtest.DiscardEffect(w.c.Discards) != blockdevtest.DiscardKeep {
@@ -335,8 +343,12 @@ func (w *world) step() (more bool) {
 			w.kill()
 		}
 	}()
-	if w.c.KillStep != 0 && w.deaths < w.c.Kills && w.proc != nil && w.sched.Steps()-w.bornAt >= uint64(w.c.KillStep) {
-		w.kill()
+	if w.proc != nil {
+		age := w.sched.Steps() - w.bornAt
+		if w.c.KillStep != 0 && w.deaths < w.c.Kills && age >= uint64(w.c.KillStep) ||
+			w.c.KillAgain != 0 && w.deaths == 1 && age >= uint64(w.c.KillAgain) {
+			w.kill()
+		}
 	}
 	if w.c.PowerStep != 0 && w.sched.Steps() >= uint64(w.c.PowerStep) {
 		w.powerFail()
@@ -366,6 +378,9 @@ func (w *world) powerFail() {
 				w.checkBackup(i, h, w.origs[i])
 			}
 		}
+	}
+	if w.c.Records != 0 {
+		w.clearLost()
 	}
 	if w.c.Zone != 0 {
 		w.reboots()

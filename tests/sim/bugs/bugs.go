@@ -31,6 +31,7 @@ type Bug struct {
 	Name  string
 	Why   string // what it does wrong, to be read after the name
 	Log   bool   // it shows only with a write-intent log
+	Steps bool   // it shows only if the steps of the records come one by one
 	edits []edit
 }
 
@@ -61,6 +62,7 @@ func All() (all []Bug) {
 		for i := range bugs {
 			bugs[i].Log = name == "intentlog.diff" || name == "state.diff" ||
 				slices.ContainsFunc(bugs[i].edits, func(e edit) bool { return strings.Contains(e.new+e.old, ".intent") })
+			bugs[i].Steps = name == "record.diff"
 		}
 		all = append(all, bugs...)
 	}

@@ -13,9 +13,12 @@ import (
 	"strings"
 )
 
-// engine are the files that get places; only they have bugs. The last plays the daemon's part
-// in the simulator.
-var engine = []string{"cbtmap/*.go", "diffarea/*.go", "filter/*.go", "intentlog/*.go", "snapimage/*.go", "tests/sim/state.go"}
+// engine are the files that get places; only they have bugs. Those of the simulator play the
+// daemon's part.
+var engine = []string{
+	"cbtmap/*.go", "diffarea/*.go", "filter/*.go", "intentlog/*.go", "snapimage/*.go", "snapshots/stage.go", "snapshots/takepage.go",
+	"tests/sim/append.go", "tests/sim/cut.go", "tests/sim/device.go", "tests/sim/left.go", "tests/sim/note.go", "tests/sim/record.go", "tests/sim/snapshot.go", "tests/sim/state.go",
+}
 
 // The copies import switches, which then says so of itself.
 const (
