@@ -116,12 +116,14 @@ func (d *Daemon) findDevice(ref string) (*device, error) {
 }
 
 // openedBy names a process that has the device open, if one has that is not our prober,
-// which syncs it.
+// which claims it for us.
 func (d *Daemon) openedBy(n blockdev.Num) string {
-	for _, who := range d.host.Openers(n) {
-		if d.opts.Prober == nil || who.PID != d.opts.Prober.PID() {
-			return who.String()
-		}
+	var ours []int
+	if d.opts.Prober != nil {
+		ours = append(ours, d.opts.Prober.PID())
+	}
+	for _, who := range d.host.Openers(n, ours...) {
+		return who.String()
 	}
 	return ""
 }

@@ -309,6 +309,11 @@ func TestOpeners(t *testing.T) {
 			if c.open != (len(ps) == 1) || len(ps) > 1 || c.open && ps[0].String() != "fio (process 42)" {
 				t.Errorf("openers %v", ps)
 			}
+			// One that has it open and is left out hides nobody who has it mapped.
+			m.link("/dev/vdb", m.Proc, "43/fd/3")
+			if ps := m.Openers(Num{Major: 1, Minor: 3}, 43); c.open != (len(ps) == 1) || len(ps) > 1 || c.open && ps[0].PID != 42 {
+				t.Errorf("openers but 43: %v", ps)
+			}
 		})
 	}
 }

@@ -189,12 +189,12 @@ type Process struct {
 
 func (p Process) String() string { return fmt.Sprintf("%s (process %d)", p.Name, p.PID) }
 
-// Openers are the processes, other than this one, that have the disk or one of its
-// partitions open or mapped; none if there is no such disk. Openers does not see what
+// Openers are the processes, other than this one and those named by number, that have the
+// disk or one of its partitions open or mapped; none if there is no such disk. Openers does not see what
 // only the kernel holds (mounts, stacked devices). Nor does it see what a process has
 // that hangs in the middle of a change of its memory, because nobody can look at such a
 // process.
-func (h *Host) Openers(n Num) []Process {
+func (h *Host) Openers(n Num, but ...int) []Process {
 	d, err := h.byNumber(n)
 	if err != nil {
 		return nil
@@ -203,23 +203,23 @@ func (h *Host) Openers(n Num) []Process {
 	for _, p := range h.Partitions(d) {
 		wanted[p.Num] = p.Name
 	}
-	if out := h.processes("files", func(dir string) bool { return h.hasOpen(dir, wanted) }); len(out) > 0 {
+	but = append(but, os.Getpid())
+	if out := h.processes(but, "files", func(dir string) bool { return h.hasOpen(dir, wanted) }); len(out) > 0 {
 		return out
 	}
-	return h.processes("memory", func(dir string) bool { return h.hasMapped(dir, wanted) })
+	return h.processes(but, "memory", func(dir string) bool { return h.hasMapped(dir, wanted) })
 }
 
 // processWait is how long processes that hang are waited for, all together.
 const processWait = 5 * time.Second
 
-// processes are those other than this one of whose directory in /proc f, which
-// looks at what they have, is true.
-func (h *Host) processes(what string, f func(dir string) bool) (out []Process) {
-	self := strconv.Itoa(os.Getpid())
+// processes are those, but for some, of whose directory in /proc f, which looks at what they
+// have, is true.
+func (h *Host) processes(but []int, what string, f func(dir string) bool) (out []Process) {
 	end := time.Now().Add(processWait)
 	for _, name := range dirNames(h.Proc) {
 		pid, err := strconv.Atoi(name)
-		if err != nil || name == self {
+		if err != nil || slices.Contains(but, pid) {
 			continue
 		}
 		dir := filepath.Join(h.Proc, name)
