@@ -108,7 +108,7 @@ soak: integration-binaries
 
 systemd: build bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd
-	bin/vm -no-skips -again -systemd -disk data=128M -timeout 15m 'cd tests/systemd && exec ../../.cache/test/systemd.test -test.v'
+	bin/vm -no-skips -again -systemd -disk data=128M -disk swap=64M -disk lower=64M -timeout 15m 'cd tests/systemd && exec ../../.cache/test/systemd.test -test.v'
 
 reboot: build bin/vm
 	tests/reboot/run.sh
@@ -155,6 +155,7 @@ install: build
 	install -D -m 755 bin/ublk-blksnap $(DESTDIR)$(PREFIX)/sbin/ublk-blksnap
 	ln -sf ublk-blksnap $(DESTDIR)$(PREFIX)/sbin/blksnap
 	install -D -m 644 dist/59-ublk-blksnap.rules $(DESTDIR)/etc/udev/rules.d/59-ublk-blksnap.rules
+	install -D -m 755 dist/ublk-blksnap.shutdown $(DESTDIR)/usr/lib/systemd/system-shutdown/ublk-blksnap
 	install -d $(DESTDIR)/etc/systemd/system
 	sed 's|/usr/local/sbin|$(PREFIX)/sbin|' dist/ublk-blksnap.service >$(DESTDIR)/etc/systemd/system/ublk-blksnap.service
 	@# A configuration that somebody has written stays.

@@ -30,6 +30,7 @@ type fakeAPI struct {
 	events []control.Event
 
 	stops    chan error  // what each Stop returns; nil: no error
+	ends     chan error  // the same of EndWithMachine
 	hangs    atomic.Bool // it does not answer for its threads
 	closings int
 	gaveUp   atomic.Bool
@@ -119,8 +120,9 @@ func (f *fakeAPI) Stop(context.Context) error {
 	}
 	return <-f.stops
 }
-func (f *fakeAPI) Serves() {}
-func (f *fakeAPI) Close()  { f.closings++ }
+func (f *fakeAPI) EndWithMachine(context.Context) error { return <-f.ends }
+func (f *fakeAPI) Serves()                              {}
+func (f *fakeAPI) Close()                               { f.closings++ }
 func (f *fakeAPI) Reload(_ context.Context, r control.ReloadRequest) (control.Reloaded, error) {
 	f.asked = r
 	if f.err != nil {

@@ -150,6 +150,9 @@ func (d *Daemon) bootRoot() string {
 // addBoot adds the disks that are there and have no filter, and says how many.
 func (d *Daemon) addBoot(ctx context.Context) (added int) {
 	for _, b := range d.boot.disks {
+		if d.ending.begun.Load() {
+			return added // nothing is missing
+		}
 		reason := b.reason
 		if d.deviceNamed(b.Name) != nil || d.findWaiting(b.Name) != nil {
 			reason = ""
@@ -163,6 +166,7 @@ func (d *Daemon) addBoot(ctx context.Context) (added int) {
 			var done bool
 			if done, reason = d.addBootDisk(ctx, b, bdev); done {
 				added++
+				d.opts.progress.made()
 			}
 			b.pause = min(max(2*b.pause, bootInterval), bootRetryLimit)
 			b.next = time.Now().Add(b.pause)
@@ -180,7 +184,7 @@ func (d *Daemon) addBoot(ctx context.Context) (added int) {
 // addBootDisk puts the filter over a disk that is there, or says why not. There is no
 // reason if it shall have none.
 func (d *Daemon) addBootDisk(ctx context.Context, b *bootDisk, bdev *disk.Disk) (done bool, reason string) {
-	end, err := d.begin(ctx, "add %s", b.Path)
+	end, err := d.beginNew(ctx, "add %s", b.Path)
 	if err != nil {
 		return false, err.Error()
 	}

@@ -71,6 +71,7 @@ type Daemon struct {
 	watch intentWatch
 
 	thawed chan struct{} // closed when what a dead daemon froze is thawed
+	ending ending
 
 	stopRetry context.CancelFunc
 }
@@ -256,6 +257,12 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		}
 		removed = append(removed, dev.Name)
 	}
+	d.finishStop()
+	return nil
+}
+
+// finishStop is the end of a stop: no filter is left; needs opLock.
+func (d *Daemon) finishStop() {
 	d.forgetRemoved()
 	if d.useOutdated(); len(d.outdated) > 0 {
 		d.opts.Log.Error("what is kept of disks from before is out of date, and cannot be removed: remove it before they have filters in another boot",
@@ -268,7 +275,6 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 			d.opts.Log.Warn("cannot remove the record of the filters that this daemon had", "error", err)
 		}
 	}
-	return nil
 }
 
 // Close implements stopper.

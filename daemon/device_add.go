@@ -36,7 +36,7 @@ func checkName(name string) error {
 
 // AddDevice implements control.API.
 func (d *Daemon) AddDevice(ctx context.Context, r control.AddRequest) (control.Device, error) {
-	end, err := d.begin(ctx, "add %s", r.Path)
+	end, err := d.beginNew(ctx, "add %s", r.Path)
 	if err != nil {
 		return control.Device{}, err
 	}

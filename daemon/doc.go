@@ -59,6 +59,8 @@
 // whom, and keeps running, because its end would cut a mounted filesystem from its
 // disk. Unmount the filesystem, then stop the daemon again.
 //
+// Under systemd SIGPWR says that the machine ends: see machine_end.go.
+//
 // After a SIGKILL the I/O of the devices waits (state "quiesced") for the next
 // daemon, which takes them over before it listens: see takeover.go. What that one
 // cannot take over is in [control.Info].Lost, and stays until it can, or until it is

@@ -38,8 +38,9 @@ const reloadEnv = "UBLK_BLKSNAP_RELOAD"
 // reloading is a reload that is under way, and what it hands on.
 type reloading struct {
 	control.Reloaded
-	Socket int `json:"socket"` // the file descriptor of the socket, which listens
-	Prober int `json:"prober"` // the process of the program before, a child of this one
+	Socket int  `json:"socket"`           // the file descriptor of the socket, which listens
+	Prober int  `json:"prober"`           // the process of the program before, a child of this one
+	Ending bool `json:"ending,omitempty"` // systemd has told the program before that the machine ends
 }
 
 // giveUpTime is how long the daemon waits for requests under way before it gives its
@@ -53,7 +54,7 @@ const CheckTakeoverFlag = "check-takeover"
 // Reload implements control.API. After it nothing is changed any more; run does the
 // rest.
 func (d *Daemon) Reload(ctx context.Context, r control.ReloadRequest) (control.Reloaded, error) {
-	end, err := d.begin(ctx, "reload")
+	end, err := d.beginNew(ctx, "reload")
 	if err != nil {
 		return control.Reloaded{}, err
 	}
@@ -208,9 +209,9 @@ func (d *Daemon) GiveUp(ctx context.Context) (quiesced int, err error) {
 }
 
 // exec is the end of this program in the process. It returns only if neither the new
-// program nor this one can be exec'd.
-func (o *Options) exec(d stopper, lock *os.File, socket *os.File, plan control.Reloaded) error {
-	setWatchdog(noWatchdog)
+// program nor this one can be exec'd. At its last instant it asks whether the machine ends.
+func (o *Options) exec(d stopper, lock *os.File, socket *os.File, plan control.Reloaded, ending func() bool) error {
+	setWatchdog(o.Config.patience())
 	asked, prober := running(o.Prober), 0
 	if asked {
 		limited, cancel := context.WithTimeout(context.Background(), giveUpTime)
@@ -240,7 +241,7 @@ func (o *Options) exec(d stopper, lock *os.File, socket *os.File, plan control.R
 		return slices.Contains([]string{programEnv, lockEnv, reloadEnv}, name)
 	})
 	try := func(path string) error {
-		text, err := json.Marshal(reloading{plan, int(socket.Fd()), prober})
+		text, err := json.Marshal(reloading{plan, int(socket.Fd()), prober, ending()})
 		if err != nil {
 			return err
 		}

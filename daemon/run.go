@@ -31,6 +31,8 @@ type Options struct {
 	Args    []string
 	// Prober tells what devices hold; Run starts one.
 	Prober *disk.Prober
+
+	progress *progress // of the start
 }
 
 // ProbeCommand is the command of the program that serves a Prober. Its argument is
@@ -47,6 +49,9 @@ type stopper interface {
 	// GiveUp gives all devices up, for a program that takes over in this process. Of
 	// the API only Info may be called after that. It says how many were quiesced.
 	GiveUp(ctx context.Context) (quiesced int, err error)
+	// EndWithMachine is a Stop that destroys snapshots and removes each filter that nobody
+	// uses. While it gives an error, some are left.
+	EndWithMachine(ctx context.Context) error
 	// Close frees what Stop left, at the end of the process.
 	Close()
 }
@@ -71,6 +76,17 @@ func (n notifier) Stop(ctx context.Context) error {
 	return err
 }
 
+// EndWithMachine implements stopper.
+func (n notifier) EndWithMachine(ctx context.Context) error {
+	err := n.stopper.EndWithMachine(ctx)
+	if err == nil {
+		close(n.stopped)
+		return nil
+	}
+	notify("STATUS=the machine ends, but " + err.Error())
+	return err
+}
+
 // Reload implements control.API.
 func (n notifier) Reload(ctx context.Context, r control.ReloadRequest) (control.Reloaded, error) {
 	plan, err := n.stopper.Reload(ctx, r)
@@ -88,7 +104,8 @@ func (n notifier) Info(ctx context.Context) (control.Info, error) {
 }
 
 // Run is the daemon. It serves until a client, SIGTERM or SIGINT tells it to stop
-// while no device is in use.
+// while no device is in use, or SIGPWR says that the machine ends, if it
+// runs under systemd.
 func Run(o Options) error {
 	// The prober starts before there is anything that it must not inherit, and before
 	// there is a disk to serve.
@@ -101,6 +118,7 @@ func Run(o Options) error {
 	for _, err := range ublk.PrepareProcess() {
 		o.Log.Warn("the process could not be prepared in full for serving disks", "error", err)
 	}
+	o.progress = &progress{}
 	if err := run(o, func() (stopper, error) { return New(o) }); err != nil {
 		return err
 	}
@@ -112,7 +130,7 @@ func run(o Options, open func() (stopper, error)) error {
 	// Signals come first, because from the first device on no signal may end or stop
 	// the process by itself.
 	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGQUIT)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGQUIT, unix.SIGPWR)
 	defer signal.Stop(signals)
 	ignoreSignals()
 
@@ -135,7 +153,10 @@ func run(o Options, open func() (stopper, error)) error {
 	if err := o.setGuard(); err != nil {
 		o.Log.Warn("nobody starts the next daemon if this one dies", "error", err)
 	}
-	stopExtending := extendStart()
+	if o.progress == nil {
+		o.progress = &progress{}
+	}
+	stopExtending := extendStart(o.progress, o.Config.patience(), reload != nil)
 	opened, err := open()
 	stopExtending()
 	if err != nil {
@@ -146,6 +167,12 @@ func run(o Options, open func() (stopper, error)) error {
 	if reload != nil {
 		now, _ := opened.Info(context.Background())
 		api.reloaded = reload.end(o.Log, now)
+	}
+	if reload != nil && reload.Ending {
+		select {
+		case signals <- unix.SIGPWR:
+		default: // it is full of others
+		}
 	}
 	if l == nil {
 		if l, err = o.Dir.listen(); err != nil {
@@ -172,8 +199,10 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 	}
 	notify("READY=1")
 	go feedWatchdog(ctx, api, o.Log.Logger)
+	renewing, noProber := context.WithCancel(ctx)
+	defer noProber()
 	if o.Prober != nil {
-		go renewProber(ctx, *o, api)
+		go renewProber(renewing, *o, api)
 	}
 	// Watchers would never end by themselves. Whoever asked for the end gets his answer.
 	finish := func() {
@@ -183,6 +212,15 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 		_ = srv.Shutdown(limited)
 	}
 
+	ending := false
+	// Another program is to take over: it has to know whether the machine ends. A signal that
+	// comes from now on is lost, and would otherwise end the new program in its first
+	// instant. systemd repeats it.
+	handOn := func() bool {
+		signal.Ignore(unix.SIGPWR)
+		ending = came(unix.SIGPWR, signals) || ending
+		return ending
+	}
 	for {
 		select {
 		case err := <-served:
@@ -190,6 +228,15 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 		case s := <-signals:
 			if s == unix.SIGQUIT {
 				logGoroutines(o.Log)
+				continue
+			}
+			if s == unix.SIGPWR {
+				if Supervised() && !ending { // systemd repeats it, and means nothing else by it
+					ending = true
+					o.Log.Info("the machine ends")
+					noProber()
+					go o.endWithMachine(ctx, api)
+				}
 				continue
 			}
 			o.Log.Info("asked to stop", "signal", s.String())
@@ -205,9 +252,10 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 				return fail(err, "hand the socket on")
 			}
 			finish()
-			return fail(o.exec(api, lock, socket, plan), "exec %s", plan.Program)
+			return fail(o.exec(api, lock, socket, plan, handOn), "exec %s", plan.Program)
 		case <-api.stopped:
 			notify("STOPPING=1")
+			defer extendStop()()
 			finish()
 			_ = srv.Close()
 			_ = os.Remove(o.Dir.Socket())
@@ -216,6 +264,18 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 			}
 			o.Log.Info("daemon stopped")
 			return nil
+		}
+	}
+}
+
+// came says whether s is among the signals that nobody has looked at yet. It takes them all.
+func came(s os.Signal, signals <-chan os.Signal) (found bool) {
+	for {
+		select {
+		case next := <-signals:
+			found = found || next == s
+		default:
+			return found
 		}
 	}
 }

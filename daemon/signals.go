@@ -12,7 +12,7 @@ import (
 // SIGABRT, for somebody who wants to end the daemon and see where it was.
 func ignoreSignals() {
 	signal.Ignore(unix.SIGHUP, unix.SIGPIPE, unix.SIGALRM, unix.SIGVTALRM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGXCPU, unix.SIGXFSZ,
-		unix.SIGSTKFLT, unix.SIGIO, unix.SIGPWR, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
+		unix.SIGSTKFLT, unix.SIGIO, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
 	for n := unix.Signal(32); n <= 64; n++ {
 		if n > 34 {
 			signal.Ignore(n)

@@ -20,7 +20,7 @@ import (
 
 // CreateSnapshot implements control.API.
 func (d *Daemon) CreateSnapshot(ctx context.Context, r control.CreateRequest) (control.Snapshot, error) {
-	end, err := d.begin(ctx, "create snapshot")
+	end, err := d.beginNew(ctx, "create snapshot")
 	if err != nil {
 		return control.Snapshot{}, err
 	}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"time"
 )
 
@@ -33,17 +34,42 @@ const (
 	// startStep is for how long more systemd is asked to wait for the start, again and
 	// again: what a dead daemon left may be much, and on disks that take their time.
 	startStep = time.Minute
-	// noWatchdog is the watchdog's time of a reload: longer than any takes, so that only
-	// a program that hangs in it is killed.
-	noWatchdog = time.Hour
+	// stopStep is the same for what is done at the end of the machine.
+	stopStep = 10 * time.Second
+	// startPatience is how long a start, and what follows a reload, may make no progress. No
+	// step of a start that does its work takes as long: serving a device again may take
+	// serveTimeout, and all else less.
+	startPatience = serveTimeout + 5*time.Minute
 )
 
-// extendStart asks systemd to wait for a start that goes on, until stop is called.
-func extendStart() (stop func()) {
+// progress counts the steps of a start.
+type progress struct{ steps atomic.Uint64 }
+
+// made counts a step.
+func (p *progress) made() {
+	if p != nil {
+		p.steps.Add(1)
+	}
+}
+
+// watched returns a function that says whether a step was made within patience.
+func (p *progress) watched(patience time.Duration) func() bool {
+	seen, last := p.steps.Load(), time.Now()
+	return func() bool {
+		if now := p.steps.Load(); now != seen {
+			seen, last = now, time.Now()
+		}
+		return time.Since(last) < patience
+	}
+}
+
+// extend asks systemd to wait for step more, again and again, until stop is called or
+// goesOn says that nothing is to be waited for any more. It says more with it.
+func extend(step time.Duration, more string, goesOn func() bool) (stop func()) {
 	if !Supervised() {
 		return func() {}
 	}
-	ask := func() { notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", startStep.Microseconds())) }
+	ask := func() { notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d%s", step.Microseconds(), more)) }
 	ask()
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
@@ -51,13 +77,37 @@ func extendStart() (stop func()) {
 			select {
 			case <-ctx.Done():
 				return
-			case <-time.After(startStep / 3):
-				ask()
+			case <-time.After(step / 3):
 			}
+			if !goesOn() {
+				return
+			}
+			ask()
 		}
 	}()
 	return cancel
 }
+
+// extendStart asks systemd to wait for a start that makes progress, until stop is
+// called. One that hangs is killed, and the next daemon tries (TimeoutStartFailureMode).
+// After a reload it is the watchdog that waits, because the unit is running.
+func extendStart(p *progress, patience time.Duration, reloaded bool) (stop func()) {
+	alive := ""
+	if reloaded {
+		setWatchdog(startStep)
+		alive = "\nWATCHDOG=1"
+	}
+	return extend(startStep, alive, p.watched(patience))
+}
+
+// patience is how long a start with this configuration may make no progress.
+func (c *Config) patience() time.Duration {
+	return startPatience + c.StorageTimeout + c.DiskTimeout
+}
+
+// extendStop asks systemd to wait for what is done at the end of the machine, until stop
+// is called.
+func extendStop() (stop func()) { return extend(stopStep, "", func() bool { return true }) }
 
 // watchdogTime is how long systemd waits for a sign of life (WatchdogSec), 0 if it
 // waits for none.

@@ -58,6 +58,7 @@ func TestWatchdog(t *testing.T) {
 	ended := runFake(t, RunDir(t.TempDir()), fake)
 	hears(t, said, "EXTEND_TIMEOUT_USEC=60000000")
 	hears(t, said, "READY=1")
+	hears(t, said, "WATCHDOG_USEC=300000") // whatever a reload has set
 	for range 3 {
 		hears(t, said, "WATCHDOG=1")
 	}
@@ -90,5 +91,38 @@ func TestNoWatchdog(t *testing.T) {
 		if got := watchdogTime(); got != 0 {
 			t.Errorf("%s: %v", name, got)
 		}
+	}
+}
+
+// TestStartProgress: systemd is asked to wait only for a start that makes steps. After a
+// reload the watchdog waits as long.
+func TestStartProgress(t *testing.T) {
+	said := systemd(t)
+	t.Setenv("WATCHDOG_USEC", "300000")
+	const step, patience = 30 * time.Millisecond, 300 * time.Millisecond
+	p := &progress{}
+	end := time.Now().Add(4 * patience)
+	stop := extend(step, "", p.watched(patience))
+	for time.Now().Before(end) {
+		p.made()
+		hears(t, said, "EXTEND_TIMEOUT_USEC=30000")
+	}
+	// It hangs.
+	for silent := false; !silent; {
+		select {
+		case <-said:
+			if time.Since(end) > time.Minute {
+				t.Fatal("systemd is asked to wait for ever")
+			}
+		case <-time.After(patience):
+			silent = true
+		}
+	}
+	stop()
+	stop = extendStart(p, time.Hour, true)
+	defer stop()
+	hears(t, said, "WATCHDOG_USEC=60000000")
+	if s := hears(t, said, "EXTEND_TIMEOUT_USEC=60000000"); !strings.HasSuffix(s, "\nWATCHDOG=1") {
+		t.Errorf("after a reload: %q", s)
 	}
 }

@@ -99,6 +99,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	reasons := make([]error, len(snaps))
 	for i, s := range snaps {
 		reopened[i], reasons[i] = d.reopenSnapshot(s, there)
+		d.opts.progress.made()
 	}
 	served += d.resumeHeld(ctx, devices)
 	pause := time.Since(began)
@@ -119,6 +120,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 			continue
 		}
 		served += len(s.Images)
+		d.opts.progress.made()
 	}
 	if served > 0 {
 		d.recovered = &control.Recovered{At: began.Add(images), Count: d.countRecovery(), Pause: pause, Images: images, Devices: served}
@@ -258,6 +260,7 @@ func notEnded(err error) bool {
 
 // claim claims the device of s, or says that there is none.
 func (d *Daemon) claim(ctx context.Context, s *survivor) (gone bool) {
+	defer d.opts.progress.made()
 	if s.claimed != nil {
 		return false
 	}
@@ -331,6 +334,7 @@ func rereadPartitions(bdev *disk.Disk) error {
 // reopen makes a claimed device's filter from what outlived the dead daemon. It does
 // not serve yet.
 func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error) {
+	defer d.opts.progress.made()
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	r := &s.record
@@ -466,6 +470,7 @@ func (d *Daemon) resume(ctx context.Context, s *survivor) {
 	if d.takenOver(dev); dev.intent == nil {
 		d.stopIdentity(dev, s.record.kept())
 	}
+	d.opts.progress.made()
 	if err := dev.ublk.Resume(ctx); err != nil {
 		s.reason = err
 		dev.removing = true

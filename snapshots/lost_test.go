@@ -2,6 +2,7 @@ package snapshots
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -275,6 +276,56 @@ func TestLostForeign(t *testing.T) {
 		}
 		if !lost.Clear(machineOf(l)) {
 			t.Errorf("%s: its own machine: %+v", kind, lost.Storage)
+		}
+	}
+}
+
+// TestStayNoted: of a snapshot that ends with the machine a note stays, from which the
+// next boot knows it. It names no storage, because that has been given back.
+func TestStayNoted(t *testing.T) {
+	for _, stays := range []bool{false, true} {
+		o := newOriginal(t, make([]byte, 64<<10))
+		s, _ := newSnapshot(t)
+		var note []byte
+		s.state.keep = func(_ uuid.UUID, text []byte) error { note = text; return nil }
+		if err := s.Add(o.filter, disk1); err != nil {
+			t.Fatal(err)
+		}
+		appendDir(t, s, t.TempDir())
+		if _, err := s.Take(context.Background(), TakeOptions{Limit: time.Minute}); err != nil {
+			t.Fatal(err)
+		}
+		if stays {
+			s.StayNoted()
+		}
+		s.Destroy()
+		if err := s.GiveBack(); err != nil {
+			t.Error(err)
+		}
+		if !stays {
+			if note != nil {
+				t.Errorf("a note is left: %s", note)
+			}
+			continue
+		}
+		body, _, err := statefile.Decode("note", note, noteKind, noteVersion)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var c noteContent
+		if err := json.Unmarshal(body, &c); err != nil {
+			t.Fatal(err)
+		}
+		if c.ID != s.cfg.ID || len(c.Devices) != 1 || len(c.Storage) != 0 {
+			t.Errorf("%+v", c)
+		}
+		c.Boot = "another"
+		if note, err = statefile.Encode(noteKind, noteVersion, c); err != nil {
+			t.Fatal(err)
+		}
+		lost, err := ReadNote("note", note)
+		if err != nil || lost == nil || len(lost.Devices) != 1 || !lost.Clear(Machine{}) {
+			t.Errorf("in another boot: %+v, %v", lost, err)
 		}
 	}
 }

@@ -64,6 +64,7 @@ type Snapshot struct {
 	storage []*storage
 	filters []*filter.Filter // of the devices, in the order of Add
 	align   int              // smallest logical block of the devices, bytes
+	noted   bool             // see StayNoted
 	taken   []*takenDevice   // by device, empty before the take
 
 	mu        sync.Mutex
@@ -182,6 +183,10 @@ func (s *Snapshot) SetNote(n json.RawMessage) error {
 	return s.state.update(func(r *record) { r.Note = n })
 }
 
+// StayNoted has GiveBack leave a note, which names no storage any more, so that the next
+// boot tells of the snapshot: the machine ends, and nobody may see its end.
+func (s *Snapshot) StayNoted() { s.noted = true }
+
 // Told puts on record that the owner knows, where it outlives the daemon, that the
 // snapshot is broken: else the next daemon is told it again. What is stored will never be
 // read any more, so the key goes.
@@ -248,7 +253,9 @@ func (s *Snapshot) GiveBack() error {
 	}
 	err := errors.Join(errs...)
 	if err == nil {
-		s.state.dropNote()
+		if !s.noted || !s.state.keepNote() {
+			s.state.dropNote()
+		}
 	}
 	return errors.Join(err, s.state.close())
 }

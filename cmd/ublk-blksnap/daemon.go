@@ -33,7 +33,9 @@ func (p *program) daemon() *cobra.Command {
 "daemon stop", SIGTERM and SIGINT stop it if no filter is mounted, open or held
 by a snapshot: the filters are synced and removed. Otherwise it tells which one is
 used by whom, removes nothing and keeps running. SIGQUIT has it log what each of
-its goroutines is doing.
+its goroutines is doing. Under systemd SIGPWR says that the machine ends: snapshots
+are destroyed, each filter is removed as soon as nobody uses it, and the daemon
+ends with the last one.
 
 Parameters come from the configuration file, and from flags, which win:`,
 		Args: args(0, 0),
@@ -62,13 +64,20 @@ Parameters come from the configuration file, and from flags, which win:`,
 			p.err = prefixed{p.err, daemon.Priority(slog.LevelError)}
 		}
 		err := p.runDaemon(c.Flags(), params, reportFD, func(err error) { daemon.ReportStart(reportFD, err) })
-		if control.CodeOf(err) == control.Exists && daemon.Supervised() {
+		if err == nil || !daemon.Supervised() {
+			return err
+		}
+		status := p.exit(err)
+		switch control.CodeOf(err) {
+		case control.Exists:
 			// systemd shall not try again and again while another daemon runs
 			// (RestartPreventExitStatus).
-			p.exit(err)
-			return silentError(statusBusy)
+			status = statusBusy
+		case control.Unsupported, control.Invalid, control.Denied, control.Corrupted:
+			time.Sleep(refusedPause)
+		default:
 		}
-		return err
+		return silentError(status)
 	}
 	c.AddCommand(p.daemonReload(), p.daemonStop())
 	return c
@@ -76,6 +85,12 @@ Parameters come from the configuration file, and from flags, which win:`,
 
 // reportFlag is the flag of a daemon whose starter waits for its report.
 const reportFlag = "report-fd"
+
+// refusedPause is how long a daemon of systemd's waits with its end if its start was
+// refused by what only a person can change: a configuration, state that it cannot read, a
+// kernel without the driver, or one that forbids io_uring. systemd tries the next one at
+// once, for ever, because I/O may wait for it.
+const refusedPause = 5 * time.Second
 
 // flushTimeout is how long a daemon that ends waits for its log's last lines to be
 // taken.

@@ -168,7 +168,15 @@ func (p *Prober) put(q question, files ...*os.File) (_ *os.File, err error) {
 	for _, f := range append(files, w) {
 		fds = append(fds, int(f.Fd()))
 	}
-	err = unix.Sendmsg(int(p.socket.Fd()), text, unix.UnixRights(fds...), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	// Not by Fd: Close may come meanwhile, and the number may be another file's then.
+	socket, err := p.socket.SyscallConn()
+	if err == nil {
+		var sendErr error
+		err = socket.Control(func(fd uintptr) {
+			sendErr = unix.Sendmsg(int(fd), text, unix.UnixRights(fds...), nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		})
+		err = errors.Join(err, sendErr)
+	}
 	w.Close()
 	switch {
 	case errors.Is(err, unix.EAGAIN):

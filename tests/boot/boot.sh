@@ -61,11 +61,13 @@ write() { dd if=/dev/urandom of="/mnt/uuid/$1" bs=64K count=20 conv=fsync status
 at_poweroff() {
 	cat >/run/vm/last <<-END
 		set -e -o pipefail
-		! ls /dev/ublkb* 2>/dev/null
+		not() { if "\$@" >&2; then echo "not expected: \$*" >&2; exit 1; fi; }
+		not ls /dev/ublkb*
 		for disk in $*; do
 			[ -e $id\$disk ]
-			! dumpe2fs -h $id\$disk 2>&1 | grep needs_recovery
-			dumpe2fs -h $id\$disk 2>&1 | grep -qE "Filesystem state: *clean$"
+			dumpe2fs -h $id\$disk >/run/vm/super 2>/dev/null
+			not grep needs_recovery /run/vm/super
+			grep -qE "Filesystem state: *clean$" /run/vm/super
 			e2fsck -f -n $id\$disk >/dev/null 2>&1
 		done
 		ls /var/lib/ublk-blksnap | grep -q .

@@ -97,6 +97,8 @@ start_udev() {
 become_systemd() {
 	[ -x /lib/systemd/systemd ] || fail "find systemd"
 	>/etc/fstab
+	# By these files systemd knows a container, in which it leaves swap and device-mapper alone.
+	rm -f /.dockerenv /run/.containerenv
 	mkdir -p /run/systemd/system
 	# What takes time, and nobody here misses.
 	for unit in {dev-hugepages,dev-mqueue,sys-kernel-config,sys-fs-fuse-connections}.mount \
