@@ -159,6 +159,9 @@ func (m *Map) Switch() Info {
 	return m.infoLocked()
 }
 
+// MaxNumber is the highest number of a take: the take after it begins a generation.
+const MaxNumber = maxNumber
+
 // Void makes good a take that did not come to be after all, on this device or on
 // another of the same snapshot: before is the Info from before it. The number is
 // not used again; instead everything marked until the void take counts as changed

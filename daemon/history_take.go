@@ -38,22 +38,37 @@ func (b mapBefore) anew(now cbtmap.Info) (control.History, bool) {
 // tellGenerations tells of the generations that a take has begun; needs opLock.
 func (d *Daemon) tellGenerations(s *snapshot, before []mapBefore) {
 	for i, im := range s.images {
-		h, anew := before[i].anew(s.snap.TakeInfo(i))
-		if !anew {
-			continue
+		if h, anew := before[i].anew(s.snap.TakeInfo(i)); anew {
+			d.tellGeneration(im.device, s.id, h)
 		}
-		dev := im.device
-		d.mu.Lock()
-		dev.History = h
-		d.mu.Unlock()
-		d.opts.Log.Warn("change tracking begins anew", "name", dev.Name, "disk", dev.Original, "snapshot", s.id, "reason", h.Text)
-		d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: dev.OriginalNumber, Text: h.Text})
-		if r, err := d.readDeviceRecord(dev.Name); err != nil {
-			d.opts.Log.Warn("the next daemon will not know why change tracking began anew", "name", dev.Name, "error", err)
-		} else {
-			r.History = h
-			d.changeDeviceRecord(r)
-		}
+	}
+}
+
+// tellLeftGeneration is tellGenerations of a device and a take of a dead daemon, which may
+// have died before it could tell.
+func (d *Daemon) tellLeftGeneration(dev *device, snapshot string, before, taken cbtmap.Info) {
+	b := mapBefore{info: before}
+	if before.ChangesNumber != cbtmap.MaxNumber { // the record does not tell a map that was not whole
+		b.err = cbtmap.ErrCorrupted
+	}
+	h, anew := b.anew(taken)
+	now, err := dev.cbt.Info()
+	if anew && err == nil && now.GenerationID == taken.GenerationID && d.history(dev).Reason != h.Reason {
+		d.tellGeneration(dev, snapshot, h)
+	}
+}
+
+func (d *Daemon) tellGeneration(dev *device, snapshot string, h control.History) {
+	d.mu.Lock()
+	dev.History = h
+	d.mu.Unlock()
+	d.opts.Log.Warn("change tracking begins anew", "name", dev.Name, "disk", dev.Original, "snapshot", snapshot, "reason", h.Text)
+	d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: dev.OriginalNumber, Text: h.Text})
+	if r, err := d.readDeviceRecord(dev.Name); err != nil {
+		d.opts.Log.Warn("the next daemon will not know why change tracking began anew", "name", dev.Name, "error", err)
+	} else {
+		r.History = h
+		d.changeDeviceRecord(r)
 	}
 }
 

@@ -183,6 +183,7 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 		im := &image{device: dev}
 		if taken {
 			im.take = snap.TakeInfo(i)
+			d.tellLeftGeneration(dev, s.id(), s.Before(i), im.take)
 		}
 		out.images = append(out.images, im)
 	}

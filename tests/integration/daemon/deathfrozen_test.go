@@ -12,7 +12,8 @@ import (
 )
 
 // TestDeathInFrozenTake dies in a take of a device with a mounted filesystem, which is
-// frozen then: it goes on, and is whole in the image.
+// frozen then: it goes on, and is whole in the image. The take meets a change map that is
+// not whole, and says that it has begun a new generation.
 func TestDeathInFrozenTake(t *testing.T) {
 	v := newVictim(t)
 	everyStepOf(t, 16, 1, func(n int) bool {
@@ -32,6 +33,7 @@ func TestDeathInFrozenTake(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := v.Create(control.CreateRequest{Devices: []string{dev.Name}, ChunkSize: 64 << 10, Storage: []control.Storage{{Path: v.store}}})
+		markCorrupted(t, filepath.Join(v.RunDir.State(), "cbt", dev.Name))
 		died := v.try(func() error {
 			_, err := v.TakeSnapshot(guest.Context(t), control.TakeRequest{ID: s.ID})
 			return err
@@ -41,6 +43,9 @@ func TestDeathInFrozenTake(t *testing.T) {
 		}
 		if v.Show(s.ID).State == control.SnapshotCreated {
 			v.Taken(s.ID)
+		}
+		if h := v.CBT(dev).History; h.Reason != control.HistoryDamaged || h.Text == "" {
+			t.Errorf("n = %d: why there is a new generation: %+v", n, h)
 		}
 		goesOn := make(chan error, 1)
 		go func() { goesOn <- write("after") }()
@@ -56,4 +61,18 @@ func TestDeathInFrozenTake(t *testing.T) {
 		v.clean()
 		return died
 	})
+}
+
+// markCorrupted is what is left of a daemon that dies while it begins a generation.
+func markCorrupted(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const flag = 256 // see package cbtmap
+	_, err = f.WriteAt([]byte{1}, flag)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
 }
