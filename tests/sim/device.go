@@ -9,10 +9,11 @@ import (
 // What the daemon does with the record of a filter:
 //
 //	new map ──> record ──> log begun, what was kept used up ──> device
-//	no device ──> map kept ──> no map ──> no record
+//	what the disk is like ──> no device ──> map kept ──> no map ──> no record
 //
 // A death in between leaves a record of a device that the kernel has, which goes on, or of
-// one that it has not, whose rest goes, or at most a map.
+// one that it has not, or at most a map. The map of a device that was being removed is kept
+// by the next process, if the disk is still like that. All else that is left goes.
 
 // adopt takes over the filter of a disk from a dead process, if there is one.
 func (p *process) adopt(dev int) {
@@ -27,6 +28,18 @@ func (p *process) adopt(dev int) {
 	}
 	p.cbts[dev] = cbt
 	w.checkAdopted(dev, cbt)
+	w.tmpfs.devices[dev] = &deviceRecord{tag: r.tag} // it does not end
+}
+
+// strangers write to disks that no filter holds while no process runs.
+func (w *world) strangers() {
+	for dev, r := range w.tmpfs.devices[:len(w.devices)] {
+		if w.c.Zone != 0 && (r == nil || w.kernel[r.tag] == nil) && w.sched.Random().OneIn(4) {
+			w.tracef("somebody writes to disk%d", dev)
+			w.states[dev].like++
+			w.states[dev].strange = true
+		}
+	}
 }
 
 // stepOf is a step of a device's.
@@ -37,8 +50,30 @@ func (p *process) stepOf(dev int, what string, do, then func()) {
 // remove removes a filter that nobody uses, and adds it again to the disk, which may have
 // grown by then.
 func (p *process) remove(dev int, size int64, done func()) {
+	p.foresee(dev, func() { p.removeNow(dev, size, done) })
+}
+
+// foresee puts on record what a disk is like whose filter is about to be removed.
+func (p *process) foresee(dev int, then func()) {
 	w := p.w
-	p.stepOf(dev, "no device", func() { w.deleted(w.devices[dev]) }, func() {
+	if p.keepers == nil {
+		then()
+		return
+	}
+	p.stepOf(dev, "what it is like", func() {
+		w.tmpfs.devices[dev] = &deviceRecord{tag: w.devices[dev].tag, ends: true, like: w.states[dev].like}
+	}, then)
+}
+
+// removeNow does what remove says.
+func (p *process) removeNow(dev int, size int64, done func()) {
+	w := p.w
+	p.stepOf(dev, "no device", func() {
+		w.deleted(w.devices[dev])
+		if p.keepers != nil {
+			w.states[dev].ends = true
+		}
+	}, func() {
 		p.keepMap(dev, func() {
 			p.filters[dev], p.cbts[dev] = nil, nil
 			p.forget(dev, func() {
@@ -84,8 +119,30 @@ func (p *process) again(dev int, done func()) {
 		p.addNew(dev, done)
 		return
 	}
-	p.stop(dev, func() {
-		p.forget(dev, func() { p.addNew(dev, done) })
+	p.finishRemoval(dev, func() {
+		p.stop(dev, func() {
+			p.forget(dev, func() { p.addNew(dev, done) })
+		})
+	})
+}
+
+// finishRemoval keeps the map of a disk whose filter a dead process was removing, and which
+// that one has not removed yet, if nobody has written to the disk since.
+func (p *process) finishRemoval(dev int, then func()) {
+	w, r := p.w, p.w.tmpfs.devices[dev]
+	if p.keepers == nil || !r.ends || w.tmpfs.maps[dev] == nil || r.like != w.states[dev].like {
+		then()
+		return
+	}
+	cbt, err := cbtmap.Adopt(w.tmpfs.maps[dev])
+	if err != nil {
+		w.fail("I6: change map of disk%d: %v", dev, err)
+	}
+	p.cbts[dev] = cbt
+	p.keepers[dev] = p.keep(dev)
+	p.keepMap(dev, func() {
+		p.cbts[dev], p.keepers[dev] = nil, nil
+		then()
 	})
 }
 
@@ -136,7 +193,7 @@ func (p *process) addNew(dev int, done func()) {
 			k.load()
 		}
 		tag := w.newTag()
-		p.stepOf(dev, "record", func() { w.tmpfs.devices[dev] = &deviceRecord{tag} }, func() {
+		p.stepOf(dev, "record", func() { w.tmpfs.devices[dev] = &deviceRecord{tag: tag} }, func() {
 			p.beginLog(k, func() {
 				p.stepOf(dev, "device", func() {
 					w.made(w.devices[dev], tag)

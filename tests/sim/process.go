@@ -121,7 +121,7 @@ func (w *world) boot() {
 		}
 		w.model.devs[i].begin(info.GenerationID, info.ChangesNumber)
 		w.tmpfs.maps[i] = cbt.Memory()
-		w.tmpfs.devices[i] = &deviceRecord{w.newTag()}
+		w.tmpfs.devices[i] = &deviceRecord{tag: w.newTag()}
 		w.made(d, w.tmpfs.devices[i].tag)
 		p.cbts = append(p.cbts, cbt)
 	}
@@ -243,6 +243,7 @@ func (w *world) kill() {
 func (w *world) recover() {
 	w.sched.Settle(func(m *blockdevtest.Memory) bool { return !w.isLog(m) })
 	w.tracef("recovery")
+	w.strangers()
 	p := w.start()
 	p.cbts = make([]*cbtmap.Map, len(w.devices))
 	for i := range w.devices {

@@ -24,7 +24,9 @@ type tmpfs struct {
 // deviceRecord is what is on record of a filter: written before the kernel makes the device,
 // removed last of all of it.
 type deviceRecord struct {
-	tag uint64 // by which the kernel's device is known
+	tag  uint64 // by which the kernel's device is known
+	ends bool   // it is being removed
+	like int    // what the disk was like then
 }
 
 // dir is a snapshot's directory.
@@ -369,6 +371,8 @@ func (w *world) checkRecords() {
 		switch {
 		case r == nil || w.devices[i].tag != r.tag:
 			w.fail("I6: the filter of disk%d is not on record, or is not there", i)
+		case r.ends:
+			w.fail("I6: the filter of disk%d is on record as one that ends", i)
 		case w.tmpfs.maps[i] == nil:
 			w.fail("I6: the filter of disk%d has no change map", i)
 		}

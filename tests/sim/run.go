@@ -323,9 +323,15 @@ func (p *process) begun(dev int) {
 	if err != nil || info.DeviceCapacity != size {
 		w.fail("I3: disk%d of %d bytes has a change map of %d: %v", dev, size, info.DeviceCapacity, err)
 	}
+	strange := w.c.Zone != 0 && w.states[dev].strange
+	if w.c.Zone != 0 {
+		w.states[dev].strange = false
+	}
 	if now := m.epochs[len(m.epochs)-1]; info.GenerationID != now.generation {
 		m.begin(info.GenerationID, info.ChangesNumber)
 		m.allMay()
+	} else if strange {
+		w.fail("I3: the history of disk%d is believed, to which somebody wrote", dev)
 	} else if info.ChangesNumber != now.number && !w.powerFailed {
 		w.fail("I3: disk%d is at take %d, and its map was kept at take %d", dev, now.number, info.ChangesNumber)
 	}
@@ -344,7 +350,8 @@ func (p *process) growAll(dev int, size int64) {
 // grow makes a disk larger, for which what is known of it is not believed.
 func (w *world) grow(dev int, size int64) {
 	if w.c.Zone != 0 {
-		w.states[dev].gone, w.states[dev].kept = true, false
+		s := w.states[dev]
+		s.gone, s.kept, s.ends = true, false, false
 	}
 	w.origs[dev].Resize(size)
 	w.devices[dev].size = size

@@ -31,6 +31,9 @@ type state struct {
 
 	gone    bool // the daemon says that a power failure now costs the history
 	kept    bool // the map is kept over the time without a filter
+	ends    bool // the filter was removed as it should be, and there is no other yet
+	like    int  // changes when somebody else writes to the disk
+	strange bool // he has, and there is no other filter yet
 	nothing bool // the name stands for nothing, durably
 }
 
@@ -40,6 +43,7 @@ type record struct {
 	file *blockdevtest.Memory // base or saved map
 	size int64                // of what is in it
 	disk int64                // bytes
+	like int                  // what the disk was like
 	at   moment               // when it was begun to be made
 }
 
@@ -318,7 +322,7 @@ func (k *keeper) leave(done func()) {
 			failed(errno)
 			return
 		}
-		r := record{file: s.newFile("saved", int64(len(saved))), size: int64(len(saved)), disk: s.w.devices[s.dev].size, at: at}
+		r := record{file: s.newFile("saved", int64(len(saved))), size: int64(len(saved)), disk: s.w.devices[s.dev].size, like: s.like, at: at}
 		k.write(k.queue, r.file, saved, func(errno unix.Errno) {
 			if errno != 0 {
 				failed(errno)
@@ -344,8 +348,11 @@ func (k *keeper) load() {
 	if s.kept && r.file == nil {
 		s.w.fail("I6: the map of disk%d that was kept is forgotten", s.dev)
 	}
-	s.kept = false
-	if r.file != nil && r.log == nil && r.disk == s.w.devices[s.dev].size {
+	if s.ends && !s.strange && (r.file == nil || r.log != nil) && s.w.stats.Faults == 0 && !s.w.gaveUp {
+		s.w.fail("I6: the map of disk%d is lost, whose filter was removed as it should be", s.dev)
+	}
+	s.kept, s.ends = false, false
+	if r.file != nil && r.log == nil && r.disk == s.w.devices[s.dev].size && r.like == s.like {
 		if err := k.p.cbts[s.dev].Load(contentOf(r.file, r.size)); err != nil {
 			s.w.fail("I6: the map of disk%d that was kept: %v", s.dev, err)
 		}
