@@ -195,7 +195,7 @@ func (d *Daemon) sync(ctx context.Context, dev *device) error {
 // removalError explains a removal that took too long, or that failed because the
 // disk takes no writes any more.
 func (d *Daemon) removalError(dev *device, err error) error {
-	if errors.Is(err, unix.EIO) {
+	if errors.Is(err, unix.EIO) || errors.Is(err, ublk.ErrUnsynced) {
 		return &control.Error{Code: control.Internal, Errno: unix.EIO, Message: fmt.Sprintf("data that was written cannot be brought to %s: %v", dev.Original, err),
 			Fix: "remove the filter and lose that data: ublk-blksnap remove --force " + dev.Name}
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/fingerprint"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // A daemon may die while it removes a device, when the driver does not have that any more
@@ -23,7 +24,7 @@ import (
 
 // foreseeEnd syncs a device that is about to be removed, and puts on record what its disk is
 // like. If somebody writes at this moment, or the disk cannot be looked at, nothing is on
-// record. The error is that of a disk that does not answer; needs opLock.
+// record. The error is that of the sync; needs opLock.
 func (d *Daemon) foreseeEnd(ctx context.Context, dev *device) error {
 	if d.opts.Config.StateDir == "" || dev.removing || d.checkFree(dev) != nil {
 		return nil
@@ -31,10 +32,10 @@ func (d *Daemon) foreseeEnd(ctx context.Context, dev *device) error {
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	if err := dev.ublk.Sync(ctx); err != nil {
-		if errors.Is(err, context.DeadlineExceeded) {
-			return err
+		if errors.Is(err, ublk.ErrBusy) {
+			return nil // stopIdle waits for a passer-by
 		}
-		return nil // the removal itself says what is wrong
+		return err
 	}
 	r, err := d.readDeviceRecord(dev.Name)
 	if err == nil {

@@ -101,6 +101,7 @@ type Config struct {
 	// opening because somebody reads the partition table. If this process is killed then, it
 	// does not end before the disk is served again, and the driver gives the disk to no other
 	// while it has not ended. So who wants the disk to be taken over has another process do it.
+	// Its error is that of open(2), or ErrUnsynced, as of ClaimDisk.
 	Claim func(path string) (release func(), err error)
 	// NewHandler makes the handler of queue q, whose thread is that of bq. It
 	// is called before the queue's first request, on another thread.

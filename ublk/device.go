@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
@@ -13,6 +14,10 @@ import (
 
 // ErrBusy: the device is in use.
 var ErrBusy = errors.New("device is in use")
+
+// ErrUnsynced: what was written to the disk may not have got to the handlers, or these
+// could not make it durable.
+var ErrUnsynced = blockdev.ErrUnsynced
 
 // Device is a ublk device served by this process.
 //
@@ -46,6 +51,8 @@ type Device struct {
 	stopped bool       // the rings have ended
 	deleted bool
 	claims  chan struct{} // closed when no claim of ours is under way; see claim
+
+	unsynced atomic.Pointer[error] // of the first sync that failed: see Sync
 }
 
 const (

@@ -89,7 +89,9 @@ func (d *Device) TryStop(ctx context.Context) error {
 }
 
 // Sync sends what was written to the disk to the handlers, if nobody has claimed the
-// disk. Otherwise it fails with ErrBusy. A TryStop that follows need not wait long.
+// disk. Otherwise it fails with ErrBusy. A TryStop that follows need not wait long. From
+// the first sync that fails on, also one that ctx did not wait for, Sync and TryStop fail
+// with ErrUnsynced, because the kernel says only once what it could not write, and drops it.
 func (d *Device) Sync(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -117,7 +119,9 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 		err     error
 	}
 	c, err := bounded.Call(ctx, func() (c claim) {
-		c.release, c.err = d.claimDisk(d.Path)
+		if c.release, c.err = d.claimDisk(d.Path); errors.Is(c.err, ErrUnsynced) {
+			d.unsynced.CompareAndSwap(nil, &c.err)
+		}
 		return c
 	}, func(c claim) {
 		if c.err == nil {
@@ -132,10 +136,12 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 	switch {
 	case errors.Is(c.err, unix.EBUSY):
 		return d.busy()
+	case d.unsynced.Load() != nil:
+		return fmt.Errorf("sync %s: %w", d.Path, *d.unsynced.Load())
 	case errors.Is(c.err, unix.ENXIO), errors.Is(c.err, unix.ENODEV), errors.Is(c.err, unix.ENOENT):
 		return f() // there is no disk any more
 	case c.err != nil:
-		return fmt.Errorf("claim and sync %s: %w", d.Path, c.err)
+		return fmt.Errorf("claim %s: %w", d.Path, c.err)
 	}
 	defer c.release()
 	return f()
@@ -143,12 +149,8 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 
 // ClaimDisk is a Config.Claim that does it in this process.
 func ClaimDisk(path string) (release func(), err error) {
-	f, err := blockdev.OpenExclusive(path, path, unix.O_RDONLY)
+	f, err := blockdev.OpenSynced(path)
 	if err != nil {
-		return nil, err
-	}
-	if err := unix.Fsync(f.Fd()); err != nil {
-		_ = f.Close()
 		return nil, err
 	}
 	return func() { _ = f.Close() }, nil

@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"unsafe"
@@ -36,6 +37,24 @@ func OpenExclusive(path, name string, access int) (*OSFile, error) {
 		}
 		return NewOSFile(fd, name), nil
 	}
+}
+
+// ErrUnsynced: what was written to a disk may not have got there. The kernel says so only
+// once. It hides the number of the error, which of an opening would mean something else.
+var ErrUnsynced = errors.New("not all that was written is durable")
+
+// OpenSynced opens a disk so that nobody else can claim it, and makes durable what was
+// written to it.
+func OpenSynced(path string) (*OSFile, error) {
+	f, err := OpenExclusive(path, path, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Fsync(f.Fd()); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("%w: %s", ErrUnsynced, err.Error())
+	}
+	return f, nil
 }
 
 // NewOSFile wraps an open file descriptor, which belongs to the OSFile from then on.

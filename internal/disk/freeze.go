@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -68,7 +70,9 @@ func (f *Frozen) Thaw(ctx context.Context) error { return f.end(ctx) }
 
 func (h *held) answer(ctx context.Context) error {
 	a, err := hear(ctx, h.answers)
-	if err == nil && a.Errno != 0 {
+	if err == nil && a.Unsynced {
+		err = fmt.Errorf("%w%s", blockdev.ErrUnsynced, strings.TrimPrefix(a.Error, blockdev.ErrUnsynced.Error()))
+	} else if err == nil && a.Errno != 0 {
 		err = a.Errno
 	}
 	return err
@@ -88,7 +92,8 @@ type Claim struct{ held }
 // Claim opens the disk at path for that, and makes durable what was written to it. For a
 // disk of the daemon's own the same holds as for a filesystem on it: see above. Opening it
 // may have to wait for its I/O too, of whoever reads its partition table. If ctx ends before
-// it is done, the disk is let go as soon as it is.
+// it is done, the disk is let go as soon as it is. The error is that of the opening, or
+// blockdev.ErrUnsynced.
 func (p *Prober) Claim(ctx context.Context, path string) (*Claim, error) {
 	h, err := p.begin(ctx, question{Claim: path})
 	if err != nil {
@@ -128,15 +133,15 @@ func freeze(answers *json.Encoder, dir, hold *os.File) {
 
 // claim is Claim and the Release of it in the Prober's process.
 func claim(answers *json.Encoder, path string, hold *os.File) {
-	f, err := blockdev.OpenExclusive(path, path, unix.O_RDONLY)
+	f, err := blockdev.OpenSynced(path)
 	if err == nil {
-		if err = unix.Fsync(f.Fd()); err == nil {
-			_ = answers.Encode(answer{})      // nobody may be left to hear it
-			_, _ = hold.Read(make([]byte, 1)) // until nobody has the other end
-		}
+		_ = answers.Encode(answer{})      // nobody may be left to hear it
+		_, _ = hold.Read(make([]byte, 1)) // until nobody has the other end
 		_ = f.Close()
 	}
-	_ = answers.Encode(failed(err))
+	a := failed(err)
+	a.Unsynced = errors.Is(err, blockdev.ErrUnsynced)
+	_ = answers.Encode(a)
 }
 
 // request has the kernel freeze or thaw the filesystem of dir.

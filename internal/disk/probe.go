@@ -66,7 +66,8 @@ type answer struct {
 	NoTool bool   `json:"no_tool,omitempty"`
 	Ran    *Ran   `json:"ran,omitempty"`
 
-	Errno unix.Errno `json:"errno,omitempty"` // of Freeze, Thaw and Claim
+	Errno    unix.Errno `json:"errno,omitempty"`    // of Freeze, Thaw and Claim
+	Unsynced bool       `json:"unsynced,omitempty"` // the disk of Claim was opened, and its sync has failed
 }
 
 // StartProber starts this program with args, to call ServeProbes with the file

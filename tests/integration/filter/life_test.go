@@ -106,6 +106,48 @@ func TestOriginalError(t *testing.T) {
 	}
 }
 
+// TestRemoveUnwritten: a filter whose page cache cannot be written to the disk is not removed
+// as if nothing were lost. The kernel says that once, and drops the data.
+func TestRemoveUnwritten(t *testing.T) {
+	guest.NeedEither(t)
+	const size = 16 << 20
+	ram := guest.RAMDisks(t, 1, size)[0]
+	disk := guest.DMDisk(t, "unwritten", guest.LinearTable(t, ram))
+	d := program.Start(t)
+	for _, first := range []string{"remove", "stop"} {
+		dev := d.Add(disk)
+		guest.ReloadDM(t, "unwritten", fmt.Sprintf("0 %d error", size>>9))
+		guest.Run(t, "dd", "if=/dev/urandom", "of="+dev.Path, "bs=4k", "count=1", "conv=notrunc")
+		stop := func() error { return d.Stop(guest.Context(t)) }
+		remove := func() error {
+			return d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name})
+		}
+		tries := []func() error{remove, remove, stop}
+		if first == "stop" {
+			tries = []func() error{stop, stop, remove}
+		}
+		for i, try := range tries {
+			if i == 1 {
+				guest.ReloadDM(t, "unwritten", guest.LinearTable(t, ram))
+			}
+			var err error
+			guest.WaitFor(t, "the end of whoever looks at what was written", func() bool {
+				err = try()
+				return control.CodeOf(err) != control.Busy
+			})
+			program.WantError(t, err, control.Internal, "data that was written cannot be brought to", "remove --force "+dev.Name)
+		}
+		if err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: true}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dev := d.Add(disk)
+	if h := dev.History; h.Continued {
+		t.Errorf("the change map was kept: %+v", h)
+	}
+	d.Remove(dev)
+}
+
 // TestRemoveForced removes a filter under fio: it gets I/O errors and ends.
 func TestRemoveForced(t *testing.T) {
 	guest.Need(t)
