@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"slices"
@@ -93,11 +94,34 @@ func (d RunDir) lost() (*control.Lost, error) {
 // none.
 func (d RunDir) lastRecord() (r record, err error) {
 	text, _, err := statefile.Read(d.path(recordName), recordKind, recordFormat)
+	if errors.Is(err, statefile.ErrDamaged) {
+		if old, ok := d.bareRecord(); ok {
+			return old, nil
+		}
+	}
 	if err == nil {
 		// It is for people: a program that does not know a field here goes on without it.
 		err = json.Unmarshal(text, &r)
 	}
 	return r, err
+}
+
+// bareRecord is lastRecord of a program whose records had no heading, but a version in them.
+func (d RunDir) bareRecord() (record, bool) {
+	f, err := d.file(recordName, os.O_RDONLY, 0)
+	if err != nil {
+		return record{}, false
+	}
+	defer f.Close()
+	var r struct {
+		Version int `json:"version"`
+		record
+	}
+	text, err := io.ReadAll(io.LimitReader(f, 16<<20))
+	if err == nil {
+		err = json.Unmarshal(text, &r)
+	}
+	return r.record, err == nil && r.Version == 1 && r.Process != "" && r.PID > 0
 }
 
 // saveRecord writes the record if it has changed; needs opLock.

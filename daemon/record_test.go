@@ -118,6 +118,30 @@ func TestRecord(t *testing.T) {
 	}
 }
 
+// TestBareRecord: a reload from a program whose record had no heading knows its predecessor,
+// which is itself.
+func TestBareRecord(t *testing.T) {
+	dir := RunDir(filepath.Join(t.TempDir(), "run"))
+	if err := errors.Join(dir.make(), dir.subdir(stateName, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for text, ok := range map[string]bool{
+		`{"version":1,"birth":"boot 5","pid":7,"devices":[{"name":"a"}]}`: true,
+		`{"version":2,"birth":"boot 5","pid":7}`:                          false,
+		`{"birth":"boot 5","pid":7}`:                                      false,
+		`{"version":1,"birth":"boot 5","pid":7,"devices":[{"name":"a"}`:   false,
+		`{"version":1,"pid":7}`:                                           false,
+	} {
+		if err := os.WriteFile(dir.path(recordName), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r, err := dir.lastRecord()
+		if ok && (err != nil || r.PID != 7 || r.Process != "boot 5" || len(r.Devices) != 1) || !ok && !errors.Is(err, statefile.ErrDamaged) {
+			t.Errorf("%s: %+v, %v", text, r, err)
+		}
+	}
+}
+
 var testsBegan = time.Now()
 
 // TestProcessStart: a process has begun before its program does anything.
