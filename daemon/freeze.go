@@ -82,18 +82,18 @@ func (d *Daemon) freeze(ctx context.Context, dir *os.File) (thaw func(context.Co
 }
 
 // claimDisk is the ublk.Config.Claim of a daemon, for the same reason.
-func (d *Daemon) claimDisk(path string) (release func(), err error) {
+func (d *Daemon) claimDisk(path string) (ublk.Claimant, error) {
 	if d.opts.Prober != nil {
 		claim, err := d.opts.Prober.Claim(context.Background(), path)
 		if err == nil {
-			return func() {
+			return ublk.Claimant{Held: claim.Held, Release: func() {
 				ctx, cancel := context.WithTimeout(context.Background(), settleLimit)
 				defer cancel()
 				_ = claim.Release(ctx)
-			}, nil
+			}}, nil
 		}
 		if !errors.Is(err, disk.ErrGone) {
-			return nil, err
+			return ublk.Claimant{}, err
 		}
 	}
 	return ublk.ClaimDisk(path)

@@ -65,6 +65,13 @@ func possibleCPUs(sys string) int {
 	return runtime.NumCPU()
 }
 
+// Claimant has a disk open, so that nobody else can claim it, until Release.
+type Claimant struct {
+	Release func()
+	// Held says whether it has the disk still; nil: nothing but Release ends that.
+	Held func() bool
+}
+
 // Config describes a device.
 type Config struct {
 	Name   string // for people: part of the names of its threads
@@ -102,7 +109,7 @@ type Config struct {
 	// does not end before the disk is served again, and the driver gives the disk to no other
 	// while it has not ended. So who wants the disk to be taken over has another process do it.
 	// Its error is that of open(2), or ErrUnsynced, as of ClaimDisk.
-	Claim func(path string) (release func(), err error)
+	Claim func(path string) (Claimant, error)
 	// NewHandler makes the handler of queue q, whose thread is that of bq. It
 	// is called before the queue's first request, on another thread.
 	NewHandler func(q int, bq blockdev.Queue) Handler

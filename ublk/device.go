@@ -39,9 +39,9 @@ type Device struct {
 	name       string
 	slots      int
 	newHandler func(q int, bq blockdev.Queue) Handler
-	openedBy   func(blockdev.Num) string                     // see Config.OpenedBy
-	claimDisk  func(path string) (release func(), err error) // see Config.Claim
-	cdev       *blockdev.OSFile                              // nil when closed
+	openedBy   func(blockdev.Num) string           // see Config.OpenedBy
+	claimDisk  func(path string) (Claimant, error) // see Config.Claim
+	cdev       *blockdev.OSFile                    // nil when closed
 	queues     []*queue
 	procs      int  // queues told to addProcs
 	cutShort   bool // see Claimed.begun

@@ -66,7 +66,7 @@ func (d *Device) TryStop(ctx context.Context) error {
 		return nil
 	}
 	if d.ctl.Has(uapi.UBLK_F_SAFE_STOP_DEV) {
-		if err := d.claim(ctx, func() error { return nil }); err != nil {
+		if err := d.claim(ctx, func(func() bool) error { return nil }); err != nil {
 			return err
 		}
 		d.ending = true
@@ -80,9 +80,12 @@ func (d *Device) TryStop(ctx context.Context) error {
 		}
 		return d.endQueues(ctx)
 	}
-	return d.claim(ctx, func() error {
+	return d.claim(ctx, func(held func() bool) error {
 		if err := d.checkOpeners(); err != nil {
 			return err
+		}
+		if !held() { // who held it for us may have been killed
+			return d.busy()
 		}
 		return d.stop(ctx)
 	})
@@ -98,14 +101,15 @@ func (d *Device) Sync(ctx context.Context) error {
 	if d.stopped {
 		return nil
 	}
-	return d.claim(ctx, func() error { return nil })
+	return d.claim(ctx, func(func() bool) error { return nil })
 }
 
-// claim syncs the disk and runs f while nobody else can claim it.
+// claim syncs the disk and runs f while nobody else can claim it, of which f can make sure
+// with held.
 //
 // The sync takes as long as the disk below it needs. If ctx ends before that, the sync
 // goes on and keeps the disk claimed until its end. The next claim waits for that.
-func (d *Device) claim(ctx context.Context, f func() error) error {
+func (d *Device) claim(ctx context.Context, f func(held func() bool) error) error {
 	timedOut := func() error { return fmt.Errorf("sync %s: %w", d.Path, ctx.Err()) }
 	select {
 	case <-d.claims:
@@ -115,17 +119,17 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 	ended := make(chan struct{})
 	d.claims = ended
 	type claim struct {
-		release func()
-		err     error
+		Claimant
+		err error
 	}
 	c, err := bounded.Call(ctx, func() (c claim) {
-		if c.release, c.err = d.claimDisk(d.Path); errors.Is(c.err, ErrUnsynced) {
+		if c.Claimant, c.err = d.claimDisk(d.Path); errors.Is(c.err, ErrUnsynced) {
 			d.unsynced.CompareAndSwap(nil, &c.err)
 		}
 		return c
 	}, func(c claim) {
 		if c.err == nil {
-			c.release()
+			c.Release()
 		}
 		close(ended)
 	})
@@ -139,21 +143,24 @@ func (d *Device) claim(ctx context.Context, f func() error) error {
 	case d.unsynced.Load() != nil:
 		return fmt.Errorf("sync %s: %w", d.Path, *d.unsynced.Load())
 	case errors.Is(c.err, unix.ENXIO), errors.Is(c.err, unix.ENODEV), errors.Is(c.err, unix.ENOENT):
-		return f() // there is no disk any more
+		return f(func() bool { return true }) // there is no disk any more
 	case c.err != nil:
 		return fmt.Errorf("claim %s: %w", d.Path, c.err)
 	}
-	defer c.release()
-	return f()
+	defer c.Release()
+	if c.Held == nil {
+		c.Held = func() bool { return true }
+	}
+	return f(c.Held)
 }
 
 // ClaimDisk is a Config.Claim that does it in this process.
-func ClaimDisk(path string) (release func(), err error) {
+func ClaimDisk(path string) (Claimant, error) {
 	f, err := blockdev.OpenSynced(path)
 	if err != nil {
-		return nil, err
+		return Claimant{}, err
 	}
-	return func() { _ = f.Close() }, nil
+	return Claimant{Release: func() { _ = f.Close() }}, nil
 }
 
 // busy is ErrBusy. It names a process that has the disk open, if there is one.

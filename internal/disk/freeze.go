@@ -102,6 +102,23 @@ func (p *Prober) Claim(ctx context.Context, path string) (*Claim, error) {
 	return &Claim{h}, nil
 }
 
+// Held says whether the Prober has not let go of the disk, as it does when it is killed.
+func (c *Claim) Held() (held bool) {
+	conn, err := c.answers.SyscallConn()
+	if err != nil {
+		return false
+	}
+	_ = conn.Control(func(fd uintptr) {
+		pipe := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(pipe, 0)
+		for errors.Is(err, unix.EINTR) {
+			n, err = unix.Poll(pipe, 0)
+		}
+		held = err == nil && n == 0 // neither a last answer nor the end
+	})
+	return held
+}
+
 // Release lets go of the disk. If ctx ends before that is done, it is done later.
 func (c *Claim) Release(ctx context.Context) error { return c.end(ctx) }
 

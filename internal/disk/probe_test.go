@@ -114,6 +114,9 @@ func TestClaim(t *testing.T) {
 		if !open() {
 			t.Error("the prober does not have it open")
 		}
+		if !c.Held() {
+			t.Error("claimed, and not held")
+		}
 		if err := c.Release(ctx); err != nil || open() {
 			t.Errorf("released: %v, and it is open: %v", err, open())
 		}
@@ -125,6 +128,18 @@ func TestClaim(t *testing.T) {
 	if _, err := p.Claim(ctx, "/proc/self/comm"); !errors.Is(err, blockdev.ErrUnsynced) || errors.Is(err, unix.EINVAL) || !strings.Contains(err.Error(), "durable: invalid") {
 		t.Errorf("what cannot be synced: %v", err)
 	}
+	c, err := p.Claim(ctx, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(p.PID(), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-p.Ended()
+	if c.Held() {
+		t.Error("held by a process that was killed")
+	}
+	_ = c.Release(ctx)
 	p.Close()
 	if _, err := p.Claim(ctx, path); !errors.Is(err, ErrGone) {
 		t.Errorf("a prober that has ended: %v", err)
