@@ -61,6 +61,7 @@ type Daemon struct {
 	predecessor int                    // the process that died
 	recovered   *control.Recovered     // nil: there was nothing
 	damaged     []control.LostDevice   // that are not taken over; under opLock
+	gone        []*survivor            // whose history is not settled yet; the same
 	ended       []control.LostSnapshot // the same
 	// Under opLock: those that a loss of power has ended, since the start.
 	lostSnapshots []control.LostSnapshot
@@ -127,7 +128,10 @@ func New(o Options) (*Daemon, error) {
 	d.stopRetry = stop
 	d.findLost(retrying)
 	d.startRecord()
-	<-d.opLock
+	go func() { // clients are answered meanwhile
+		defer func() { <-d.opLock }()
+		d.settle(context.Background())
+	}()
 	go d.retry(retrying)
 	d.startBoot(retrying)
 	return d, nil

@@ -19,16 +19,64 @@ import (
 // until somebody mends the record or removes the device by force. Until then its disk gets no
 // other filter. Which device and which disk that are, the notes for udev tell.
 
-// locate finds the device and the disk of a filter whose record cannot be trusted.
-func (d *Daemon) locate(ctx context.Context, l *control.LostDevice) {
-	kernelName := d.notedAs("filter", l.Name)
-	if id, ok := ublkNumber("/dev/" + kernelName); !ok || !slices.Contains(d.unaccounted(ctx), id) {
+// locate finds the devices and the disks of the filters whose records cannot be trusted.
+func (d *Daemon) locate(ctx context.Context) {
+	left, _ := d.unaccounted(ctx)
+	for i := range d.damaged {
+		l := &d.damaged[i]
+		if l.Path != "" { // of a record that can be trusted
+			continue
+		}
+		kernelName := d.notedAs("filter", l.Name)
+		if id, ok := ublkNumber("/dev/" + kernelName); ok && slices.Contains(left, id) {
+			l.Path, l.Waits = "/dev/"+kernelName, true
+		}
+		if bdev, err := d.host.Lookup(d.notedAs("original", l.Name)); err == nil {
+			l.Original = bdev.DisplayPath()
+		}
+	}
+}
+
+// stopDamaged has nothing believed that is kept of the disk of a filter whose record cannot
+// be trusted: nobody marks what is written to the disk past its device. If the record is
+// mended, the filter begins a log of its own. Needs opLock.
+func (d *Daemon) stopDamaged(l control.LostDevice) {
+	if d.opts.Config.StateDir == "" {
 		return
 	}
-	l.Path, l.Waits = "/dev/"+kernelName, true
-	if bdev, err := d.host.Lookup(d.notedAs("original", l.Name)); err == nil {
-		l.Original = bdev.DisplayPath()
+	bdev, err := d.host.Lookup(l.Original)
+	var identity disk.Identity
+	if err == nil {
+		identity, err = d.host.Identify(bdev)
 	}
+	if err != nil {
+		d.opts.Log.Error("the disk of a filter whose record cannot be trusted is not known: remove what is kept of it before it gets a filter in another boot",
+			"name", l.Name, "directory", d.opts.Config.StateDir, "reason", err)
+		return
+	}
+	d.stopIdentity(nil, d.here(identity))
+}
+
+// forgetGone forgets those whose device is gone, of which there is nothing to be mended;
+// needs opLock.
+func (d *Daemon) forgetGone(ctx context.Context) {
+	left, err := d.unaccounted(ctx)
+	for _, l := range slices.Clone(d.damaged) {
+		if l.Path == "" && err == nil && len(d.unlocated(left)) == 0 && d.isGone(ctx, d.notedAs("filter", l.Name)) {
+			d.opts.Log.Warn("what a dead daemon began to add or to remove is removed", "name", l.Name, "disk", l.Original)
+			d.forgetDamaged(l)
+		}
+	}
+}
+
+// isGone says whether the driver has no ublk device of that name.
+func (d *Daemon) isGone(ctx context.Context, kernelName string) bool {
+	id, ok := ublkNumber("/dev/" + kernelName)
+	if !ok {
+		return true
+	}
+	_, err := d.ctl.Info(ctx, id)
+	return errors.Is(err, unix.ENODEV)
 }
 
 func ublkNumber(path string) (id int, ok bool) {
@@ -37,18 +85,48 @@ func ublkNumber(path string) (id int, ok bool) {
 }
 
 // unaccounted are our filters that nobody serves, and of which this daemon has no record.
-func (d *Daemon) unaccounted(ctx context.Context) (ids []int) {
+func (d *Daemon) unaccounted(ctx context.Context) (ids []int, err error) {
 	all, err := d.ctl.List(ctx)
 	if err != nil {
-		d.opts.Log.Warn("cannot look for devices of a dead daemon", "error", err)
+		return nil, fmt.Errorf("cannot look for devices of a dead daemon: %w", err)
 	}
 	for _, info := range all {
 		kind, ours := ublk.IsOurs(info.Tag)
 		has := slices.ContainsFunc(d.sortedWaiting(), func(s *survivor) bool { return s.record.ID == info.ID }) ||
 			slices.ContainsFunc(d.sortedDevices(), func(dev *device) bool { return dev.ublk.ID == info.ID })
 		served := info.Served() && info.PID != os.Getpid()
-		if ours && kind == filterKind && !has && !served && info.State != ublk.Dead {
+		if ours && kind == filterKind && !has && !served && info.State != ublk.Dead && !d.ofAnother(linkDir, info.ID) {
 			ids = append(ids, info.ID)
+		}
+	}
+	return ids, nil
+}
+
+// ofAnother says whether a device is known to be of another run directory's daemon: there
+// is no note of it here, and its name, one of those in dir, is not that of a filter whose
+// record cannot be trusted.
+func (d *Daemon) ofAnother(dir string, id int) (known bool) {
+	kernelName := fmt.Sprintf("ublkb%d", id)
+	if d.opts.Dir.has(filepath.Join(udevName, kernelName)) {
+		return false
+	}
+	for _, e := range dirEntries(dir) {
+		if to, err := os.Readlink(filepath.Join(dir, e.Name())); err != nil || filepath.Base(to) != kernelName {
+			continue
+		}
+		if slices.ContainsFunc(d.damaged, func(l control.LostDevice) bool { return l.Name == e.Name() }) {
+			return false
+		}
+		known = true
+	}
+	return known
+}
+
+// unlocated are those of the unaccounted devices that are not known to be one filter's.
+func (d *Daemon) unlocated(left []int) (ids []int) {
+	for _, id := range left {
+		if !slices.ContainsFunc(d.damaged, func(l control.LostDevice) bool { return l.Path == fmt.Sprintf("/dev/ublkb%d", id) }) {
+			ids = append(ids, id)
 		}
 	}
 	return ids
@@ -60,15 +138,26 @@ func (d *Daemon) checkDamaged(ctx context.Context, bdev *disk.Disk) error {
 	if len(d.damaged) == 0 {
 		return nil
 	}
-	left := d.unaccounted(ctx)
+	left, err := d.unaccounted(ctx)
+	return d.refuseDamaged(left, err, bdev, d.host.Lookup)
+}
+
+// refuseDamaged is checkDamaged of the unaccounted devices, or of the error why these are
+// not known.
+func (d *Daemon) refuseDamaged(left []int, unknown error, bdev *disk.Disk, lookup func(string) (*disk.Disk, error)) error {
+	if unknown != nil {
+		return &control.Error{Code: control.Busy, Errno: unix.EBUSY,
+			Message: fmt.Sprintf("may have the filter %s already: %s; %v", d.damaged[0].Name, d.damaged[0].Reason, unknown), Fix: "try again"}
+	}
+	unlocated := d.unlocated(left)
 	for _, l := range d.damaged {
 		path, has := l.Path, "has"
-		if id, ok := ublkNumber(path); ok && !slices.Contains(left, id) || len(left) == 0 {
+		if id, ok := ublkNumber(path); ok && !slices.Contains(left, id) || !ok && len(unlocated) == 0 {
 			continue
 		} else if !ok {
-			path = fmt.Sprintf("/dev/ublkb%d", left[0])
+			path = fmt.Sprintf("/dev/ublkb%d", unlocated[0])
 		}
-		if original, err := d.host.Lookup(l.Original); err != nil {
+		if original, err := lookup(l.Original); err != nil {
 			has = "may have"
 		} else if original.Num != bdev.Num && original.Parent != bdev.Name && bdev.Parent != original.Name {
 			continue
@@ -82,21 +171,13 @@ func (d *Daemon) checkDamaged(ctx context.Context, bdev *disk.Disk) error {
 
 // forgetDamaged removes what is left of a filter whose record cannot be trusted, when its
 // device is gone; needs opLock.
-func (d *Daemon) forgetDamaged(id int) {
-	path := fmt.Sprintf("/dev/ublkb%d", id)
-	i := slices.IndexFunc(d.damaged, func(l control.LostDevice) bool { return l.Path == path })
-	if i < 0 {
-		return
+func (d *Daemon) forgetDamaged(l control.LostDevice) {
+	if kernelName := d.notedAs("filter", l.Name); kernelName != "" {
+		d.forgetNote(kernelName)
 	}
-	l := d.damaged[i]
-	d.forgetNote(filepath.Base(path))
 	if bdev, err := d.host.Lookup(l.Original); err == nil {
 		d.forgetNote(bdev.Name)
 		rescan(bdev.Name)
-		// Nobody marks what is written to the disk from now on.
-		if identity, err := d.host.Identify(bdev); err == nil {
-			d.stopIdentity(nil, d.here(identity))
-		}
 	}
 	for _, path := range []string{d.cbtFile(l.Name), d.countersFile(l.Name)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -105,6 +186,6 @@ func (d *Daemon) forgetDamaged(id int) {
 	}
 	d.removeDeviceRecord(l.Name)
 	d.mu.Lock()
-	d.damaged = slices.Delete(slices.Clone(d.damaged), i, i+1)
+	d.damaged = slices.DeleteFunc(slices.Clone(d.damaged), func(other control.LostDevice) bool { return other.Name == l.Name })
 	d.mu.Unlock()
 }

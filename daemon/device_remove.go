@@ -90,10 +90,18 @@ func (d *Daemon) removeOrphan(r control.RemoveRequest, id int) error {
 	}
 	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
+	// Whoever dies from here on has taken back what is kept of the disk.
+	i := slices.IndexFunc(d.damaged, func(l control.LostDevice) bool { return l.Path == fmt.Sprintf("/dev/ublkb%d", id) })
+	if i >= 0 {
+		d.stopDamaged(d.damaged[i])
+	}
 	if err := d.ctl.DeleteDevice(ctx, id); err != nil {
 		return fail(err, "remove %s", r.Device)
 	}
-	d.forgetDamaged(id)
+	if i >= 0 {
+		d.forgetDamaged(d.damaged[i])
+	}
+	d.forgetGone(ctx)
 	d.clearLinks(ctx)
 	d.opts.Log.Info("device of a dead daemon removed", "device", r.Device)
 	return nil

@@ -77,6 +77,9 @@ func (d *Daemon) known() (names, noted map[string]bool) {
 	for _, s := range d.sortedWaiting() {
 		names[s.record.Name], noted[fmt.Sprintf("ublkb%d", s.record.ID)], noted[s.record.Original.Name] = true, true, true
 	}
+	for _, s := range d.gone { // a change map may be kept of them yet
+		names[s.record.Name] = true
+	}
 	for _, l := range d.damaged {
 		names[l.Name], noted[filepath.Base(l.Path)] = true, true
 		if bdev, err := d.host.Lookup(l.Original); err == nil {

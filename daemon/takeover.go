@@ -137,12 +137,8 @@ func (d *Daemon) takeOver(ctx context.Context) {
 			d.wait(s)
 		}
 	}
-	for i := range damaged {
-		d.locate(ctx, &d.damaged[i])
-	}
-	for _, s := range gone {
-		d.forgetHistory(ctx, s.record)
-	}
+	d.locate(ctx)
+	d.gone = gone
 	d.removeLeftovers(ctx)
 	d.endSnapshots(ctx, snaps, reopened, reasons)
 	d.forgetEvents(snaps)
@@ -150,6 +146,26 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	case <-d.thawed:
 	case <-time.After(d.opts.Config.FreezeTimeout): // some disk does not answer
 	}
+}
+
+// settle ends what may have to wait for disks and for the state directory; needs opLock.
+func (d *Daemon) settle(ctx context.Context) {
+	if len(d.gone)+len(d.damaged) == 0 {
+		return
+	}
+	d.step("settle what a dead daemon has left")
+	for _, s := range d.gone {
+		d.forgetHistory(ctx, s.record)
+	}
+	d.gone = nil
+	for _, l := range d.damaged {
+		if d.deviceNamed(l.Name) == nil { // else its record can be trusted
+			d.stopDamaged(l)
+		}
+	}
+	d.forgetGone(ctx)
+	d.saveRecord()
+	d.activity.Store(new(string))
 }
 
 // resumeHeld serves the devices that snapshots hold, and says how many.
