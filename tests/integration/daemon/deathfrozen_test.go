@@ -16,7 +16,7 @@ import (
 // not whole, and says that it has begun a new generation.
 func TestDeathInFrozenTake(t *testing.T) {
 	v := newVictim(t)
-	everyStepOf(t, 16, 1, func(n int) bool {
+	everyStepOf(t, 32, 1, func(n int) bool {
 		v.dies(n)
 		dev := v.device()
 		guest.Run(t, "mkfs.ext4", "-q", "-F", "-b", "1024", "-J", "size=1", dev.Link)
@@ -38,9 +38,10 @@ func TestDeathInFrozenTake(t *testing.T) {
 			_, err := v.TakeSnapshot(guest.Context(t), control.TakeRequest{ID: s.ID})
 			return err
 		})
-		if _, err := os.Stat(filepath.Join(v.RunDir.State(), "frozen")); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("n = %d: what was frozen is still on record: %v", n, err)
-		}
+		guest.WaitFor(t, "nothing frozen on record", func() bool {
+			_, err := os.Stat(filepath.Join(v.RunDir.State(), "frozen"))
+			return errors.Is(err, fs.ErrNotExist)
+		})
 		if v.Show(s.ID).State == control.SnapshotCreated {
 			v.Taken(s.ID)
 		}
