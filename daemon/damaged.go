@@ -21,6 +21,9 @@ import (
 
 // locate finds the devices and the disks of the filters whose records cannot be trusted.
 func (d *Daemon) locate(ctx context.Context) {
+	if len(d.damaged) == 0 {
+		return
+	}
 	left, _ := d.unaccounted(ctx)
 	for i := range d.damaged {
 		l := &d.damaged[i]
@@ -28,7 +31,7 @@ func (d *Daemon) locate(ctx context.Context) {
 			continue
 		}
 		kernelName := d.notedAs("filter", l.Name)
-		if id, ok := ublkNumber("/dev/" + kernelName); ok && slices.Contains(left, id) {
+		if id, ok := diskNumber(kernelName); ok && slices.Contains(left, id) {
 			l.Path, l.Waits = "/dev/"+kernelName, true
 		}
 		if bdev, err := d.host.Lookup(d.notedAs("original", l.Name)); err == nil {
@@ -60,9 +63,14 @@ func (d *Daemon) stopDamaged(l control.LostDevice) {
 // forgetGone forgets those whose device is gone, of which there is nothing to be mended;
 // needs opLock.
 func (d *Daemon) forgetGone(ctx context.Context) {
-	left, err := d.unaccounted(ctx)
+	if len(d.damaged) == 0 {
+		return
+	}
+	if left, err := d.unaccounted(ctx); err != nil || len(d.unlocated(left)) > 0 {
+		return // one of these may be its device
+	}
 	for _, l := range slices.Clone(d.damaged) {
-		if l.Path == "" && err == nil && len(d.unlocated(left)) == 0 && d.isGone(ctx, d.notedAs("filter", l.Name)) {
+		if l.Path == "" && d.isGone(ctx, d.notedAs("filter", l.Name)) {
 			d.opts.Log.Warn("what a dead daemon began to add or to remove is removed", "name", l.Name, "disk", l.Original)
 			d.forgetDamaged(l)
 		}
@@ -71,17 +79,12 @@ func (d *Daemon) forgetGone(ctx context.Context) {
 
 // isGone says whether the driver has no ublk device of that name.
 func (d *Daemon) isGone(ctx context.Context, kernelName string) bool {
-	id, ok := ublkNumber("/dev/" + kernelName)
+	id, ok := diskNumber(kernelName)
 	if !ok {
 		return true
 	}
 	_, err := d.ctl.Info(ctx, id)
 	return errors.Is(err, unix.ENODEV)
-}
-
-func ublkNumber(path string) (id int, ok bool) {
-	n, err := fmt.Sscanf(path, "/dev/ublkb%d", &id)
-	return id, n == 1 && err == nil
 }
 
 // unaccounted are our filters that nobody serves, and of which this daemon has no record.
@@ -106,7 +109,7 @@ func (d *Daemon) unaccounted(ctx context.Context) (ids []int, err error) {
 // is no note of it here, and its name, one of those in dir, is not that of a filter whose
 // record cannot be trusted.
 func (d *Daemon) ofAnother(dir string, id int) (known bool) {
-	kernelName := fmt.Sprintf("ublkb%d", id)
+	kernelName := diskName(id)
 	if d.opts.Dir.has(filepath.Join(udevName, kernelName)) {
 		return false
 	}
@@ -125,7 +128,7 @@ func (d *Daemon) ofAnother(dir string, id int) (known bool) {
 // unlocated are those of the unaccounted devices that are not known to be one filter's.
 func (d *Daemon) unlocated(left []int) (ids []int) {
 	for _, id := range left {
-		if !slices.ContainsFunc(d.damaged, func(l control.LostDevice) bool { return l.Path == fmt.Sprintf("/dev/ublkb%d", id) }) {
+		if !slices.ContainsFunc(d.damaged, func(l control.LostDevice) bool { return l.Path == "/dev/"+diskName(id) }) {
 			ids = append(ids, id)
 		}
 	}
@@ -152,10 +155,10 @@ func (d *Daemon) refuseDamaged(left []int, unknown error, bdev *disk.Disk, looku
 	unlocated := d.unlocated(left)
 	for _, l := range d.damaged {
 		path, has := l.Path, "has"
-		if id, ok := ublkNumber(path); ok && !slices.Contains(left, id) || !ok && len(unlocated) == 0 {
+		if id, ok := diskNumber(filepath.Base(path)); ok && !slices.Contains(left, id) || !ok && len(unlocated) == 0 {
 			continue
 		} else if !ok {
-			path = fmt.Sprintf("/dev/ublkb%d", unlocated[0])
+			path = "/dev/" + diskName(unlocated[0])
 		}
 		if original, err := lookup(l.Original); err != nil {
 			has = "may have"
@@ -185,7 +188,10 @@ func (d *Daemon) forgetDamaged(l control.LostDevice) {
 		}
 	}
 	d.removeDeviceRecord(l.Name)
-	d.mu.Lock()
-	d.damaged = slices.DeleteFunc(slices.Clone(d.damaged), func(other control.LostDevice) bool { return other.Name == l.Name })
-	d.mu.Unlock()
+	d.dropDamaged(l.Name)
+}
+
+// dropDamaged is for a name whose record can be trusted again, or is gone; needs opLock.
+func (d *Daemon) dropDamaged(name string) {
+	d.damaged = slices.DeleteFunc(slices.Clone(d.damaged), func(l control.LostDevice) bool { return l.Name == name })
 }

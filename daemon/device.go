@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -103,7 +102,7 @@ func (d *Daemon) findDevice(ref string) (*device, error) {
 		return nil, d.explainDevice(e, ref)
 	}
 	for _, w := range d.sortedWaiting() {
-		if w.record.Original.Number == bdev.Num.String() || fmt.Sprintf("ublkb%d", w.record.ID) == bdev.Name {
+		if w.record.Original.Number == bdev.Num.String() || diskName(w.record.ID) == bdev.Name {
 			return nil, w.waitingError(w.record.Name)
 		}
 	}
@@ -122,8 +121,8 @@ func (d *Daemon) openedBy(n blockdev.Num) string {
 	if d.opts.Prober != nil {
 		ours = append(ours, d.opts.Prober.PID())
 	}
-	for _, who := range d.host.Openers(n, ours...) {
-		return who.String()
+	if who := d.host.Openers(n, ours...); len(who) > 0 {
+		return who[0].String()
 	}
 	return ""
 }

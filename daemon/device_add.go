@@ -94,8 +94,8 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	}
 	d.mu.Lock()
 	d.devices[dev.Name] = dev
-	d.damaged = slices.DeleteFunc(d.damaged, func(l control.LostDevice) bool { return l.Name == dev.Name })
 	d.mu.Unlock()
+	d.dropDamaged(dev.Name)
 	if err != nil {
 		return nil, &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("%s does not answer, so its filter could not be removed again: %v", dev.Original, err),
 			Fix: "remove the filter when the disk answers: ublk-blksnap remove --force " + dev.Name}

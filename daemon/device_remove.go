@@ -72,7 +72,7 @@ func (d *Daemon) orphan(ctx context.Context, path string) (id int, ok bool) {
 	if err != nil {
 		return 0, false
 	}
-	if n, err := fmt.Sscanf(bdev.Name, "ublkb%d", &id); n != 1 || err != nil {
+	if id, ok = diskNumber(bdev.Name); !ok {
 		return 0, false
 	}
 	info, err := d.ctl.Info(ctx, id)
@@ -91,7 +91,7 @@ func (d *Daemon) removeOrphan(r control.RemoveRequest, id int) error {
 	ctx, cancel := d.withDiskTimeout(context.Background())
 	defer cancel()
 	// Whoever dies from here on has taken back what is kept of the disk.
-	i := slices.IndexFunc(d.damaged, func(l control.LostDevice) bool { return l.Path == fmt.Sprintf("/dev/ublkb%d", id) })
+	i := slices.IndexFunc(d.damaged, func(l control.LostDevice) bool { return l.Path == "/dev/"+diskName(id) })
 	if i >= 0 {
 		d.stopDamaged(d.damaged[i])
 	}
@@ -268,8 +268,8 @@ func (d *Daemon) takeDown(dev *device, clean bool) error {
 	d.forgetNote(dev.disk.Name)
 	rescan(dev.disk.Name)
 	d.removeDeviceRecord(dev.Name)
+	d.dropDamaged(dev.Name)
 	d.mu.Lock()
-	d.damaged = slices.DeleteFunc(d.damaged, func(l control.LostDevice) bool { return l.Name == dev.Name })
 	delete(d.devices, dev.Name)
 	d.mu.Unlock()
 	return nil

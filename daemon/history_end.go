@@ -3,13 +3,10 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
-	"os"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
@@ -104,19 +101,11 @@ func (d *Daemon) finishEnd(ctx context.Context, r deviceRecord) {
 func (d *Daemon) tryFinishEnd(ctx context.Context, r deviceRecord) (err error) {
 	dev := &device{geo: r.Geometry}
 	dev.Name = r.Name
-	f, err := openLeft(d.cbtFile(r.Name), os.O_RDONLY)
+	if dev.cbt, err = openLeftMap(d.cbtFile(r.Name), r.Geometry.Size); dev.cbt != nil {
+		defer dev.cbt.Close()
+	}
 	if err != nil {
 		return err
-	}
-	f.Close()
-	if dev.cbt, err = cbtmap.Open(d.cbtFile(r.Name)); err != nil {
-		return err
-	}
-	defer dev.cbt.Close()
-	if info, err := dev.cbt.Info(); err != nil {
-		return err
-	} else if info.DeviceCapacity != r.Geometry.Size {
-		return fmt.Errorf("it is for %d bytes, not %d", info.DeviceCapacity, r.Geometry.Size)
 	}
 	if dev.disk, err = r.Original.find(d.host); err != nil {
 		return err

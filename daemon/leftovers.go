@@ -23,7 +23,7 @@ func (d *Daemon) removeLeftovers(ctx context.Context) {
 	names, noted := d.known()
 	for _, info := range left {
 		kind, ours := ublk.IsOurs(info.Tag)
-		kernelName := fmt.Sprintf("ublkb%d", info.ID)
+		kernelName := diskName(info.ID)
 		if !ours || noted[kernelName] {
 			continue
 		}
@@ -75,7 +75,7 @@ func (d *Daemon) known() (names, noted map[string]bool) {
 		names[dev.Name], noted[filepath.Base(dev.Path)], noted[dev.disk.Name] = true, true, true
 	}
 	for _, s := range d.sortedWaiting() {
-		names[s.record.Name], noted[fmt.Sprintf("ublkb%d", s.record.ID)], noted[s.record.Original.Name] = true, true, true
+		names[s.record.Name], noted[diskName(s.record.ID)], noted[s.record.Original.Name] = true, true, true
 	}
 	for _, s := range d.gone { // a change map may be kept of them yet
 		names[s.record.Name] = true

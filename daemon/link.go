@@ -115,8 +115,8 @@ func (d *Daemon) owner(ctx context.Context, path string) (info ublk.Info, ok boo
 	if err != nil {
 		return info, false
 	}
-	var id int
-	if n, err := fmt.Sscanf(filepath.Base(to), "ublkb%d", &id); n != 1 || err != nil {
+	id, ok := diskNumber(filepath.Base(to))
+	if !ok {
 		return info, false
 	}
 	if info, err = d.ctl.Info(ctx, id); err != nil {

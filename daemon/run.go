@@ -118,15 +118,14 @@ func Run(o Options) error {
 	for _, err := range ublk.PrepareProcess() {
 		o.Log.Warn("the process could not be prepared in full for serving disks", "error", err)
 	}
-	o.progress = &progress{}
-	if err := run(o, func() (stopper, error) { return New(o) }); err != nil {
+	if err := run(o, func(o Options) (stopper, error) { return New(o) }); err != nil {
 		return err
 	}
 	o.awaitGuard()
 	return nil
 }
 
-func run(o Options, open func() (stopper, error)) error {
+func run(o Options, open func(Options) (stopper, error)) error {
 	// Signals come first, because from the first device on no signal may end or stop
 	// the process by itself.
 	signals := make(chan os.Signal, 4)
@@ -153,11 +152,9 @@ func run(o Options, open func() (stopper, error)) error {
 	if err := o.setGuard(); err != nil {
 		o.Log.Warn("nobody starts the next daemon if this one dies", "error", err)
 	}
-	if o.progress == nil {
-		o.progress = &progress{}
-	}
+	o.progress = &progress{}
 	stopExtending := extendStart(o.progress, o.Config.patience(), reload != nil)
-	opened, err := open()
+	opened, err := open(o)
 	stopExtending()
 	if err != nil {
 		return err

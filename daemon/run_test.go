@@ -50,7 +50,7 @@ func runFake(t *testing.T, dir RunDir, fake *fakeAPI) (ended chan error) {
 	ready := make(chan struct{})
 	ended = make(chan error, 1)
 	go func() {
-		ended <- run(Options{Dir: dir, Log: quiet(), Ready: func() { close(ready) }}, func() (stopper, error) { return fake, nil })
+		ended <- run(Options{Dir: dir, Log: quiet(), Ready: func() { close(ready) }}, func(Options) (stopper, error) { return fake, nil })
 	}()
 	select {
 	case <-ready:
@@ -65,7 +65,7 @@ func TestSecondDaemon(t *testing.T) {
 	fake := &fakeAPI{}
 	ended := runFake(t, dir, fake)
 	opened := false
-	err := run(Options{Dir: dir, Log: quiet()}, func() (stopper, error) { opened = true; return fake, nil })
+	err := run(Options{Dir: dir, Log: quiet()}, func(Options) (stopper, error) { opened = true; return fake, nil })
 	want := fmt.Sprintf("start the daemon: another daemon (process %d) runs on %s", os.Getpid(), dir)
 	if control.CodeOf(err) != control.Exists || err.Error() != want {
 		t.Errorf("second daemon: %v, want %s", err, want)
@@ -158,7 +158,7 @@ func TestStop(t *testing.T) {
 
 func TestStartErrorFreesTheLock(t *testing.T) {
 	dir := RunDir(t.TempDir())
-	err := run(Options{Dir: dir, Log: quiet()}, func() (stopper, error) { return nil, unix.ENODEV })
+	err := run(Options{Dir: dir, Log: quiet()}, func(Options) (stopper, error) { return nil, unix.ENODEV })
 	if !errors.Is(err, unix.ENODEV) {
 		t.Fatal(err)
 	}

@@ -121,7 +121,7 @@ func testDaemon(how string, args []string) int {
 		defer o.awaitGuard()
 	}
 	fake := &fakeAPI{}
-	err := run(o, func() (stopper, error) { return fake, nil })
+	err := run(o, func(Options) (stopper, error) { return fake, nil })
 	if err != nil {
 		ReportStart(3, err)
 		fmt.Fprintln(os.Stderr, err)

@@ -13,7 +13,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
@@ -313,8 +312,8 @@ func (d *Daemon) forget(ctx context.Context, r deviceRecord) {
 func (d *Daemon) forgetDevice(ctx context.Context, r deviceRecord) {
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
-	d.unlink(filepath.Join(linkDir, r.Name), fmt.Sprintf("ublkb%d", r.ID))
-	d.forgetNote(fmt.Sprintf("ublkb%d", r.ID))
+	d.unlink(filepath.Join(linkDir, r.Name), diskName(r.ID))
+	d.forgetNote(diskName(r.ID))
 	_ = os.Remove(d.countersFile(r.Name))
 	if bdev, err := r.Original.find(d.host); err == nil {
 		d.forgetNote(bdev.Name)
@@ -412,49 +411,6 @@ func (d *Daemon) claimOriginal(ctx context.Context, bdev *disk.Disk) (*blockdev.
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-}
-
-// adoptChangeMap takes the map over, or begins another if it cannot be believed.
-func (d *Daemon) adoptChangeMap(dev *device, s *survivor) error {
-	name := s.record.Name
-	dev.cbtPath = d.cbtFile(name)
-	var m *cbtmap.Map
-	f, err := openLeft(dev.cbtPath, os.O_RDONLY)
-	if err == nil {
-		f.Close()
-		m, err = cbtmap.Open(dev.cbtPath)
-	}
-	if err == nil {
-		var info cbtmap.Info
-		if info, err = m.Info(); err == nil && info.DeviceCapacity != dev.geo.Size {
-			err = fmt.Errorf("it is for %d bytes, not %d", info.DeviceCapacity, dev.geo.Size)
-		}
-		if err == nil || errors.Is(err, cbtmap.ErrCorrupted) { // stays so until the next take
-			dev.cbt = m
-			if s.record.ClaimedByOther {
-				m.NewGeneration()
-				d.beganAnew(dev, s, control.HistoryWritten, "somebody else had the disk while no daemon did")
-			}
-			return nil
-		}
-		_ = m.Close()
-	}
-	why := err
-	if err = d.createChangeMap(dev, name); err == nil {
-		d.beganAnew(dev, s, control.HistoryDamaged, fmt.Sprintf("the change map of the daemon before cannot be taken over: %v", why))
-	}
-	return err
-}
-
-// beganAnew tells why the change map of a device that is taken over has a new
-// generation, and puts that on record.
-func (d *Daemon) beganAnew(dev *device, s *survivor, reason, text string) {
-	dev.History = control.History{Reason: reason, Text: text}
-	d.opts.Log.Error("all of a disk counts as changed", "name", s.record.Name, "disk", s.record.Original.Path, "reason", text)
-	d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: s.record.Original.Number, Text: text})
-	deathpoint.Point()
-	s.record.History, s.record.ClaimedByOther = dev.History, false
-	d.changeDeviceRecord(s.record)
 }
 
 // closeAgain lets go of a device that could not be taken over: what is in files stays.

@@ -300,7 +300,7 @@ func (d *Daemon) endSnapshot(ctx context.Context, s *leftSnapshot, reason error)
 		if claimed == nil {
 			continue
 		}
-		d.unlink(s.Images[i].Link, fmt.Sprintf("ublkb%d", claimed.ID))
+		d.unlink(s.Images[i].Link, diskName(claimed.ID))
 		if err := d.ctl.DeleteDevice(ctx, claimed.ID); err != nil {
 			d.opts.Log.Warn("cannot remove the image of a snapshot that ends", "snapshot", s.id(), "device", claimed.ID, "error", err)
 		}

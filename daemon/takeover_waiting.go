@@ -35,7 +35,7 @@ func (d *Daemon) stopIfClaimed(s *survivor) {
 
 // lost is what is told of a device that waits.
 func (s *survivor) lost() control.LostDevice {
-	return control.LostDevice{Name: s.record.Name, Original: s.record.Original.Path, Path: fmt.Sprintf("/dev/ublkb%d", s.record.ID), Waits: true, Reason: publicPaths(s.reason.Error())}
+	return control.LostDevice{Name: s.record.Name, Original: s.record.Original.Path, Path: "/dev/" + diskName(s.record.ID), Waits: true, Reason: publicPaths(s.reason.Error())}
 }
 
 // retry tries the waiting devices again until none is left or ctx ends.
@@ -108,7 +108,7 @@ func (d *Daemon) sortedWaiting() []*survivor {
 // findWaiting is the waiting device that ref names, nil if there is none.
 func (d *Daemon) findWaiting(ref string) *survivor {
 	for _, s := range d.sortedWaiting() {
-		path := fmt.Sprintf("/dev/ublkb%d", s.record.ID)
+		path := "/dev/" + diskName(s.record.ID)
 		if slices.Contains([]string{s.record.Name, s.record.Original.Path, path, filepath.Join(linkDir, s.record.Name)}, ref) {
 			return s
 		}

@@ -20,6 +20,15 @@ const (
 	imageKind  = 'i'
 )
 
+// diskName is the kernel's name of the disk of the ublk device with that number.
+func diskName(id int) string { return fmt.Sprintf("ublkb%d", id) }
+
+// diskNumber is the number of the ublk device whose disk has that kernel name, or a partition.
+func diskNumber(name string) (id int, ok bool) {
+	n, err := fmt.Sscanf(name, "ublkb%d", &id)
+	return id, n == 1 && err == nil
+}
+
 // addUblk adds a ublk device of ours, with its note for udev written before it
 // appears, and put on record by the caller's function: therefore its number is chosen
 // here. It outlives this process. A device returned with an error is one that the
@@ -43,7 +52,7 @@ func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.C
 			continue
 		}
 		cfg.ID = id
-		kernelName := fmt.Sprintf("ublkb%d", id)
+		kernelName := diskName(id)
 		if err := d.note(kernelName, noteKind, name); err != nil {
 			return nil, err
 		}

@@ -39,18 +39,10 @@ func lostLife(t *testing.T, kind string, change func(l life)) (l life, lost *Los
 	if lost, err := ReadNote("note", note); lost != nil || err != nil {
 		t.Errorf("in the same boot: %+v, %v", lost, err)
 	}
-	body, _, err := statefile.Decode("note", note, noteKind, noteVersion)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var c noteContent
-	if err := json.Unmarshal(body, &c); err != nil {
-		t.Fatal(err)
-	}
+	c := readContent(t, note)
 	if c.Machine != disk.MachineID() {
 		t.Errorf("the machine is %q on record", c.Machine)
 	}
-	c.Boot = "another"
 	for i := range c.Storage { // filesystems may have other numbers by then
 		for _, id := range []*identity{c.Storage[i].Dir, c.Storage[i].File, c.Storage[i].Lender} {
 			if id != nil {
@@ -58,10 +50,8 @@ func lostLife(t *testing.T, kind string, change func(l life)) (l life, lost *Los
 			}
 		}
 	}
-	if note, err = statefile.Encode(noteKind, noteVersion, c); err != nil {
-		t.Fatal(err)
-	}
-	if lost, err = ReadNote("note", note); err != nil || lost == nil {
+	lost, err := ReadNote("note", inAnotherBoot(t, c))
+	if err != nil || lost == nil {
 		t.Fatalf("in another boot: %+v, %v", lost, err)
 	}
 	if len(lost.Devices) != 1 || lost.Devices[0] != disk1 || len(lost.Storage) != 1 || lost.Storage[0].Path != l.Storage[0] {
@@ -308,24 +298,37 @@ func TestStayNoted(t *testing.T) {
 			}
 			continue
 		}
-		body, _, err := statefile.Decode("note", note, noteKind, noteVersion)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var c noteContent
-		if err := json.Unmarshal(body, &c); err != nil {
-			t.Fatal(err)
-		}
+		c := readContent(t, note)
 		if c.ID != s.cfg.ID || len(c.Devices) != 1 || len(c.Storage) != 0 {
 			t.Errorf("%+v", c)
 		}
-		c.Boot = "another"
-		if note, err = statefile.Encode(noteKind, noteVersion, c); err != nil {
-			t.Fatal(err)
-		}
-		lost, err := ReadNote("note", note)
+		lost, err := ReadNote("note", inAnotherBoot(t, c))
 		if err != nil || lost == nil || len(lost.Devices) != 1 || !lost.Clear(Machine{}) {
 			t.Errorf("in another boot: %+v, %v", lost, err)
 		}
 	}
+}
+
+// readContent is what a note says.
+func readContent(t *testing.T, note []byte) (c noteContent) {
+	t.Helper()
+	body, _, err := statefile.Decode("note", note, noteKind, noteVersion)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(body, &c); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// inAnotherBoot is a note that says this, but that another boot left it.
+func inAnotherBoot(t *testing.T, c noteContent) []byte {
+	t.Helper()
+	c.Boot = "another"
+	note, err := statefile.Encode(noteKind, noteVersion, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return note
 }

@@ -238,22 +238,19 @@ func ServeProbes(fd int, root string) error {
 		}
 		go func() {
 			last := len(files) - 1
-			defer files[last].Close()
+			defer closeAll(files)
 			answers := json.NewEncoder(files[last])
-			if q.Freeze {
+			switch {
+			case q.Freeze:
 				defer freezing.Done()
 				freeze(answers, files[0], files[1])
-				closeAll(files[:last])
-				return
-			}
-			if q.Claim != "" {
+			case q.Claim != "":
 				claim(answers, q.Claim, files[0])
-				closeAll(files[:last])
-				return
+			default:
+				a := e.do(q, files[:last])
+				closeAll(files[:last]) // whoever hears the answer finds nothing open
+				_ = answers.Encode(a)
 			}
-			a := e.do(q, files[:last])
-			closeAll(files[:last]) // whoever hears the answer finds nothing open
-			_ = answers.Encode(a)
 		}()
 	}
 }

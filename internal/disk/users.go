@@ -190,10 +190,10 @@ type Process struct {
 func (p Process) String() string { return fmt.Sprintf("%s (process %d)", p.Name, p.PID) }
 
 // Openers are the processes, other than this one and those named by number, that have the
-// disk or one of its partitions open or mapped; none if there is no such disk. Openers does not see what
-// only the kernel holds (mounts, stacked devices). Nor does it see what a process has
-// that hangs in the middle of a change of its memory, because nobody can look at such a
-// process.
+// disk or one of its partitions open or mapped; none if there is no such disk. Openers does
+// not see what only the kernel holds (mounts, stacked devices). Nor does it see what a
+// process has that hangs in the middle of a change of its memory, because nobody can look
+// at such a process.
 func (h *Host) Openers(n Num, but ...int) []Process {
 	d, err := h.byNumber(n)
 	if err != nil {
