@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -54,6 +55,7 @@ type Daemon struct {
 	threads []string      // that it began with, see namedThreads
 	end     chan struct{} // closed when the process has ended
 	Err     error         // of its end
+	rescuer *exec.Cmd     // the next process, if this one crashed; nil before end is closed
 }
 
 // testParams are the parameters of daemons here: small enough for a machine
@@ -132,7 +134,8 @@ func (d *Daemon) launch(stderr *os.File, env ...string) {
 		program = Path(d.t)
 	}
 	d.cmd = exec.Command(program, d.args...)
-	d.cmd.Env = append(os.Environ(), env...)
+	d.cmd.Env = append(os.Environ(), "GOTRACEBACK=crash") // a panic ends with a signal too
+	d.cmd.Env = append(d.cmd.Env, env...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	if stderr != nil {
 		d.cmd.Stderr = stderr
@@ -145,8 +148,36 @@ func (d *Daemon) launch(stderr *os.File, env ...string) {
 	d.end = end
 	go func() {
 		d.Err = cmd.Wait()
+		if crashed(cmd.ProcessState) {
+			d.rescue(cmd)
+		}
 		close(end)
 	}()
+}
+
+// crashed says whether a process ended by a signal that nobody sends to it.
+func crashed(s *os.ProcessState) bool {
+	status, ok := s.Sys().(syscall.WaitStatus)
+	return ok && status.Signaled() && !slices.Contains([]syscall.Signal{unix.SIGKILL, unix.SIGTERM, unix.SIGINT, unix.SIGQUIT}, status.Signal())
+}
+
+// rescue fails the test of a daemon that crashed, and starts the next one: without it the
+// test would wait for its requests until the machine's time is up, and tell nothing.
+func (d *Daemon) rescue(dead *exec.Cmd) {
+	d.t.Errorf("the daemon crashed: %v", d.Err)
+	log, err := os.OpenFile(d.Log, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		d.t.Error(err)
+		return
+	}
+	defer log.Close()
+	next := exec.Command(dead.Path, d.args...)
+	next.Stdout, next.Stderr = log, log
+	if err := next.Start(); err != nil {
+		d.t.Error(err)
+		return
+	}
+	d.rescuer = next
 }
 
 // answers waits until the daemon does.
@@ -226,7 +257,11 @@ func (d *Daemon) Ended(limit time.Duration) bool {
 func (d *Daemon) StopAndWait() {
 	d.t.Helper()
 	select {
-	case <-d.end: // by the test
+	case <-d.end: // by the test, or it crashed
+		if d.rescuer != nil {
+			_ = d.rescuer.Process.Signal(unix.SIGTERM)
+			_ = d.rescuer.Wait()
+		}
 		return
 	default:
 	}
