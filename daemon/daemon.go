@@ -234,6 +234,7 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		return w.waitingError(w.record.Name)
 	}
 	all := d.sortedDevices()
+	d.awaitClosed(ctx, all)
 	for _, dev := range all {
 		if err := d.checkIdle(dev); err != nil {
 			return fail(err, "%s", dev.Name)

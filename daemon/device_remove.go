@@ -61,8 +61,8 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 	return nil
 }
 
-// settleLimit is how long a removal waits for a passer-by that has the device open,
-// as udev has when it looks at new and changed devices.
+// settleLimit is how long a removal or stop waits for a passer-by that has the device
+// open, as udev has when it looks at new and changed devices.
 const settleLimit = 2 * time.Second
 
 // orphan is the number of the ublk device at path, if a dead daemon of ours has
@@ -120,6 +120,16 @@ func (d *Daemon) checkIdle(dev *device) error {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "opened by " + who, Fix: "end that process first"}
 	}
 	return nil
+}
+
+// awaitClosed waits until nobody has the devices open, for settleLimit at most.
+func (d *Daemon) awaitClosed(ctx context.Context, devices []*device) {
+	d.step("wait until nobody has a filter open")
+	until := time.Now().Add(settleLimit)
+	open := func(dev *device) bool { return d.openedBy(dev.ublk.Num) != "" }
+	for slices.ContainsFunc(devices, open) && time.Now().Before(until) && ctx.Err() == nil {
+		time.Sleep(50 * time.Millisecond)
+	}
 }
 
 // checkFree refuses a filter device that is mounted or has a device on it. A device

@@ -302,7 +302,24 @@ func TestRemoveInUse(t *testing.T) {
 		loop := guest.LoopOver(t, dev.Path, 512)
 		d.In(t).Refused([]string{loop}, "remove", dev.Link)
 	})
-	d.Remove(dev)
+	f, err := os.Open(dev.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	program.WantError(t, d.Stop(guest.Context(t)), control.Busy, fmt.Sprintf("(process %d)", os.Getpid()))
+	go func() { // a passer-by, such as udev, does not keep the daemon from its stop
+		for {
+			info, err := d.Info(guest.Context(t))
+			if err != nil || strings.Contains(info.Activity, "nobody has a filter open") {
+				f.Close()
+				return
+			}
+		}
+	}()
+	if err := d.Stop(guest.Context(t)); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestLargeRequests: what clients send takes no memory to speak of, however much
