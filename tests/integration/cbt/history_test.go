@@ -159,6 +159,7 @@ func TestWrittenBehindOurBack(t *testing.T) {
 	turn := shortTurn(t)
 	for _, fs := range []guest.Filesystem{guest.Ext4, guest.XFS, guest.Btrfs} {
 		t.Run(fs.Name, func(t *testing.T) {
+			guest.NeedEither(t)
 			p := plug(t, fs.Minimum)
 			d := program.Start(t)
 			add := func() control.Device { t.Helper(); return d.Add(p.disk, named("data")) }

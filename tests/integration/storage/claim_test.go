@@ -79,6 +79,7 @@ func TestClaimOutlivesProcess(t *testing.T) {
 	guest.Run(t, "modprobe", "dm-delay")
 	for _, kind := range []string{"device", "file"} {
 		t.Run(kind, func(t *testing.T) {
+			guest.NeedEither(t)
 			ram := guest.RAMDisks(t, 1, size)[0]
 			plain := fmt.Sprintf("0 %d delay %s 0 0", size>>9, ram)
 			path := guest.DMDisk(t, "late", plain)
