@@ -52,7 +52,7 @@ func (d *Daemon) stopDamaged(l control.LostDevice) {
 	if err == nil {
 		identity, err = d.host.Identify(bdev)
 	}
-	if err != nil {
+	if identity == nil {
 		d.opts.Log.Error("the disk of a filter whose record cannot be trusted is not known: remove what is kept of it before it gets a filter in another boot",
 			"name", l.Name, "directory", d.opts.Config.StateDir, "reason", err)
 		return

@@ -2,10 +2,17 @@ package daemon
 
 import (
 	"context"
+	"errors"
+	"os"
+	"path/filepath"
 	"testing"
+	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 func TestNotMounted(t *testing.T) {
@@ -70,5 +77,63 @@ func TestNotice(t *testing.T) {
 	}
 	if n := len(l.snapshots["s"].events); n != 1 || len(l.snapshots) != 1 {
 		t.Errorf("the snapshot has %d events, %d snapshots", n, len(l.snapshots))
+	}
+}
+
+// TestKeptOfOneOfTwo: a disk gets a filter while another one looks the same, as a second
+// path to it or a clone does. What was kept of the disk must not be believed when the other
+// is gone again, because by then it is from before that filter.
+func TestKeptOfOneOfTwo(t *testing.T) {
+	dir := t.TempDir()
+	d := &Daemon{opts: Options{Dir: RunDir(filepath.Join(dir, "run")), Log: quiet(), Config: Config{StateDir: filepath.Join(dir, "state"), DiskTimeout: 10 * time.Second}}, host: disk.Machine()}
+	d.host.Sys = filepath.Join(dir, "sys")
+	sysfs := func(name, number string) {
+		t.Helper()
+		own := filepath.Join(d.host.Sys, "devices/virtio0", name)
+		var errs []error
+		for _, path := range []string{own, filepath.Join(d.host.Sys, "dev/block"), filepath.Join(d.host.Sys, "class/block")} {
+			errs = append(errs, os.MkdirAll(path, 0o755))
+		}
+		for file, text := range map[string]string{"dev": number, "size": "2048", "serial": "disk-a"} {
+			errs = append(errs, os.WriteFile(filepath.Join(own, file), []byte(text+"\n"), 0o600))
+		}
+		errs = append(errs, os.Symlink(own, filepath.Join(d.host.Sys, "dev/block", number)), os.Symlink(own, filepath.Join(d.host.Sys, "class/block", name)))
+		if err := errors.Join(errs...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sysfs("vda", "4000:0") // no disk of this machine
+	bdev, err := d.host.ByNumber(disk.Num{Major: 4000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := d.host.Identify(bdev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, err := cbtstate.Open("/", d.opts.Config.StateDir, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	kept := cbtstate.Record{ID: uuid.New(), Name: "data", Disk: cbtstate.Disk{Identity: id, Size: bdev.Size}}
+	running := kept
+	running.ID = uuid.New()
+	if err := errors.Join(store.Save(kept, []byte("map"), func() bool { return true }), store.Run(running)); err != nil {
+		t.Fatal(err)
+	}
+
+	sysfs("vdb", "4000:16")
+	dev := &device{disk: bdev}
+	found := d.findHistory(context.Background(), -1, dev, "data", 1000)
+	if found.refusal == nil || found.refusal.Reason != cbtstate.Unknown {
+		t.Fatalf("%+v", found)
+	}
+	d.useHistory(context.Background(), dev, "data", found)
+	if _, _, err := store.Find(id, "data", 1000); err == nil {
+		t.Error("the map that was kept would be believed")
+	}
+	if left, err := filepath.Glob(filepath.Join(d.opts.Config.StateDir, "*.running")); err != nil || len(left) > 0 {
+		t.Errorf("the running record is there: %v, %v", left, err)
 	}
 }

@@ -56,6 +56,7 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 		if on, err := d.host.ByNumber(place.Number()); err == nil {
 			known, err = d.host.Identify(on)
 			if err != nil {
+				known = nil
 				d.opts.Log.Warn("a loss of power would leave what a snapshot stores where it is, because the device cannot be known again",
 					"snapshot", s.id, "storage", st.Path, "error", err)
 			}

@@ -22,14 +22,9 @@ func (id Identity) String() string { return strings.Join(id, ", ") }
 // Identify says what a disk can be known by: what it says of itself (serial number,
 // WWN), for a partition also its number, place and UUID, for a volume or an array its
 // UUID and the disks below. It asks no disk. The error is an *Error with ErrUnknown
-// if there is nothing, or if another disk looks the same.
-func (h *Host) Identify(d *Disk) (Identity, error) {
-	id, err := h.identify(d, nil, 0)
-	if err != nil {
-		return nil, err
-	}
-	return id, nil
-}
+// if there is nothing, or if another disk looks the same. In that case there is an
+// identity as well: what was kept under it may be of this disk.
+func (h *Host) Identify(d *Disk) (Identity, error) { return h.identify(d, nil, 0) }
 
 // identify is Identify. The siblings may look the same: they are paths to one disk.
 func (h *Host) identify(d *Disk, siblings []string, depth int) (Identity, error) {
@@ -46,7 +41,7 @@ func (h *Host) identify(d *Disk, siblings []string, depth int) (Identity, error)
 			return unknown("%v", err)
 		}
 		id, err := h.identify(whole, siblings, depth+1)
-		if err != nil {
+		if id == nil {
 			return nil, err
 		}
 		for _, f := range []string{"partition", "start", "size"} {
@@ -57,7 +52,7 @@ func (h *Host) identify(d *Disk, siblings []string, depth int) (Identity, error)
 				id = append(id, "partuuid="+uuid)
 			}
 		}
-		return id, nil
+		return id, err
 	case exists(filepath.Join(d.sys, "dm")):
 		uuid := readText(filepath.Join(d.sys, "dm/uuid"))
 		if uuid == "" {
@@ -84,7 +79,8 @@ func (h *Host) identify(d *Disk, siblings []string, depth int) (Identity, error)
 			continue
 		}
 		if other, err := h.diskNamed(name); err == nil && other.Parent == "" && slices.Equal(h.facts(other), id) {
-			return unknown("%s says the same of itself: %s", other.Node, id)
+			_, err := unknown("%s says the same of itself: %s", other.Node, id)
+			return id, err
 		}
 	}
 	return id, nil
@@ -94,14 +90,18 @@ func (h *Host) identify(d *Disk, siblings []string, depth int) (Identity, error)
 func (h *Host) identifyStack(d *Disk, own string, depth int) (Identity, error) {
 	slaves := dirNames(filepath.Join(d.sys, "slaves"))
 	var below []string
+	var same error // another disk looks the same
 	for _, name := range slaves {
 		s, err := h.diskNamed(name)
 		if err != nil {
 			return nil, &Error{ErrUnknown, d.Path, err.Error(), ""}
 		}
 		id, err := h.identify(s, slaves, depth+1)
-		if err != nil {
+		if id == nil {
 			return nil, err
+		}
+		if err != nil {
+			same = err
 		}
 		below = append(below, "on="+strings.Join(id, ";"))
 	}
@@ -109,7 +109,7 @@ func (h *Host) identifyStack(d *Disk, own string, depth int) (Identity, error) {
 		return nil, &Error{ErrUnknown, d.Path, "lies on no disk", ""}
 	}
 	slices.Sort(below)
-	return append(Identity{own}, slices.Compact(below)...), nil
+	return append(Identity{own}, slices.Compact(below)...), same
 }
 
 // busNumber are names in sysfs that depend on the order in which things were found.

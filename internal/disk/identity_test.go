@@ -70,9 +70,16 @@ func TestIdentify(t *testing.T) {
 	}
 	m.disk("vdc", "254:32", "")
 	m.set("vdc", "serial", "disk-a")
-	for _, name := range []string{"vda", "vdc", "dm-0"} {
-		if got, err := m.identity(name); !errors.Is(err, ErrUnknown) {
-			t.Errorf("%s, of which there are two: %q, %v", name, got, err)
+	m.disk("vda1", "254:1", "vda")
+	m.set("vda1", "start", "2048")
+	for name, want := range map[string]Identity{
+		"vda":  {"serial=disk-a"},
+		"vdc":  {"serial=disk-a"},
+		"vda1": {"serial=disk-a", "partition=1", "start=2048", "size=2048"},
+		"dm-0": {"dm=LVM-x", "on=serial=disk-a", "on=wwid=naa.5000 c500;model=Drive X;partition=1;start=2048;size=2048;partuuid=1234-01"},
+	} {
+		if got, err := m.identity(name); !errors.Is(err, ErrUnknown) || !slices.Equal(got, want) {
+			t.Errorf("%s, of which there are two: %q, %v\nwant %q", name, got, err, want)
 		}
 	}
 	// Two paths to one disk are one disk.
