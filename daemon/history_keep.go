@@ -139,6 +139,13 @@ func (d *Daemon) tryKeepHistory(dev *device, check func(cbtstate.Disk) error) er
 		if err := check(r.Disk); err != nil {
 			return err
 		}
+		// A volume or an array may lie on other disks by now, which makes its identity another
+		// one: what the log has counted under must not stay.
+		if in := dev.intent; in != nil && !slices.Equal(in.identity, id) {
+			if err := store.Stop(in.identity); err != nil {
+				return err
+			}
+		}
 		identity = id
 		return store.Save(r, saved, func() bool { return stage.CompareAndSwap(keepBegun, keepCommitted) })
 	}, func(error) {})

@@ -9,10 +9,14 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 func TestNotMounted(t *testing.T) {
@@ -87,22 +91,7 @@ func TestKeptOfOneOfTwo(t *testing.T) {
 	dir := t.TempDir()
 	d := &Daemon{opts: Options{Dir: RunDir(filepath.Join(dir, "run")), Log: quiet(), Config: Config{StateDir: filepath.Join(dir, "state"), DiskTimeout: 10 * time.Second}}, host: disk.Machine()}
 	d.host.Sys = filepath.Join(dir, "sys")
-	sysfs := func(name, number string) {
-		t.Helper()
-		own := filepath.Join(d.host.Sys, "devices/virtio0", name)
-		var errs []error
-		for _, path := range []string{own, filepath.Join(d.host.Sys, "dev/block"), filepath.Join(d.host.Sys, "class/block")} {
-			errs = append(errs, os.MkdirAll(path, 0o755))
-		}
-		for file, text := range map[string]string{"dev": number, "size": "2048", "serial": "disk-a"} {
-			errs = append(errs, os.WriteFile(filepath.Join(own, file), []byte(text+"\n"), 0o600))
-		}
-		errs = append(errs, os.Symlink(own, filepath.Join(d.host.Sys, "dev/block", number)), os.Symlink(own, filepath.Join(d.host.Sys, "class/block", name)))
-		if err := errors.Join(errs...); err != nil {
-			t.Fatal(err)
-		}
-	}
-	sysfs("vda", "4000:0") // no disk of this machine
+	sysfsDisk(t, d.host.Sys, "vda", "4000:0") // no disk of this machine
 	bdev, err := d.host.ByNumber(disk.Num{Major: 4000})
 	if err != nil {
 		t.Fatal(err)
@@ -123,7 +112,7 @@ func TestKeptOfOneOfTwo(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	sysfs("vdb", "4000:16")
+	sysfsDisk(t, d.host.Sys, "vdb", "4000:16")
 	dev := &device{disk: bdev}
 	found := d.findHistory(context.Background(), -1, dev, "data", 1000)
 	if found.refusal == nil || found.refusal.Reason != cbtstate.Unknown {
@@ -135,5 +124,73 @@ func TestKeptOfOneOfTwo(t *testing.T) {
 	}
 	if left, err := filepath.Glob(filepath.Join(d.opts.Config.StateDir, "*.running")); err != nil || len(left) > 0 {
 		t.Errorf("the running record is there: %v, %v", left, err)
+	}
+}
+
+// TestKeptUnderAnotherIdentity: a volume or an array may come to lie on other disks while it has
+// a filter. Then its map is kept under another identity than its log, of which nothing is left
+// that would be believed if it lies on the first disks again one day.
+func TestKeptUnderAnotherIdentity(t *testing.T) {
+	dir := t.TempDir()
+	d := &Daemon{opts: Options{Dir: RunDir(filepath.Join(dir, "run")), Log: quiet(), Config: DefaultConfig()}, host: disk.Machine()}
+	d.opts.Config.StateDir = filepath.Join(dir, "state")
+	d.host.Sys = filepath.Join(dir, "sys")
+	sysfsDisk(t, d.host.Sys, "vda", "4000:0")
+	bdev, err := d.host.ByNumber(disk.Num{Major: 4000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now, err := d.host.Identify(bdev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	then := disk.Identity{"serial=another"}
+	store, err := cbtstate.Open("/", d.opts.Config.StateDir, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	if err := store.Run(cbtstate.Record{ID: uuid.New(), Name: "data", Disk: cbtstate.Disk{Identity: then, Size: bdev.Size}}); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.Create(filepath.Join(dir, "disk"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	fd, err := unix.Dup(int(file.Fd()))
+	if err := errors.Join(err, file.Truncate(bdev.Size)); err != nil {
+		t.Fatal(err)
+	}
+	dev := &device{disk: bdev, orig: blockdev.NewOSFile(fd, "disk"), geo: ublk.Geometry{Size: bdev.Size, LogicalBlock: 512}, intent: &intent{identity: then}}
+	defer dev.orig.Close()
+	if dev.cbt, err = cbtmap.NewMemory(bdev.Size, d.opts.Config.CBTParams()); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.tryKeepHistory(dev, func(cbtstate.Disk) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := store.Find(now, "data", 1<<20); err != nil {
+		t.Errorf("the map is not kept: %v", err)
+	}
+	if left, err := filepath.Glob(filepath.Join(d.opts.Config.StateDir, "*.running")); err != nil || len(left) > 0 {
+		t.Errorf("what the log counted under is there: %v, %v", left, err)
+	}
+}
+
+// sysfsDisk makes a disk in a sysfs of the test's own.
+func sysfsDisk(t *testing.T, sys, name, number string) {
+	t.Helper()
+	own := filepath.Join(sys, "devices/virtio0", name)
+	var errs []error
+	for _, path := range []string{own, filepath.Join(sys, "dev/block"), filepath.Join(sys, "class/block")} {
+		errs = append(errs, os.MkdirAll(path, 0o755))
+	}
+	for file, text := range map[string]string{"dev": number, "size": "2048", "serial": "disk-a"} {
+		errs = append(errs, os.WriteFile(filepath.Join(own, file), []byte(text+"\n"), 0o600))
+	}
+	errs = append(errs, os.Symlink(own, filepath.Join(sys, "dev/block", number)), os.Symlink(own, filepath.Join(sys, "class/block", name)))
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
 	}
 }
