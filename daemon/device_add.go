@@ -244,6 +244,9 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		if dev.intent != nil {
 			record.Identity, record.IntentLogZone, record.StateDir = dev.intent.identity, r.IntentLogZone, d.opts.Config.StateDir
 		}
+		if found.refusal == nil {
+			record.Ending = found.now // which finishEnd needs if there will be no device
+		}
 		if err := d.writeDeviceRecord(record); err != nil || recorded {
 			return err
 		}
@@ -261,6 +264,7 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 	if dev.ublk == nil {
 		return err
 	}
+	d.forgetEnd(r.Name)
 	dev.describe(r.Name, added)
 	if err == nil {
 		dev.Link, err = d.link(ctx, r.Name, dev.ublk)

@@ -38,7 +38,8 @@ type deviceRecord struct {
 	// ClaimedByOther: a daemon that was to take the device over found that somebody else had
 	// the disk. He may have written to it, and may have let go since.
 	ClaimedByOther bool `json:"claimed_by_other,omitempty"`
-	// Ending is what the disk was like just before a removal that is under way.
+	// Ending is what the disk was like just before a removal that is under way, or an
+	// addition: then nobody writes to it unless the device comes to be.
 	Ending *cbtstate.Disk `json:"ending,omitempty"`
 }
 

@@ -31,6 +31,7 @@ type foundHistory struct {
 	saved    []byte            // the map, of a clean end
 	running  *cbtmap.History   // the map, after a power failure
 	refusal  *cbtstate.Refusal // nil if it is believed
+	now      *cbtstate.Disk    // what the disk is like, if it is believed; may be nil
 	// unanswered: the disk or the state directory did not answer in time.
 	unanswered bool
 }
@@ -184,6 +185,7 @@ func (d *Daemon) findHistory(ctx context.Context, fd int, dev *device, name stri
 			if no := found.record.Judge(now); no != nil {
 				err = no
 			}
+			found.now = &now
 		}
 	} else if no := (*cbtstate.Refusal)(nil); errors.As(err, &no) && slices.Contains(noClean, no.Reason) {
 		d.findRunning(ctx, fd, dev, store, limit, &found, &err)
@@ -222,6 +224,9 @@ func (d *Daemon) findRunning(ctx context.Context, fd int, dev *device, store *cb
 		return
 	}
 	found.running = &running
+	if whole, e := d.lookAt(ctx, fd, dev, found.identity, fingerprint.Read); e == nil {
+		found.now = &whole
+	}
 }
 
 const (

@@ -15,9 +15,11 @@ import (
 )
 
 // A daemon may die while it removes a device, when the driver does not have that any more
-// and its change map is not kept yet. Nobody holds the disk then. So what the disk is like
-// goes on record before the device ends (foreseeEnd), and the next daemon keeps the map if
-// the disk is still like that (finishEnd): then nobody has written to it past the map.
+// and its change map is not kept yet. Or while it adds one, when the map that was kept is
+// used up and the driver has no device yet. Nobody holds the disk then. So what the disk is
+// like goes on record before the device ends (foreseeEnd), or before it is made (open), and
+// the next daemon keeps the map if the disk is still like that (finishEnd): then nobody has
+// written to it past the map.
 
 // foreseeEnd syncs a device that is about to be removed, and puts on record what its disk is
 // like. If somebody writes at this moment, or the disk cannot be looked at, nothing is on
@@ -74,7 +76,8 @@ func (d *Daemon) lookForEnd(ctx context.Context, dev *device) (*cbtstate.Disk, e
 	return &l.disk, nil
 }
 
-// forgetEnd is for a device that does not end after all, or not as it should; needs opLock.
+// forgetEnd is for a device that is there now, that does not end after all, or not as it
+// should; needs opLock.
 func (d *Daemon) forgetEnd(name string) {
 	if r, err := d.readDeviceRecord(name); err == nil && r.Ending != nil {
 		r.Ending = nil
@@ -82,8 +85,8 @@ func (d *Daemon) forgetEnd(name string) {
 	}
 }
 
-// finishEnd keeps the change map of a device that a dead daemon was removing, if the dead one
-// has not and may have; needs opLock.
+// finishEnd keeps the change map of a device that a dead daemon was adding or removing, if the
+// dead one has not and may have; needs opLock.
 func (d *Daemon) finishEnd(ctx context.Context, r deviceRecord) {
 	if r.Ending == nil || r.ClaimedByOther || d.opts.Config.StateDir == "" {
 		return
@@ -91,9 +94,9 @@ func (d *Daemon) finishEnd(ctx context.Context, r deviceRecord) {
 	err := d.tryFinishEnd(ctx, r)
 	switch {
 	case err == nil:
-		d.opts.Log.Info("the change map of a device that a dead daemon was removing is kept", "name", r.Name, "disk", r.Original.Path)
+		d.opts.Log.Info("the change map of a device that a dead daemon was adding or removing is kept", "name", r.Name, "disk", r.Original.Path)
 	case !errors.Is(err, fs.ErrNotExist): // the dead daemon had come further
-		d.opts.Log.Warn("the change map of a device that a dead daemon was removing is not kept: the next filter over this disk begins a new generation",
+		d.opts.Log.Warn("the change map of a device that a dead daemon was adding or removing is not kept: the next filter over this disk begins a new generation",
 			"name", r.Name, "disk", r.Original.Path, "reason", err)
 	}
 }

@@ -193,8 +193,12 @@ func everyStepOf(t *testing.T, stride, offset int, part func(n int) (died bool))
 	}
 }
 
+// TestDeathInAdd: what was kept of the disk is not lost, because nobody has written to it.
 func TestDeathInAdd(t *testing.T) {
 	v := newVictim(t)
+	v.Restart()
+	before := v.CBT(v.device())
+	v.clean()
 	everyStep(t, 0, func(n int) bool {
 		v.dies(n)
 		died := v.try(func() error {
@@ -202,6 +206,9 @@ func TestDeathInAdd(t *testing.T) {
 			return err
 		})
 		v.nothingRuns()
+		if after := v.CBT(v.device()); after.GenerationID != before.GenerationID {
+			t.Errorf("n = %d: the change map began anew: %+v", n, after.History)
+		}
 		v.write(uint64(n))
 		v.shows(v.device().Link, uint64(n))
 		v.clean()
