@@ -117,22 +117,11 @@ func (d *Daemon) tryFinishEnd(ctx context.Context, r deviceRecord) (err error) {
 		return err
 	}
 	defer d.closeOriginal(dev, func() {})
-	before := &cbtstate.Record{Disk: sectorsOnly(*r.Ending)}
+	before := &cbtstate.Record{Disk: *r.Ending}
 	return d.tryKeepHistory(dev, func(now cbtstate.Disk) error {
-		if no := before.Judge(sectorsOnly(now)); no != nil {
+		if no := before.Judge(now); no != nil {
 			return no
 		}
 		return nil
 	})
-}
-
-// sectorsOnly leaves out how many requests have written to a disk, because some devices
-// count a flush as one. A flush has no sectors, and whatever changes the disk has.
-func sectorsOnly(l cbtstate.Disk) cbtstate.Disk {
-	if l.Writes != nil {
-		w := *l.Writes
-		w.Own[0], w.Own[2], w.WholeDisk[0], w.WholeDisk[2] = 0, 0, 0, 0
-		l.Writes = &w
-	}
-	return l
 }

@@ -107,12 +107,16 @@ func (r *Record) Judge(now Disk) *Refusal {
 	default:
 		then = now.Writes
 	}
-	if w := now.Writes; w != nil && then.Own != w.Own {
-		return r.refuse(Written, "the disk was written to: the kernel has counted %d writes and %d discards since",
-			w.Own[0]-then.Own[0], w.Own[2]-then.Own[2])
-	} else if w != nil && then.WholeDisk != w.WholeDisk {
-		return r.refuse(Written, "the disk of the partition was written to: the kernel has counted %d writes and %d discards since",
-			w.WholeDisk[0]-then.WholeDisk[0], w.WholeDisk[2]-then.WholeDisk[2])
+	if w := now.Writes; w != nil {
+		ownThen, wholeThen := then.Sectors()
+		switch own, whole := w.Sectors(); {
+		case own != ownThen:
+			return r.refuse(Written, "the disk was written to: the kernel has counted %d writes and %d discards since",
+				w.Own[0]-then.Own[0], w.Own[2]-then.Own[2])
+		case whole != wholeThen:
+			return r.refuse(Written, "the disk of the partition was written to: the kernel has counted %d writes and %d discards since",
+				w.WholeDisk[0]-then.WholeDisk[0], w.WholeDisk[2]-then.WholeDisk[2])
+		}
 	}
 	if place := fingerprint.Difference(r.Fingerprint, now.Fingerprint); place != "" {
 		return r.refuse(Written, "the disk was written to: its %s is another one", place)

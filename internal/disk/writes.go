@@ -24,8 +24,17 @@ type Writes struct {
 	Carried bool `json:"carried,omitempty"`
 }
 
+// Sectors of writes and of discards tell of a change. Requests do not, because some devices
+// count a flush as one.
+func (w Writes) Sectors() (own, wholeDisk [2]uint64) {
+	return [2]uint64{w.Own[1], w.Own[3]}, [2]uint64{w.WholeDisk[1], w.WholeDisk[3]}
+}
+
 // None says whether nothing was written to the disk since it is there.
-func (w Writes) None() bool { return w.Own == [4]uint64{} && w.WholeDisk == [4]uint64{} }
+func (w Writes) None() bool {
+	own, whole := w.Sectors()
+	return own == [2]uint64{} && whole == [2]uint64{}
+}
 
 // CountWrites reads the kernel's counters.
 func (h *Host) CountWrites(d *Disk) (Writes, error) {
