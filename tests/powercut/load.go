@@ -18,13 +18,14 @@ const (
 	fileSize = 8 << 20
 )
 
-// prepare makes the files that the load writes to.
+// prepare makes the files that the load writes to. They are there after a power failure.
 func (m *machine) prepare() {
 	buf := make([]byte, fileSize)
 	for n := range files {
 		m.rnd.Read(buf)
 		try(os.WriteFile(file(n), buf, 0o600))
 	}
+	unix.Sync()
 }
 
 func file(n int) string { return filepath.Join(mounted, fmt.Sprint("file", n)) }
