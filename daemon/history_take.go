@@ -10,48 +10,41 @@ import (
 // A take begins a new generation if the numbers of the one before have run out, or if the
 // change map was damaged. Then the history of the device says why.
 
-// mapBefore is what a change map said of itself before a take.
-type mapBefore struct {
-	info cbtmap.Info
-	err  error
-}
-
-func mapsBefore(s *snapshot) (before []mapBefore) {
+func mapsBefore(s *snapshot) (before []cbtmap.Info) {
 	for _, im := range s.images {
-		info, err := im.device.cbt.Info()
-		before = append(before, mapBefore{info, err})
+		info, _ := im.device.cbt.Info() // one that is not whole says its generation too
+		before = append(before, info)
 	}
 	return before
 }
 
-// anew is why a take has begun a new generation; false if it has not.
-func (b mapBefore) anew(now cbtmap.Info) (control.History, bool) {
+// anew is why a take, which found the change map as it was before, has begun a new
+// generation; false if it has not.
+func anew(before, now cbtmap.Info) (control.History, bool) {
 	switch {
-	case b.err != nil:
-		return control.History{Reason: control.HistoryDamaged, Text: fmt.Sprintf("the change map was not whole when a take was made: %v", b.err)}, true
-	case b.info.GenerationID != now.GenerationID:
-		return control.History{Reason: control.HistoryNumbers, Text: fmt.Sprintf("the numbers of takes have run out: take %d was the last one of the generation %v", b.info.ChangesNumber, b.info.GenerationID)}, true
+	case before.GenerationID == now.GenerationID:
+		return control.History{}, false
+	case before.ChangesNumber == cbtmap.MaxNumber:
+		return control.History{Reason: control.HistoryNumbers, Text: fmt.Sprintf("the numbers of takes have run out: take %d was the last one of the generation %v", before.ChangesNumber, before.GenerationID)}, true
 	}
-	return control.History{}, false
+	return control.History{Reason: control.HistoryDamaged, Text: "the change map was not whole when a take was made"}, true
 }
 
-// tellGenerations tells of the generations that a take has begun; needs opLock.
-func (d *Daemon) tellGenerations(s *snapshot, before []mapBefore) {
+// tellGenerations tells of the generations that a take has begun, which may have failed since;
+// needs opLock.
+func (d *Daemon) tellGenerations(s *snapshot, before []cbtmap.Info) {
 	for i, im := range s.images {
-		if h, anew := before[i].anew(s.snap.TakeInfo(i)); anew {
+		now, err := im.device.cbt.Info()
+		if h, anew := anew(before[i], now); anew && err == nil {
 			d.tellGeneration(im.device, s.id, h)
 		}
 	}
 }
 
 // tellLeftGeneration is tellGenerations of a device and a take of a dead daemon, which may
-// have died before it could tell.
+// have died before it could tell. The take may not have come to be.
 func (d *Daemon) tellLeftGeneration(dev *device, snapshot string, before, taken cbtmap.Info) {
-	b := mapBefore{info: before}
-	if before.ChangesNumber != cbtmap.MaxNumber { // the record does not tell a map that was not whole
-		b.err = cbtmap.ErrCorrupted
-	}
-	h, anew := b.anew(taken)
+	h, anew := anew(before, taken)
 	now, err := dev.cbt.Info()
 	if anew && err == nil && now.GenerationID == taken.GenerationID && d.history(dev).Reason != h.Reason {
 		d.tellGeneration(dev, snapshot, h)

@@ -24,9 +24,8 @@ func TestGenerationAtTake(t *testing.T) {
 	t.Cleanup(func() { m.Close() })
 	var last cbtmap.Info
 	take := func() (control.History, bool) {
-		info, err := m.Info()
-		last = info
-		return mapBefore{info, err}.anew(m.Switch())
+		last, _ = m.Info()
+		return anew(last, m.Switch())
 	}
 	for n := 1; n < 255; n++ {
 		if h, anew := take(); anew {

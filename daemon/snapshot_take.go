@@ -56,9 +56,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	before := mapsBefore(s)
 	frozen, err := s.snap.Take(ctx, o)
 	d.forgetFrozen()
-	if s.snap.Taken() {
-		d.tellGenerations(s, before)
-	}
+	d.tellGenerations(s, before)
 	if err != nil {
 		if s.snap.Taken() {
 			return d.abandon(s, err)

@@ -151,6 +151,14 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 		s.members[i], maps[i], filters[i] = dev, dev.cbt, dev.filter
 	}
 	if s.Stage == snapshots.Taking {
+		for i, dev := range s.members {
+			if dev == nil {
+				continue
+			}
+			if now, err := dev.cbt.Info(); err == nil {
+				d.tellLeftGeneration(dev, s.id(), s.Before(i), now)
+			}
+		}
 		if err := s.Void(maps); err != nil {
 			return nil, err
 		}

@@ -16,7 +16,7 @@ import (
 // not whole, and says that it has begun a new generation.
 func TestDeathInFrozenTake(t *testing.T) {
 	v := newVictim(t)
-	everyStepOf(t, 32, 1, func(n int) bool {
+	everyStepOf(t, 32, 7, func(n int) bool {
 		v.dies(n)
 		dev := v.device()
 		guest.Run(t, "mkfs.ext4", "-q", "-F", "-b", "1024", "-J", "size=1", dev.Link)

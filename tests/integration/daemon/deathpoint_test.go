@@ -236,6 +236,9 @@ func TestDeathInSnapshot(t *testing.T) {
 		if all[0].Errno != 0 {
 			t.Errorf("broken: %+v", all[0])
 		}
+		if h := v.CBT(v.device()).History; h.Reason == control.HistoryDamaged {
+			t.Errorf("the change map was whole all the time: %+v", h)
+		}
 		return &all[0]
 	}
 	call := func(f func(ctx context.Context) error) func() error {
