@@ -108,9 +108,14 @@ func TestUpgradedUnderLoad(t *testing.T) {
 		mode = control.ModeZeroCopy
 	}
 	queues := guest.QueueCounts()
-	strikeUnderLoad(t, mode, queues[len(queues)-1], int(guest.Span(2, 20)), (*survival).upgrade)
+	upgrades := func(mode control.Mode, queues int) {
+		t.Run(fmt.Sprintf("%s/%dqueues", mode, queues), func(t *testing.T) {
+			strikeUnderLoad(t, mode, queues, int(guest.Span(2, 20)), (*survival).upgrade)
+		})
+	}
+	upgrades(mode, queues[len(queues)-1])
 	if guest.Long() && mode != control.ModeCopy {
-		strikeUnderLoad(t, control.ModeCopy, 1, 20, (*survival).upgrade)
+		upgrades(control.ModeCopy, 1)
 	}
 }
 
