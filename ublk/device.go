@@ -38,6 +38,7 @@ type Device struct {
 	files      []*blockdev.OSFile
 	name       string
 	slots      int
+	noPartScan bool
 	newHandler func(q int, bq blockdev.Queue) Handler
 	openedBy   func(blockdev.Num) string           // see Config.OpenedBy
 	claimDisk  func(path string) (Claimant, error) // see Config.Claim
@@ -77,6 +78,7 @@ func newDevice(ctl *Control, cfg *Config, info Info) *Device {
 		files:      cfg.Files,
 		name:       cfg.Name,
 		slots:      cfg.Slots,
+		noPartScan: cfg.NoPartScan,
 		newHandler: cfg.NewHandler,
 		openedBy:   cfg.OpenedBy,
 		claimDisk:  cfg.Claim,

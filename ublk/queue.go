@@ -39,6 +39,9 @@ type queue struct {
 	payloadMem  []byte
 	fetchTask   blockdev.Task
 	fetchFailed func(error) // called on the ring's thread if the kernel refuses a FETCH
+	// untrusted: the driver shall take this queue's server for one that is not root's, and
+	// so not look for partitions. See Config.NoPartScan.
+	untrusted bool
 
 	tries        []uint32      // by tag: registrations of the payload under way or done by command
 	unregistered atomic.Uint64 // payloads that could not be registered
@@ -144,9 +147,27 @@ func (q *queue) unmap() {
 
 // fetchAll asks for the first request of every tag.
 func (q *queue) fetchAll() {
+	if q.untrusted {
+		if err := dropAdmin(); err != nil {
+			q.fetchFailed(fmt.Errorf("queue %d: give CAP_SYS_ADMIN up: %w", q.id, err))
+			return
+		}
+	}
 	for tag := range q.reqs {
 		q.issue(uapi.UBLK_U_IO_FETCH_REQ, uint32(tag), 0)
 	}
+}
+
+// dropAdmin takes CAP_SYS_ADMIN from the calling thread alone, for good. Nothing that a
+// queue's thread does needs it.
+func dropAdmin() error {
+	h := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData // low and high half
+	if err := unix.Capget(&h, &caps[0]); err != nil {
+		return err
+	}
+	caps[0].Effective &^= 1 << unix.CAP_SYS_ADMIN
+	return unix.Capset(&h, &caps[0])
 }
 
 // issue makes the entry of a command for tag.

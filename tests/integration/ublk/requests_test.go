@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/direct"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
@@ -73,8 +72,7 @@ func TestUblkPartitions(t *testing.T) {
 				t.Fatal(err)
 			}
 			d := add(t, ctl, cfg)
-			// Where the driver cannot leave the table alone it looks all the same.
-			want := !hide || !ctl.Has(uapi.UBLK_F_NO_AUTO_PART_SCAN)
+			want := !hide
 			found := func() bool { _, err := os.Stat(d.Path + "p1"); return err == nil }
 			if want {
 				guest.WaitFor(t, "the partition", found)
