@@ -112,13 +112,11 @@ func (d *Daemon) takenOver(dev *device) {
 
 // useState uses up what is kept of a disk, now. It may hang.
 func (d *Daemon) useState(dev *device, id disk.Identity) error {
+	if err := d.stopState(dev, id); err != nil {
+		return err
+	}
 	store, err := d.openState(dev, false)
-	return ifKept(store, err, func() error {
-		if err := store.Stop(id); err != nil {
-			return err
-		}
-		return store.Use(id)
-	})
+	return ifKept(store, err, func() error { return store.Use(id) })
 }
 
 // askHistory finds what was kept, looks at the disk, and uses up what was kept. All

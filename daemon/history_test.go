@@ -194,3 +194,59 @@ func sysfsDisk(t *testing.T, sys, name, number string) {
 		t.Fatal(err)
 	}
 }
+
+// TestSameIdentity: what is kept under an identity is taken back while the log of another
+// filter counts under the same, as of a clone, or of the disk that was plugged in again. Then
+// nobody may be told that this log would help.
+func TestSameIdentity(t *testing.T) {
+	dir := t.TempDir()
+	d := &Daemon{opts: Options{Dir: RunDir(filepath.Join(dir, "run")), Log: quiet(), Config: Config{StateDir: filepath.Join(dir, "state"), DiskTimeout: 10 * time.Second}}, host: disk.Machine(), devices: map[string]*device{}}
+	id := disk.Identity{"serial=disk-a"}
+	with := func(name string, id disk.Identity, uncovered string) *device {
+		dev := &device{disk: &disk.Disk{Name: name}, intent: &intent{d: d, identity: id, reason: uncovered, failed: make(chan error, 1)}}
+		dev.Name = name
+		d.devices[name] = dev
+		return dev
+	}
+	twin, own := with("twin", id, ""), with("own", id, "")
+	off, other := with("off", id, "it has not begun"), with("other", disk.Identity{"serial=disk-b"}, "")
+	gaveUp := func(dev *device) bool {
+		select {
+		case <-dev.intent.failed:
+			return true
+		default:
+			return false
+		}
+	}
+	for what, back := range map[string]func() error{
+		"found of a new filter's disk": func() error { return d.useState(own, id) },
+		"of a filter that goes":        func() error { return d.stopState(own, id) },
+		"owed":                         func() error { return d.useUp(d.here(id)) },
+	} {
+		if err := back(); err != nil {
+			t.Fatal(err)
+		}
+		if !gaveUp(twin) {
+			t.Errorf("%s: the log that counted under the same identity goes on", what)
+		}
+		if gaveUp(off) || gaveUp(other) || gaveUp(own) && what != "owed" {
+			t.Errorf("%s: a log is given up that was not taken back", what)
+		}
+	}
+	if err := d.useUp(outdated{id, filepath.Join(dir, "before")}); err != nil || gaveUp(twin) {
+		t.Errorf("in another state directory: %v", err)
+	}
+
+	// It is not begun again while there are two.
+	d.host.Sys, d.opLock = filepath.Join(dir, "sys"), make(chan struct{}, 1)
+	sysfsDisk(t, d.host.Sys, "vda", "4000:0")
+	sysfsDisk(t, d.host.Sys, "vdb", "4000:16")
+	var err error
+	if twin.disk, err = d.host.ByNumber(disk.Num{Major: 4000}); err != nil {
+		t.Fatal(err)
+	}
+	twin.intent.dev, twin.intent.told = twin, true
+	if err := twin.intent.beginAgain(context.Background()); !errors.Is(err, disk.ErrUnknown) || twin.intent.counts() {
+		t.Errorf("begun again beside the other disk: %v", err)
+	}
+}

@@ -83,7 +83,27 @@ func (in *intent) stopLocked() error {
 // stopState takes back what is kept of a disk that has a filter.
 func (d *Daemon) stopState(dev *device, id disk.Identity) error {
 	store, err := d.openState(dev, false)
-	return ifKept(store, err, func() error { return store.Stop(id) })
+	err = ifKept(store, err, func() error { return store.Stop(id) })
+	d.giveUpSame(dev, id)
+	return err
+}
+
+// giveUpSame has the logs of other devices given up that count under the same identity, because
+// what counts under it is being taken back. The other disk may be a clone, or the same one,
+// plugged in again while the filter of before is still there. dev may be nil.
+func (d *Daemon) giveUpSame(dev *device, id disk.Identity) {
+	for _, other := range d.sortedDevices() {
+		if in := other.intent; other != dev && in != nil && slices.Equal(in.identity, id) && in.counts() {
+			in.fail(errors.New("the record of its log was taken back, because another filter is or was over a disk that says the same of itself"))
+		}
+	}
+}
+
+// counts says whether a power failure would not cost the history.
+func (in *intent) counts() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.reason == "" && !in.gone
 }
 
 // work keeps what is in the state directory up to date until ctx ends. It may hang.
@@ -159,6 +179,10 @@ func (in *intent) beginAgain(ctx context.Context) error {
 	defer end()
 	limited, cancel := context.WithTimeout(ctx, in.d.opts.Config.DiskTimeout/2)
 	defer cancel()
+	if _, err = in.d.host.Identify(in.dev.disk); err != nil { // another disk looks the same by now
+		in.uncovered(err)
+		return err
+	}
 	if err = in.tryBegin(limited); err == nil {
 		// What may be left from before is not to be used up any more.
 		in.d.usedUp(in.d.here(in.identity))

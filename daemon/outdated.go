@@ -120,6 +120,9 @@ func (d *Daemon) useOutdated() {
 // useUp uses up what is kept of a disk, now, also if the directory lies on a disk with a
 // filter, for which openState would not do it. It may hang.
 func (d *Daemon) useUp(o outdated) error {
+	if o.StateDir == d.opts.Config.StateDir {
+		d.giveUpSame(nil, o.Identity)
+	}
 	store, err := d.openDir(o.StateDir, false)
 	return ifKept(store, err, func() error { return errors.Join(store.Stop(o.Identity), store.Use(o.Identity)) })
 }
