@@ -31,7 +31,7 @@ type Claimed struct {
 
 // Claim waits until the kernel has seen the last of the old server of device id, or
 // ctx ends, and makes the driver ready for a new one. ErrDead if the device has been
-// stopped: it is only to be deleted then.
+// stopped, or was never started: it is only to be deleted then.
 func Claim(ctx context.Context, ctl *Control, id int) (*Claimed, error) {
 	info, err := ctl.Info(ctx, id)
 	if err != nil {
@@ -93,8 +93,8 @@ var (
 	// ErrCutShort: a server died while it took the device over, and the driver cannot
 	// give the device to another one.
 	ErrCutShort = errors.New("an earlier recovery was cut short")
-	// ErrDead: the device has been stopped.
-	ErrDead = errors.New("it has been stopped")
+	// ErrDead: the device has been stopped, or was never started.
+	ErrDead = errors.New("it has no disk")
 )
 
 // beginRecovery makes the driver ready for a new server. begun says whether an
@@ -102,23 +102,29 @@ var (
 func (c *Control) beginRecovery(ctx context.Context, id int) (begun bool, err error) {
 	for {
 		err := c.command(ctx, uapi.UBLK_U_CMD_START_USER_RECOVERY, id, 0)
-		switch {
-		case err == nil:
+		if err == nil {
 			return false, nil
-		case errors.Is(err, unix.EINVAL) && !c.Has(uapi.UBLK_F_AUTO_BUF_REG):
-			// An old driver has no queue to take from the dead server. An earlier recovery
-			// did that, and no queue has been fetched since.
-			return true, nil
-		case !errors.Is(err, unix.EBUSY), sleep(ctx, pollInterval) != nil:
+		}
+		old := errors.Is(err, unix.EINVAL) && !c.Has(uapi.UBLK_F_AUTO_BUF_REG)
+		if !old && !errors.Is(err, unix.EBUSY) {
 			return false, err
 		}
-		// The old server may have been stopping it, which the kernel goes on with.
-		info, err := c.Info(ctx, id)
-		if err != nil {
-			return false, err
+		// The old server may have been stopping it, which the kernel goes on with; or it
+		// died before the disk was there.
+		info, infoErr := c.Info(ctx, id)
+		if infoErr != nil {
+			return false, infoErr
 		}
 		if info.State == Dead {
 			return false, fmt.Errorf("recover ublk device %d: %w", id, ErrDead)
+		}
+		// An old driver has no queue to take from the dead server. An earlier recovery did
+		// that, and no queue has been fetched since.
+		if old {
+			return true, nil
+		}
+		if sleep(ctx, pollInterval) != nil {
+			return false, err
 		}
 	}
 }

@@ -218,7 +218,11 @@ func (q *RingQueue) close() {
 		q.wakeFd = -1
 	}
 	q.mu.Unlock()
-	if q.ring != nil {
+	switch {
+	case q.ring == nil:
+	case q.commands > 0:
+		_ = q.ring.Abandon()
+	default:
 		q.ring.Close()
 	}
 	if q.wakeBuf != nil {

@@ -154,6 +154,21 @@ func (r *Ring) Close() error {
 	if r.buffersUsed {
 		r.register(ioringUnregisterBuffers, nil, 0)
 	}
+	return r.close()
+}
+
+// Abandon is Close for a ring with commands in flight that do not end before the kernel
+// cancels them, which it does after the close. Before Linux 6.13 Close would wait for
+// them for ever, because they use the registered files.
+func (r *Ring) Abandon() error {
+	if r.closed {
+		return nil
+	}
+	r.closed = true
+	return r.close()
+}
+
+func (r *Ring) close() error {
 	if r.registered {
 		_ = r.unregisterRing() // closing ends it as well
 	}
