@@ -52,8 +52,12 @@ func guardedBy(t *testing.T, dir RunDir, program string) Starter {
 	t.Cleanup(func() {
 		// Whatever the test came to, nothing of it may stay.
 		_ = os.Remove(dir.path(startName))
-		for _, pid := range processesOf(dir) {
-			_ = unix.Kill(pid, unix.SIGKILL)
+		for unseen := 0; unseen < 10; time.Sleep(5 * time.Millisecond) { // one in the middle of an exec is not seen
+			unseen++
+			for _, pid := range processesOf(dir) {
+				_ = unix.Kill(pid, unix.SIGKILL)
+				unseen = 0
+			}
 		}
 	})
 	return s
