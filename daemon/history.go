@@ -119,8 +119,7 @@ func (d *Daemon) useState(dev *device, id disk.Identity) error {
 	return ifKept(store, err, func() error { return store.Use(id) })
 }
 
-// askHistory finds what was kept, looks at the disk, and uses up what was kept. All
-// of that may hang.
+// askHistory finds what was kept, and looks at the disk. Both may hang.
 func (d *Daemon) askHistory(ctx context.Context, dev *device, name string) foundHistory {
 	refused := func(reason, text string) foundHistory {
 		return foundHistory{refusal: &cbtstate.Refusal{Reason: reason, Text: text}}
