@@ -112,11 +112,12 @@ func (d *Daemon) takenOver(dev *device) {
 
 // useState uses up what is kept of a disk, now. It may hang.
 func (d *Daemon) useState(dev *device, id disk.Identity) error {
-	if err := d.stopState(dev, id); err != nil {
-		return err
-	}
-	store, err := d.openState(dev, false)
-	return ifKept(store, err, func() error { return store.Use(id) })
+	return d.takeBack(dev, id, func(s *cbtstate.Store) error {
+		if err := s.Stop(id); err != nil {
+			return err
+		}
+		return s.Use(id)
+	})
 }
 
 // askHistory finds what was kept, and looks at the disk. Both may hang.

@@ -18,9 +18,9 @@ func mapsBefore(s *snapshot) (before []cbtmap.Info) {
 	return before
 }
 
-// anew is why a take, which found the change map as it was before, has begun a new
+// whyAnew is why a take, which found the change map as it was before, has begun a new
 // generation; false if it has not.
-func anew(before, now cbtmap.Info) (control.History, bool) {
+func whyAnew(before, now cbtmap.Info) (control.History, bool) {
 	switch {
 	case before.GenerationID == now.GenerationID:
 		return control.History{}, false
@@ -35,7 +35,7 @@ func anew(before, now cbtmap.Info) (control.History, bool) {
 func (d *Daemon) tellGenerations(s *snapshot, before []cbtmap.Info) {
 	for i, im := range s.images {
 		now, err := im.device.cbt.Info()
-		if h, anew := anew(before[i], now); anew && err == nil {
+		if h, anew := whyAnew(before[i], now); anew && err == nil {
 			d.tellGeneration(im.device, s.id, h)
 		}
 	}
@@ -44,7 +44,7 @@ func (d *Daemon) tellGenerations(s *snapshot, before []cbtmap.Info) {
 // tellLeftGeneration is tellGenerations of a device and a take of a dead daemon, which may
 // have died before it could tell. The take may not have come to be.
 func (d *Daemon) tellLeftGeneration(dev *device, snapshot string, before, taken cbtmap.Info) {
-	h, anew := anew(before, taken)
+	h, anew := whyAnew(before, taken)
 	now, err := dev.cbt.Info()
 	if anew && err == nil && now.GenerationID == taken.GenerationID && d.history(dev).Reason != h.Reason {
 		d.tellGeneration(dev, snapshot, h)

@@ -25,7 +25,7 @@ func TestGenerationAtTake(t *testing.T) {
 	var last cbtmap.Info
 	take := func() (control.History, bool) {
 		last, _ = m.Info()
-		return anew(last, m.Switch())
+		return whyAnew(last, m.Switch())
 	}
 	for n := 1; n < 255; n++ {
 		if h, anew := take(); anew {

@@ -82,8 +82,14 @@ func (in *intent) stopLocked() error {
 
 // stopState takes back what is kept of a disk that has a filter.
 func (d *Daemon) stopState(dev *device, id disk.Identity) error {
+	return d.takeBack(dev, id, func(s *cbtstate.Store) error { return s.Stop(id) })
+}
+
+// takeBack has do take back what is kept of a disk in the state directory, and no other log
+// rely on it.
+func (d *Daemon) takeBack(dev *device, id disk.Identity, do func(*cbtstate.Store) error) error {
 	store, err := d.openState(dev, false)
-	err = ifKept(store, err, func() error { return store.Stop(id) })
+	err = ifKept(store, err, func() error { return do(store) })
 	d.giveUpSame(dev, id)
 	return err
 }

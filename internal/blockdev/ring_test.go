@@ -210,10 +210,15 @@ func TestRingStopWaitsForCommands(t *testing.T) {
 	}
 	defer unix.Close(efd)
 	var answers atomic.Int32
-	cfg := RingConfig{Name: "test", Depth: 1, OnCommand: func(uint32, int32) { answers.Add(1) }}
+	cfg := RingConfig{Name: "test", Depth: 1, Files: []*OSFile{NewOSFile(efd, "eventfd")}, OnCommand: func(uint32, int32) { answers.Add(1) }}
 	start := func() (*RingQueue, chan struct{}) {
 		q := startQueue(t, cfg)
-		onThread(t, q, func() { q.Command(0).PrepPollAdd(efd, unix.POLLIN) })
+		onThread(t, q, func() {
+			// By the registered file, which the end of an abandoned queue must not wait for.
+			c := q.Command(0)
+			c.PrepPollAdd(0, unix.POLLIN)
+			c.SetFixedFile()
+		})
 		stopped := make(chan struct{})
 		go func() {
 			q.Stop()

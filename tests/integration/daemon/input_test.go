@@ -309,7 +309,7 @@ func TestRemoveInUse(t *testing.T) {
 	defer f.Close()
 	program.WantError(t, d.Stop(guest.Context(t)), control.Busy, fmt.Sprintf("(process %d)", os.Getpid()))
 	go func() { // a passer-by, such as udev, does not keep the daemon from its stop
-		for {
+		for ; ; time.Sleep(5 * time.Millisecond) {
 			info, err := d.Info(guest.Context(t))
 			if err != nil || strings.Contains(info.Activity, "nobody has a filter open") {
 				f.Close()
