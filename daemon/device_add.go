@@ -237,10 +237,12 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 	dev.ublk, err = d.addUblk(ctx, filterKind, r.Name, ublk.Config{
 		Name: r.Name, Queues: r.Queues, Depth: r.Depth, MaxIO: ublk.DefaultMaxIO,
 		Mode: ublkMode(r.Mode), Geometry: dev.geo,
+		NoPartScan: d.ctl.ScansInStart(),
 		Files:      []*blockdev.OSFile{dev.orig},
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
 	}, func(id int, tag uint64) error {
 		record := deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History}
+		record.Unpartitioned = d.ctl.ScansInStart() && len(d.host.PartitionTable(dev.disk)) > 0
 		if dev.intent != nil {
 			record.Identity, record.IntentLogZone, record.StateDir = dev.intent.identity, r.IntentLogZone, d.opts.Config.StateDir
 		}
@@ -271,6 +273,9 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 	}
 	if err == nil {
 		err = d.note(dev.disk.Name, "original", r.Name)
+	}
+	if err == nil {
+		err = d.addPartitions(ctx, dev)
 	}
 	if err != nil {
 		dev.removing = true

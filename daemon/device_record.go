@@ -41,6 +41,9 @@ type deviceRecord struct {
 	// Ending is what the disk was like just before a removal that is under way, or an
 	// addition: then nobody writes to it unless the device comes to be.
 	Ending *cbtstate.Disk `json:"ending,omitempty"`
+	// Unpartitioned: the device does not show the partitions of its disk yet. See
+	// Daemon.addPartitions.
+	Unpartitioned bool `json:"unpartitioned,omitempty"`
 }
 
 // zone is what the device's log is made with: negative if it has none.
@@ -89,8 +92,9 @@ const (
 
 	deviceKind = "device" // of the statefile
 	// In format 2 is a record that says ClaimedByOther: a program of format 1 would go on
-	// with the map. In format 3 is one that says Ending.
-	deviceFormat = 3
+	// with the map. In format 3 is one that says Ending, in format 4 one that says
+	// Unpartitioned.
+	deviceFormat = 4
 )
 
 func (d *Daemon) cbtFile(name string) string      { return filepath.Join(d.cbtDir(), name) }
@@ -106,8 +110,10 @@ func (d *Daemon) deviceRecordFile(name string) string {
 func (d *Daemon) writeDeviceRecord(r deviceRecord) error {
 	format := 1
 	switch {
-	case r.Ending != nil:
+	case r.Unpartitioned:
 		format = deviceFormat
+	case r.Ending != nil:
+		format = 3
 	case r.ClaimedByOther:
 		format = 2
 	}

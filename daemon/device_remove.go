@@ -298,11 +298,3 @@ func (d *Daemon) closeOriginal(dev *device, last func()) {
 		d.opts.Log.Warn("a disk whose filter was removed does not answer: the daemon closes it when it does", "disk", dev.disk.DisplayPath())
 	}
 }
-
-// comparePartitions notes whether the kernel has to read the partitions of the
-// original again when the filter device is gone; needs opLock.
-func (d *Daemon) comparePartitions(dev *device) {
-	if bdev, err := d.host.ByNumber(dev.ublk.Num); err == nil && dev.disk.Parent == "" {
-		dev.repartitioned = !d.host.SamePartitions(bdev, dev.disk)
-	}
-}

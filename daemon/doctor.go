@@ -40,7 +40,7 @@ var wantedFeatures = map[string]string{
 	"AUTO_BUF_REG":          "payloads are copied: mode zerocopy does not work",
 	"SUPPORT_ZERO_COPY":     "payloads are copied: mode zerocopy does not work",
 	"SAFE_STOP_DEV":         "remove looks for users of a device itself",
-	"NO_AUTO_PART_SCAN":     "a daemon killed while the kernel reads the partition table of a filter that is being added never ends; of images no table is read, on demand neither (partx does)",
+	"NO_AUTO_PART_SCAN":     "the kernel does not read the partition tables of filters and images: it is told of changes by partprobe, or partx -d and partx -a",
 	"QUIESCE":               "a daemon can be replaced only after its end",
 	"UPDATE_SIZE":           "a grown disk has to be removed and added again",
 }

@@ -333,19 +333,6 @@ func (d *Daemon) forgetHistory(ctx context.Context, r deviceRecord) {
 	d.removeDeviceRecord(r.Name)
 }
 
-func rereadPartitions(bdev *disk.Disk) error {
-	if bdev.Parent != "" {
-		return nil
-	}
-	f, err := os.OpenFile(bdev.Node, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
-	return unix.IoctlSetInt(int(f.Fd()), unix.BLKRRPART, 0)
-}
-
 // reopen makes a claimed device's filter from what outlived the dead daemon. It does
 // not serve yet.
 func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error) {
@@ -467,5 +454,8 @@ func (d *Daemon) nameAgain(ctx context.Context, s *survivor) {
 	d.mu.Lock()
 	dev.Link = link
 	d.mu.Unlock()
+	if err := d.addPartitions(ctx, dev); err != nil {
+		d.opts.Log.Warn("a device does not show the partitions of its disk", "name", dev.Name, "device", dev.Path, "error", err)
+	}
 	d.opts.Log.Info("taken over", "name", dev.Name, "disk", dev.Original, "device", dev.Path)
 }

@@ -89,11 +89,12 @@ type Config struct {
 	// and those in its hands are repeated. Otherwise they fail, and the disk
 	// goes with its server.
 	Recovery bool
-	// NoPartScan: the kernel shall not look for partitions. Before Linux 7.0 it looks for
-	// them while it starts the disk, and a server that dies then never ends: its command waits
-	// for the disk, and the driver gives that to no other server before the command has ended.
+	// NoPartScan: the kernel shall not look for partitions. Before Linux 7.0 it would look for
+	// them while it starts the disk (Control.ScansInStart), and a server that dies then never
+	// ends: its command waits for the disk, and the driver gives that to no other server before
+	// the command has ended.
 	// It does not look for them either if a queue's server may not administer the system. Then
-	// BLKRRPART is refused later too.
+	// BLKRRPART is refused later too, but not BLKPG.
 	NoPartScan bool
 	// Files are registered with the ring of every queue, for the handler. They
 	// stay the caller's, and open until the device is deleted.

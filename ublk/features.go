@@ -101,6 +101,10 @@ func probes(flags uint64, err error) []Probe {
 // Has says whether the driver has all the UBLK_F flags.
 func (c *Control) Has(flags uint64) bool { return c.features&flags == flags }
 
+// ScansInStart says whether the driver looks for partitions while it starts a disk, and not
+// beside that. See Config.NoPartScan.
+func (c *Control) ScansInStart() bool { return !c.Has(uapi.UBLK_F_NO_AUTO_PART_SCAN) }
+
 func (c *Control) readFeatures(ctx context.Context) error {
 	var buf [uapi.UBLK_FEATURES_LEN]byte
 	err := c.do(ctx, uapi.UBLK_U_CMD_GET_FEATURES, uapi.UblksrvCtrlCmd{DevID: anyID, QueueID: noQueue}, buf[:])

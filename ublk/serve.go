@@ -9,7 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
 // A device is served in two steps. prepare does all that can fail or take time: it
@@ -85,7 +84,7 @@ func (d *Device) startQueue(ctx context.Context, i int) error {
 	if err != nil {
 		return fmt.Errorf("start ublk device %d: %w", d.ID, err)
 	}
-	q.untrusted = d.noPartScan && !d.ctl.Has(uapi.UBLK_F_NO_AUTO_PART_SCAN)
+	q.untrusted = d.noPartScan && d.ctl.ScansInStart()
 	cfg := blockdev.RingConfig{
 		Name:      threadName(d.name, i),
 		Depth:     d.slots,

@@ -40,7 +40,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -356,36 +355,6 @@ func (h *Host) byNumber(n Num) (*Disk, error) {
 	}
 	d.Sequence, _ = strconv.ParseUint(readText(filepath.Join(sys, "diskseq")), 10, 64)
 	return d, nil
-}
-
-// Partitions are the partitions of a whole disk.
-func (h *Host) Partitions(d *Disk) []*Disk {
-	var parts []*Disk
-	files, _ := filepath.Glob(filepath.Join(d.sys, "*", "partition"))
-	for _, f := range files {
-		n, err := ParseNum(readText(filepath.Join(filepath.Dir(f), "dev")))
-		if err != nil {
-			continue
-		}
-		if p, err := h.byNumber(n); err == nil {
-			parts = append(parts, p)
-		}
-	}
-	return parts
-}
-
-// SamePartitions says whether the kernel knows the same partitions of two whole
-// disks.
-func (h *Host) SamePartitions(a, b *Disk) bool {
-	table := func(d *Disk) []string {
-		var out []string
-		for _, p := range h.Partitions(d) {
-			out = append(out, readText(filepath.Join(p.sys, "partition"))+" "+readText(filepath.Join(p.sys, "start"))+" "+readText(filepath.Join(p.sys, "size")))
-		}
-		slices.Sort(out)
-		return out
-	}
-	return slices.Equal(table(a), table(b))
 }
 
 func (h *Host) sysText(elem ...string) string {

@@ -108,6 +108,8 @@ func (e *errands) do(q question, files []*os.File) answer {
 		return a
 	case q.Thaw && len(files) == 1:
 		return request(files[0], uapi.FITHAW)
+	case q.Partition != "":
+		return failed(AddPartitions(q.Partition, q.Table))
 	case q.Run != nil:
 		ran, err := e.run(*q.Run)
 		if err != nil {

@@ -5,6 +5,7 @@
 //
 //	linux/ublk_cmd.h ── ublk_cmd.go ─┐
 //	linux/fs.h ──────── fs.go ───────┼─> packages that talk to the kernel
+//	linux/blkpg.h ───── blkpg.go ────┤
 //	                                 │
 //	the host's headers, through a    │
 //	C program ── uapi_test.go ───────┘ every size, offset and number

@@ -23,6 +23,8 @@ var numbers = []number{
 	{"FIFREEZE", FIFREEZE, 0xc0045877},
 	{"FITHAW", FITHAW, 0xc0045878},
 
+	{"BLKPG", BLKPG, 0x1269},
+
 	{"UBLK_U_CMD_GET_QUEUE_AFFINITY", UBLK_U_CMD_GET_QUEUE_AFFINITY, 0x80207501},
 	{"UBLK_U_CMD_GET_DEV_INFO", UBLK_U_CMD_GET_DEV_INFO, 0x80207502},
 	{"UBLK_U_CMD_ADD_DEV", UBLK_U_CMD_ADD_DEV, 0xc0207504},
@@ -252,7 +254,7 @@ func TestHeader(t *testing.T) {
 
 	var c strings.Builder
 	c.WriteString("#include <stdio.h>\n#include <stddef.h>\n#include <errno.h>\n")
-	c.WriteString("#include <linux/fs.h>\n#include <linux/ublk_cmd.h>\nint main(void) {\n")
+	c.WriteString("#include <linux/blkpg.h>\n#include <linux/fs.h>\n#include <linux/ublk_cmd.h>\nint main(void) {\n")
 	for _, n := range numbers {
 		fmt.Fprintf(&c, "#ifdef %[1]s\nprintf(\"%[1]s %%llu\\n\", (unsigned long long)(%[1]s));\n#endif\n", n.name)
 	}

@@ -14,7 +14,8 @@ import (
 // answer. Until that ends nobody else can open the filter, nor can who wants to remove it.
 // A daemon that is killed then ends all the same, and the next one goes on.
 func TestKilledWhileScanned(t *testing.T) {
-	guest.NeedEither(t)
+	guest.Need(t)
+	guest.NeedKernel(t, 7, 0, "before, the kernel reads no partition table of a filter")
 	guest.Run(t, "modprobe", "dm-mod")
 	disk := guest.DMDisk(t, "scanned", guest.LinearTable(t, guest.RAMDisks(t, 1, 16<<20)[0]))
 	d := program.Start(t, "disk_timeout=3s")

@@ -129,31 +129,3 @@ func TestImagePartitions(t *testing.T) {
 	d.Destroy(s.ID)
 	d.Remove(dev)
 }
-
-// TestPartitionsMade: partitions made and deleted through the filter are so on the
-// original when it is used again.
-func TestPartitionsMade(t *testing.T) {
-	guest.NeedEither(t)
-	disk := guest.SCSIDisk(t, 16, 512)
-	d := program.Start(t)
-	for _, there := range []bool{true, false} {
-		dev := d.Add(disk)
-		mbr := direct.Pages(t, 512)
-		if there {
-			// One partition, from sector 2048 to the end.
-			copy(mbr[446:], []byte{0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 0x70, 0, 0})
-			mbr[510], mbr[511] = 0x55, 0xaa
-		}
-		f := direct.MustOpen(t, dev.Path, unix.O_RDWR)
-		if err := f.WriteAt(mbr, 0); err != nil {
-			t.Fatal(err)
-		}
-		f.Close()
-		guest.Run(t, "blockdev", "--rereadpt", dev.Path)
-		d.Remove(dev)
-		guest.WaitFor(t, fmt.Sprintf("the partition of the original: %v", there), func() bool {
-			_, err := os.Stat(disk + "1")
-			return there == (err == nil)
-		})
-	}
-}
