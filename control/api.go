@@ -12,6 +12,9 @@ import (
 // A device is named by the name it was added under, by the path of its original
 // disk, or by the path of its filter device; any path of the same block device
 // will do. Paths are absolute.
+//
+// A snapshot is named by its UUID, by a beginning of it that no other one has, by the
+// name that it was given, by the path of one of its images, or as [Latest].
 type API interface {
 	// Info says who the daemon is and what it is doing.
 	Info(ctx context.Context) (Info, error)
@@ -62,6 +65,8 @@ type API interface {
 	// I/O then fails. With [Timeout] because the storage does not answer, the
 	// rest goes by itself when it does.
 	DestroySnapshot(ctx context.Context, id string) error
+	// SetSnapshot changes when a snapshot ends.
+	SetSnapshot(ctx context.Context, r SetRequest) (Snapshot, error)
 	Snapshots(ctx context.Context) ([]Snapshot, error)
 	Snapshot(ctx context.Context, id string) (Snapshot, error)
 	// WaitEvent takes the snapshot's next event that no WaitEvent has had,
@@ -316,6 +321,14 @@ type CreateRequest struct {
 	// Encrypt says whether what is stored is encrypted, with a key that is in memory
 	// only, and gone with the snapshot; nil: as configured.
 	Encrypt *bool `json:"encrypt,omitempty"`
+	// Name, if any, is one that no other snapshot has: [Exists]. It may not look like a
+	// UUID or the beginning of one, nor be [Latest].
+	Name string `json:"name,omitempty"`
+	// Labels are kept with the snapshot, for whoever made it.
+	Labels map[string]string `json:"labels,omitempty"`
+	// TTL is how long the snapshot lives from now on, 0: until it is destroyed. Then the
+	// daemon destroys it as soon as nobody uses its images.
+	TTL time.Duration `json:"ttl_ns,omitempty"`
 }
 
 // SnapshotDeviceRequest names a snapshot and a device.
@@ -342,6 +355,7 @@ type TakeRequest struct {
 // Snapshot is a snapshot of one or more devices.
 type Snapshot struct {
 	ID        string     `json:"id"`
+	Name      string     `json:"name,omitempty"`
 	State     string     `json:"state"` // created, taken, corrupted, destroying
 	Created   time.Time  `json:"created"`
 	Taken     *time.Time `json:"taken,omitempty"`
@@ -352,8 +366,14 @@ type Snapshot struct {
 	Errno  int             `json:"error_code"` // negative; 0 while it is whole
 	Images []SnapshotImage `json:"images"`
 	// Storage as given, in the order of giving.
-	Storage []Storage     `json:"storage"`
-	Usage   SnapshotUsage `json:"usage"`
+	Storage []Storage         `json:"storage"`
+	Usage   SnapshotUsage     `json:"usage"`
+	Labels  map[string]string `json:"labels,omitempty"`
+	// Expires is when its time is over, by the clock as it is set now; nil: never.
+	Expires *time.Time `json:"expires,omitempty"`
+	// Overdue says who uses the snapshot although its time is over: it is destroyed when
+	// nobody does.
+	Overdue string `json:"overdue,omitempty"`
 }
 
 // SnapshotImage is one device of a snapshot and its image.
@@ -404,6 +424,7 @@ type Event struct {
 	Seq      uint64    `json:"seq"`
 	Time     time.Time `json:"time"`
 	Snapshot string    `json:"snapshot"`
+	Name     string    `json:"name,omitempty"` // of the snapshot, if it has one
 	Kind     string    `json:"event"`
 	// Sectors asked for, with low_free_space: it comes when four fifths are used
 	// of all the storage that the snapshot will have, and it could need more.
@@ -427,9 +448,12 @@ const (
 	EventCovered   = "covered"
 	// EventLost: the snapshot was lost in a restart of the machine or a loss of power;
 	// Text names its devices. When what it stored is cleared, EventDestroyed follows.
-	EventLost         = "lost"
-	EventCreated      = "created"
-	EventTaken        = "taken"
+	EventLost    = "lost"
+	EventCreated = "created"
+	EventTaken   = "taken"
+	// EventExpired: the snapshot's time is over. EventDestroyed follows, at once or, if Text
+	// says who uses an image, when nobody does.
+	EventExpired      = "expired"
 	EventDestroyed    = "destroyed"
 	EventLowFreeSpace = "low_free_space"
 	EventNoSpace      = "no_space"

@@ -238,6 +238,11 @@ func (c *Client) DestroySnapshot(ctx context.Context, id string) error {
 	return err
 }
 
+// SetSnapshot implements API.
+func (c *Client) SetSnapshot(ctx context.Context, r SetRequest) (Snapshot, error) {
+	return call[Snapshot](ctx, c, "snapshot/set", r)
+}
+
 // Snapshots implements API.
 func (c *Client) Snapshots(ctx context.Context) ([]Snapshot, error) {
 	return call[[]Snapshot](ctx, c, "snapshot/list", none{})

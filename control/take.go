@@ -31,7 +31,7 @@ func ParseTake(s string) (Take, error) {
 		}
 	}
 	return Take{}, &Error{Code: Invalid, Errno: errnoNamed("EINVAL"), Message: fmt.Sprintf("%q names no take", s),
-		Fix: `write GENERATION:N, as "snapshot take", "snapshot info" and "cbt info" print it`}
+		Fix: `write GENERATION:N, as "snapshot info" and "cbt info" print it`}
 }
 
 // MarshalJSON writes the token.

@@ -36,6 +36,9 @@ func (c *Client) Watch(ctx context.Context, r WatchRequest, each func(Event) err
 				}
 				failed = each(*l.Event)
 				next.Since = max(next.Since, l.Seq)
+				if r.ID != "" {
+					next.ID = l.Snapshot // its name may be another's by then
+				}
 				return &l.LastLine, failed
 			})
 			code := CodeOf(err)

@@ -166,3 +166,37 @@ func TestWatchGoesOn(t *testing.T) {
 		t.Error(fmt.Errorf("given up while no daemon is there: %w", err))
 	}
 }
+
+// TestWatchByName: the next daemon is asked for the snapshot that was watched, and not for
+// another one that has its name by then.
+func TestWatchByName(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan string, 4)
+	mux := http.NewServeMux()
+	mux.HandleFunc("/v1/info", func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(Info{}) })
+	mux.HandleFunc("/v1/snapshot/watch", func(w http.ResponseWriter, r *http.Request) {
+		var q WatchRequest
+		_ = json.NewDecoder(r.Body).Decode(&q)
+		asked <- q.ID
+		if q.ID == "nightly" {
+			_ = json.NewEncoder(w).Encode(EventLine{Event: &Event{Seq: 3, Snapshot: "u", Name: "nightly"}})
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		}
+	})
+	s := &http.Server{Handler: mux}
+	go func() { _ = s.Serve(l) }()
+	defer s.Close()
+	c := NewClient(socket)
+	defer c.Close()
+	if err := c.Watch(context.Background(), WatchRequest{ID: "nightly"}, func(Event) error { return nil }); err != nil {
+		t.Error(err)
+	}
+	if first, next := <-asked, <-asked; first != "nightly" || next != "u" {
+		t.Errorf("asked for %s and %s", first, next)
+	}
+}

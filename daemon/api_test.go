@@ -93,6 +93,10 @@ func (f *fakeAPI) TakeSnapshot(_ context.Context, r control.TakeRequest) (contro
 	f.asked = r
 	return control.Snapshot{ID: "u"}, f.err
 }
+func (f *fakeAPI) SetSnapshot(_ context.Context, r control.SetRequest) (control.Snapshot, error) {
+	f.asked = r
+	return control.Snapshot{ID: "u"}, f.err
+}
 func (f *fakeAPI) DestroySnapshot(_ context.Context, id string) error { f.asked = id; return f.err }
 func (f *fakeAPI) Snapshots(context.Context) ([]control.Snapshot, error) {
 	return []control.Snapshot{{ID: "u"}}, f.err
@@ -209,10 +213,12 @@ func calls(ctx context.Context, a control.API) map[string]struct {
 	remove := control.RemoveRequest{Device: "n", Force: true}
 	changes := control.ChangesRequest{Device: "n", Since: control.Take{Generation: uuid.UUID{1}, Number: 7}}
 	mark := control.MarkRequest{Device: "n", Ranges: []control.Range{{Sector: 1, Count: 2}, {Sector: 4, Count: 4}}}
-	create := control.CreateRequest{Devices: []string{"n"}, Storage: []control.Storage{{Path: "/s", Limit: 5, Overwrite: true}}, ChunkSize: 4096, Attach: true, Take: true, NoFreeze: true}
+	create := control.CreateRequest{Devices: []string{"n"}, Storage: []control.Storage{{Path: "/s", Limit: 5, Overwrite: true}}, ChunkSize: 4096, Attach: true, Take: true, NoFreeze: true,
+		Name: "nightly", Labels: map[string]string{"a": "b"}, TTL: time.Minute}
 	addTo := control.SnapshotDeviceRequest{ID: "u", Device: "n", Attach: true}
 	storage := control.StorageRequest{ID: "u", Storage: control.Storage{Path: "/s", Limit: 6}}
 	take := control.TakeRequest{ID: "u", NoFreeze: true}
+	set := control.SetRequest{ID: "u", TTL: time.Hour}
 	wait := control.WaitRequest{ID: "u", Timeout: 3 * time.Second}
 	watch := control.WatchRequest{ID: "u", Since: 9}
 	return map[string]call{
@@ -237,6 +243,7 @@ func calls(ctx context.Context, a control.API) map[string]struct {
 		"add to":   {addTo, func() (any, error) { return a.AddToSnapshot(ctx, addTo) }},
 		"append":   {storage, func() (any, error) { return a.AppendStorage(ctx, storage) }},
 		"take":     {take, func() (any, error) { return a.TakeSnapshot(ctx, take) }},
+		"set":      {set, func() (any, error) { return a.SetSnapshot(ctx, set) }},
 		"destroy":  {"u", func() (any, error) { return nil, a.DestroySnapshot(ctx, "u") }},
 		"list s":   {nil, func() (any, error) { return a.Snapshots(ctx) }},
 		"snapshot": {"u", func() (any, error) { return a.Snapshot(ctx, "u") }},

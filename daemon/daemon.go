@@ -68,6 +68,8 @@ type Daemon struct {
 	cleared       map[string]bool    // of which nothing is left
 	unnoted       map[uuid.UUID]bool // snapshots that have no note, under mu
 
+	endsChanged chan struct{} // see lookAtEnds
+
 	boot  bootDisks
 	watch intentWatch
 
@@ -86,7 +88,7 @@ func New(o Options) (*Daemon, error) {
 		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
 		opLock: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 		waiting: map[string]*survivor{},
-		cleared: map[string]bool{}, unnoted: map[uuid.UUID]bool{},
+		cleared: map[string]bool{}, unnoted: map[uuid.UUID]bool{}, endsChanged: make(chan struct{}, 1),
 	}
 	d.activity.Store(new(string))
 	err := errors.Join(o.Dir.subdir(stateName, 0o700), o.Dir.subdir(udevName, 0o755))
@@ -133,6 +135,7 @@ func New(o Options) (*Daemon, error) {
 		d.settle(context.Background())
 	}()
 	go d.retry(retrying)
+	go d.endInTime(retrying)
 	d.startBoot(retrying)
 	return d, nil
 }

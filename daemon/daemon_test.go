@@ -45,7 +45,7 @@ func TestTurns(t *testing.T) {
 // has no queues that could make a cut.
 func TestNoSnapshotOfALeavingDevice(t *testing.T) {
 	d := &Daemon{}
-	err := d.addTo(&snapshot{}, &device{Device: control.Device{Name: "data"}, removing: true})
+	err := d.addTo(context.Background(), &snapshot{}, &device{Device: control.Device{Name: "data"}, removing: true})
 	if control.CodeOf(err) != control.Busy {
 		t.Errorf("added to a snapshot: %v", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -33,6 +34,7 @@ type eventLog struct {
 	// recent are the latest events of all snapshots, for watchers of everything, and for
 	// those who ask for a snapshot that has ended.
 	recent []control.Event
+	names  map[string]string // of the snapshots that have one, by UUID
 	// waited are the lastWaited of snapshots that have ended and are in recent.
 	waited map[string]uint64
 
@@ -54,7 +56,32 @@ func (s *snapshotEvents) lost() bool {
 }
 
 func newEventLog() *eventLog {
-	return &eventLog{snapshots: map[string]*snapshotEvents{}, more: make(chan struct{}), waited: map[string]uint64{}}
+	return &eventLog{snapshots: map[string]*snapshotEvents{}, more: make(chan struct{}), waited: map[string]uint64{}, names: map[string]string{}}
+}
+
+// name has the events of a snapshot say its name from now on.
+func (l *eventLog) name(id, name string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if name != "" {
+		l.names[id] = name
+	}
+}
+
+// called are the snapshots with that beginning of a UUID that have events; or the latest one
+// that had that name.
+func (l *eventLog) called(ref string) (ids []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range slices.Backward(l.recent) {
+		switch {
+		case e.Name == ref:
+			return []string{e.Snapshot}
+		case looksLikeUUID(ref) && strings.HasPrefix(e.Snapshot, strings.ToLower(ref)) && !slices.Contains(ids, e.Snapshot):
+			ids = append(ids, e.Snapshot)
+		}
+	}
+	return ids
 }
 
 // savedEvents is an eventLog in its file.
@@ -182,9 +209,11 @@ func (l *eventLog) emit(e control.Event) {
 		s = &snapshotEvents{}
 		l.snapshots[e.Snapshot] = s
 	}
+	e.Name = l.names[e.Snapshot]
 	l.addLocked(&e)
 	s.events = latest(append(s.events, e))
 	if e.Kind == control.EventDestroyed {
+		delete(l.names, e.Snapshot)
 		// Watchers still hold s. Who comes now finds what is recent.
 		s.gone = true
 		delete(l.snapshots, e.Snapshot)

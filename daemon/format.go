@@ -22,6 +22,8 @@ import (
 //	2  records of devices and snapshots, from which the next daemon takes them over
 //	3  devices may have a write-intent log, and snapshots a note, in the state_dir: a
 //	   program that does not know of them would leave them there to be believed
+//	4  snapshots may have names, under which udev knows their images, and an end of life: a
+//	   program that does not know of it would keep them for ever
 
 const (
 	formatName = "format"
@@ -47,6 +49,8 @@ var migrations = [stateFormat]func(dir RunDir) error{
 	},
 	// Of format 2 no device has a log and no snapshot a note, and none needs one.
 	2: func(RunDir) error { return nil },
+	// Of format 3 no snapshot has a name or an end.
+	3: func(RunDir) error { return nil },
 }
 
 // formatFound is the format of what is in the state directory, or from which it is being

@@ -3,7 +3,7 @@
 package daemon
 
 // stateFormat is the format that this program writes.
-const stateFormat = 3
+const stateFormat = 4
 
 // devicesName is the directory of the records of devices.
 const devicesName = "devices"

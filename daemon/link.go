@@ -155,7 +155,15 @@ func (d *Daemon) unlink(path, target string) {
 	}
 	defer unlock()
 	if to, err := os.Readlink(path); err == nil && filepath.Base(to) == filepath.Base(target) {
-		_ = os.Remove(path)
+		removeLink(path)
+	}
+}
+
+// removeLink removes a link, and the folder of a snapshot with a name when it was the last one.
+func removeLink(path string) {
+	_ = os.Remove(path)
+	if dir := filepath.Dir(path); filepath.Dir(dir) == filepath.Join(linkDir, imageDir) {
+		_ = os.Remove(dir)
 	}
 }
 
@@ -172,7 +180,7 @@ func (d *Daemon) clearLinks(ctx context.Context) {
 			return nil //nolint:nilerr // what is not there need not be removed
 		}
 		if _, taken := d.owner(ctx, path); !taken {
-			_ = os.Remove(path)
+			removeLink(path)
 		}
 		return nil
 	})

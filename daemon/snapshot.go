@@ -7,7 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
@@ -45,6 +44,8 @@ type snapshot struct {
 	storage    []control.Storage
 	taken      *time.Time
 	frozen     time.Duration
+	note       snapshotNote
+	overdue    string // who uses it although its time is over
 }
 
 // image is one device of a snapshot.
@@ -108,23 +109,8 @@ func (d *Daemon) holds(s *snapshot, dev *device) bool {
 	return !s.gone && slices.ContainsFunc(s.images, func(im *image) bool { return im.device == dev })
 }
 
-// findSnapshot is the snapshot of that UUID.
-func (d *Daemon) findSnapshot(id string) (*snapshot, error) {
-	u, err := uuid.Parse(id)
-	if err != nil {
-		return nil, invalid("snapshot %q: not a UUID", id)
-	}
-	d.mu.Lock()
-	s := d.snapshots[u.String()]
-	d.mu.Unlock()
-	if s == nil {
-		return nil, d.explainSnapshot(noSnapshot(u.String()), u.String())
-	}
-	return s, nil
-}
-
-// beginOnSnapshot is begin for a change to the snapshot of that UUID. A broken
-// snapshot is refused.
+// beginOnSnapshot is begin for a change to the snapshot that is called so. A
+// broken snapshot is refused.
 func (d *Daemon) beginOnSnapshot(ctx context.Context, id, format string, args ...any) (s *snapshot, end func(), err error) {
 	if end, err = d.begin(ctx, format, args...); err != nil {
 		return nil, nil, err

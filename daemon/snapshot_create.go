@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/bits"
@@ -29,11 +30,14 @@ func (d *Daemon) CreateSnapshot(ctx context.Context, r control.CreateRequest) (c
 	if err != nil {
 		return control.Snapshot{}, snapshotError(err, "create snapshot")
 	}
-	d.opts.Log.Info("snapshot created", "snapshot", s.id, "chunk", s.chunk)
+	d.opts.Log.Info("snapshot created", "snapshot", s.called(), "chunk", s.chunk)
 	return d.describeSnapshot(s), nil
 }
 
 func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapshot, err error) {
+	if err := errors.Join(d.checkSnapshotName(r.Name), checkLabels(r.Labels), checkTTL(r.TTL)); err != nil {
+		return nil, err
+	}
 	var devices, attached []*device
 	defer func() {
 		if err != nil {
@@ -71,16 +75,21 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	c.Encrypt = s.encrypted
 	c.ID, c.ChunkSize, c.PoolSize, c.Portion = id, chunk, pool, d.opts.Config.DiffStorageMinimum*sector.Size
 	c.Pending = true // until it is answered, nobody knows of it
+	s.note = snapshotNote{Name: r.Name, Labels: r.Labels, Ends: endAfter(r.TTL)}
+	if c.Note, err = json.Marshal(s.note); err != nil {
+		return nil, err
+	}
 	if s.snap, err = snapshots.New(c); err != nil {
 		return nil, err
 	}
+	d.events.name(s.id, s.note.Name)
 	d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCreated})
 	go d.forwardEvents(s)
 	d.mu.Lock()
 	d.snapshots[s.id] = s
 	d.mu.Unlock()
 	for _, dev := range devices {
-		if err := d.addTo(s, dev); err != nil {
+		if err := d.addTo(ctx, s, dev); err != nil {
 			return nil, d.abandon(s, err)
 		}
 	}
@@ -104,6 +113,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	if err := s.snap.SetPending(false); err != nil {
 		return nil, d.abandon(s, err)
 	}
+	d.lookAtEnds()
 	return s, nil
 }
 
@@ -167,7 +177,7 @@ func (d *Daemon) AddToSnapshot(ctx context.Context, r control.SnapshotDeviceRequ
 	defer end()
 	dev, fresh, err := d.findOrAttach(ctx, r.Device, r.Attach)
 	if err == nil {
-		if err = d.addTo(s, dev); err != nil && fresh {
+		if err = d.addTo(ctx, s, dev); err != nil && fresh {
 			err = errors.Join(err, d.detach([]*device{dev}))
 		}
 	}
@@ -178,10 +188,15 @@ func (d *Daemon) AddToSnapshot(ctx context.Context, r control.SnapshotDeviceRequ
 }
 
 // addTo needs opLock.
-func (d *Daemon) addTo(s *snapshot, dev *device) error {
+func (d *Daemon) addTo(ctx context.Context, s *snapshot, dev *device) error {
 	if dev.removing {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add " + dev.Name + ": it is being removed",
 			Fix: "end that first: ublk-blksnap remove " + dev.Name}
+	}
+	if s.note.Name != "" {
+		if err := d.checkFreeName(ctx, s.imageName(dev.Name)); err != nil {
+			return err
+		}
 	}
 	if err := s.snap.Add(dev.filter, snapshots.Device{
 		Name: dev.Name, Path: dev.Original, Number: unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor), Block: dev.geo.LogicalBlock,

@@ -64,24 +64,39 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 
 // WaitEvent implements control.API.
 func (d *Daemon) WaitEvent(ctx context.Context, r control.WaitRequest) (control.Event, error) {
-	u, err := uuid.Parse(r.ID)
+	id, err := d.findEvents(r.ID)
 	if err != nil {
-		return control.Event{}, invalid("snapshot %q: not a UUID", r.ID)
+		return control.Event{}, err
 	}
-	r.ID = u.String()
+	r.ID = id
 	return d.events.wait(ctx, r)
 }
 
 // Watch implements control.API.
 func (d *Daemon) Watch(ctx context.Context, r control.WatchRequest, each func(control.Event) error) error {
 	if r.ID != "" {
-		u, err := uuid.Parse(r.ID)
+		id, err := d.findEvents(r.ID)
 		if err != nil {
-			return invalid("snapshot %q: not a UUID", r.ID)
+			return err
 		}
-		r.ID = u.String()
+		r.ID = id
 	}
 	return d.events.watch(ctx, r, each)
+}
+
+// findEvents is the UUID of the snapshot that is called so, or was.
+func (d *Daemon) findEvents(ref string) (id string, err error) {
+	if u, err := uuid.Parse(ref); err == nil {
+		return u.String(), nil
+	}
+	s, err := d.findSnapshot(ref)
+	if err == nil {
+		return s.id, nil
+	}
+	if ended := d.events.called(ref); len(ended) == 1 && control.CodeOf(err) == control.NotFound {
+		return ended[0], nil
+	}
+	return "", err
 }
 
 // Serves implements stopper.

@@ -44,6 +44,11 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	out.Taken, out.Frozen = s.taken, s.frozen
+	out.Name, out.Labels, out.Overdue = s.note.Name, s.note.Labels, s.overdue
+	if s.note.Ends != 0 {
+		expires := s.note.Ends.wall()
+		out.Expires = &expires
+	}
 	out.Storage = append(out.Storage, s.storage...)
 	switch {
 	case s.destroying:

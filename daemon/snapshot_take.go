@@ -2,9 +2,7 @@ package daemon
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"path/filepath"
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -65,10 +63,7 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	}
 	d.makeDurable(s)
 	now := time.Now()
-	note, err := json.Marshal(snapshotNote{Taken: now, Frozen: frozen})
-	if err == nil {
-		err = s.snap.SetNote(note)
-	}
+	err = d.changeNote(s, func(n *snapshotNote) { n.Taken, n.Frozen = now, frozen })
 	for i := range s.images {
 		if err == nil {
 			err = d.makeImage(ctx, s, i)
@@ -120,7 +115,7 @@ func (d *Daemon) makeImage(ctx context.Context, s *snapshot, i int) error {
 		mode = ublk.ModeCopy // payloads are decrypted by this process
 	}
 	var tag uint64
-	dev, err := d.addUblk(ctx, imageKind, im.device.Name+"-"+s.id, ublk.Config{
+	dev, err := d.addUblk(ctx, imageKind, s.noteName(i), ublk.Config{
 		Name: im.device.Name + "@", Queues: im.device.Queues, Depth: min(im.device.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
 		Mode: mode, Geometry: geo, NoPartScan: true,
 		Files:      []*blockdev.OSFile{im.device.orig},
@@ -142,7 +137,7 @@ func (d *Daemon) makeImage(ctx context.Context, s *snapshot, i int) error {
 // linkImage gives image i its name.
 func (d *Daemon) linkImage(ctx context.Context, s *snapshot, i int, tag uint64) error {
 	im := s.images[i]
-	l, err := d.link(ctx, filepath.Join(imageDir, im.device.Name+"-"+s.id), im.ublk)
+	l, err := d.link(ctx, s.imageName(im.device.Name), im.ublk)
 	if err != nil {
 		return err
 	}

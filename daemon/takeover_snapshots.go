@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -38,18 +37,13 @@ import (
 type leftSnapshot struct {
 	*snapshots.Left
 	images  []*ublk.Claimed // of each device, nil if there is none
+	note    snapshotNote
 	config  snapshots.Config
 	events  chan diffarea.Event
 	members []*device // of each device, as far as they are taken over
 	// busy: the dead daemon has something under way for an image, which may still write to
 	// the snapshot's memory.
 	busy bool
-}
-
-// snapshotNote is what the daemon keeps with a snapshot.
-type snapshotNote struct {
-	Taken  time.Time     `json:"taken"`
-	Frozen time.Duration `json:"frozen_ns"`
 }
 
 // leftSnapshots are the snapshots that are there.
@@ -63,6 +57,12 @@ func (d *Daemon) leftSnapshots() []*leftSnapshot {
 	for _, l := range left {
 		s := &leftSnapshot{Left: l, events: make(chan diffarea.Event, 256), images: make([]*ublk.Claimed, len(l.Images))}
 		s.config = d.snapshotConfig(s.events)
+		if l.Note != nil {
+			if err := json.Unmarshal(l.Note, &s.note); err != nil {
+				d.opts.Log.Warn("what was said of a snapshot is forgotten", "snapshot", s.id(), "error", err)
+			}
+		}
+		d.events.name(s.id(), s.note.Name)
 		out = append(out, s)
 	}
 	return out
@@ -202,12 +202,13 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 		}
 		out.storage = append(out.storage, st)
 	}
+	out.note = s.note
 	if taken {
-		note := snapshotNote{Taken: s.Created}
-		if s.Note != nil {
-			_ = json.Unmarshal(s.Note, &note) // else: when it was made
+		at := out.note.Taken
+		if at.IsZero() { // its daemon died before it could say so
+			at = s.Created
 		}
-		out.taken, out.frozen = &note.Taken, note.Frozen
+		out.taken, out.frozen = &at, out.note.Frozen
 	}
 	d.mu.Lock()
 	d.snapshots[out.id] = out
@@ -286,7 +287,7 @@ func (d *Daemon) nameImage(ctx context.Context, s *snapshot, i int, claimed *ubl
 	if im.ublk == nil {
 		return d.makeImage(ctx, s, i)
 	}
-	err := d.note(filepath.Base(im.ublk.Path), "image", im.device.Name+"-"+s.id)
+	err := d.note(filepath.Base(im.ublk.Path), "image", s.noteName(i))
 	if err = errors.Join(err, d.linkImage(ctx, s, i, claimed.Tag)); err != nil {
 		d.opts.Log.Warn("an image has lost its name", "snapshot", s.id, "device", im.ublk.Path, "error", err)
 	}

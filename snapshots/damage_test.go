@@ -1,6 +1,7 @@
 package snapshots
 
 import (
+	"encoding/json"
 	"errors"
 	"path/filepath"
 	"testing"
@@ -8,6 +9,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile/statefiletest"
 )
 
@@ -25,6 +27,10 @@ func TestDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := func(name string) string { return filepath.Join(dir, name) }
+	r.Note = json.RawMessage("{}") // with which it has the latest version
+	if err := statefile.Write(path(recordName), recordKind, r.version(), r); err != nil {
+		t.Fatal(err)
+	}
 	d := daemonOf(t, l)
 	// with calls f with the directory, as the next daemon opens it.
 	with := func(f func(s *state) error) error {

@@ -100,15 +100,20 @@ const (
 )
 
 const (
-	recordName    = "record.json"
-	freshRecord   = recordName + ".new" // while it is written
-	recordKind    = "snapshot"
-	recordVersion = 2 // as which one that is encrypted is written: version 1 would not decrypt it
+	recordName  = "record.json"
+	freshRecord = recordName + ".new" // while it is written
+	recordKind  = "snapshot"
+	// recordVersion is as which one with a note is written, which may say that the snapshot
+	// ends some time. One that is encrypted has version 2 at least: 1 would not decrypt it.
+	recordVersion = 3
 )
 
 func (r *record) version() int {
-	if r.Encrypted {
+	switch {
+	case r.Note != nil:
 		return recordVersion
+	case r.Encrypted:
+		return 2
 	}
 	return 1
 }

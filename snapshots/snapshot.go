@@ -38,6 +38,8 @@ type Config struct {
 	Encrypt bool
 	// Pending: nobody has been told of the snapshot yet. See SetPending.
 	Pending bool
+	// Note is what the owner wants to know of the snapshot again. See SetNote.
+	Note json.RawMessage
 	// StorageTimeout is how long a caller that appends storage waits for it.
 	StorageTimeout time.Duration
 	// Control is the queue for control work; its thread is not the caller's.
@@ -83,7 +85,7 @@ func New(c Config) (*Snapshot, error) {
 		return nil, err
 	}
 	st, err := newState(filepath.Join(c.StateDir, c.ID.String()), c.Root, record{
-		ID: c.ID, Chunk: c.ChunkSize, Pool: c.PoolSize, Portion: c.Portion, Created: time.Now(), Pending: c.Pending, Encrypted: c.Encrypt,
+		ID: c.ID, Chunk: c.ChunkSize, Pool: c.PoolSize, Portion: c.Portion, Created: time.Now(), Pending: c.Pending, Encrypted: c.Encrypt, Note: c.Note,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make state of snapshot %s: %w", c.ID, err)

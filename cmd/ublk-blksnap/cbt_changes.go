@@ -20,7 +20,7 @@ func (p *program) cbtChanges() *cobra.Command {
 		Short: "List the ranges that changed between a take and the last one",
 		Long: `List the ranges that changed between a take and the last one, as SECTOR:COUNT in
 sectors of 512 bytes, merged and in order. The take is named by the token that
-"snapshot take" printed for the device. Status 6 says that its generation has ended:
+"snapshot info --field take" prints for the device. Status 6 says that its generation has ended:
 everything has to be copied.`,
 		Args:              args(1, 1),
 		ValidArgsFunction: p.deviceNames,

@@ -42,7 +42,7 @@ func TestCBTCommands(t *testing.T) {
 	runRefused(t, map[string]string{
 		"ublk-blksnap cbt changes vdb": "ublk-blksnap: changes: since which take?",
 		"ublk-blksnap cbt changes vdb --since 3": `ublk-blksnap: changes: --since: "3" names no take: ` +
-			`write GENERATION:N, as "snapshot take", "snapshot info" and "cbt info" print it`,
+			`write GENERATION:N, as "snapshot info" and "cbt info" print it`,
 		"ublk-blksnap cbt changes vdb --since 3 --generation x": "ublk-blksnap: changes: unknown flag: --generation",
 		"ublk-blksnap cbt mark vdb":                             "ublk-blksnap: mark: 1 arguments given",
 		"ublk-blksnap cbt mark vdb 0:1 8":                       `ublk-blksnap: mark vdb: "8" is not a range`,

@@ -94,6 +94,9 @@ func (f *fakeDaemon) AppendStorage(_ context.Context, r control.StorageRequest) 
 func (f *fakeDaemon) TakeSnapshot(_ context.Context, r control.TakeRequest) (control.Snapshot, error) {
 	return f.snapshots[0], f.ask(r)
 }
+func (f *fakeDaemon) SetSnapshot(_ context.Context, r control.SetRequest) (control.Snapshot, error) {
+	return f.snapshots[0], f.ask(r)
+}
 func (f *fakeDaemon) DestroySnapshot(_ context.Context, id string) error { return f.ask(id) }
 func (f *fakeDaemon) Snapshots(context.Context) ([]control.Snapshot, error) {
 	return f.snapshots, f.ask("snapshots")
@@ -137,6 +140,7 @@ func newFake() *fakeDaemon {
 	last := take(3)
 	image := control.SnapshotImage{Device: "vdb", Original: "/dev/vdb", Path: "/dev/ublkb1",
 		Link: "/dev/ublk-blksnap/images/vdb-" + id1, Take: &last}
+	expires := at.Add(12 * time.Hour)
 	broken := image
 	broken.Link, broken.Errno = "/dev/ublk-blksnap/images/vdb-"+id2, -28
 	return &fakeDaemon{
@@ -145,13 +149,13 @@ func newFake() *fakeDaemon {
 			Operations: map[string]control.Operation{control.OpRead: {Requests: 10, Bytes: 5120}, control.OpFlush: {Requests: 3}}, CBT: &cbt},
 		cbt: cbt,
 		snapshots: []control.Snapshot{
-			{ID: id1, State: control.SnapshotTaken, Created: at, Taken: &at, ChunkSize: 65536, Frozen: 12 * time.Millisecond,
+			{ID: id1, Name: "nightly", Labels: map[string]string{"job": "backup"}, Expires: &expires, State: control.SnapshotTaken, Created: at, Taken: &at, ChunkSize: 65536, Frozen: 12 * time.Millisecond,
 				Images: []control.SnapshotImage{image}, Storage: []control.Storage{{Path: "/var/tmp", Limit: 1 << 30}, {Path: "/dev/vdd"}},
 				Usage: control.SnapshotUsage{Copied: 1 << 20, Stored: 1 << 19, Capacity: 1 << 30}},
 			{ID: id2, State: control.SnapshotCorrupted, Created: at, ChunkSize: 4096, Errno: -28, Images: []control.SnapshotImage{broken}},
 		},
 		events: []control.Event{
-			{Seq: 0, Time: at, Snapshot: id1, Kind: control.EventTaken},
+			{Seq: 0, Time: at, Snapshot: id1, Name: "nightly", Kind: control.EventTaken},
 			{Seq: 1, Time: at, Snapshot: id1, Kind: control.EventLowFreeSpace, Sectors: 2097152},
 			{Seq: 2, Time: at, Snapshot: id1, Kind: control.EventCorrupted, Device: "254:16", Errno: -28},
 			{Seq: 3, Time: at, Snapshot: id1, Kind: control.EventDestroyed},
@@ -379,7 +383,7 @@ func TestWhatStartsADaemon(t *testing.T) {
 		"blksnap attach -d vdb": startFirst, "blksnap detach -d vdb": startNext, "blksnap snapshot_create -d vdb": startFirst,
 		"ublk-blksnap list": startNext, "ublk-blksnap status vdb": startNext, "ublk-blksnap cbt info vdb": startNext, "ublk-blksnap cbt map vdb": startNext,
 		"ublk-blksnap cbt changes vdb --since " + take(1).String(): startNext, "ublk-blksnap cbt mark vdb 0:1": startNext,
-		"ublk-blksnap snapshot list": startNext, "ublk-blksnap snapshot info " + id1: startNext, "ublk-blksnap snapshot watch " + id1: startNext,
+		"ublk-blksnap snapshot list": startNext, "ublk-blksnap snapshot info " + id1: startNext, "ublk-blksnap snapshot set latest --ttl 1h": startNext, "ublk-blksnap snapshot watch " + id1: startNext,
 		"ublk-blksnap snapshot take " + id1: startNext, "ublk-blksnap snapshot add " + id1 + " vdb": startNext,
 		"ublk-blksnap snapshot append " + id1 + " /s": startNext, "ublk-blksnap daemon stop": startNone, "ublk-blksnap daemon reload": startNext, "ublk-blksnap snapshot destroy " + id1: startNext,
 		"blksnap cbtinfo -d vdb": startNext, "blksnap readcbtmap -d vdb -f /dev/null": startNext, "blksnap markdirtyblock -d vdb -r 0:1": startNext,

@@ -10,16 +10,22 @@ import (
 
 func (p *program) snapshotAdd() *cobra.Command {
 	return &cobra.Command{
-		Use:   "add UUID DEV",
+		Use:   "add SNAPSHOT DEV",
 		Short: "Add a filter to a snapshot that is not taken yet",
 		Args:  args(2, 2),
+		ValidArgsFunction: func(c *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {
+			if len(args) == 0 {
+				return p.snapshotNames(c, args, begun)
+			}
+			return p.deviceNames(c, args, begun)
+		},
 		RunE: func(c *cobra.Command, args []string) error {
 			dev, err := devicePath(args[1])
 			if err != nil {
 				return err
 			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
-				_, err := api.AddToSnapshot(ctx, control.SnapshotDeviceRequest{ID: args[0], Device: dev})
+				_, err := api.AddToSnapshot(ctx, control.SnapshotDeviceRequest{ID: snapshotRef(args[0]), Device: dev})
 				return err
 			})
 		},

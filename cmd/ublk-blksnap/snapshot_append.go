@@ -12,7 +12,7 @@ func (p *program) snapshotAppend() *cobra.Command {
 	var limit sizeFlag
 	var overwrite bool
 	c := &cobra.Command{
-		Use:   "append UUID STORAGE",
+		Use:   "append SNAPSHOT STORAGE",
 		Short: "Give a snapshot more difference storage, taken or not",
 		Args:  args(2, 2),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -21,7 +21,7 @@ func (p *program) snapshotAppend() *cobra.Command {
 				return err
 			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
-				s, err := api.AppendStorage(ctx, control.StorageRequest{ID: args[0], Storage: st[0]})
+				s, err := api.AppendStorage(ctx, control.StorageRequest{ID: snapshotRef(args[0]), Storage: st[0]})
 				p.warn(s, st, p.tell)
 				return err
 			})

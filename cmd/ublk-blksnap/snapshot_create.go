@@ -6,6 +6,8 @@ import (
 	"io"
 	"path/filepath"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -20,13 +22,26 @@ func (p *program) snapshotCreate() *cobra.Command {
 		noFreeze     bool
 		overwrite    bool
 		encrypt      bool
+		name         string
+		labels       []string
+		ttl          ttlFlag
 	)
 	c := &cobra.Command{
 		Use:   "create [DEV...]",
-		Short: "Create a snapshot of one or several filters and print its UUID",
+		Short: "Create a snapshot of one or several filters",
 		Long: `Create a snapshot of one or several filters and print its UUID. Nothing is kept
-until it is taken ("snapshot take", or --take here: if that fails, no snapshot
-is left).
+until it is taken: by "snapshot take", or at once with --take. Then the path of the
+image of each device is printed instead, one a line. If the take fails, no snapshot
+is left.
+
+With --name the snapshot can be called so wherever a UUID is asked for, and its
+images are /dev/ublk-blksnap/images/NAME/DEV. No other snapshot may have the name,
+and it may not look like the beginning of a UUID.
+
+With --ttl the snapshot is destroyed when its time is over, with an event. If an
+image is mounted or open then, an event and "snapshot list" say so, and it is
+destroyed when nobody uses it. The time counts from now on, also while the machine
+sleeps; "snapshot set --ttl" changes it.
 
 What the filters' disks held at the take and is overwritten later goes to the
 difference storage: a file, a directory (a nameless file in it) or a whole block
@@ -40,8 +55,10 @@ its size, up to --limit; at the end the file has its space back.
 With --encrypt nobody can read what is stored, neither now nor later: the key is
 in memory only, and gone with the snapshot, or if the machine loses power. The
 images then copy each payload, and one thread encrypts what all snapshots store.`,
-		Example: "  ublk-blksnap snapshot create vdb vdc --storage /var/tmp --limit 20G --take",
-		Args:    args(0, -1),
+		Example: `  ublk-blksnap snapshot create vdb vdc --storage /var/tmp --limit 20G --take
+  ublk-blksnap snapshot create data --name nightly --ttl 12h --storage /var/tmp --take
+  mount -o ro /dev/ublk-blksnap/images/nightly/data /mnt`,
+		Args: args(0, -1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if noFreeze && !take {
 				return usage("create: --no-freeze is for the take: give --take too")
@@ -49,7 +66,10 @@ images then copy each payload, and one thread encrypts what all snapshots store.
 			if take && len(storage) == 0 {
 				return usage("create: --take needs a place for what is overwritten: give --storage too")
 			}
-			r := control.CreateRequest{ChunkSize: int64(chunk), Take: take, NoFreeze: noFreeze}
+			r := control.CreateRequest{ChunkSize: int64(chunk), Take: take, NoFreeze: noFreeze, Name: name, TTL: time.Duration(ttl)}
+			if r.Labels, err = parseLabels("create", labels); err != nil {
+				return err
+			}
 			if c.Flags().Changed("encrypt") {
 				r.Encrypt = &encrypt
 			}
@@ -65,7 +85,13 @@ images then copy each payload, and one thread encrypts what all snapshots store.
 					return err
 				}
 				p.warn(s, r.Storage, p.tell)
-				return p.print(s, func(w io.Writer) { fmt.Fprintln(w, s.ID) })
+				return p.print(s, func(w io.Writer) {
+					if take {
+						writeImages(w, s)
+					} else {
+						fmt.Fprintln(w, s.ID)
+					}
+				})
 			})
 		},
 	}
@@ -75,7 +101,10 @@ images then copy each payload, and one thread encrypts what all snapshots store.
 	f.BoolVar(&overwrite, "overwrite", false, "use a storage file or block device whatever it holds, which is lost")
 	f.BoolVar(&encrypt, "encrypt", false, "encrypt what is stored (default: as configured)")
 	f.Var(&chunk, "chunk-size", "4K to 64M, a power of two (default: from the disks' sizes, as configured)")
-	f.BoolVar(&take, "take", false, "take it at once")
+	f.StringVar(&name, "name", "", "name of the snapshot (default: none)")
+	f.StringArrayVar(&labels, "label", nil, "KEY=VALUE to keep with it; may be given again")
+	f.Var(&ttl, "ttl", "destroy it after this time: 45m, 12h, 7d (default: keep it)")
+	f.BoolVar(&take, "take", false, "take it at once, and print the images")
 	f.BoolVar(&noFreeze, "no-freeze", false, "with --take: leave mounted filesystems unfrozen")
 	return c
 }
@@ -105,6 +134,29 @@ func storages(paths []string, like control.Storage) ([]control.Storage, error) {
 	return out, nil
 }
 
+// parseLabels reads KEY=VALUE.
+func parseLabels(command string, texts []string) (map[string]string, error) {
+	var labels map[string]string
+	for _, text := range texts {
+		key, value, ok := strings.Cut(text, "=")
+		if _, twice := labels[key]; !ok || twice {
+			return nil, usage("%s: --label %s: write KEY=VALUE, and each key once", command, text)
+		}
+		if labels == nil {
+			labels = map[string]string{}
+		}
+		labels[key] = value
+	}
+	return labels, nil
+}
+
+// writeImages writes the path of each image.
+func writeImages(w io.Writer, s control.Snapshot) {
+	for _, im := range s.Images {
+		fmt.Fprintln(w, im.Link)
+	}
+}
+
 // warn says what is uncertain about storage that has just been given to a snapshot.
 func (p *program) warn(s control.Snapshot, given []control.Storage, say func(string)) {
 	for _, st := range s.Storage {
@@ -125,5 +177,16 @@ func (s *sizeFlag) Set(text string) error {
 		err = fmt.Errorf("%q: zero", text)
 	}
 	*s = sizeFlag(v)
+	return err
+}
+
+// ttlFlag is a flag that holds how long a snapshot shall live; 0: for ever.
+type ttlFlag time.Duration
+
+func (t *ttlFlag) String() string { return time.Duration(*t).String() }
+func (t *ttlFlag) Type() string   { return "time" }
+func (t *ttlFlag) Set(text string) error {
+	v, err := control.ParseTTL(text)
+	*t = ttlFlag(v)
 	return err
 }

@@ -1,9 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"io"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -11,25 +15,43 @@ import (
 )
 
 func (p *program) snapshotList() *cobra.Command {
-	return &cobra.Command{
+	var labels []string
+	c := &cobra.Command{
 		Use:   "list",
 		Short: "List the snapshots and their image devices",
-		Args:  args(0, 0),
+		Long: `List the snapshots and their image devices, the oldest first. With --label only those
+that have each of these labels.`,
+		Example: "  ublk-blksnap snapshot list\n  ublk-blksnap snapshot list --label job=backup --json",
+		Args:    args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
+			wanted, err := parseLabels("list", labels)
+			if err != nil {
+				return err
+			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
 				ss, err := api.Snapshots(ctx)
 				if err != nil {
 					return err
 				}
+				ss = slices.DeleteFunc(ss, func(s control.Snapshot) bool { return !hasLabels(s, wanted) })
 				p.tellLost(ctx, api)
+				for _, s := range ss {
+					if s.Overdue != "" {
+						p.tell(fmt.Sprintf("snapshot %s: its time is over, and it is destroyed when nobody uses it: %s", cmp.Or(s.Name, s.ID), s.Overdue))
+					}
+				}
 				return p.print(ss, func(w io.Writer) {
-					t := newTable(w, "UUID", "STATE", "CREATED", "CHUNK", "COPIED", "DEVICES", "IMAGES")
+					t := newTable(w, "UUID", "NAME", "STATE", "CREATED", "EXPIRES", "CHUNK", "COPIED", "DEVICES", "IMAGES")
 					for _, s := range ss {
 						var names, images []string
 						for _, im := range s.Images {
 							names, images = append(names, im.Device), append(images, im.Link)
 						}
-						t.row(s.ID, s.State, s.Created.Format("2006-01-02 15:04:05"), control.FormatSize(s.ChunkSize),
+						expires := "-"
+						if s.Expires != nil {
+							expires = s.Expires.Format(time.DateTime)
+						}
+						t.row(s.ID, cmp.Or(s.Name, "-"), s.State, s.Created.Format(time.DateTime), expires, control.FormatSize(s.ChunkSize),
 							control.HumanSize(s.Usage.Copied), strings.Join(names, " "), strings.TrimSpace(strings.Join(images, " ")))
 					}
 					p.flush(t, "no snapshots")
@@ -37,4 +59,15 @@ func (p *program) snapshotList() *cobra.Command {
 			})
 		},
 	}
+	c.Flags().StringArrayVar(&labels, "label", nil, "KEY=VALUE: only those that have this label; may be given again")
+	return c
+}
+
+func hasLabels(s control.Snapshot, wanted map[string]string) bool {
+	for key, value := range wanted {
+		if has, ok := s.Labels[key]; !ok || has != value {
+			return false
+		}
+	}
+	return true
 }

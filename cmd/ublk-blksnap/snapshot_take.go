@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
@@ -13,26 +12,26 @@ import (
 func (p *program) snapshotTake() *cobra.Command {
 	r := control.TakeRequest{}
 	c := &cobra.Command{
-		Use:   "take UUID",
+		Use:   "take SNAPSHOT",
 		Short: "Take a snapshot: all its devices at one instant",
 		Long: `Take a snapshot: all its devices at one instant, or none of them. Filesystems
 mounted on them are frozen around that instant, for at most the configured
 freeze_timeout; if one cannot be frozen, nothing is taken. With --no-freeze an
-image is as after a power failure. Prints a line per device: name, image, and
-the token that names this take for "cbt changes --since".`,
-		Args: args(1, 1),
+image is as after a power failure.
+
+Prints the path of the image of each device, one a line. "snapshot info --field take"
+prints the token that names this take for "cbt changes --since".`,
+		Example:           "  ublk-blksnap snapshot take nightly\n  ublk-blksnap snapshot take 6b1f --no-freeze",
+		Args:              args(1, 1),
+		ValidArgsFunction: p.snapshotNames,
 		RunE: func(c *cobra.Command, args []string) error {
-			r.ID = args[0]
+			r.ID = snapshotRef(args[0])
 			return p.with(c, func(ctx context.Context, api control.API) error {
 				s, err := api.TakeSnapshot(ctx, r)
 				if err != nil {
 					return err
 				}
-				return p.print(s, func(w io.Writer) {
-					for _, im := range s.Images {
-						fmt.Fprintf(w, "%s %s %s\n", im.Device, im.Link, im.Take)
-					}
-				})
+				return p.print(s, func(w io.Writer) { writeImages(w, s) })
 			})
 		},
 	}

@@ -2,8 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -11,12 +13,22 @@ import (
 )
 
 func TestSnapshotCommands(t *testing.T) {
+	here, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
 	runGolden(t, []golden{
 		{"ublk-blksnap snapshot create vdb /dev/vdc --storage /var/tmp --storage /dev/vdd --limit 10g --chunk-size 4K",
 			[]any{control.CreateRequest{Devices: []string{"vdb", "/dev/vdc"}, ChunkSize: 4096,
 				Storage: []control.Storage{{Path: "/var/tmp", Limit: 10 << 30}, {Path: "/dev/vdd", Limit: 10 << 30}}}}, id1 + "\n"},
 		{"ublk-blksnap snapshot create vdb --storage /s --take --no-freeze",
-			[]any{control.CreateRequest{Devices: []string{"vdb"}, Storage: []control.Storage{{Path: "/s"}}, Take: true, NoFreeze: true}}, id1 + "\n"},
+			[]any{control.CreateRequest{Devices: []string{"vdb"}, Storage: []control.Storage{{Path: "/s"}}, Take: true, NoFreeze: true}},
+			"/dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
+		{"ublk-blksnap snapshot create vdb --storage /s --name nightly --ttl 1d12h --label job=backup --label note=a=b",
+			[]any{control.CreateRequest{Devices: []string{"vdb"}, Storage: []control.Storage{{Path: "/s"}}, Name: "nightly", TTL: 36 * time.Hour,
+				Labels: map[string]string{"job": "backup", "note": "a=b"}}}, id1 + "\n"},
+		{"ublk-blksnap snapshot set latest --ttl 90s", []any{control.SetRequest{ID: "latest", TTL: 90 * time.Second}}, ""},
+		{"ublk-blksnap snapshot set nightly --ttl none", []any{control.SetRequest{ID: "nightly"}}, ""},
 		{"ublk-blksnap snapshot add " + id1 + " vdb", []any{control.SnapshotDeviceRequest{ID: id1, Device: "vdb"}}, ""},
 		{"ublk-blksnap snapshot create vdb --storage /s --overwrite",
 			[]any{control.CreateRequest{Devices: []string{"vdb"}, Storage: []control.Storage{{Path: "/s", Overwrite: true}}}}, id1 + "\n"},
@@ -24,18 +36,29 @@ func TestSnapshotCommands(t *testing.T) {
 			[]any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s", Overwrite: true}}}, ""},
 		{"ublk-blksnap snapshot append " + id1 + " /s --limit 1M",
 			[]any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s", Limit: 1 << 20}}}, ""},
-		{"ublk-blksnap snapshot take " + id1, []any{control.TakeRequest{ID: id1}}, "vdb /dev/ublk-blksnap/images/vdb-" + id1 + " " + id2 + ":3\n"},
+		{"ublk-blksnap snapshot take " + id1, []any{control.TakeRequest{ID: id1}}, "/dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
+		{"ublk-blksnap snapshot take images/../nightly/vdb", []any{control.TakeRequest{ID: here + "/nightly/vdb"}}, "/dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
 		{"ublk-blksnap snapshot destroy " + id1 + " " + id2, []any{id1, id2}, ""},
+		// Each is found before the first one goes.
+		{"ublk-blksnap snapshot destroy nightly latest " + id2, []any{"nightly", "latest", id1, id2}, ""},
 		{"ublk-blksnap snapshot list", []any{"snapshots"}, "" +
-			"UUID                                  STATE      CREATED              CHUNK  COPIED  DEVICES  IMAGES\n" +
-			id1 + "  taken      2025-01-02 03:04:05  64K    1M      vdb      /dev/ublk-blksnap/images/vdb-" + id1 + "\n" +
-			id2 + "  corrupted  2025-01-02 03:04:05  4K     0       vdb      /dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
+			"UUID                                  NAME     STATE      CREATED              EXPIRES              CHUNK  COPIED  DEVICES  IMAGES\n" +
+			id1 + "  nightly  taken      2025-01-02 03:04:05  2025-01-02 15:04:05  64K    1M      vdb      /dev/ublk-blksnap/images/vdb-" + id1 + "\n" +
+			id2 + "  -        corrupted  2025-01-02 03:04:05  -                    4K     0       vdb      /dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
+		{"ublk-blksnap snapshot list --label job=backup --label x=1", []any{"snapshots"}, ""},
+		{"ublk-blksnap snapshot info nightly --field take", []any{"nightly"}, id2 + ":3\n"},
+		{"ublk-blksnap snapshot info nightly --field uuid", []any{"nightly"}, id1 + "\n"},
+		{"ublk-blksnap snapshot info nightly --field expires", []any{"nightly"}, "2025-01-02T15:04:05Z\n"},
+		{"ublk-blksnap snapshot info nightly --field image --json", []any{"nightly"}, "{\n  \"image\": [\n    \"/dev/ublk-blksnap/images/vdb-" + id1 + "\"\n  ]\n}\n"},
 		{"ublk-blksnap snapshot info " + id1, []any{id1}, "" +
 			"uuid:      " + id1 + "\n" +
+			"name:      nightly\n" +
+			"label:     job=backup\n" +
 			"state:     taken\n" +
 			"created:   2025-01-02T03:04:05Z\n" +
 			"taken:     2025-01-02T03:04:05Z\n" +
 			"frozen:    12ms\n" +
+			"expires:   2025-01-02T15:04:05Z\n" +
 			"chunk:     64K\n" +
 			"copied:    1048576 bytes\n" +
 			"stored:    524288 of 1073741824 bytes\n" +
@@ -43,7 +66,7 @@ func TestSnapshotCommands(t *testing.T) {
 			"storage:   /dev/vdd\n" +
 			"image:     vdb (/dev/vdb) at /dev/ublk-blksnap/images/vdb-" + id1 + ", take " + id2 + ":3\n"},
 		{"ublk-blksnap snapshot watch --since 7 " + id1, []any{control.WatchRequest{ID: id1, Since: 7}}, "" +
-			"2025-01-02T03:04:05Z " + id1 + " taken\n" +
+			"2025-01-02T03:04:05Z " + id1 + " taken name=nightly\n" +
 			"2025-01-02T03:04:05Z " + id1 + " low_free_space requested_sectors=2097152\n" +
 			"2025-01-02T03:04:05Z " + id1 + " corrupted device=254:16 error_code=-28\n" +
 			"2025-01-02T03:04:05Z " + id1 + " destroyed\n"},
@@ -53,6 +76,12 @@ func TestSnapshotCommands(t *testing.T) {
 		"ublk-blksnap snapshot create vdb --chunk-size 0":        `ublk-blksnap: create: invalid argument "0" for "--chunk-size"`,
 		"ublk-blksnap snapshot create vdb --no-freeze":           "ublk-blksnap: create: --no-freeze is for the take",
 		"ublk-blksnap snapshot create vdb --take":                "ublk-blksnap: create: --take needs a place for what is overwritten: give --storage too\n",
+		"ublk-blksnap snapshot create vdb --ttl 12":              `ublk-blksnap: create: invalid argument "12" for "--ttl" flag: no time to live: write 45m, 12h`,
+		"ublk-blksnap snapshot create vdb --label a":             "ublk-blksnap: create: --label a: write KEY=VALUE",
+		"ublk-blksnap snapshot list --label a=1 --label a=2":     "ublk-blksnap: list: --label a=2: write KEY=VALUE, and each key once",
+		"ublk-blksnap snapshot set nightly":                      "ublk-blksnap: set: nothing to change: give --ttl\n",
+		"ublk-blksnap snapshot set nightly --ttl -1h":            `ublk-blksnap: set: --ttl: "-1h" is no time to live`,
+		"ublk-blksnap snapshot info nightly --field size":        `ublk-blksnap: info: no field "size": use device, expires, image, name, state, take, uuid`,
 		"ublk-blksnap snapshot add " + id1:                       "ublk-blksnap: add: 1 arguments given",
 		"ublk-blksnap snapshot take":                             "ublk-blksnap: take: 0 arguments given",
 		"ublk-blksnap snapshot append " + id1 + " /s --limit -1": `ublk-blksnap: append: invalid argument "-1" for "--limit"`,
@@ -95,5 +124,16 @@ func TestBrokenInWords(t *testing.T) {
 	_, out, _ := execute(f, "ublk-blksnap", "snapshot", "info", id2)
 	if strings.Count(out, "no space left on device (ENOSPC)") != 2 || strings.Contains(out, "-28") {
 		t.Errorf("printed\n%s", out)
+	}
+}
+
+// TestOverdueIsTold: a list says why a snapshot is there whose time is over.
+func TestOverdueIsTold(t *testing.T) {
+	f := newFake()
+	f.snapshots[0].Overdue = "the image of vdb: mounted on /mnt"
+	status, out, errs := execute(f, "ublk-blksnap", "snapshot", "list")
+	if status != 0 || !strings.Contains(out, "nightly") ||
+		errs != "ublk-blksnap: snapshot nightly: its time is over, and it is destroyed when nobody uses it: the image of vdb: mounted on /mnt\n" {
+		t.Errorf("status %d, printed %q, said %q", status, out, errs)
 	}
 }

@@ -14,7 +14,7 @@ import (
 func (p *program) snapshotWatch() *cobra.Command {
 	var r control.WatchRequest
 	c := &cobra.Command{
-		Use:   "watch [UUID]",
+		Use:   "watch [SNAPSHOT]",
 		Short: "Print the events of a snapshot, or of all, as they come",
 		Long: `Print a line per event: of one snapshot from its first event until it is
 destroyed; or of everything, first what the daemon told while it started, and
@@ -22,13 +22,14 @@ then what happens from now on. When the daemon dies, or another version of the
 program takes over, it goes on with the next one. Of a snapshot that has ended
 it prints the events that are kept: the latest 1024 of everything are, until
 the machine is restarted.`,
-		Args: args(0, 1),
+		Args:              args(0, 1),
+		ValidArgsFunction: p.snapshotNames,
 		RunE: func(c *cobra.Command, args []string) error {
 			api, err := p.reach(c.Context(), startNext)
 			if err != nil {
 				return err
 			}
-			r.ID = strings.Join(args, "")
+			r.ID = snapshotRef(strings.Join(args, ""))
 			err = api.Watch(c.Context(), r, func(e control.Event) error {
 				if p.json {
 					// One line an event, for readers by the line.
@@ -50,6 +51,9 @@ func eventLine(e control.Event) string {
 		snapshot = "-"
 	}
 	s := fmt.Sprintf("%s %s %s", e.Time.Format(time.RFC3339Nano), snapshot, e.Kind)
+	if e.Name != "" {
+		s += " name=" + e.Name
+	}
 	if e.Sectors != 0 {
 		s += fmt.Sprintf(" requested_sectors=%d", e.Sectors)
 	}

@@ -49,9 +49,8 @@ filtered() {
 
 # take makes a snapshot of the disk with a UUID: image is its image, token names it.
 take() {
-	snapshot=$(ublk-blksnap snapshot create uuid --storage /var/tmp --take)
-	image=/dev/ublk-blksnap/images/uuid-$snapshot
-	token=$(ublk-blksnap cbt info uuid | sed -n 's/^take=//p')
+	image=$(ublk-blksnap snapshot create uuid --storage /var/tmp --take)
+	token=$(ublk-blksnap snapshot info latest --field take)
 }
 
 # write NAME changes the filesystem with a UUID.
@@ -121,7 +120,7 @@ install)
 	take
 	dd if="$image" of=$backup bs=1M conv=sparse status=none
 	echo "$token" >/root/token
-	ublk-blksnap snapshot destroy "$snapshot"
+	ublk-blksnap snapshot destroy "$image"
 	write second
 
 	# The late disk is not there from the next boot on, until somebody plugs it in.
@@ -162,7 +161,7 @@ filtered)
 	done < <(ublk-blksnap cbt changes uuid --since "$(cat /root/token)")
 	cmp /root/now $backup || fail "the increment does not restore the disk"
 	((bytes >= 2621440 && bytes < 32 << 20)) || fail "the increment has $bytes bytes"
-	ublk-blksnap snapshot destroy "$snapshot"
+	ublk-blksnap snapshot destroy "$image"
 
 	# A disk that comes late gets its filter, and is mounted from it.
 	cat /run/late >/sys/bus/virtio/drivers/virtio_blk/bind

@@ -88,8 +88,7 @@ if refusal=$(ours remove $name 2>&1); then differ "a mounted filter was removed"
 tell "$refusal"
 
 step "A first snapshot, while the filesystem is mounted"
-first=$(ours snapshot create $name --storage "$work" --limit 40M --take)
-image1=/dev/ublk-blksnap/images/$name-$first
+image1=$(ours snapshot create $name --name first --storage "$work" --limit 40M --take)
 tell "image: $image1 -> $(readlink -f "$image1")"
 show ours cbt info $name
 take1=$(ours cbt info $name | sed -n 's/^take=//p')
@@ -128,8 +127,7 @@ umount "$work/image"
 must_equal "$work/mnt" "$work/sums.2" "the files before writing to the image"
 
 step "A second snapshot, while the first one is held"
-second=$(ours snapshot create $name --storage "$work" --limit 40M --take)
-image2=/dev/ublk-blksnap/images/$name-$second
+image2=$(ours snapshot create $name --name second --storage "$work" --limit 40M --take)
 show ours snapshot list
 echo "written after the second snapshot" >"$work/mnt/late"
 sync
@@ -157,13 +155,13 @@ cmp "$work/backup" "$image2" || differ "the incremental backup and the second im
 tell "$((bytes / 1024)) KiB copied; now the backup equals the second image bit by bit"
 
 step "The first snapshot goes, the second stays as it is"
-ours snapshot destroy "$first"
+ours snapshot destroy first
 [ ! -e "$image1" ] || differ "the image of a destroyed snapshot is still there"
 cmp "$work/backup" "$image2" || differ "the second image after the first one's end"
 mount -o ro "$image2" "$work/image"
 must_equal "$work/image" "$work/sums.2" "the files at the second snapshot"
 umount "$work/image"
-ours snapshot destroy "$second"
+ours snapshot destroy second
 tell "both destroyed"
 
 step "The filter is removed"

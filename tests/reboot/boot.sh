@@ -29,9 +29,8 @@ change() {
 
 # take makes a snapshot: image is its image, token names it.
 take() {
-	id=$("$program" snapshot create data --storage /dev/shm --take)
-	image=/dev/ublk-blksnap/images/data-$id
-	token=$("$program" cbt info data | sed -n 's/^take=//p')
+	image=$("$program" snapshot create data --storage /dev/shm --take)
+	token=$("$program" snapshot info "$image" --field take)
 }
 
 end() {
@@ -50,7 +49,7 @@ first)
 	take
 	dd if="$image" of="$backup" bs=1M oflag=direct status=none
 	echo "$token" >"$kept/token"
-	"$program" snapshot destroy "$id"
+	"$program" snapshot destroy "$image"
 	change "$filter" first
 	end
 	;;
@@ -70,7 +69,7 @@ second)
 	((bytes >= 2621440 && bytes < 64 << 20)) || fail "the increment has $bytes bytes"
 	echo "the increment of $bytes bytes restores the disk"
 	echo "$token" >"$kept/token"
-	"$program" snapshot destroy "$id"
+	"$program" snapshot destroy "$image"
 	end
 	;;
 behind)
@@ -85,7 +84,7 @@ third)
 	status=0
 	"$program" cbt changes data --since "$(cat "$kept/token")" || status=$?
 	((status == 6)) || fail "an increment over a write that nobody saw: status $status"
-	"$program" snapshot destroy "$id"
+	"$program" snapshot destroy "$image"
 	end
 	;;
 *) fail "no such part" ;;

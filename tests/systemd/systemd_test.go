@@ -217,13 +217,12 @@ func TestUnit(t *testing.T) {
 
 	// A snapshot, whose image udev knows, and which breaks.
 	run(t, "dd", "if=/dev/zero", "of=/srv/file", "bs=1M", "count=24", "conv=fsync")
-	id := run(t, "ublk-blksnap", "snapshot", "create", "data", "--storage", "/dev/shm", "--limit", "8M", "--take")
-	image := "/dev/ublk-blksnap/images/data-" + id
-	if links := run(t, "udevadm", "info", "--query=symlink", image); !strings.Contains(" "+links+" ", " ublk-blksnap/images/data-"+id+" ") {
+	image := run(t, "ublk-blksnap", "snapshot", "create", "data", "--storage", "/dev/shm", "--limit", "8M", "--take", "--name", "test")
+	if links := run(t, "udevadm", "info", "--query=symlink", image); image != "/dev/ublk-blksnap/images/test/data" || !strings.Contains(" "+links+" ", " ublk-blksnap/images/test/data ") {
 		t.Errorf("udev knows the image as %q", links)
 	}
 	run(t, "dd", "if=/dev/urandom", "of=/srv/file", "bs=1M", "count=24", "conv=notrunc,fsync")
-	run(t, "ublk-blksnap", "snapshot", "destroy", id)
+	run(t, "ublk-blksnap", "snapshot", "destroy", "test")
 	run(t, "udevadm", "settle")
 	if _, err := os.Lstat(image); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the link of the image is left: %v", err)
@@ -274,7 +273,8 @@ func endOfMachine(t *testing.T) {
 	if err := os.WriteFile("/srv/last", contents, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	id := run(t, "ublk-blksnap", "snapshot", "create", "data", "--storage", "/dev/shm", "--take")
+	run(t, "ublk-blksnap", "snapshot", "create", "data", "--storage", "/dev/shm", "--take")
+	id := run(t, "ublk-blksnap", "snapshot", "info", "latest", "--field", "uuid")
 	run(t, "ublk-blksnap", "add", "/dev/disk/by-vm/swap", "--name", "swap")
 	run(t, "mkswap", "/dev/ublk-blksnap/swap")
 	run(t, "swapon", "/dev/ublk-blksnap/swap")

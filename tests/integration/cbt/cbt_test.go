@@ -156,10 +156,13 @@ func TestChangesExact(t *testing.T) {
 		t.Errorf("since a bare number: %+v", a)
 	}
 	s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: "/dev/shm"}}})
-	a := d.Call("ublk-blksnap", "snapshot", "take", s.ID)
-	token := strings.TrimSpace(a.Out[strings.LastIndexByte(a.Out, ' ')+1:])
+	if a := d.Call("ublk-blksnap", "snapshot", "take", s.ID); a.Status != 0 || a.Out != d.Show(s.ID).Images[0].Link+"\n" {
+		t.Errorf("snapshot take: %+v", a)
+	}
+	a := d.Call("ublk-blksnap", "snapshot", "info", s.ID, "--field", "take")
+	token := strings.TrimSpace(a.Out)
 	if a.Status != 0 || token != d.CBT(dev).Take.String() || token != nth(d.CBT(dev), 8).String() {
-		t.Errorf("snapshot take printed %q, the last take is %v", a.Out, d.CBT(dev).Take)
+		t.Errorf("snapshot info printed %q, the last take is %v", a.Out, d.CBT(dev).Take)
 	}
 	if a := d.Call("ublk-blksnap", "cbt", "changes", dev.Name, "--since", token); a.Status != 0 || a.Out != "" {
 		t.Errorf("since the last take: %+v", a)

@@ -181,7 +181,8 @@ func TestBadParameters(t *testing.T) {
 	id := "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8"
 	d.Refused([]string{"no such snapshot"}, "snapshot", "take", id)
 	d.Refused([]string{"no such snapshot"}, "snapshot", "destroy", id)
-	d.Refused([]string{"not a UUID"}, "snapshot", "info", "17")
+	d.Refused([]string{"snapshot 17: no such snapshot"}, "snapshot", "info", "17")
+	d.Refused([]string{`snapshot "": neither a name nor a UUID`}, "snapshot", "info", "")
 	d.Refused([]string{"/no/such/place"}, "snapshot", "create", dev.Name, "--storage", "/no/such/place/at/all")
 	held := filepath.Join(t.TempDir(), "held")
 	if err := os.WriteFile(held, []byte("content"), 0o600); err != nil {

@@ -97,14 +97,14 @@ func TestReload(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(d.RunDir.State(), "disks", dev.Name+".json")); err != nil {
 		t.Errorf("the record is not where it is in the next format: %v", err)
 	}
-	d.Refused([]string{"cannot take over", "it has version 4, and this one knows up to 3", "nothing has changed"}, "daemon", "reload", "--program", program.Path(t))
+	d.Refused([]string{"cannot take over", "it has version 5, and this one knows up to 4", "nothing has changed"}, "daemon", "reload", "--program", program.Path(t))
 	d.Refused([]string{"cannot take over", "no such file"}, "daemon", "reload", "--program", "/nonexistent")
 	reload()
 
 	// Nor does an older program begin when the daemon has died.
 	d.Kill()
 	out, err := exec.Command(program.Path(t), "daemon", "--run-dir", string(d.RunDir)).CombinedOutput()
-	if status := guest.ExitStatus(t, err); status != 1 || !strings.Contains(string(out), "it has version 4, and this one knows up to 3") || !strings.Contains(string(out), "daemon stop") {
+	if status := guest.ExitStatus(t, err); status != 1 || !strings.Contains(string(out), "it has version 5, and this one knows up to 4") || !strings.Contains(string(out), "daemon stop") {
 		t.Errorf("a program that does not know the format: status %d, %s", status, out)
 	}
 	t.Setenv("UBLK_BLKSNAP_BIN", next)

@@ -129,16 +129,21 @@ func TestUdev(t *testing.T) {
 	has(filter, true, "UBLK_BLKSNAP_KIND=filter", "UBLK_BLKSNAP_NAME=udevtest", "ID_FS_UUID="+uuid)
 	has(filter, false, away...)
 
-	id := ours("snapshot", "create", "udevtest", "--storage", "/dev/shm", "--limit", "20M", "--take")
-	image, err := filepath.EvalSymlinks("/dev/ublk-blksnap/images/udevtest-" + id)
-	if err != nil {
-		t.Fatal(err)
+	for _, name := range []string{"", "u.d_e-v+Snap"} {
+		imageLink := ours("snapshot", "create", "udevtest", "--storage", "/dev/shm", "--limit", "20M", "--take", "--name="+name)
+		if want := "/dev/ublk-blksnap/images/" + name + "/udevtest"; name != "" && imageLink != want {
+			t.Errorf("the image is %s, not %s", imageLink, want)
+		}
+		image, err := filepath.EvalSymlinks(imageLink)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leads(filter)
+		linked(image, imageLink)
+		has(image, true, append(away, "UBLK_BLKSNAP_KIND=image")...)
+		has(image, false, "ID_FS_UUID="+uuid)
+		ours("snapshot", "destroy", "latest")
 	}
-	leads(filter)
-	linked(image, "/dev/ublk-blksnap/images/udevtest-"+id)
-	has(image, true, append(away, "UBLK_BLKSNAP_KIND=image")...)
-	has(image, false, "ID_FS_UUID="+uuid)
-	ours("snapshot", "destroy", id)
 
 	ours("remove", "udevtest")
 	leads(disk)
