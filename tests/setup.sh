@@ -27,6 +27,9 @@ test_needs="
 	mkfs.ext4                     e2fsprogs
 	mkfs.xfs                      xfsprogs
 	mkfs.btrfs                    btrfs-progs
+	mkfs.f2fs                     f2fs-tools
+	cryptsetup                    cryptsetup-bin
+	lvm                           lvm2
 	zstd                          zstd
 	jq                            jq
 	mmdebstrap                    mmdebstrap

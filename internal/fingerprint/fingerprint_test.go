@@ -115,27 +115,12 @@ var disks = []disk{
 		in(t, f, 137216*512, 32<<20, "mkfs.ext2 -q -F %s")
 		return f
 	}, []string{"MBR", "partition 1: first MiB", "table of partition 5", "partition 5: ext superblock", "table of partition 6", "partition 6: ext superblock"}},
-	{"f2fs", func(t testing.TB) *os.File {
-		f := image(t, 64<<20)
-		for _, at := range []int64{1024, 4096 + 1024} {
-			put(t, f, at, uint32(0xf2f52010), make([]byte, 12), uint32(12), uint32(9))
-			put(t, f, at+76, uint32(512))
-		}
-		return f
-	}, []string{"f2fs superblock 0", "f2fs superblock 1", "f2fs checkpoint 0", "f2fs checkpoint 1"}},
-	{"LUKS1", func(t testing.TB) *os.File {
-		f := image(t, 64<<20)
-		put(t, f, 0, "LUKS\xba\xbe", uint8(0), uint8(1))
-		put(t, f, 104, uint32(0x00100000)) // 4096 sectors, big endian
-		return f
-	}, []string{"LUKS header", "head of the encrypted data"}},
-	{"LUKS2", func(t testing.TB) *os.File {
-		f := image(t, 64<<20)
-		put(t, f, 0, "LUKS\xba\xbe", uint8(0), uint8(2))
-		put(t, f, 8, uint64(0x0040000000000000)) // 16 KiB, big endian
-		put(t, f, 4096, `{"segments":{"0":{"type":"crypt","offset":"16777216","size":"dynamic"}}}`)
-		return f
-	}, []string{"LUKS header", "second LUKS header", "head of the encrypted data"}},
+	{"f2fs", func(t testing.TB) *os.File { return image(t, 64<<20, "mkfs.f2fs -q -f %s") },
+		[]string{"f2fs superblock 0", "f2fs superblock 1", "f2fs checkpoint 0", "f2fs checkpoint 1"}},
+	{"LUKS1", func(t testing.TB) *os.File { return image(t, 64<<20, luksFormat+" --type luks1 %s") },
+		[]string{"LUKS header", "head of the encrypted data"}},
+	{"LUKS2", func(t testing.TB) *os.File { return image(t, 64<<20, luksFormat+" --type luks2 %s") },
+		[]string{"LUKS header", "second LUKS header", "head of the encrypted data"}},
 	{"LVM", lvmDisk, []string{"LVM label", "head of LVM metadata", "volume root: ext superblock", "volume root: first 128 KiB", "volume wide: head"}},
 	{"md mirror", func(t testing.TB) *os.File {
 		f := image(t, 64<<20)
@@ -151,6 +136,8 @@ var disks = []disk{
 		return f
 	}, []string{"md superblock"}},
 }
+
+const luksFormat = "echo key | cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000"
 
 // in makes something in a part of the disk f.
 func in(t testing.TB, f *os.File, at, size int64, commands ...string) {

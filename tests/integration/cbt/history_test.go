@@ -219,6 +219,36 @@ func TestWrittenBehindOurBack(t *testing.T) {
 	}
 }
 
+// TestVolumesBehindOurBack: a volume was made past the filter, in a boot of which the kernel's
+// counters say nothing.
+func TestVolumesBehindOurBack(t *testing.T) {
+	guest.NeedEither(t)
+	p := plug(t, 64<<20)
+	d := program.Start(t)
+	dev := d.Add(p.disk, named("data"))
+	lvm := func(disk, command string, args ...string) {
+		t.Helper()
+		guest.Run(t, command, append([]string{"--devices", disk, "--yes", "-qq"}, args...)...)
+	}
+	lvm(dev.Path, "pvcreate", dev.Path)
+	lvm(dev.Path, "vgcreate", "behind", dev.Path)
+	lvm(dev.Path, "lvcreate", "--name", "one", "--size", "16M", "behind")
+	guest.Ext4.Make(t, "/dev/behind/one")
+	lvm(dev.Path, "vgchange", "--activate", "n", "behind")
+	d.Remove(dev)
+	p.again()
+	dev = d.Add(p.disk, named("data"))
+	wants(t, "untouched", dev, "", "")
+	d.Remove(dev)
+
+	p.again()
+	lvm(p.disk, "lvcreate", "--activate", "n", "--zero", "n", "--wipesignatures", "n", "--name", "two", "--size", "8M", "behind")
+	p.again()
+	dev = d.Add(p.disk, named("data"))
+	wants(t, "a second volume", dev, control.HistoryWritten, "LVM")
+	d.Remove(dev)
+}
+
 // TestClaimedWhileDead: somebody has the disk when the next daemon comes, which dies too,
 // and writes and lets go before a third one comes. It says so, and so does a fourth.
 func TestClaimedWhileDead(t *testing.T) {
