@@ -459,6 +459,3 @@ const (
 	EventNoSpace      = "no_space"
 	EventCorrupted    = "corrupted"
 )
-
-// Version is the program's version.
-const Version = "0.1.0"

@@ -22,8 +22,8 @@ func (p *program) cbtChanges() *cobra.Command {
 sectors of 512 bytes, merged and in order. The take is named by the token that
 "snapshot info --field take" prints for the device. Status 6 says that its generation has ended:
 everything has to be copied.`,
-		Args:              args(1, 1),
-		ValidArgsFunction: p.deviceNames,
+		Example: "  token=$(ublk-blksnap cbt info data | sed -n 's/^take=//p')\n  ublk-blksnap cbt changes data --since $token",
+		Args:    args(1, 1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if !c.Flags().Changed("since") {
 				return usage("changes: since which take? give --since GENERATION:N")

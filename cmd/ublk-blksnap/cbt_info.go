@@ -19,9 +19,9 @@ func (p *program) cbtInfo() *cobra.Command {
 this one ended, and if it does not, or a take has begun a new generation, why.
 "power_failure" says whether the map would go on after one; all of the "logged_zones"
 would count as changed then.`,
-		Args:              args(1, 1),
-		ValidArgsFunction: p.deviceNames,
-		RunE:              func(c *cobra.Command, args []string) error { return p.showCBTInfo(c, args[0], true) },
+		Example: "  ublk-blksnap cbt info data",
+		Args:    args(1, 1),
+		RunE:    func(c *cobra.Command, args []string) error { return p.showCBTInfo(c, args[0], true) },
 	}
 }
 

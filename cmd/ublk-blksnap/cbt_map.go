@@ -19,9 +19,9 @@ func (p *program) cbtMap() *cobra.Command {
 		Short: "Write the change map of a filter: one byte per block",
 		Long: `Write the change map of a filter, as it was at the last take: one byte per block,
 to a file or to standard output. With --json the map is in base 64.`,
-		Args:              args(1, 1),
-		ValidArgsFunction: p.deviceNames,
-		RunE:              func(c *cobra.Command, args []string) error { return p.writeCBTMap(c, args[0], file) },
+		Example: "  ublk-blksnap cbt map data >map",
+		Args:    args(1, 1),
+		RunE:    func(c *cobra.Command, args []string) error { return p.writeCBTMap(c, args[0], file) },
 	}
 	c.Flags().StringVarP(&file, "output", "o", "", "file to write to (default: standard output)")
 	return c

@@ -10,10 +10,11 @@ import (
 
 func (p *program) cbtMark() *cobra.Command {
 	return &cobra.Command{
-		Use:   "mark DEV SECTOR:COUNT...",
-		Short: "Count ranges as changed: all of them, or none if one is wrong",
-		Args:  args(2, -1),
-		RunE:  func(c *cobra.Command, args []string) error { return p.markRanges(c, args[0], args[1:]) },
+		Use:     "mark DEV SECTOR:COUNT...",
+		Short:   "Count ranges as changed: all of them, or none if one is wrong",
+		Example: "  ublk-blksnap cbt mark data 0:8 2048:16",
+		Args:    args(2, -1),
+		RunE:    func(c *cobra.Command, args []string) error { return p.markRanges(c, args[0], args[1:]) },
 	}
 }
 

@@ -24,7 +24,8 @@ func (p *program) config() *cobra.Command {
 		Long: `Check a configuration file: syntax, names, values and combinations, and the disks
 that it and the files of its directory (` + daemon.DropInDir(daemon.DefaultConfigPath) + `/*.conf) name. Notes tell what
 is not as it must be at the boot. Nothing is started or changed.`,
-		Args: args(0, 1),
+		Example: "  ublk-blksnap config check\n  ublk-blksnap config check ./new.conf",
+		Args:    args(0, 1),
 		RunE: func(c *cobra.Command, args []string) error {
 			path := p.configFile()
 			if len(args) == 1 {
@@ -54,9 +55,10 @@ is not as it must be at the boot. Nothing is started or changed.`,
 			})
 		},
 	}, &cobra.Command{
-		Use:   "show [FILE]",
-		Short: "Show every parameter with its value, as a configuration file",
-		Args:  args(0, 1),
+		Use:     "show [FILE]",
+		Short:   "Show every parameter with its value, as a configuration file",
+		Example: "  ublk-blksnap config show >/etc/ublk-blksnap.conf",
+		Args:    args(0, 1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			path := p.configFile()
 			if len(args) == 1 {
@@ -91,8 +93,9 @@ is not as it must be at the boot. Nothing is started or changed.`,
 		Long: `Write the rules of udev for the disks that the configuration names, so that none of
 them is used without its filter. "add --boot", "remove --boot" and each start of the
 daemon do that too. So it is needed only after [[device]] tables were changed by hand.`,
-		Args: args(0, 0),
-		RunE: func(*cobra.Command, []string) error { return daemon.UpdateRules(p.configFile()) },
+		Example: "  ublk-blksnap config apply",
+		Args:    args(0, 0),
+		RunE:    func(*cobra.Command, []string) error { return daemon.UpdateRules(p.configFile()) },
 	})
 	return c
 }

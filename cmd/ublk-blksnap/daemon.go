@@ -38,7 +38,8 @@ are destroyed, each filter is removed as soon as nobody uses it, and the daemon
 ends with the last one.
 
 Parameters come from the configuration file, and from flags, which win:`,
-		Args: args(0, 0),
+		Example: "  ublk-blksnap daemon --log-level debug",
+		Args:    args(0, 0),
 	}
 	params := flags.Params()
 	for _, q := range params {
@@ -242,7 +243,8 @@ func (p *program) daemonStop() *cobra.Command {
 snapshot: then nothing changes, and the status is 5. It returns when the daemon
 has ended. This is the way under systemd too. "systemctl stop" is refused, because
 systemd would lose hold of a daemon that has to stay for its users.`,
-		Args: args(0, 0),
+		Example: "  ublk-blksnap daemon stop",
+		Args:    args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
 			return p.withDaemon(c, startNone, func(ctx context.Context, api control.API) error { return api.Stop(ctx) })
 		},
@@ -259,7 +261,8 @@ filters and snapshots in the daemon's process, with the configuration as it is n
 Filters may be mounted and in use: their I/O waits for the time that is printed. The
 program is first asked whether it can take over. If it cannot, nothing changes.
 "systemctl reload ublk-blksnap" does the same, and so may the upgrade of a package.`,
-		Args: args(0, 0),
+		Example: "  ublk-blksnap daemon reload\n  ublk-blksnap daemon reload --program /usr/local/sbin/ublk-blksnap",
+		Args:    args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			if r.Program != "" {
 				if r.Program, err = filepath.Abs(r.Program); err != nil {

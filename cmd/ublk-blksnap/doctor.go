@@ -17,7 +17,8 @@ func (p *program) doctor() *cobra.Command {
 not there but not needed, or what is missing and what to do. Nothing is changed,
 but that the ublk driver is loaded if it can be. Status 1 if something that is
 needed is missing.`,
-		Args: args(0, 0),
+		Example: "  ublk-blksnap doctor",
+		Args:    args(0, 0),
 		RunE: func(*cobra.Command, []string) error {
 			cfg, err := readConfig(p.configFile())
 			if err != nil {

@@ -13,9 +13,10 @@ import (
 
 func (p *program) list() *cobra.Command {
 	return &cobra.Command{
-		Use:   "list",
-		Short: "List the filters",
-		Args:  args(0, 0),
+		Use:     "list",
+		Short:   "List the filters",
+		Example: "  ublk-blksnap list\n  ublk-blksnap list --json",
+		Args:    args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
 			return p.with(c, func(ctx context.Context, api control.API) error {
 				ds, err := api.Devices(ctx)

@@ -61,24 +61,6 @@ func (p *program) run(ctx context.Context, args []string) int {
 	return p.exit(err)
 }
 
-// The exit statuses: the kinds of failure that a script does something about.
-const (
-	statusFailed          = 1
-	statusUsage           = 2
-	statusNotFound        = 3
-	statusNoDaemon        = 4
-	statusBusy            = 5
-	statusGenerationEnded = 6
-	statusCorrupted       = 7
-	statusTimeout         = 8
-	statusInterrupted     = 128 + 2 // as a shell has it for SIGINT
-)
-
-const statusHelp = `Exit status: 0 done, 1 failed, 2 wrong usage, 3 no such device, snapshot or file,
-4 no daemon runs, 5 in use, 6 the generation of changes has ended: a full copy is
-needed, 7 the snapshot or the change map is corrupted, 8 took too long,
-130 interrupted. blksnap's own commands know 0 and 1, as blksnap does.`
-
 // exit is the one place where an error becomes text and an exit status.
 func (p *program) exit(err error) int {
 	if err == nil {
@@ -183,9 +165,10 @@ func (p *program) root() *cobra.Command {
 		root.Short = "Snapshots and changed-block tracking of block devices"
 		root.AddCommand(p.version())
 		root.AddCommand(p.blksnapCommands()...)
+		p.complete(root)
 		return root
 	}
-	root.Version = control.Version
+	root.Version = longVersion()
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	root.Short = "Snapshots and changed-block tracking of block devices, on ublk"
 	root.Long = root.Short + `
@@ -224,7 +207,8 @@ commands do only if one has died and what it had waits for the next.
 	group("snapshot", p.snapshot(), p.cbt())
 	group("program", p.daemon(), p.doctor(), p.config(), p.version())
 	group("blksnap", p.blksnapCommands()...)
-	root.AddCommand(p.probe(), p.guard())
+	root.AddCommand(p.probe(), p.guard(), p.manual())
+	p.complete(root)
 	return root
 }
 
@@ -431,21 +415,6 @@ func devicePath(s string) (string, error) {
 		}
 	}
 	return filepath.Abs(s)
-}
-
-// deviceNames completes the names of devices; no daemon is started for it.
-func (p *program) deviceNames(c *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
-	client := control.NewClient(p.dir().Socket())
-	defer client.Close()
-	ds, err := client.Devices(c.Context())
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveError
-	}
-	var names []string
-	for _, d := range ds {
-		names = append(names, d.Name)
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
 // errno says whether err carries the errno.

@@ -535,8 +535,8 @@ func TestDevicePath(t *testing.T) {
 
 func TestVersion(t *testing.T) {
 	runGolden(t, []golden{
-		{"ublk-blksnap version", nil, "ublk-blksnap " + control.Version + "\n"},
-		{"ublk-blksnap --version", nil, "ublk-blksnap " + control.Version + "\n"},
+		{"ublk-blksnap version", nil, "ublk-blksnap " + longVersion() + "\n"},
+		{"ublk-blksnap --version", nil, "ublk-blksnap " + longVersion() + "\n"},
 		{"blksnap version", nil, control.Version + ".0\n"},
 		{"blksnap version -j", nil, control.Version + ".0\n"},
 	})

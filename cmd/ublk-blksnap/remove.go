@@ -25,8 +25,8 @@ they wrote but did not sync is lost. Snapshots that hold it are destroyed.
 A disk that the configuration names gets its filter again at the next boot, and may
 not be used without it, unless --boot is given. That works without a daemon too, and
 holds for the next boot even if the filter cannot be removed now.`,
-		Args:              args(1, 1),
-		ValidArgsFunction: p.deviceNames,
+		Example: "  ublk-blksnap remove data\n  ublk-blksnap remove data --boot",
+		Args:    args(1, 1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if r.Device, err = devicePath(args[0]); err != nil {
 				return err

@@ -10,15 +10,10 @@ import (
 
 func (p *program) snapshotAdd() *cobra.Command {
 	return &cobra.Command{
-		Use:   "add SNAPSHOT DEV",
-		Short: "Add a filter to a snapshot that is not taken yet",
-		Args:  args(2, 2),
-		ValidArgsFunction: func(c *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {
-			if len(args) == 0 {
-				return p.snapshotNames(c, args, begun)
-			}
-			return p.deviceNames(c, args, begun)
-		},
+		Use:     "add SNAPSHOT DEV",
+		Short:   "Add a filter to a snapshot that is not taken yet",
+		Example: "  ublk-blksnap snapshot add nightly logs",
+		Args:    args(2, 2),
 		RunE: func(c *cobra.Command, args []string) error {
 			dev, err := devicePath(args[1])
 			if err != nil {

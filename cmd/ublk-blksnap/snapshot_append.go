@@ -12,9 +12,10 @@ func (p *program) snapshotAppend() *cobra.Command {
 	var limit sizeFlag
 	var overwrite bool
 	c := &cobra.Command{
-		Use:   "append SNAPSHOT STORAGE",
-		Short: "Give a snapshot more difference storage, taken or not",
-		Args:  args(2, 2),
+		Use:     "append SNAPSHOT STORAGE",
+		Short:   "Give a snapshot more difference storage, taken or not",
+		Example: "  ublk-blksnap snapshot append nightly /srv/more --limit 10G",
+		Args:    args(2, 2),
 		RunE: func(c *cobra.Command, args []string) error {
 			st, err := storages(args[1:], control.Storage{Limit: int64(limit), Overwrite: overwrite})
 			if err != nil {

@@ -19,9 +19,8 @@ func (p *program) snapshotDestroy() *cobra.Command {
 		Long: `Destroy snapshots: their images and the old data kept for them. Who still uses an
 image gets I/O errors. One that cannot be destroyed keeps none of the others.
 With --json the UUIDs of the destroyed ones are printed.`,
-		Example:           "  ublk-blksnap snapshot destroy nightly",
-		Args:              args(1, -1),
-		ValidArgsFunction: p.snapshotNames,
+		Example: "  ublk-blksnap snapshot destroy nightly",
+		Args:    args(1, -1),
 		RunE: func(c *cobra.Command, args []string) error {
 			return p.with(c, func(ctx context.Context, api control.API) error {
 				ids, errs := resolve(ctx, api, args)

@@ -27,8 +27,7 @@ image (a path) or take (the token for "cbt changes --since"). What there is not 
 an empty line.`,
 		Example: `  ublk-blksnap snapshot info nightly
   token=$(ublk-blksnap snapshot info nightly --field take)`,
-		Args:              args(1, 1),
-		ValidArgsFunction: p.snapshotNames,
+		Args: args(1, 1),
 		RunE: func(c *cobra.Command, args []string) error {
 			if field != "" && snapshotFields[field] == nil {
 				return usage("info: no field %q: use %s", field, strings.Join(slices.Sorted(maps.Keys(snapshotFields)), ", "))

@@ -18,9 +18,8 @@ func (p *program) snapshotSet() *cobra.Command {
 		Short: "Change when a snapshot ends",
 		Long: `Change when a snapshot ends: after a time that counts from now on, or only when it is
 destroyed ("none").`,
-		Example:           "  ublk-blksnap snapshot set nightly --ttl 2d\n  ublk-blksnap snapshot set latest --ttl none",
-		Args:              args(1, 1),
-		ValidArgsFunction: p.snapshotNames,
+		Example: "  ublk-blksnap snapshot set nightly --ttl 2d\n  ublk-blksnap snapshot set latest --ttl none",
+		Args:    args(1, 1),
 		RunE: func(c *cobra.Command, args []string) error {
 			r := control.SetRequest{ID: snapshotRef(args[0])}
 			switch ttl {
@@ -53,22 +52,4 @@ func snapshotRef(s string) string {
 		}
 	}
 	return s
-}
-
-// snapshotNames completes what snapshots are called; no daemon is started for it.
-func (p *program) snapshotNames(c *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
-	client := control.NewClient(p.dir().Socket())
-	defer client.Close()
-	ss, err := client.Snapshots(c.Context())
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveError
-	}
-	names := []string{control.Latest}
-	for _, s := range ss {
-		if s.Name != "" {
-			names = append(names, s.Name)
-		}
-		names = append(names, s.ID)
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
 }

@@ -21,9 +21,8 @@ image is as after a power failure.
 
 Prints the path of the image of each device, one a line. "snapshot info --field take"
 prints the token that names this take for "cbt changes --since".`,
-		Example:           "  ublk-blksnap snapshot take nightly\n  ublk-blksnap snapshot take 6b1f --no-freeze",
-		Args:              args(1, 1),
-		ValidArgsFunction: p.snapshotNames,
+		Example: "  ublk-blksnap snapshot take nightly\n  ublk-blksnap snapshot take 6b1f --no-freeze",
+		Args:    args(1, 1),
 		RunE: func(c *cobra.Command, args []string) error {
 			r.ID = snapshotRef(args[0])
 			return p.with(c, func(ctx context.Context, api control.API) error {

@@ -22,8 +22,8 @@ then what happens from now on. When the daemon dies, or another version of the
 program takes over, it goes on with the next one. Of a snapshot that has ended
 it prints the events that are kept: the latest 1024 of everything are, until
 the machine is restarted.`,
-		Args:              args(0, 1),
-		ValidArgsFunction: p.snapshotNames,
+		Example: "  ublk-blksnap snapshot watch\n  ublk-blksnap snapshot watch nightly --json",
+		Args:    args(0, 1),
 		RunE: func(c *cobra.Command, args []string) error {
 			api, err := p.reach(c.Context(), startNext)
 			if err != nil {

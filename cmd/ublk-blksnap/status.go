@@ -14,10 +14,10 @@ import (
 
 func (p *program) status() *cobra.Command {
 	return &cobra.Command{
-		Use:               "status NAME|DEV",
-		Short:             "Tell all about a filter and what it has done",
-		Args:              args(1, 1),
-		ValidArgsFunction: p.deviceNames,
+		Use:     "status NAME|DEV",
+		Short:   "Tell all about a filter and what it has done",
+		Example: "  ublk-blksnap status data",
+		Args:    args(1, 1),
 		RunE: func(c *cobra.Command, args []string) error {
 			name, err := devicePath(args[0])
 			if err != nil {

@@ -11,9 +11,10 @@ import (
 
 func (p *program) version() *cobra.Command {
 	return &cobra.Command{
-		Use:   "version",
-		Short: "Print the version",
-		Args:  args(0, 0),
+		Use:     "version",
+		Short:   "Print the version, and the commit it was built from",
+		Example: "  ublk-blksnap version",
+		Args:    args(0, 0),
 		RunE: func(*cobra.Command, []string) error {
 			if p.name == "blksnap" {
 				// That of the driver, which is ours: it says that blksnap can work here.
@@ -24,9 +25,19 @@ func (p *program) version() *cobra.Command {
 				fmt.Fprintf(p.out, "%s.0\n", control.Version)
 				return nil
 			}
-			return p.print(map[string]string{"version": control.Version}, func(w io.Writer) {
-				fmt.Fprintf(w, "%s %s\n", p.name, control.Version)
-			})
+			answer := map[string]string{"version": control.Version}
+			if c := control.Commit(); c != "" {
+				answer["commit"] = c
+			}
+			return p.print(answer, func(w io.Writer) { fmt.Fprintf(w, "%s %s\n", p.name, longVersion()) })
 		},
 	}
+}
+
+// longVersion is the version, with the commit if that is known.
+func longVersion() string {
+	if c := control.Commit(); c != "" {
+		return control.Version + " (" + c + ")"
+	}
+	return control.Version
 }

@@ -1,0 +1,143 @@
+package main
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// What the shell completes: names of filters and snapshots, which a daemon that runs is asked for. None is started for it,
+// and none is waited for long.
+
+// completionLimit is how long a person who has pressed a key waits for a daemon that does not answer.
+const completionLimit = 2 * time.Second
+
+// completer gives the words for the next argument.
+type completer func(ctx context.Context, api control.API) ([]cobra.Completion, error)
+
+// completedArgs are the commands' arguments, one after the other. A last one that is repeated stands for all that follow.
+// Others are completed with files.
+var completedArgs = map[string][]completer{
+	"remove":           {filterNames},
+	"status":           {filterNames},
+	"cbt info":         {filterNames},
+	"cbt map":          {filterNames},
+	"cbt changes":      {filterNames},
+	"cbt mark":         {filterNames, nothing},
+	"snapshot create":  {filterNames, filterNames},
+	"snapshot add":     {snapshotNames, filterNames},
+	"snapshot append":  {snapshotNames, nil},
+	"snapshot take":    {snapshotNames},
+	"snapshot info":    {snapshotNames},
+	"snapshot watch":   {snapshotNames},
+	"snapshot set":     {snapshotNames},
+	"snapshot destroy": {snapshotNames, snapshotNames},
+}
+
+// completedFlags are the flags with words of their own, of any command. Others are completed with files.
+var completedFlags = map[string]completer{
+	"mode":      words("auto", "copy", "zerocopy"),
+	"log-level": words("debug", "info", "warn", "error"),
+	"id":        snapshotIDs,
+}
+
+// complete gives the commands below c what they complete.
+func (p *program) complete(c *cobra.Command) {
+	for _, sub := range c.Commands() {
+		p.complete(sub)
+	}
+	_, path, _ := strings.Cut(c.CommandPath(), " ")
+	if completers := completedArgs[path]; completers != nil {
+		c.ValidArgsFunction = func(c *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			i := len(args)
+			if last := len(completers) - 1; i > last {
+				if last == 0 {
+					return nil, cobra.ShellCompDirectiveNoFileComp
+				}
+				i = last
+			}
+			found, directive := p.words(c, completers[i])
+			return slices.DeleteFunc(found, func(word cobra.Completion) bool {
+				name, _, _ := strings.Cut(word, "\t")
+				return slices.Contains(args, name)
+			}), directive
+		}
+	}
+	for name, words := range completedFlags {
+		if c.LocalNonPersistentFlags().Lookup(name) == nil {
+			continue
+		}
+		err := c.RegisterFlagCompletionFunc(name, func(c *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			return p.words(c, words)
+		})
+		if err != nil {
+			panic(err)
+		}
+	}
+}
+
+// words are those of a completer, or files if it is nil.
+func (p *program) words(c *cobra.Command, from completer) ([]cobra.Completion, cobra.ShellCompDirective) {
+	if from == nil {
+		return nil, cobra.ShellCompDirectiveDefault
+	}
+	ctx, cancel := context.WithTimeout(c.Context(), completionLimit)
+	defer cancel()
+	var found []cobra.Completion
+	if api, err := p.connect(ctx, startNone); err == nil { // no daemon, no names
+		found, _ = from(ctx, api)
+	}
+	return found, cobra.ShellCompDirectiveNoFileComp
+}
+
+func filterNames(ctx context.Context, api control.API) (names []cobra.Completion, err error) {
+	all, err := api.Devices(ctx)
+	for _, d := range all {
+		names = append(names, cobra.CompletionWithDesc(d.Name, d.Original))
+	}
+	return names, err
+}
+
+// snapshotNames are all by which a snapshot may be called.
+func snapshotNames(ctx context.Context, api control.API) (names []cobra.Completion, err error) {
+	all, err := api.Snapshots(ctx)
+	if len(all) > 0 {
+		names = append(names, control.Latest)
+	}
+	for _, s := range all {
+		if s.Name != "" {
+			names = append(names, described(s.Name, s))
+		}
+		names = append(names, described(s.ID, s))
+	}
+	return names, err
+}
+
+// snapshotIDs are what blksnap's commands take.
+func snapshotIDs(ctx context.Context, api control.API) (ids []cobra.Completion, err error) {
+	all, err := api.Snapshots(ctx)
+	for _, s := range all {
+		ids = append(ids, described(s.ID, s))
+	}
+	return ids, err
+}
+
+// described is a name of a snapshot, with what the snapshot is.
+func described(name string, s control.Snapshot) cobra.Completion {
+	text := s.State
+	for _, i := range s.Images {
+		text += " " + i.Original
+	}
+	return cobra.CompletionWithDesc(name, text)
+}
+
+func words(all ...cobra.Completion) completer {
+	return func(context.Context, control.API) ([]cobra.Completion, error) { return all, nil }
+}
+
+func nothing(context.Context, control.API) ([]cobra.Completion, error) { return nil, nil }
