@@ -294,7 +294,8 @@ type MarkRequest struct {
 // Storage is where a snapshot keeps differences.
 type Storage struct {
 	Path string `json:"path"` // a file, a directory or a block device
-	// Limit is the most it may take, in bytes; 0: all there is.
+	// Limit is the most it may take, in bytes; 0: all there is, but for what a file leaves
+	// of its filesystem.
 	Limit int64 `json:"limit,omitempty"`
 	// Overwrite uses a file or a block device whatever it holds, which is lost. A
 	// file that was there stays, empty.
@@ -304,6 +305,10 @@ type Storage struct {
 	OverwriteFile bool `json:"overwrite_file,omitempty"`
 	// Warning, in an answer, is what could not be found out about the place.
 	Warning string `json:"warning,omitempty"`
+	// Most, in an answer, is the most it will take in bytes, as its filesystem is now; 0:
+	// nobody knows. Spare is how much of its filesystem stays free.
+	Most  int64 `json:"most,omitempty"`
+	Spare int64 `json:"spare,omitempty"`
 }
 
 // CreateRequest asks for a snapshot.
@@ -392,6 +397,16 @@ type SnapshotUsage struct {
 	Copied   int64 `json:"copied"`   // old data copied so far
 	Stored   int64 `json:"stored"`   // of it in the storage
 	Capacity int64 `json:"capacity"` // of the storage as grown so far
+	// Limit is all that its storage can ever hold, as things are; 0: nobody knows. Need is
+	// the most that the snapshot can come to need: its disks as a whole.
+	Limit int64 `json:"limit,omitempty"`
+	Need  int64 `json:"need"`
+	// Percent is how much is copied of Limit, or of Need if that is less.
+	Percent int `json:"percent"`
+	// Rate is what was copied in the last minute, in bytes a second, and Left how long the
+	// storage lasts at this rate; 0: for ever.
+	Rate int64         `json:"bytes_per_second"`
+	Left time.Duration `json:"time_left_ns,omitempty"`
 }
 
 // The states of a snapshot.
@@ -429,6 +444,10 @@ type Event struct {
 	// Sectors asked for, with low_free_space: it comes when four fifths are used
 	// of all the storage that the snapshot will have, and it could need more.
 	Sectors int64 `json:"requested_sectors,omitempty"`
+	// Percent of the storage is used then. Rate and Left are as in [SnapshotUsage].
+	Percent int           `json:"percent,omitempty"`
+	Rate    int64         `json:"bytes_per_second,omitempty"`
+	Left    time.Duration `json:"time_left_ns,omitempty"`
 	// Device (major:minor of the original) and Errno (negative) with corrupted.
 	Device string `json:"device,omitempty"`
 	Errno  int    `json:"error_code,omitempty"`

@@ -31,6 +31,7 @@ type snapshot struct {
 	engineEvents chan diffarea.Event
 	destroyed    chan struct{}
 	destroyErr   error
+	pace         pace
 
 	// use is held by those who look into snap without holding Daemon.opLock, and
 	// by release while it goes away. gone changes under Daemon.mu too.

@@ -21,10 +21,17 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 	limit := d.opts.Config.StorageTimeout
 	look := time.NewTicker(limit / looks)
 	defer look.Stop()
+	paces := time.NewTicker(paceEach)
+	defer paces.Stop()
+	s.pace.add(time.Now(), s.copied())
+	go s.watchRoom()
 	var stalled stall
 	for {
 		var e diffarea.Event
 		select {
+		case <-paces.C:
+			s.pace.add(time.Now(), s.copied())
+			continue
 		case <-look.C:
 			s.use.RLock()
 			if stalled.look(s.snap.Waiting()) >= looks && !s.gone && s.snap.Err() == 0 {
@@ -49,6 +56,11 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 		said := []any{"snapshot", s.id, "event", ev.Kind, "device", ev.Device, "sectors", ev.Sectors}
 		if e.Errno != 0 {
 			said = append(said, "error", e.Errno)
+		}
+		if e.Kind == diffarea.LowFreeSpace {
+			ev.Rate = s.pace.rate(time.Now(), s.copied())
+			ev.Percent, ev.Left = percent(e.Used, e.Limit), lasts(e.Limit-e.Used, ev.Rate)
+			said = append(said, "percent", ev.Percent, "bytes_per_second", ev.Rate, "time_left", ev.Left)
 		}
 		d.opts.Log.Warn("snapshot", said...)
 		d.events.emit(ev)

@@ -2,10 +2,12 @@ package daemon
 
 import (
 	"context"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 )
 
 // Snapshots implements control.API.
@@ -29,14 +31,11 @@ func (d *Daemon) Snapshot(_ context.Context, id string) (control.Snapshot, error
 func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 	out := control.Snapshot{ID: s.id, State: control.SnapshotCreated, Created: s.created, ChunkSize: s.chunk, Encrypted: s.encrypted, Images: []control.SnapshotImage{}, Storage: []control.Storage{}}
 	s.use.RLock()
+	var spaces []snapshots.Space
 	if !s.gone {
-		u := s.snap.Usage()
-		out.Usage = control.SnapshotUsage{
-			Copied:   u.Regions * u.ChunkSize,
-			Stored:   (u.Regions - u.Unstored) * u.ChunkSize,
-			Capacity: u.Capacity * u.ChunkSize,
-		}
+		out.Usage = s.usage()
 		out.Errno = -int(s.snap.Err())
+		spaces = s.snap.Spaces()
 	} else {
 		out.Errno = -int(unix.ESHUTDOWN)
 	}
@@ -50,6 +49,13 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 		out.Expires = &expires
 	}
 	out.Storage = append(out.Storage, s.storage...)
+	for i := range out.Storage {
+		st := &out.Storage[i]
+		if n := slices.IndexFunc(spaces, func(sp snapshots.Space) bool { return sp.Path == st.Path }); n >= 0 {
+			st.Most, st.Spare = spaces[n].Most, spaces[n].Spare
+			spaces = spaces[n+1:]
+		}
+	}
 	switch {
 	case s.destroying:
 		out.State = control.SnapshotDestroying

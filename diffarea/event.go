@@ -34,6 +34,8 @@ func (k EventKind) String() string {
 type Event struct {
 	Kind    EventKind
 	Sectors int64      // LowFreeSpace: how much more is asked for, in 512-byte sectors
+	Used    int64      // LowFreeSpace: of Limit bytes
+	Limit   int64      // LowFreeSpace: all the storage there will be, bytes
 	Device  uint64     // Corrupted: the device number given to NewArea, 0 if none
 	Errno   unix.Errno // Corrupted
 }

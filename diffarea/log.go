@@ -72,8 +72,10 @@ type Log struct {
 
 	// dead is the errno that broke the log, 0 while it is alive.
 	dead atomic.Uint32
-	// files are those of sources, for readers without the lock.
+	// files are those of sources, and usage is what Usage tells, for readers without the
+	// lock.
 	files atomic.Pointer[[]blockdev.File]
+	usage usage
 
 	mu         sync.Mutex
 	areas      []*Area
@@ -87,10 +89,11 @@ type Log struct {
 	freeStores *store
 	sources    []*source
 	growth     growth
-	expected   Region // chunks of areas to come, and of those that have
-	chunks     Region // of the areas
-	lost       Region // handed out, and no chunk's: their copies died with a process
-	lowSent    bool
+	expected   Region  // chunks of areas to come, and of those that have
+	chunks     Region  // of the areas
+	lost       Region  // handed out, and no chunk's: their copies died with a process
+	low        bool    // told that storage runs low: see warnLocked
+	capacity   Region  // of the storage, as it is in state
 	events     []Event // to be delivered
 	busy       int     // copies, stores and growths under way
 	ended      uint64  // stores and growths
@@ -220,6 +223,7 @@ func (l *Log) settle(w *Worker, ended copyList) {
 	}
 	grow := l.nextGrowthLocked()
 	l.warnLocked()
+	l.publishLocked()
 	events := l.events
 	l.events = nil
 	var closed func()
@@ -257,7 +261,7 @@ func (l *Log) grantLocked() (granted copyList) {
 		if s.state != slotFree {
 			break // back-pressure: a store in progress will free it
 		}
-		if l.next >= l.state.capacity() {
+		if l.next >= l.capacity {
 			if !l.canGrowLocked() {
 				l.events = append(l.events, Event{Kind: NoSpace})
 				l.breakLocked(unix.ENOSPC, l.waiting.head.area)
@@ -381,26 +385,4 @@ func (l *Log) victimLocked() *Area {
 		}
 	}
 	return nil
-}
-
-// Usage is how full a log is.
-type Usage struct {
-	ChunkSize int64 // bytes
-	Regions   int64 // handed out
-	Unstored  int64 // of these, not yet in the storage
-	Capacity  int64 // regions that the storage holds now
-	PoolSlots int64
-}
-
-// Usage says how full the log is.
-func (l *Log) Usage() Usage {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return Usage{
-		ChunkSize: l.chunkSize,
-		Regions:   int64(l.next),
-		Unstored:  int64(l.next - l.storeNext),
-		Capacity:  int64(l.state.capacity()),
-		PoolSlots: int64(l.poolSlots),
-	}
 }

@@ -40,7 +40,9 @@ func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	for _, st := range sources {
-		l.addSource(&source{file: st.File, used: st.Start, size: st.Size, portion: l.portion, done: st.Fixed || st.File == nil})
+		l.addSource(&source{
+			file: st.File, used: st.Start, size: st.Size, room: st.Room, spare: st.Spare, portion: l.portion, done: st.Fixed || st.File == nil,
+		})
 	}
 	for i := range s.extents() {
 		ext := s.extent(i)
@@ -51,7 +53,7 @@ func OpenLog(c LogConfig, sources []Storage) (*Log, error) {
 			return nil, fmt.Errorf("open log: %w: extent %d: regions %d+%d at %d of storage %d, which has %d bytes", ErrState, i, ext.first, ext.count, ext.off, ext.source, src.size)
 		}
 	}
-	l.next = Region(s.get(stateNext))
+	l.next, l.capacity, l.low = Region(s.get(stateNext)), s.capacity(), s.get(stateLow) != 0
 	l.lost = l.next // until a word says otherwise
 	l.dead.Store(uint32(s.get(stateDead)))
 	l.storeNext = max(0, l.next-l.poolSlots)

@@ -9,7 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
 )
 
 // Storage is a file or block device to which a log stores.
@@ -24,6 +23,12 @@ type Storage struct {
 	// Fixed: all of Size is there now, as on a block device. Otherwise it is
 	// allocated in portions.
 	Fixed bool
+	// Room is how many bytes File can come to have, as its filesystem is now; 0 means
+	// that nobody knows. Log.SetRoom changes it.
+	Room int64
+	// Spare: File never grows beyond Room. Without it only warnings reckon with Room,
+	// because the filesystem itself says best when it is full.
+	Spare bool
 	// Index is the storage's place in the order of Append, counted from 0, for an
 	// owner who counts failed ones too: the places before it that have no storage
 	// stay empty. A place that is taken already means the next one.
@@ -35,24 +40,12 @@ type source struct {
 	file    blockdev.File
 	used    int64 // bytes made into extents
 	size    int64 // 0: no limit
+	room    int64 // see Storage.Room
+	spare   bool  // see Storage.Spare
 	portion int64 // bytes of the next growth
 	done    bool  // cannot grow any more
 	// appended is called after the first growth; nil from then on.
 	appended func(error)
-}
-
-// unlimited is left of a source that takes all its filesystem has.
-const unlimited = 1 << 62
-
-// left is how many bytes the source can still grow by, as far as is known.
-func (s *source) left(chunk int64) int64 {
-	switch {
-	case s.done:
-		return 0
-	case s.size == 0:
-		return unlimited
-	}
-	return (s.size - s.used) / chunk * chunk
 }
 
 // extent is a stretch of regions that lie side by side in one source.
@@ -67,12 +60,13 @@ type extent struct {
 // caller's.
 //
 //	 0 magic      8 chunk shift  16 next region   24 errno that broke it
-//	32 pool slots 40 extents     48 key           64 extents, 32 bytes each:
-//	                                                 first, count, source, offset
+//	32 pool slots 40 extents     48 key           56 low
+//	64 extents, 32 bytes each: first, count, source, offset
 //
 // All numbers are 64 bits wide in the machine's order and change by one store;
 // an extent is complete before it is counted. Key is 0 if what is stored is not
-// encrypted, and else tells the key from others.
+// encrypted, and else tells the key from others. Low is 1 while it is told that
+// storage runs low.
 type logState struct{ fields []uint64 }
 
 // LogStateSize is the memory a log's state needs, in bytes.
@@ -86,6 +80,7 @@ const (
 	stateSlots
 	stateExtents
 	stateKey
+	stateLow
 	stateHead = 8
 
 	extentFields = 4
@@ -179,13 +174,13 @@ func (l *Log) Append(w *Worker, s Storage, done func(error)) {
 		done(fmt.Errorf("%s: %d bytes are less than one chunk of %d", s.File.Name(), s.Size-s.Start, l.chunkSize))
 		return
 	}
-	src := &source{file: s.File, used: s.Start, size: s.Size, portion: l.portion}
+	src := &source{file: s.File, used: s.Start, size: s.Size, room: s.Room, spare: s.Spare, portion: l.portion}
 	l.mu.Lock()
 	for len(l.sources) < s.Index {
 		l.addSource(&source{done: true})
 	}
 	l.addSource(src)
-	l.lowSent = false
+	l.setLowLocked(false)
 	if !s.Fixed {
 		src.appended = done
 		l.mu.Unlock()
@@ -234,6 +229,8 @@ func (l *Log) extendLocked(source uint64, n int64) bool {
 	src := l.sources[source]
 	ok := l.state.add(source, src.used, Region(n>>l.shift), l.shift)
 	src.used += n >> l.shift << l.shift
+	l.capacity = l.state.capacity()
+	l.publishLocked()
 	return ok
 }
 
@@ -284,19 +281,6 @@ func (g *growth) init(l *Log) {
 	g.op.Done, g.task.Run = g.finished, g.start
 }
 
-// canGrowLocked says whether more storage may come without anybody's help.
-func (l *Log) canGrowLocked() bool {
-	if l.growth.active {
-		return true
-	}
-	for _, s := range l.sources {
-		if s.left(l.chunkSize) > 0 {
-			return true
-		}
-	}
-	return false
-}
-
 // refusedLocked is the callbacks of Appends that came too late: nothing grows
 // any more in a log that is dead.
 func (l *Log) refusedLocked() []func(error) {
@@ -316,38 +300,6 @@ func (l *Log) refuseLocked() (done []func(error)) {
 		defer l.dropSourceLocked(s)
 	}
 	return done
-}
-
-// Expect says that an area of a disk of size bytes will come, so that storage is
-// had for it beforehand.
-func (l *Log) Expect(w *Worker, size int64) {
-	l.mu.Lock()
-	l.expected += Region(Chunks(size, l.chunkSize))
-	l.mu.Unlock()
-	w.settleLater(l)
-}
-
-// needLocked is how many regions the areas can come to need: one for each chunk.
-func (l *Log) needLocked() Region { return max(l.expected, l.chunks) + l.lost }
-
-// warnLocked says, once for each Append, when four fifths are used of all the
-// storage there will be, and the areas can come to need more than that.
-func (l *Log) warnLocked() {
-	if l.lowSent || l.dead.Load() != 0 {
-		return
-	}
-	all := l.state.capacity()
-	for _, s := range l.sources {
-		left := s.left(l.chunkSize)
-		if left == unlimited {
-			return
-		}
-		all += Region(left >> l.shift)
-	}
-	if need := l.needLocked(); need > all && all > 0 && 5*l.next >= 4*all {
-		l.lowSent = true
-		l.events = append(l.events, Event{Kind: LowFreeSpace, Sectors: min(int64(need-all)<<l.shift, l.portion) / sector.Size})
-	}
 }
 
 // nextGrowthLocked prepares the next growth, if there is need for one. It
@@ -372,7 +324,7 @@ func (l *Log) nextGrowthLocked() bool {
 		return false
 	}
 	s := l.sources[pick]
-	have := l.state.capacity()
+	have := l.capacity
 	short := l.needLocked() - have
 	low := short > 0 && int64(have-l.next)<<l.shift < l.portion/2 || l.next >= have && l.waiting.head != nil
 	if s.appended == nil && !low {

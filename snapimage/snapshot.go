@@ -107,6 +107,11 @@ func (s *Snapshot) Append(st diffarea.Storage, done func(error)) {
 	})
 }
 
+// SetRoom says how far a storage can grow: see diffarea.Log.SetRoom.
+func (s *Snapshot) SetRoom(f blockdev.File, used, room int64) {
+	s.log.SetRoom(s.worker, f, used, room)
+}
+
 // Take makes the cut on all devices: all of them or, with an error, none. at
 // is called at the very instant, when no write is in flight on any device; it
 // must not block and may be nil.

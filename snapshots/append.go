@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
@@ -24,12 +25,12 @@ func (s *Snapshot) Append(c StorageConfig) error {
 	if err != nil {
 		return err
 	}
-	s.storage = append(s.storage, st)
+	s.use(append(s.storage, st))
 	late, err := s.give(ctx, st)
 	if late || err == nil {
 		return err
 	}
-	s.storage = s.storage[:len(s.storage)-1]
+	s.use(slices.Clone(s.storage[:len(s.storage)-1]))
 	r := s.giveBack(path, func() error { return st.wipe(0) })
 	select {
 	case <-r.done:

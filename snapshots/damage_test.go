@@ -18,7 +18,7 @@ import (
 // no checksum: they are memory of the daemon's, in which root alone can write.
 func TestDamage(t *testing.T) {
 	l := newLife(t, "directory")
-	l.Encrypt = true
+	l.Encrypt, l.Reserve = true, 1 // which only the newest version of the record knows
 	dieTaken(t, l, nil)
 	dir := filepath.Join(l.path("state"), l.ID)
 	id := uuid.MustParse(l.ID)

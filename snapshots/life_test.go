@@ -38,6 +38,7 @@ type life struct {
 	Until   string   // the step after which the process waits to be killed
 	Root    string   // Config.Root
 	Encrypt bool     // what is stored
+	Reserve int      // of the storages
 	// Keep is Config.Keep, nil in processes of their own: they forget.
 	Keep   func(uuid.UUID, []byte) error `json:"-"`
 	Before byte                          // of which the disk is full at the take
@@ -133,7 +134,7 @@ func (d *daemon) run() error {
 			return err
 		}
 		if err := s.Append(StorageConfig{
-			Place: p, RealPath: h.RealPath(p), Note: json.RawMessage(`"` + path + `"`), Probe: func(*os.File) (string, error) { return "", nil },
+			Place: p, RealPath: h.RealPath(p), Reserve: d.Reserve, Note: json.RawMessage(`"` + path + `"`), Probe: func(*os.File) (string, error) { return "", nil },
 		}); err != nil {
 			return err
 		}

@@ -69,6 +69,7 @@ func (s *state) keepNote() bool {
 			continue
 		}
 		ns := noteStorage{recordStorage: st}
+		ns.Reserve = 0 // nothing will grow any more
 		ns.RealPath = filepath.Join("/", strings.TrimPrefix(st.RealPath, filepath.Join("/", s.pins.root)))
 		n.Storage = append(n.Storage, ns)
 	}

@@ -42,8 +42,11 @@ func (st *state) reclaim(ctx context.Context, n, align int) (*storage, error) {
 		defer cancel()
 	}
 	c, late := bounded.Call(ctx, func() (c claimed) {
-		s := &storage{state: st, n: n, path: r.Path, fixed: r.Fixed, start: r.Start, size: r.Size}
-		if c.err = s.reopen(until, &r, align); c.err != nil {
+		s := &storage{state: st, n: n, path: r.Path, fixed: r.Fixed, start: r.Start, size: r.Size, reserve: r.Reserve}
+		if c.err = s.reopen(until, &r, align); c.err == nil {
+			_, c.err = s.look()
+		}
+		if c.err != nil {
 			s.close()
 			return c
 		}
@@ -140,7 +143,7 @@ func retry(ctx context.Context, claim func() error) error {
 // close lets go of a storage, which stays for the next one to claim it.
 func (s *storage) close() {
 	if s.file != nil {
-		s.file.Close()
+		_ = s.closeFile()
 	}
 	if s.name != nil {
 		s.name.Close()

@@ -65,6 +65,7 @@ type recordStorage struct {
 	Path      string          `json:"path"`     // as it was given
 	RealPath  string          `json:"realPath"` // see StorageConfig
 	Limit     int64           `json:"limit,omitempty"`
+	Reserve   int             `json:"reserve,omitempty"` // percent
 	Overwrite bool            `json:"overwrite,omitempty"`
 	Note      json.RawMessage `json:"note,omitempty"`
 
@@ -104,13 +105,15 @@ const (
 	freshRecord = recordName + ".new" // while it is written
 	recordKind  = "snapshot"
 	// recordVersion is as which one with a note is written, which may say that the snapshot
-	// ends some time. One that is encrypted has version 2 at least: 1 would not decrypt it.
+	// ends some time, or with a reserve. One that is encrypted has version 2 at least: 1
+	// would not decrypt it.
 	recordVersion = 3
 )
 
+// version is as which one the record is written: the first that knows what it says.
 func (r *record) version() int {
 	switch {
-	case r.Note != nil:
+	case r.Note != nil, slices.ContainsFunc(r.Storage, func(s recordStorage) bool { return s.Reserve != 0 }):
 		return recordVersion
 	case r.Encrypted:
 		return 2

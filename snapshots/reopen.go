@@ -121,7 +121,7 @@ func (l *Left) Again(c Config, filters []*filter.Filter) (*Snapshot, error) {
 	}
 	claimed := l.claimed
 	l.state, l.claimed, l.failed = nil, nil, s // which gives back what follows
-	s.storage = kept(claimed)
+	s.use(kept(claimed))
 	for i, f := range filters {
 		if err := s.add(f, l.Devices[i]); err != nil {
 			return fail(err)

@@ -122,7 +122,7 @@ func begun(t *testing.T, l life) (*daemon, *Snapshot) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Append(StorageConfig{Place: p, RealPath: path, Note: json.RawMessage(`"` + path + `"`), Known: disk.Identity{"test"},
+		if err := s.Append(StorageConfig{Place: p, RealPath: path, Reserve: l.Reserve, Note: json.RawMessage(`"` + path + `"`), Known: disk.Identity{"test"},
 			Probe: func(*os.File) (string, error) { return "", nil }}); err != nil {
 			t.Fatal(err)
 		}

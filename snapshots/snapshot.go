@@ -63,7 +63,7 @@ type Snapshot struct {
 	engine  *snapimage.Snapshot // for the thread of cfg.Control alone
 	log     *diffarea.Log       // of engine, for what may be asked on any thread
 	state   *state
-	storage []*storage
+	storage []*storage       // changed under mu
 	filters []*filter.Filter // of the devices, in the order of Add
 	align   int              // smallest logical block of the devices, bytes
 	noted   bool             // see StayNoted

@@ -9,7 +9,6 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
-	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
@@ -43,6 +42,9 @@ type storage struct {
 	start  int64 // where what is stored begins, bytes
 	size   int64 // 0: as much as the filesystem gives
 	align  int   // what direct I/O needs, bytes; 0 if it is not done
+
+	reserve int // see StorageConfig.Reserve
+	room    room
 }
 
 // update changes what is on record of the storage.
@@ -56,8 +58,12 @@ type StorageConfig struct {
 	Place *disk.Place
 	// RealPath is a path of the place by which another process finds it.
 	RealPath string
-	// Limit is the most that may be taken, in bytes; 0 is all there is.
+	// Limit is the most that may be taken, in bytes; 0 is all there is, but for what a file
+	// leaves of its filesystem.
 	Limit int64
+	// Reserve is how many percent of its filesystem a file leaves; 0: without a limit as
+	// many as all do, with one none.
+	Reserve int
 	// Overwrite uses a file or a device whatever it holds.
 	Overwrite bool
 	// Known is what a block device is known by in another boot, nil if it is not.
@@ -89,11 +95,11 @@ func (st *state) openStorage(c StorageConfig, align int) (s *storage, err error)
 	default:
 		return nil, ErrNoStorageThere
 	}
-	s = &storage{state: st, path: p.Path, size: c.Limit}
+	s = &storage{state: st, path: p.Path, size: c.Limit, reserve: c.Reserve}
 	if err := st.update(func(r *record) {
 		s.n = len(r.Storage)
 		r.Storage = append(r.Storage, recordStorage{
-			Stage: storageMaking, Path: p.Path, RealPath: c.RealPath, Limit: c.Limit, Overwrite: c.Overwrite, Note: c.Note,
+			Stage: storageMaking, Path: p.Path, RealPath: c.RealPath, Limit: c.Limit, Reserve: c.Reserve, Overwrite: c.Overwrite, Note: c.Note,
 		})
 	}); err != nil {
 		return nil, err
@@ -107,6 +113,9 @@ func (st *state) openStorage(c StorageConfig, align int) (s *storage, err error)
 		err = s.openBeside(c, align)
 	case unix.S_IFBLK:
 		err = s.openDevice(c, align)
+	}
+	if err == nil {
+		err = s.checkRoom(st.recorded().Chunk)
 	}
 	if err == nil {
 		err = s.update(func(r *recordStorage) { r.Stage, r.Size, r.Fixed, r.Start = storageUsed, s.size, s.fixed, s.start })
@@ -314,11 +323,6 @@ func directAlign(fd int) int {
 	return int(st.Dio_offset_align)
 }
 
-// engine is the storage as the log knows it.
-func (s *storage) engine() diffarea.Storage {
-	return diffarea.Storage{File: s.file, Size: s.size, Start: s.start, Fixed: s.fixed, Index: s.n}
-}
-
 // wipe gives the storage back with nothing left to read in it. A file is emptied and
 // loses its name. A device is zeroed as far as it was used. If a step fails, the others
 // are done all the same.
@@ -342,7 +346,7 @@ func (s *storage) wipe(used int64) error {
 		s.name.Close()
 		deathpoint.Point()
 	}
-	return s.leave(errors.Join(err, s.file.Close()))
+	return s.leave(errors.Join(err, s.closeFile()))
 }
 
 // headSize is how much of a device is zeroed in any case, so that nobody takes what is

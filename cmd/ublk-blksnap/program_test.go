@@ -151,12 +151,14 @@ func newFake() *fakeDaemon {
 		snapshots: []control.Snapshot{
 			{ID: id1, Name: "nightly", Labels: map[string]string{"job": "backup"}, Expires: &expires, State: control.SnapshotTaken, Created: at, Taken: &at, ChunkSize: 65536, Frozen: 12 * time.Millisecond,
 				Images: []control.SnapshotImage{image}, Storage: []control.Storage{{Path: "/var/tmp", Limit: 1 << 30}, {Path: "/dev/vdd"}},
-				Usage: control.SnapshotUsage{Copied: 1 << 20, Stored: 1 << 19, Capacity: 1 << 30}},
+				Usage: control.SnapshotUsage{
+					Copied: 1 << 20, Stored: 1 << 19, Capacity: 1 << 30, Limit: 1 << 30, Need: 4 << 30, Rate: 3 << 20, Left: 341 * time.Second,
+				}},
 			{ID: id2, State: control.SnapshotCorrupted, Created: at, ChunkSize: 4096, Errno: -28, Images: []control.SnapshotImage{broken}},
 		},
 		events: []control.Event{
 			{Seq: 0, Time: at, Snapshot: id1, Name: "nightly", Kind: control.EventTaken},
-			{Seq: 1, Time: at, Snapshot: id1, Kind: control.EventLowFreeSpace, Sectors: 2097152},
+			{Seq: 1, Time: at, Snapshot: id1, Kind: control.EventLowFreeSpace, Sectors: 2097152, Percent: 80, Rate: 3 << 20, Left: 68 * time.Second},
 			{Seq: 2, Time: at, Snapshot: id1, Kind: control.EventCorrupted, Device: "254:16", Errno: -28},
 			{Seq: 3, Time: at, Snapshot: id1, Kind: control.EventDestroyed},
 		},

@@ -28,7 +28,7 @@ func (p *program) snapshotAppend() *cobra.Command {
 			})
 		},
 	}
-	c.Flags().Var(&limit, "limit", "the most that the storage may take (default: all there is)")
+	c.Flags().Var(&limit, "limit", "the most that the storage may take (default: all but the last 5% of its filesystem, or the last 1G)")
 	c.Flags().BoolVar(&overwrite, "overwrite", false, "use a file or block device whatever it holds, which is lost")
 	return c
 }

@@ -85,6 +85,9 @@ images then copy each payload, and one thread encrypts what all snapshots store.
 					return err
 				}
 				p.warn(s, r.Storage, p.tell)
+				for _, st := range s.Storage {
+					p.say("storage " + storageText(st))
+				}
 				return p.print(s, func(w io.Writer) {
 					if take {
 						writeImages(w, s)
@@ -97,7 +100,7 @@ images then copy each payload, and one thread encrypts what all snapshots store.
 	}
 	f := c.Flags()
 	f.StringArrayVar(&storage, "storage", nil, "file, directory or block device for differences; may be given again")
-	f.Var(&limit, "limit", "the most that each storage may take (default: all there is)")
+	f.Var(&limit, "limit", "the most that each storage may take (default: all but the last 5% of its filesystem, or the last 1G)")
 	f.BoolVar(&overwrite, "overwrite", false, "use a storage file or block device whatever it holds, which is lost")
 	f.BoolVar(&encrypt, "encrypt", false, "encrypt what is stored (default: as configured)")
 	f.Var(&chunk, "chunk-size", "4K to 64M, a power of two (default: from the disks' sizes, as configured)")

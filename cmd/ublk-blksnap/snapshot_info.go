@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -92,6 +93,37 @@ func errnoText(n int) string {
 	return fmt.Sprintf("%s (%s)", e.Error(), unix.ErrnoName(e))
 }
 
+// storageText names a storage, and says how far it can grow.
+func storageText(st control.Storage) string {
+	text := st.Path
+	if most := cmp.Or(st.Most, st.Limit); most != 0 {
+		text += ", at most " + control.HumanSize(most)
+	}
+	if st.Spare != 0 {
+		text += ", leaves " + control.HumanSize(st.Spare) + " of its filesystem free"
+	}
+	return text
+}
+
+// usedText says how much is used of the storage that there can be, and how long it lasts.
+func usedText(u control.SnapshotUsage) string {
+	of, enough := u.Need, u.Limit == 0 || u.Need <= u.Limit
+	if !enough {
+		of = u.Limit
+	}
+	text := fmt.Sprintf("%s of %s (%d%%)", control.HumanSize(u.Copied), control.HumanSize(of), u.Percent)
+	if u.Rate > 0 {
+		text += ", " + control.HumanSize(u.Rate) + "/s"
+	}
+	switch {
+	case u.Left > 0:
+		text += ", full in " + u.Left.String()
+	case enough && u.Limit != 0:
+		text += ", enough for all of the disks"
+	}
+	return text
+}
+
 func writeSnapshot(w io.Writer, s control.Snapshot) {
 	line := func(key string, v any) { fmt.Fprintf(w, "%-10s %v\n", key+":", v) }
 	line("uuid", s.ID)
@@ -119,15 +151,12 @@ func writeSnapshot(w io.Writer, s control.Snapshot) {
 	}
 	line("copied", fmt.Sprintf("%d bytes", s.Usage.Copied))
 	line("stored", fmt.Sprintf("%d of %d bytes", s.Usage.Stored, s.Usage.Capacity))
+	line("used", usedText(s.Usage))
 	if s.Errno != 0 {
 		line("error", errnoText(s.Errno))
 	}
 	for _, st := range s.Storage {
-		limit := ""
-		if st.Limit != 0 {
-			limit = ", at most " + control.HumanSize(st.Limit)
-		}
-		line("storage", st.Path+limit)
+		line("storage", storageText(st))
 		if st.Warning != "" {
 			line("warning", st.Warning)
 		}

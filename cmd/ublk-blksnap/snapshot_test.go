@@ -62,12 +62,13 @@ func TestSnapshotCommands(t *testing.T) {
 			"chunk:     64K\n" +
 			"copied:    1048576 bytes\n" +
 			"stored:    524288 of 1073741824 bytes\n" +
+			"used:      1M of 1G (0%), 3M/s, full in 5m41s\n" +
 			"storage:   /var/tmp, at most 1G\n" +
 			"storage:   /dev/vdd\n" +
 			"image:     vdb (/dev/vdb) at /dev/ublk-blksnap/images/vdb-" + id1 + ", take " + id2 + ":3\n"},
 		{"ublk-blksnap snapshot watch --since 7 " + id1, []any{control.WatchRequest{ID: id1, Since: 7}}, "" +
 			"2025-01-02T03:04:05Z " + id1 + " taken name=nightly\n" +
-			"2025-01-02T03:04:05Z " + id1 + " low_free_space requested_sectors=2097152\n" +
+			"2025-01-02T03:04:05Z " + id1 + " low_free_space requested_sectors=2097152 percent=80 bytes_per_second=3145728 time_left=1m8s\n" +
 			"2025-01-02T03:04:05Z " + id1 + " corrupted device=254:16 error_code=-28\n" +
 			"2025-01-02T03:04:05Z " + id1 + " destroyed\n"},
 	})

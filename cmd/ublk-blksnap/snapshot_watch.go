@@ -57,6 +57,12 @@ func eventLine(e control.Event) string {
 	if e.Sectors != 0 {
 		s += fmt.Sprintf(" requested_sectors=%d", e.Sectors)
 	}
+	if e.Percent != 0 {
+		s += fmt.Sprintf(" percent=%d bytes_per_second=%d", e.Percent, e.Rate)
+	}
+	if e.Left != 0 {
+		s += " time_left=" + e.Left.String()
+	}
 	if e.Device != "" {
 		s += " device=" + e.Device
 	}

@@ -29,6 +29,7 @@ func TestOverflow(t *testing.T) {
 		name    string
 		storage func(t *testing.T) control.Storage
 		breaks  func(t *testing.T) // after the take
+		broken  func(t *testing.T, st control.Storage)
 		errno   unix.Errno
 		events  []string // after low_free_space, which a fast writer may outrun
 	}{
@@ -44,6 +45,16 @@ func TestOverflow(t *testing.T) {
 			},
 			errno:  unix.ENOSPC,
 			events: []string{control.EventNoSpace, control.EventCorrupted},
+			broken: func(t *testing.T, st control.Storage) { // nobody gave a limit, so others have room yet
+				var fs unix.Statfs_t
+				if err := unix.Statfs(filepath.Dir(st.Path), &fs); err != nil {
+					t.Fatal(err)
+				}
+				free := int64(fs.Bavail) * fs.Bsize
+				if total := int64(fs.Blocks) * fs.Bsize; st.Spare < total/25 || free < st.Spare || free > total/10 || st.Most > total-st.Spare {
+					t.Errorf("%d of %d bytes are free with %+v", free, total, st)
+				}
+			},
 		}, {
 			name:    "full device",
 			storage: func(t *testing.T) control.Storage { return control.Storage{Path: guest.LoopDisk(t, 6<<20, 512)} },
@@ -98,6 +109,9 @@ func TestOverflow(t *testing.T) {
 			}
 			if a := d.Call("blksnap", "snapshot_info", "-d", dev.Path, "-f", "error_code"); a.Out != fmt.Sprintf("%d\n", -int(c.errno)) {
 				t.Errorf("snapshot_info: %+v", a)
+			}
+			if c.broken != nil {
+				c.broken(t, s.Storage[0])
 			}
 			// The original goes on.
 			w.More(t, 50) // I5

@@ -228,6 +228,9 @@ func TestAppendStorage(t *testing.T) {
 			if e.Kind != control.EventLowFreeSpace || e.Sectors != (size-4<<20)/stamp.SectorSize {
 				t.Fatalf("event %+v, want %d sectors", e, (size-4<<20)/stamp.SectorSize)
 			}
+			if u := d.Show(s.ID).Usage; e.Percent < 80 || e.Rate <= 0 || e.Left <= 0 || u.Limit != 4<<20 || u.Need != size || u.Percent < e.Percent {
+				t.Errorf("event %+v with %+v: want percent, rate and the time that is left", e, u)
+			}
 			break
 		}
 		if control.CodeOf(err) != control.Timeout {
