@@ -78,6 +78,9 @@ func (d *Daemon) deviceNamed(name string) *device {
 // findDevice is the device that ref names: by its name, or as a path of the original
 // or of the filter device.
 func (d *Daemon) findDevice(ref string) (*device, error) {
+	if ref == "" { // which is also the link of a device that has lost it
+		return nil, invalid("no device is named")
+	}
 	if dev := d.deviceNamed(ref); dev != nil {
 		return dev, nil
 	}

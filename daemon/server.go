@@ -51,6 +51,7 @@ func newServer(api control.API, log *slog.Logger, p timeouts) *http.Server {
 		Handler:           newHandler(api, log, p),
 		ReadHeaderTimeout: p.header,
 		ReadTimeout:       p.header + p.body,
+		WriteTimeout:      p.answer, // of what is not ours to say, such as where a path leads; see begin
 		IdleTimeout:       p.idle,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
@@ -162,7 +163,9 @@ func (s *server) serve(c *class, path string, body time.Duration, f func(w http.
 		if err == nil {
 			defer leave()
 			if r.Body != http.NoBody { // without a body the server reads already, to notice that the caller goes
-				_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(body))
+				rc := http.NewResponseController(w)
+				_ = rc.SetReadDeadline(time.Now().Add(body))
+				_ = rc.SetWriteDeadline(time.Now().Add(body)) // he may wait to be told to send it
 			}
 			err = f(w, r)
 		}

@@ -202,6 +202,15 @@ func TestSlowCallers(t *testing.T) {
 	<-api.in // its answer is given up
 	deaf.Close()
 
+	// Nobody waits for who asks and asks and does not read, not even for the answers that are
+	// not ours.
+	for _, call := range []string{"POST //v1/info HTTP/1.1\r\nHost: d\r\nContent-Length: 0\r\n\r\n", "OPTIONS * HTTP/1.1\r\nHost: d\r\n\r\n"} {
+		conn := dial("")
+		for err = error(nil); err == nil; {
+			_, err = io.WriteString(conn, strings.Repeat(call, 100))
+		}
+	}
+
 	// A place among the connections is free when one has gone.
 	one, two := dial(""), dial("")
 	c := control.NewClient(socket)
