@@ -12,7 +12,10 @@
 #   make sim [SEEDS=] [MINUTES=]       the simulator
 #   make bench [JSON=out.json] [BENCH=pattern] [KERNEL=]    figures, of both kernels unless one is named
 #   make vm CMD='…' [KERNEL=]          one command in the machine: its output and nothing else
-#   make build | install | clean       bin/ublk-blksnap; to PREFIX/sbin; remove what was built and fetched
+#   make build | install | uninstall   bin/ublk-blksnap; to PREFIX (/usr/local), and away again
+#   make deb | rpm [ARCH=] [VERSION=]  packages in bin/, for amd64 or arm64
+#   make package [VERSION=]            both, looked at by lintian and rpmlint
+#   make clean                         remove what was built and fetched
 #
 # KERNEL is 6.12 (the default), newest, or another version; tests/vm tells more, such as VM=host, VM_MEM, VM_TIMEOUT.
 
@@ -32,6 +35,22 @@ OVERLAY = -overlay .cache/bugs/overlay.json
 LINT_VERSION = v2.15.0
 LINT = .cache/bin/golangci-lint-$(LINT_VERSION)
 
+NFPM_VERSION = v2.45.0
+NFPM = .cache/bin/nfpm-$(NFPM_VERSION)
+
+# What a package is stamped with, and which processor it is for.
+MODULE = github.com/ublk-blksnap/ublk-blksnap
+VERSION ?= $(shell sed -n 's/^var Version = "\(.*\)"$$/\1/p' control/version.go)
+COMMIT ?= $(shell git describe --always --exclude='*' --abbrev=12 --dirty=+ 2>/dev/null)
+ARCH ?= amd64
+
+# What is installed, and where unit and rules go: a package's beside the system's own, another's to the administrator's.
+BINARY = bin/ublk-blksnap
+PACKAGES = bin
+COMPLETION = $(addprefix .$(PREFIX)/share/,bash-completion/completions/ublk-blksnap fish/vendor_completions.d/ublk-blksnap.fish $(ZSH)/_ublk-blksnap)
+ZSH = zsh/site-functions
+LIBDIR = $(if $(filter /usr,$(PREFIX)),/usr/lib,/etc)
+
 # What differs with more queues than the machines of the other tests have processors for.
 FOUR_QUEUES = (RandomWriter|FioVerify)/(KiB|4x)/(4queues|512|4096)
 
@@ -40,7 +59,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot boot powercut sim overlay bench vm build build-next install clean setup-go setup bin/vm
+.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot boot powercut sim overlay bench vm build build-next install uninstall deb rpm package test-packages clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -52,7 +71,7 @@ test: check bin/vm overlay
 	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12' \
 		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest' \
 		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -short -count=1 -timeout 60m ./tests/vm/... && \
-		$(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest && $(MAKE) boot KERNEL=6.12 && \
+		$(MAKE) package && $(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest && $(MAKE) boot KERNEL=6.12 && \
 		$(MAKE) systemd KERNEL=newest && $(MAKE) demo KERNEL=newest && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
 		$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk && \
 		$(MAKE) integration-run KERNEL=6.12 VM_CPUS=4 RUN="$(FOUR_QUEUES)" && \
@@ -107,6 +126,8 @@ soak: integration-binaries
 	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...
 
 systemd: build bin/vm
+	tests/setup.sh package
+	$(MAKE) test-packages FORMAT=rpm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd
 	bin/vm -no-skips -again -systemd -disk data=128M -disk swap=64M -disk lower=64M -timeout 15m 'cd tests/systemd && exec ../../.cache/test/systemd.test -test.v'
 
@@ -114,8 +135,7 @@ reboot: build bin/vm
 	tests/reboot/run.sh
 
 boot: build bin/vm
-	rm -rf .cache/test/boot
-	$(MAKE) -o build install DESTDIR=.cache/test/boot
+	$(MAKE) test-packages FORMAT=deb
 	tests/boot/run.sh
 
 powercut: build bin/vm
@@ -152,14 +172,69 @@ bin/vm: setup
 	@CGO_ENABLED=0 go build -o $@ ./tests/vm
 
 install: build
-	install -D -m 755 bin/ublk-blksnap $(DESTDIR)$(PREFIX)/sbin/ublk-blksnap
+	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/sbin/ublk-blksnap
 	ln -sf ublk-blksnap $(DESTDIR)$(PREFIX)/sbin/blksnap
-	install -D -m 644 dist/59-ublk-blksnap.rules $(DESTDIR)/etc/udev/rules.d/59-ublk-blksnap.rules
+	install -D -m 644 dist/59-ublk-blksnap.rules $(DESTDIR)$(LIBDIR)/udev/rules.d/59-ublk-blksnap.rules
 	install -D -m 755 dist/ublk-blksnap.shutdown $(DESTDIR)/usr/lib/systemd/system-shutdown/ublk-blksnap
-	install -d $(DESTDIR)/etc/systemd/system
-	sed 's|/usr/local/sbin|$(PREFIX)/sbin|' dist/ublk-blksnap.service >$(DESTDIR)/etc/systemd/system/ublk-blksnap.service
+	install -d $(DESTDIR)$(LIBDIR)/systemd/system
+	sed 's|/usr/local/sbin|$(PREFIX)/sbin|' dist/ublk-blksnap.service >$(DESTDIR)$(LIBDIR)/systemd/system/ublk-blksnap.service
+	@# What the program says of itself: the manual, and what shells complete.
+	@rm -rf .cache/manual && mkdir -p .cache/manual
+	bin/ublk-blksnap manual .cache/manual
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 .cache/manual/*.8
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 .cache/manual/*.5
+	@cd $(DESTDIR)/ && mkdir -p $(dir $(COMPLETION))
+	bin/ublk-blksnap completion bash >$(DESTDIR)/$(word 1,$(COMPLETION))
+	bin/ublk-blksnap completion fish >$(DESTDIR)/$(word 2,$(COMPLETION))
+	bin/ublk-blksnap completion zsh >$(DESTDIR)/$(word 3,$(COMPLETION))
 	@# A configuration that somebody has written stays.
 	[ -e $(DESTDIR)/etc/ublk-blksnap.conf ] || install -D -m 644 dist/ublk-blksnap.conf $(DESTDIR)/etc/ublk-blksnap.conf
+
+# A configuration that somebody has written stays here too, and what is kept of disks in /var/lib/ublk-blksnap.
+uninstall:
+	[ -n "$(DESTDIR)" ] || sh dist/package/prerm remove
+	cd $(DESTDIR)/ && rm -f .$(PREFIX)/sbin/{ublk-blksnap,blksnap} .$(LIBDIR)/udev/rules.d/59-ublk-blksnap.rules \
+		./usr/lib/systemd/system-shutdown/ublk-blksnap .$(LIBDIR)/systemd/system/ublk-blksnap.service \
+		.$(PREFIX)/share/man/man8/{ublk-blksnap{,-*},blksnap}.8 .$(PREFIX)/share/man/man5/ublk-blksnap.conf.5 $(COMPLETION)
+	! cmp -s dist/ublk-blksnap.conf $(DESTDIR)/etc/ublk-blksnap.conf || rm $(DESTDIR)/etc/ublk-blksnap.conf
+	[ -n "$(DESTDIR)" ] || sh dist/package/postrm remove
+
+# Two packages each: the program, and the link that gives it blksnap's name.
+deb rpm: export STAGE = .cache/package/$(ARCH)
+deb rpm: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
+deb rpm: export VERSION := $(VERSION)
+deb rpm: setup-go $(NFPM)
+	@rm -rf $(STAGE) && mkdir -p $(STAGE) $(PACKAGES)
+	@GOARCH=$(ARCH) CGO_ENABLED=0 go build -trimpath -o $(STAGE)/program \
+		-ldflags '-s -w -X $(MODULE)/control.Version=$(VERSION) -X $(MODULE)/control.commit=$(COMMIT)' ./cmd/ublk-blksnap
+	@$(MAKE) --no-print-directory install DESTDIR=$(STAGE) PREFIX=/usr BINARY=$(STAGE)/program \
+		$(if $(filter deb,$@),ZSH=zsh/vendor-completions) >/dev/null
+	@gzip -9n $(STAGE)/usr/share/man/*/*
+	@rm $(STAGE)/usr/sbin/blksnap && mv $(STAGE)/usr/share/man/man8/blksnap.8.gz $(STAGE)/
+	@for config in nfpm compat; do ARCH=$(ARCH) $(NFPM) package -f dist/package/$$config.yaml -p $@ -t $(PACKAGES)/; done
+
+# What Debian's and Fedora's own checks say of the packages, and that what is installed can be taken away again.
+package: PACKAGES = .cache/package/checked
+package: build
+	tests/setup.sh package
+	rm -rf $(PACKAGES) .cache/test/tree
+	$(MAKE) deb rpm ARCH=arm64 PACKAGES=$(PACKAGES)
+	$(MAKE) deb rpm ARCH=amd64 PACKAGES=$(PACKAGES)
+	lintian --fail-on error $(PACKAGES)/*.deb
+	rpmlint -c dist/package/rpmlint.toml $(PACKAGES)/*.rpm
+	$(MAKE) -o build install uninstall DESTDIR=$(CURDIR)/.cache/test/tree
+	@left=$$(find .cache/test/tree -not -type d); [ -z "$$left" ] || { echo "left by make uninstall: $$left"; exit 1; }
+
+# What the machines install, and the version that they upgrade to.
+test-packages: PACKAGES = .cache/test/$(FORMAT)
+test-packages:
+	rm -rf $(PACKAGES)
+	$(MAKE) $(FORMAT) PACKAGES=$(PACKAGES)/now
+	$(MAKE) $(FORMAT) PACKAGES=$(PACKAGES)/next VERSION=99.0.0
+
+$(NFPM): | setup-go
+	GOTOOLCHAIN=auto GOFLAGS= GOBIN=$(CURDIR)/.cache/bin go install github.com/goreleaser/nfpm/v2/cmd/nfpm@$(NFPM_VERSION)
+	mv .cache/bin/nfpm $@
 
 clean:
 	rm -rf bin .cache

@@ -289,7 +289,7 @@ func BootWarnings(ctx context.Context, c Config) (out []string) {
 		out = append(out, fmt.Sprintf("%s lies on %s, which is mounted after the filters are made: change tracking would begin anew at every boot: choose a state_dir on the root filesystem", c.StateDir, point))
 	}
 	if runs, rules := udev(host(0)); !runs || !rules {
-		out = append(out, "udev does not run with our rules, so that the disk itself may be mounted: make install")
+		out = append(out, "udev does not run with our rules, so that the disk itself may be mounted: install the package, or make install")
 	}
 	if _, err := os.Stat(systemdRuns); err != nil {
 		out = append(out, "systemd does not run: nothing starts the daemon at the boot, unless a script does")

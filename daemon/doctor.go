@@ -68,7 +68,7 @@ func Examine(c Config) []Check {
 	case runs && rules:
 		add("udev", OK, "runs, with our rules", "")
 	case runs:
-		add("udev", Note, "runs without our rules: fstab cannot name a filter, and nothing keeps other programs away from images", "make install")
+		add("udev", Note, "runs without our rules: fstab cannot name a filter, and nothing keeps other programs away from images", "install the package, or make install")
 	default:
 		add("udev", Note, "does not run: no by-uuid links, and nothing keeps other programs away from images", "")
 	}

@@ -1,8 +1,10 @@
 #!/bin/bash
-# setup.sh go|test… installs what the Makefile's targets need on Debian 12 or later, and is quick if all is there.
+# setup.sh go|test|package… installs what the Makefile's targets need on Debian 12 or later, and is quick if all is there.
+# On another system it says what is missing.
 #
 #   go    a Go that can build the module (packaged; if the system's suites have only older ones, from backports)
 #   test  compiler, QEMU, and the tools that tests, demo and benchmarks call
+#   package  what looks at packages
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,6 +36,12 @@ test_needs="
 	jq                            jq
 	mmdebstrap                    mmdebstrap
 	pgrep                         procps
+	man                           man-db
+"
+package_needs="
+	lintian                       lintian
+	rpmlint                       rpmlint
+	rpm                           rpm
 "
 go_needs="
 	/etc/ssl/certs/ca-certificates.crt ca-certificates
@@ -41,14 +49,27 @@ go_needs="
 
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
+# missing prints a line for each thing of the list $1 that is not there: the package first, then what is missing.
 missing() {
 	while read -r what package; do
 		case $what in
 		"") ;;
-		/*) [ -e "$what" ] || echo "$package" ;;
-		*) command -v "$what" >/dev/null || echo "$package" ;;
+		/*) [ -e "$what" ] || echo "$package $what" ;;
+		*) command -v "$what" >/dev/null || echo "$package $what" ;;
 		esac
 	done <<<"$1"
+}
+
+# not_debian ends setup where there is no apt, with all that a person has to install; $1 are lines of missing.
+not_debian() {
+	{
+		echo "setup: this is not Debian or one of its kind (no apt-get), so nothing is installed. What is missing here,"
+		echo "setup: and in which package Debian has it:"
+		while read -r package what; do printf 'setup:   %-34s %s\n' "$what" "$package"; done <<<"$1"
+		echo "setup: Install these with this system's own tools, then try again. The machine for tests boots a kernel of"
+		echo "setup: Debian's on this file tree, so make test, integration, boot and systemd need apt in any case."
+	} >&2
+	exit 1
 }
 
 # quietly runs a command and shows what it said only if it fails.
@@ -109,11 +130,16 @@ install_go() {
 
 for group; do
 	needs=${group}_needs
-	packages=$(missing "${!needs}" | sort -u)
+	lines=$(missing "${!needs}")
+	[ -z "$lines" ] || command -v apt-get >/dev/null || not_debian "$lines"
+	packages=$(cut -d ' ' -f 1 <<<"$lines" | sort -u)
 	# shellcheck disable=SC2086 # one word a package
 	[ -z "$packages" ] || install_packages $packages
 	if [ "$group" = go ]; then
-		go_fits go || go_fits .cache/bin/go || install_go
+		go_fits go || go_fits .cache/bin/go || {
+			command -v apt-get >/dev/null || not_debian "golang go,_1.21_or_newer,_which_fetches_what_go.mod_asks_for"
+			install_go
+		}
 		go_fits go || go_fits .cache/bin/go || {
 			echo "setup: no Go new enough for this module could be installed; see https://go.dev/dl" >&2
 			exit 1

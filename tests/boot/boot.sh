@@ -1,9 +1,9 @@
 #!/bin/bash
 # boot.sh PART runs in a Debian of its own, after its boot. The parts are three boots of it:
 #
-#	install   as "make install" leaves it; disks get filters with "add --boot", fstab names the filters
+#	install   the package; disks get filters with "add --boot", fstab names the filters; an upgrade under them
 #	filtered  everything is mounted from filters, with its history; a disk is missing, another comes late
-#	broken    the daemon does not start: nothing is mounted, until an administrator takes a disk out
+#	broken    the daemon does not start: nothing is mounted, until an administrator takes a disk out; then the package goes
 set -e -o pipefail
 part=$1
 PATH=/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -56,6 +56,20 @@ take() {
 # write NAME changes the filesystem with a UUID.
 write() { dd if=/dev/urandom of="/mnt/uuid/$1" bs=64K count=20 conv=fsync status=none; }
 
+processes() { grep -lxs ublk-blksnap /proc/[0-9]*/comm; }
+daemon() { systemctl show -p MainPID --value ublk-blksnap; }
+
+# busy writes to a filesystem, and reads that again past the cache, until it is told that it is enough.
+busy() {
+	local n=0
+	until [ -e /run/enough ]; do
+		n=$((n + 1))
+		head -c 300000 /dev/urandom >/run/busy
+		dd if=/run/busy of=/mnt/label/busy-$((n % 4)) bs=64K conv=fsync status=none || return 1
+		dd if=/mnt/label/busy-$((n % 4)) bs=64K iflag=direct status=none | cmp - /run/busy || return 1
+	done
+}
+
 # At the end of the machine, when nothing is mounted any more.
 at_poweroff() {
 	cat >/run/vm/last <<-END
@@ -69,17 +83,17 @@ at_poweroff() {
 			grep -qE "Filesystem state: *clean$" /run/vm/super
 			e2fsck -f -n $id\$disk >/dev/null 2>&1
 		done
-		ls /var/lib/ublk-blksnap | grep -q .
+		[ ! -e /usr/sbin/ublk-blksnap ] || ls /var/lib/ublk-blksnap | grep -q .
 		echo "the disks are whole"
 	END
 }
 
 case $part in
 install)
-	cp -r --no-preserve=ownership .cache/test/boot/. /
-	systemctl daemon-reload
+	dpkg -i .cache/test/deb/now/*.deb
+	[ "$(systemctl is-enabled ublk-blksnap)" = disabled ] || fail "the package enables the unit"
+	! processes || fail "the package starts the daemon"
 	systemctl enable -q ublk-blksnap
-	udevadm control --reload
 	mkfs.ext4 -q -U $uuid ${id}uuid
 	mkfs.ext4 -q -L "a label" ${id}label
 	mkfs.ext4 -q ${id}name
@@ -116,12 +130,32 @@ install)
 	systemctl daemon-reload
 	systemctl start mnt-{uuid,label,name,late}.mount
 	filtered uuid label name late
+	# The shell completes names, which it has from the daemon.
+	said=$(
+		. /usr/share/bash-completion/completions/ublk-blksnap
+		COMP_WORDS=(ublk-blksnap status la) COMP_CWORD=2 COMP_LINE="ublk-blksnap status la" COMP_POINT=22 COMP_TYPE=9
+		__start_ublk-blksnap ublk-blksnap 2>/dev/null
+		echo "${COMPREPLY[*]}"
+	)
+	[ "$said" = label ] || fail "completed: $said"
 	write first
 	take
 	dd if="$image" of=$backup bs=1M conv=sparse status=none
 	echo "$token" >/root/token
 	ublk-blksnap snapshot destroy "$image"
 	write second
+
+	# The next version takes over under the mounted filters. Whoever writes only waits.
+	pid=$(daemon)
+	busy &
+	said=$(dpkg -i .cache/test/deb/next/*.deb 2>&1) || fail "the upgrade: $said"
+	[[ $said == *"99.0.0 has taken over from "*": I/O waited for "* ]] || fail "the upgrade says: $said"
+	touch /run/enough
+	wait $! || fail "a write failed in the upgrade"
+	[ "$(daemon)" = "$pid" ] || fail "another process serves"
+	[[ $(blksnap version) == 99.0.0.0 && $(ublk-blksnap --version) == "ublk-blksnap 99.0.0 ("*")" ]] || fail "$(ublk-blksnap --version)"
+	[ "$(systemctl is-enabled ublk-blksnap)" = enabled ] || fail "the upgrade disables the unit"
+	filtered uuid label name late
 
 	# The late disk is not there from the next boot on, until somebody plugs it in.
 	cat >/etc/vm-early <<-'END'
@@ -182,7 +216,7 @@ filtered)
 	filtered name
 
 	# The next boot has no daemon. Nothing but the waiting shall end it.
-	chmod -x /usr/local/sbin/ublk-blksnap
+	chmod -x /usr/sbin/ublk-blksnap
 	sed -i 's/ext4 [^ ]* /ext4 nofail,x-systemd.device-timeout=5s /' /etc/fstab
 	rm /etc/vm-early
 	at_poweroff uuid label name late
@@ -206,7 +240,7 @@ broken)
 	udevadm trigger --settle ${id}label
 	! is_link '/dev/disk/by-label/a\x20label' || fail "the link stays"
 	# The way out, without a daemon.
-	cp /usr/local/sbin/ublk-blksnap /root/program
+	cp /usr/sbin/ublk-blksnap /root/program
 	chmod +x /root/program
 	/root/program remove uuid --boot
 	udevadm settle
@@ -217,11 +251,26 @@ broken)
 	! grep -q virtio-uuid $rules || fail "$(cat $rules)"
 	cmp $config /root/config
 	# The others have their filters once there is a daemon again.
-	chmod +x /usr/local/sbin/ublk-blksnap
+	chmod +x /usr/sbin/ublk-blksnap
 	systemctl start ublk-blksnap
 	systemctl start mnt-{label,name,late}.mount
 	filtered label name late
 	[ "$(source_of uuid)" = "$(readlink -f ${id}uuid)" ]
+
+	# The package goes when no filter is in use, and leaves nothing. The disks are used as any others then.
+	said=$(dpkg -P ublk-blksnap-compat ublk-blksnap 2>&1) && fail "removed under its users: $said"
+	[[ $said == *"mounted on /mnt/"*"not removed, because filters are in use"* ]] || fail "dpkg says: $said"
+	filtered label name late
+	systemctl stop mnt-{label,name,late}.mount
+	said=$(dpkg -P ublk-blksnap 2>&1) || fail "dpkg says: $said"
+	[[ $said == *"/etc/fstab names filters"* ]] || fail "dpkg says: $said"
+	! processes || fail "a daemon runs"
+	left=$(find /etc /usr /var /run /dev -xdev -name '*blksnap*' -not -path '/run/host/*' -not -path '/var/log/*')
+	[ -z "$left" ] || fail "left by the package: $left"
+	systemctl daemon-reload
+	systemctl start mnt-{label,late}.mount
+	for name in label late; do [ "$(source_of $name)" = "$(readlink -f $id$name)" ] || fail "/mnt/$name is mounted from $(source_of $name)"; done
+	[ -s /mnt/label/busy-1 ] || fail "what was written in the upgrade is not there"
 	at_poweroff uuid label name late
 	;;
 *) fail "no such part" ;;

@@ -1,5 +1,6 @@
-// Package systemd tests the unit and the udev rules, as "make install" puts them,
-// under a real systemd: make systemd.
+// Package systemd tests the unit and the udev rules, as the package puts them, under
+// a real systemd: make systemd. It is the rpm, whose scripts run here too, though the
+// system is Debian. make boot installs the deb.
 package systemd
 
 import (
@@ -102,6 +103,18 @@ func said(t *testing.T, all []entry, priority, text string) {
 	t.Errorf("the journal does not say %q: %v", text, all)
 }
 
+// packages are those of a version.
+func packages(version string) []string {
+	found, _ := filepath.Glob("../../.cache/test/rpm/" + version + "/*.rpm")
+	return found
+}
+
+// rpm installs, upgrades or removes packages. What they depend on is here as Debian's.
+func rpm(t *testing.T, verb string, packages ...string) string {
+	t.Helper()
+	return run(t, "rpm", append([]string{verb, "--nodeps", "--force-debian"}, packages...)...)
+}
+
 // TestUnit is the life of a filter that fstab names, from the start of the unit to
 // the end of the machine. What that makes of the disk is looked at by the script
 // that it leaves.
@@ -115,8 +128,7 @@ func TestUnit(t *testing.T) {
 			t.Logf("the journal:\n%s", out)
 		}
 	})
-	run(t, "make", "-C", "../..", "-o", "build", "install")
-	run(t, "udevadm", "control", "--reload")
+	rpm(t, "-i", packages("now")...)
 	run(t, "mkfs.ext4", "-q", disk)
 	write(t, "/etc/systemd/system/"+unit+".d/override.conf", "[Service]\nWatchdogSec=10\nTimeoutStopSec=5\n")
 	write(t, "/etc/ublk-blksnap.d/data.conf", "[[device]]\nname = \"data\"\npath = \"/dev/disk/by-id/virtio-data\"\n")
@@ -204,6 +216,14 @@ func TestUnit(t *testing.T) {
 		}
 		stays()
 	}
+	if out, status := try(t, "rpm", "-e", "--nodeps", "--force-debian", "ublk-blksnap"); status == 0 || !strings.Contains(out, "not removed, because filters are in use") {
+		t.Errorf("rpm -e under a mounted filter: status %d, %s", status, out)
+	}
+	stays()
+	if out := rpm(t, "-U", packages("next")...); !strings.Contains(out, "99.0.0 has taken over from ") {
+		t.Errorf("the upgrade says %q", out)
+	}
+	stays()
 	run(t, "systemctl", "reload", unit)
 	stays()
 	if text := run(t, "ublk-blksnap", "daemon", "reload"); !strings.Contains(text, "has taken over") {
@@ -238,6 +258,15 @@ func TestUnit(t *testing.T) {
 	if _, err := os.Lstat(link); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the link is left: %v", err)
 	}
+
+	// The package goes, and comes again. A configuration stays.
+	rpm(t, "-e", "ublk-blksnap", "ublk-blksnap-compat")
+	for _, file := range []string{"/usr/sbin/ublk-blksnap", "/usr/sbin/blksnap", "/usr/lib/systemd/system/" + unit, "/etc/udev/rules.d/63-ublk-blksnap-disks.rules", "/run/ublk-blksnap"} {
+		if _, err := os.Lstat(file); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("left by the package: %s: %v", file, err)
+		}
+	}
+	rpm(t, "-i", packages("next")...)
 	run(t, "systemctl", "start", "srv.mount")
 	run(t, "systemctl", "is-active", unit)
 
@@ -254,7 +283,7 @@ func TestUnit(t *testing.T) {
 		}
 	}
 	// What keeps a daemon from starting is grave as well.
-	write(t, "/run/systemd/system/second.service", "[Service]\nType=oneshot\nExecStart=/usr/local/sbin/ublk-blksnap daemon\n")
+	write(t, "/run/systemd/system/second.service", "[Service]\nType=oneshot\nExecStart=/usr/sbin/ublk-blksnap daemon\n")
 	run(t, "systemctl", "daemon-reload")
 	if out, status := try(t, "systemctl", "start", "second"); status == 0 {
 		t.Errorf("a second daemon: %s", out)
