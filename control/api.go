@@ -61,10 +61,10 @@ type API interface {
 	// TakeSnapshot cuts all devices of the snapshot at one instant and makes
 	// their images: all or nothing.
 	TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, error)
-	// DestroySnapshot removes images and differences, also under users, whose
-	// I/O then fails. With [Timeout] because the storage does not answer, the
+	// DestroySnapshot removes images and differences. [Busy] if an image is mounted or
+	// open, unless forced. With [Timeout] because the storage does not answer, the
 	// rest goes by itself when it does.
-	DestroySnapshot(ctx context.Context, id string) error
+	DestroySnapshot(ctx context.Context, r DestroyRequest) error
 	// SetSnapshot changes when a snapshot ends.
 	SetSnapshot(ctx context.Context, r SetRequest) (Snapshot, error)
 	Snapshots(ctx context.Context) ([]Snapshot, error)
@@ -355,6 +355,13 @@ type TakeRequest struct {
 	// NoFreeze leaves mounted filesystems unfrozen: the image is as after a
 	// power failure.
 	NoFreeze bool `json:"no_freeze,omitempty"`
+}
+
+// DestroyRequest asks to destroy a snapshot.
+type DestroyRequest struct {
+	ID string `json:"id"`
+	// Force destroys it under the users of its images, whose I/O fails.
+	Force bool `json:"force,omitempty"`
 }
 
 // Snapshot is a snapshot of one or more devices.

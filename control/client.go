@@ -233,8 +233,8 @@ func (c *Client) TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, err
 }
 
 // DestroySnapshot implements API.
-func (c *Client) DestroySnapshot(ctx context.Context, id string) error {
-	_, err := call[none](ctx, c, "snapshot/destroy", SnapshotRef{id})
+func (c *Client) DestroySnapshot(ctx context.Context, r DestroyRequest) error {
+	_, err := call[none](ctx, c, "snapshot/destroy", r)
 	return err
 }
 

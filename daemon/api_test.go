@@ -97,7 +97,10 @@ func (f *fakeAPI) SetSnapshot(_ context.Context, r control.SetRequest) (control.
 	f.asked = r
 	return control.Snapshot{ID: "u"}, f.err
 }
-func (f *fakeAPI) DestroySnapshot(_ context.Context, id string) error { f.asked = id; return f.err }
+func (f *fakeAPI) DestroySnapshot(_ context.Context, r control.DestroyRequest) error {
+	f.asked = r
+	return f.err
+}
 func (f *fakeAPI) Snapshots(context.Context) ([]control.Snapshot, error) {
 	return []control.Snapshot{{ID: "u"}}, f.err
 }
@@ -218,6 +221,7 @@ func calls(ctx context.Context, a control.API) map[string]struct {
 	addTo := control.SnapshotDeviceRequest{ID: "u", Device: "n", Attach: true}
 	storage := control.StorageRequest{ID: "u", Storage: control.Storage{Path: "/s", Limit: 6}}
 	take := control.TakeRequest{ID: "u", NoFreeze: true}
+	destroy := control.DestroyRequest{ID: "u", Force: true}
 	set := control.SetRequest{ID: "u", TTL: time.Hour}
 	wait := control.WaitRequest{ID: "u", Timeout: 3 * time.Second}
 	watch := control.WatchRequest{ID: "u", Since: 9}
@@ -244,7 +248,7 @@ func calls(ctx context.Context, a control.API) map[string]struct {
 		"append":   {storage, func() (any, error) { return a.AppendStorage(ctx, storage) }},
 		"take":     {take, func() (any, error) { return a.TakeSnapshot(ctx, take) }},
 		"set":      {set, func() (any, error) { return a.SetSnapshot(ctx, set) }},
-		"destroy":  {"u", func() (any, error) { return nil, a.DestroySnapshot(ctx, "u") }},
+		"destroy":  {destroy, func() (any, error) { return nil, a.DestroySnapshot(ctx, destroy) }},
 		"list s":   {nil, func() (any, error) { return a.Snapshots(ctx) }},
 		"snapshot": {"u", func() (any, error) { return a.Snapshot(ctx, "u") }},
 		"wait":     {wait, func() (any, error) { return a.WaitEvent(ctx, wait) }},

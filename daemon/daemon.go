@@ -237,7 +237,11 @@ func (d *Daemon) Stop(ctx context.Context) (err error) {
 		return w.waitingError(w.record.Name)
 	}
 	all := d.sortedDevices()
-	d.awaitClosed(ctx, all)
+	var nums []disk.Num
+	for _, dev := range all {
+		nums = append(nums, dev.ublk.Num)
+	}
+	d.awaitClosed(ctx, nums)
 	for _, dev := range all {
 		if err := d.checkIdle(dev); err != nil {
 			return fail(err, "%s", dev.Name)

@@ -123,10 +123,10 @@ func (d *Daemon) checkIdle(dev *device) error {
 }
 
 // awaitClosed waits until nobody has the devices open, for settleLimit at most.
-func (d *Daemon) awaitClosed(ctx context.Context, devices []*device) {
-	d.step("wait until nobody has a filter open")
+func (d *Daemon) awaitClosed(ctx context.Context, devices []disk.Num) {
+	d.step("wait until nobody has a device open")
 	until := time.Now().Add(settleLimit)
-	open := func(dev *device) bool { return d.openedBy(dev.ublk.Num) != "" }
+	open := func(n disk.Num) bool { return d.openedBy(n) != "" }
 	for slices.ContainsFunc(devices, open) && time.Now().Before(until) && ctx.Err() == nil {
 		time.Sleep(50 * time.Millisecond)
 	}

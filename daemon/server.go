@@ -124,9 +124,7 @@ func newHandler(api control.API, log *slog.Logger, p timeouts) http.Handler {
 	handle(s, turns, "snapshot/add", api.AddToSnapshot)
 	handle(s, turns, "snapshot/append", api.AppendStorage)
 	handle(s, turns, "snapshot/take", api.TakeSnapshot)
-	handle(s, turns, "snapshot/destroy", func(ctx context.Context, r control.SnapshotRef) (none, error) {
-		return none{}, api.DestroySnapshot(ctx, r.ID)
-	})
+	handle(s, turns, "snapshot/destroy", answerless(api.DestroySnapshot))
 	handle(s, turns, "snapshot/set", api.SetSnapshot)
 	handle(s, quick, "snapshot/list", func(ctx context.Context, _ none) ([]control.Snapshot, error) { return api.Snapshots(ctx) })
 	handle(s, quick, "snapshot/info", func(ctx context.Context, r control.SnapshotRef) (control.Snapshot, error) {

@@ -14,8 +14,8 @@ import (
 )
 
 // DestroySnapshot implements control.API.
-func (d *Daemon) DestroySnapshot(ctx context.Context, id string) error {
-	s, err := d.beginDestroy(ctx, id)
+func (d *Daemon) DestroySnapshot(ctx context.Context, r control.DestroyRequest) error {
+	s, err := d.beginDestroy(ctx, r)
 	if err != nil {
 		return err
 	}
@@ -26,15 +26,20 @@ func (d *Daemon) DestroySnapshot(ctx context.Context, id string) error {
 	return nil
 }
 
-func (d *Daemon) beginDestroy(ctx context.Context, id string) (*snapshot, error) {
-	end, err := d.begin(ctx, "destroy snapshot %s", id)
+func (d *Daemon) beginDestroy(ctx context.Context, r control.DestroyRequest) (*snapshot, error) {
+	end, err := d.begin(ctx, "destroy snapshot %s", r.ID)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	s, err := d.findSnapshot(id)
+	s, err := d.findSnapshot(r.ID)
 	if err != nil {
 		return nil, err
+	}
+	if !r.Force && !s.destroying {
+		if err := d.checkUnused(ctx, s); err != nil {
+			return nil, fail(err, "destroy snapshot %s", s.id)
+		}
 	}
 	if err := d.startDestroy(s); err != nil {
 		return nil, snapshotError(err, "destroy snapshot %s", s.id)

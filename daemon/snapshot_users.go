@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,25 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
+
+// checkUnused refuses a snapshot of which an image is in use. A passer-by, as udev is when it
+// looks at a new device, is waited for.
+func (d *Daemon) checkUnused(ctx context.Context, s *snapshot) error {
+	var nums []disk.Num
+	for _, im := range s.images {
+		if im.ublk != nil {
+			nums = append(nums, im.ublk.Num)
+		}
+	}
+	d.awaitClosed(ctx, nums)
+	err := d.imageUser(ctx, s)
+	if err == nil {
+		return nil
+	}
+	e := *errorOf(err)
+	e.Fix += ", or let its I/O fail: ublk-blksnap snapshot destroy --force " + cmp.Or(s.note.Name, s.id)
+	return &e
+}
 
 // imageUser says who uses an image of the snapshot; nil if nobody does. It needs opLock.
 // Who begins to use one from then on is not noticed.

@@ -116,7 +116,7 @@ func (p *program) blksnapSnapshotTake() *cobra.Command {
 
 func (p *program) blksnapSnapshotDestroy() *cobra.Command {
 	return p.blksnapWithID("snapshot_destroy", "Destroy a snapshot (blksnap)", func(ctx context.Context, api control.API, id string) error {
-		return api.DestroySnapshot(ctx, id)
+		return api.DestroySnapshot(ctx, control.DestroyRequest{ID: id, Force: true}) // as blksnap does
 	})
 }
 

@@ -32,7 +32,7 @@ func TestBlksnapCommands(t *testing.T) {
 		{"snapshot_add -i " + id1 + " -d vdb", []any{control.SnapshotDeviceRequest{ID: id1, Device: "vdb", Attach: true}}, ""},
 		{"snapshot_appendstorage -i " + id1 + " -f /s", []any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s", OverwriteFile: true}}}, ""},
 		{"snapshot_take --id=" + id1, []any{control.TakeRequest{ID: id1}}, ""},
-		{"snapshot_destroy -i " + id1, []any{id1}, ""},
+		{"snapshot_destroy -i " + id1, []any{control.DestroyRequest{ID: id1, Force: true}}, ""},
 		{"snapshot_info -d vdb", []any{"vdb", "snapshots"}, "error_code=-28\nimage=/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
 		{"snapshot_info -d vdb -f image", []any{"vdb", "snapshots"}, "/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
 		{"snapshot_info -d vdb --field error_code", []any{"vdb", "snapshots"}, "-28\n"},

@@ -97,7 +97,9 @@ func (f *fakeDaemon) TakeSnapshot(_ context.Context, r control.TakeRequest) (con
 func (f *fakeDaemon) SetSnapshot(_ context.Context, r control.SetRequest) (control.Snapshot, error) {
 	return f.snapshots[0], f.ask(r)
 }
-func (f *fakeDaemon) DestroySnapshot(_ context.Context, id string) error { return f.ask(id) }
+func (f *fakeDaemon) DestroySnapshot(_ context.Context, r control.DestroyRequest) error {
+	return f.ask(r)
+}
 func (f *fakeDaemon) Snapshots(context.Context) ([]control.Snapshot, error) {
 	return f.snapshots, f.ask("snapshots")
 }

@@ -13,20 +13,27 @@ import (
 )
 
 func (p *program) snapshotDestroy() *cobra.Command {
-	return &cobra.Command{
+	var force bool
+	c := &cobra.Command{
 		Use:   "destroy SNAPSHOT...",
 		Short: "Destroy snapshots",
-		Long: `Destroy snapshots: their images and the old data kept for them. Who still uses an
-image gets I/O errors. One that cannot be destroyed keeps none of the others.
-With --json the UUIDs of the destroyed ones are printed.`,
-		Example: "  ublk-blksnap snapshot destroy nightly",
+		Long: `Destroy snapshots: their images and the old data kept for them. One whose image is
+mounted or open is not destroyed, and the user is named (status 5). One that cannot
+be destroyed keeps none of the others. With --json the UUIDs of the destroyed ones
+are printed.
+
+With --force they are destroyed under their users. From then on each read of an image
+and each write to it fails: a backup that reads one breaks off, and a filesystem that
+is mounted from one gives errors until it is unmounted. What was written to an image
+is lost in any case. The disks themselves, and their filters, do not notice.`,
+		Example: "  ublk-blksnap snapshot destroy nightly\n  ublk-blksnap snapshot destroy --force latest 6b1f",
 		Args:    args(1, -1),
 		RunE: func(c *cobra.Command, args []string) error {
 			return p.with(c, func(ctx context.Context, api control.API) error {
 				ids, errs := resolve(ctx, api, args)
 				destroyed := []string{}
 				for _, id := range ids {
-					err := api.DestroySnapshot(ctx, id)
+					err := api.DestroySnapshot(ctx, control.DestroyRequest{ID: id, Force: force})
 					if err == nil {
 						destroyed = append(destroyed, id)
 					}
@@ -36,6 +43,8 @@ With --json the UUIDs of the destroyed ones are printed.`,
 			})
 		},
 	}
+	c.Flags().BoolVar(&force, "force", false, "destroy them under the users of their images, whose I/O fails")
+	return c
 }
 
 // resolve finds the UUIDs of all snapshots before one of them changes: else "latest" would be

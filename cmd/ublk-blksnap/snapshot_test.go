@@ -38,9 +38,10 @@ func TestSnapshotCommands(t *testing.T) {
 			[]any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s", Limit: 1 << 20}}}, ""},
 		{"ublk-blksnap snapshot take " + id1, []any{control.TakeRequest{ID: id1}}, "/dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
 		{"ublk-blksnap snapshot take images/../nightly/vdb", []any{control.TakeRequest{ID: here + "/nightly/vdb"}}, "/dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
-		{"ublk-blksnap snapshot destroy " + id1 + " " + id2, []any{id1, id2}, ""},
+		{"ublk-blksnap snapshot destroy " + id1 + " " + id2, []any{control.DestroyRequest{ID: id1}, control.DestroyRequest{ID: id2}}, ""},
+		{"ublk-blksnap snapshot destroy --force " + id1, []any{control.DestroyRequest{ID: id1, Force: true}}, ""},
 		// Each is found before the first one goes.
-		{"ublk-blksnap snapshot destroy nightly latest " + id2, []any{"nightly", "latest", id1, id2}, ""},
+		{"ublk-blksnap snapshot destroy nightly latest " + id2, []any{"nightly", "latest", control.DestroyRequest{ID: id1}, control.DestroyRequest{ID: id2}}, ""},
 		{"ublk-blksnap snapshot list", []any{"snapshots"}, "" +
 			"UUID                                  NAME     STATE      CREATED              EXPIRES              CHUNK  COPIED  DEVICES  IMAGES\n" +
 			id1 + "  nightly  taken      2025-01-02 03:04:05  2025-01-02 15:04:05  64K    1M      vdb      /dev/ublk-blksnap/images/vdb-" + id1 + "\n" +

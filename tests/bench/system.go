@@ -154,7 +154,9 @@ func startSnapshotOf(ctx context.Context, e *env, chunk int64, encrypt bool) (*i
 	if err != nil {
 		return nil, errors.Join(err, f.stop(ctx))
 	}
-	stop := func(ctx context.Context) error { return errors.Join(c.DestroySnapshot(ctx, s.ID), f.stop(ctx)) }
+	stop := func(ctx context.Context) error {
+		return errors.Join(c.DestroySnapshot(ctx, control.DestroyRequest{ID: s.ID}), f.stop(ctx))
+	}
 	taken, err := c.TakeSnapshot(ctx, control.TakeRequest{ID: s.ID})
 	if err == nil && (len(taken.Images) != 1 || taken.ChunkSize != chunk) {
 		err = fmt.Errorf("snapshot %s: %d images, chunks of %d", s.ID, len(taken.Images), taken.ChunkSize)

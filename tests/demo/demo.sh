@@ -31,7 +31,7 @@ cleanup() {
 	fi
 	for m in "$work"/image "$work"/mnt "$work"/disk; do mountpoint -q "$m" && umount "$m"; done
 	if [ -S "$run/control.sock" ]; then
-		for id in $(ours snapshot_collect 2>/dev/null); do ours snapshot destroy "$id"; done
+		for id in $(ours snapshot_collect 2>/dev/null); do ours snapshot destroy --force "$id"; done
 		ours list 2>/dev/null | grep -q "^$name " && ours remove --force $name
 		pid=$(cat "$run/daemon.lock")
 		kill "$pid"

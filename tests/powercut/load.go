@@ -63,7 +63,7 @@ func (m *machine) load(ctx context.Context) {
 func (m *machine) noteNow(ctx context.Context) {
 	s := m.take()
 	m.noteTake(s)
-	try(m.DestroySnapshot(ctx, s.ID))
+	try(m.DestroySnapshot(ctx, control.DestroyRequest{ID: s.ID}))
 }
 
 // writeDirect writes to a place in one half of the files.
@@ -126,7 +126,7 @@ func (m *machine) takes(ctx context.Context, rnd *rand.Rand) {
 			m.increment(s)
 		}
 		if len(held) > 2 || rnd.Intn(2) == 0 {
-			try(m.DestroySnapshot(ctx, held[0].ID))
+			try(m.DestroySnapshot(ctx, control.DestroyRequest{ID: held[0].ID}))
 			held = held[1:]
 		}
 		time.Sleep(time.Duration(rnd.Intn(2000)) * time.Millisecond)

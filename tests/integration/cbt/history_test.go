@@ -98,7 +98,7 @@ func TestHistoryGoesOn(t *testing.T) {
 		if err != nil || !slices.Equal(got, want) {
 			t.Errorf("%s: changed blocks %v, want %v: %v", what, got, want, err)
 		}
-		if err := d.DestroySnapshot(guest.Context(t), s.ID); err != nil {
+		if err := d.DestroySnapshot(guest.Context(t), control.DestroyRequest{ID: s.ID}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -147,7 +147,7 @@ func destroyAll(t *testing.T, d *program.Daemon) {
 		t.Fatal(err)
 	}
 	for _, s := range all {
-		if err := d.DestroySnapshot(guest.Context(t), s.ID); err != nil {
+		if err := d.DestroySnapshot(guest.Context(t), control.DestroyRequest{ID: s.ID}); err != nil {
 			t.Fatal(err)
 		}
 	}

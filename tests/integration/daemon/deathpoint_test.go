@@ -353,7 +353,9 @@ func TestDeathInSnapshot(t *testing.T) {
 			made := v.Create(request(false))
 			v.Taken(made.ID)
 			v.write(uint64(n) + 1)
-			died := v.try(call(func(ctx context.Context) error { return v.DestroySnapshot(ctx, made.ID) }))
+			died := v.try(call(func(ctx context.Context) error {
+				return v.DestroySnapshot(ctx, control.DestroyRequest{ID: made.ID, Force: true})
+			}))
 			if s := held(t); s != nil {
 				v.shows(s.Images[0].Link, uint64(n))
 			}
@@ -373,7 +375,7 @@ func TestDeathInSnapshot(t *testing.T) {
 			died := v.try(call(func(ctx context.Context) error {
 				s, err := v.CreateSnapshot(ctx, noted)
 				if err == nil {
-					err = v.DestroySnapshot(ctx, s.ID)
+					err = v.DestroySnapshot(ctx, control.DestroyRequest{ID: s.ID, Force: true})
 				}
 				return err
 			}))

@@ -62,7 +62,7 @@ func TestErrors(t *testing.T) {
 			_, err := d.TakeSnapshot(guest.Context(t), control.TakeRequest{ID: nobody})
 			return err
 		}, control.NotFound, unix.ESRCH, []string{"snapshot_take", "-i", nobody}, "no such snapshot"},
-		{"destruction of an unknown snapshot", func() error { return d.DestroySnapshot(guest.Context(t), nobody) },
+		{"destruction of an unknown snapshot", func() error { return d.DestroySnapshot(guest.Context(t), control.DestroyRequest{ID: nobody}) },
 			control.NotFound, unix.ESRCH, []string{"snapshot_destroy", "-i", nobody}, "no such snapshot"},
 		{"adding to an unknown snapshot", func() error {
 			_, err := d.AddToSnapshot(guest.Context(t), control.SnapshotDeviceRequest{ID: nobody, Device: a.Name})
@@ -138,7 +138,7 @@ func TestErrors(t *testing.T) {
 			_, err := d.CreateSnapshot(guest.Context(t), control.CreateRequest{Devices: []string{a.Name}, ChunkSize: 2 << 10})
 			return err
 		}, control.Invalid, unix.EINVAL, nil, ""},
-		{"what is no UUID", func() error { return d.DestroySnapshot(guest.Context(t), "x") },
+		{"what is no UUID", func() error { return d.DestroySnapshot(guest.Context(t), control.DestroyRequest{ID: "x y"}) },
 			control.Invalid, unix.EINVAL, []string{"snapshot_destroy", "-i", "x"}, "not a UUID"},
 		{"a limit that is no size", nil, "", 0, []string{"snapshot_create", "-d", disks[0], "-f", "/dev/shm", "-l", "10x"}, "10x"},
 		{"a wrong device", nil, "", 0, []string{"snapshot_create", "-d", "/dev/null", "-f", "/dev/shm"}, "not a block device"},

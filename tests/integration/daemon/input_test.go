@@ -303,6 +303,7 @@ func TestRemoveInUse(t *testing.T) {
 		loop := guest.LoopOver(t, dev.Path, 512)
 		d.In(t).Refused([]string{loop}, "remove", dev.Link)
 	})
+	t.Run("snapshot", func(t *testing.T) { destroyInUse(t, d.In(t), dev) })
 	f, err := os.Open(dev.Path)
 	if err != nil {
 		t.Fatal(err)
@@ -312,7 +313,7 @@ func TestRemoveInUse(t *testing.T) {
 	go func() { // a passer-by, such as udev, does not keep the daemon from its stop
 		for ; ; time.Sleep(5 * time.Millisecond) {
 			info, err := d.Info(guest.Context(t))
-			if err != nil || strings.Contains(info.Activity, "nobody has a filter open") {
+			if err != nil || strings.Contains(info.Activity, "nobody has a device open") {
 				f.Close()
 				return
 			}
@@ -320,6 +321,61 @@ func TestRemoveInUse(t *testing.T) {
 	}()
 	if err := d.Stop(guest.Context(t)); err != nil {
 		t.Error(err)
+	}
+}
+
+// destroyInUse: a snapshot whose image somebody uses stays, with the user named, unless it is
+// destroyed by force.
+func destroyInUse(t *testing.T, d *program.Daemon, dev control.Device) {
+	guest.Ext4.Make(t, dev.Link)
+	s := d.Take(0, dev)
+	refused := func(words ...string) {
+		t.Helper()
+		a := d.Call("ublk-blksnap", "snapshot", "destroy", s.ID)
+		for _, w := range append(words, "destroy snapshot "+s.ID+": ", "snapshot destroy --force "+s.ID) {
+			if a.Status != 5 || !strings.Contains(a.Err, w) {
+				t.Errorf("%+v, want status 5 and %q", a, w)
+			}
+		}
+		if now := d.Show(s.ID); now.State != control.SnapshotTaken || now.Images[0].Link != s.Images[0].Link {
+			t.Errorf("what was refused has changed it: %+v", now)
+		}
+	}
+	f, err := os.Open(s.Images[0].Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused("the image of "+dev.Name+": opened by", fmt.Sprintf("(process %d)", os.Getpid()), "end that process first")
+	f.Close()
+	at := guest.Mount(t, s.Images[0].Link)
+	refused("the image of "+dev.Name+": mounted on "+at, "unmount it first")
+	// A mount that nobody sees any more, as somebody has a file on it.
+	file, err := os.Create(filepath.Join(at, "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	guest.Run(t, "umount", "-l", at)
+	refused("is in use", "fuser -vm")
+	if a := d.Call("blksnap", "snapshot_destroy", "-i", s.ID); a.Status != 0 || a.Err != "" {
+		t.Errorf("blksnap's own verb: %+v", a)
+	}
+	if _, err := file.Write(make([]byte, 4096)); err == nil {
+		if err = file.Sync(); err == nil {
+			t.Error("an image that is gone can be written to")
+		}
+	}
+	s = d.Take(0, dev)
+	if f, err = os.Open(s.Images[0].Path); err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if a := d.Call("ublk-blksnap", "snapshot", "destroy", "--force", s.ID); a.Status != 0 || a.Err != "" {
+		t.Errorf("by force: %+v", a)
+	}
+	s = d.Take(0, dev)
+	if a := d.Call("ublk-blksnap", "snapshot", "destroy", s.ID); a.Status != 0 {
+		t.Errorf("one that nobody uses: %+v", a)
 	}
 }
 

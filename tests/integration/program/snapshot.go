@@ -45,7 +45,7 @@ func (d *Daemon) Create(r control.CreateRequest) control.Snapshot {
 		d.t.Fatal(err)
 	}
 	d.t.Cleanup(func() {
-		err := d.DestroySnapshot(guest.Context(d.t), s.ID)
+		err := d.DestroySnapshot(guest.Context(d.t), control.DestroyRequest{ID: s.ID, Force: true})
 		if err != nil && control.CodeOf(err) != control.NotFound && control.CodeOf(err) != control.Unavailable {
 			d.t.Errorf("clean up: %v", err)
 		}
@@ -71,10 +71,10 @@ func (d *Daemon) Taken(id string) control.Snapshot {
 	return s
 }
 
-// Destroy destroys a snapshot.
+// Destroy destroys a snapshot, whoever uses its images.
 func (d *Daemon) Destroy(id string) {
 	d.t.Helper()
-	if err := d.DestroySnapshot(guest.Context(d.t), id); err != nil {
+	if err := d.DestroySnapshot(guest.Context(d.t), control.DestroyRequest{ID: id, Force: true}); err != nil {
 		d.t.Fatal(err)
 	}
 }

@@ -141,7 +141,7 @@ func TestHungOriginal(t *testing.T) {
 		st, err := d.DeviceStatus(guest.Context(t), dev.Name)
 		return err == nil && st.InFlight > 0
 	})
-	err = d.DestroySnapshot(guest.Context(t), s.ID)
+	err = d.DestroySnapshot(guest.Context(t), control.DestroyRequest{ID: s.ID})
 	program.WantError(t, err, control.Timeout, "destroy snapshot "+s.ID+": "+disk+": does not answer")
 	// Who is killed while he waits for his snapshot leaves none.
 	create := exec.Command(program.Path(t), "--run-dir", string(d.RunDir), "snapshot", "create", dev.Name, "--storage", "/dev/shm", "--take")

@@ -375,12 +375,12 @@ func (s *survival) keepBusy(devs []control.Device, seed int64) (stop func()) {
 				err = s.MarkDirty(limited, control.MarkRequest{Device: s.dev.Name, Ranges: []control.Range{{Sector: uint64(rnd.Intn(1000)), Count: 8}}})
 			case len(mine) > 0:
 				at := rnd.Intn(len(mine))
-				if err = s.DestroySnapshot(limited, mine[at]); err == nil || s.interrupted(kills) {
+				if err = s.DestroySnapshot(limited, control.DestroyRequest{ID: mine[at], Force: true}); err == nil || s.interrupted(kills) {
 					mine = slices.Delete(mine, at, at+1)
 				}
 			}
 			if len(mine) > 3 {
-				_ = s.DestroySnapshot(limited, mine[0])
+				_ = s.DestroySnapshot(limited, control.DestroyRequest{ID: mine[0], Force: true})
 				mine = mine[1:]
 			}
 			if kills%2 == 0 {
@@ -418,7 +418,7 @@ func (s *survival) destroyUnknown(ctx context.Context, store string, known []str
 	all, err := s.Snapshots(ctx)
 	for _, x := range all {
 		if (len(x.Storage) == 0 || x.Storage[0].Path == store) && !slices.Contains(known, x.ID) {
-			err = errors.Join(err, s.DestroySnapshot(ctx, x.ID))
+			err = errors.Join(err, s.DestroySnapshot(ctx, control.DestroyRequest{ID: x.ID, Force: true}))
 		}
 	}
 	return err

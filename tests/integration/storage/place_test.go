@@ -147,7 +147,7 @@ func TestStorageOfAUser(t *testing.T) {
 				d.Kill()
 				d.Restart()
 			}
-			err = d.DestroySnapshot(guest.Context(t), s.ID)
+			err = d.DestroySnapshot(guest.Context(t), control.DestroyRequest{ID: s.ID})
 			if err == nil || !strings.Contains(err.Error(), "moved away") || !strings.Contains(err.Error(), "home/dir/moved") {
 				t.Errorf("destroy: %v, want it to tell of the file that was moved", err)
 			}

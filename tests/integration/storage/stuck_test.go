@@ -60,7 +60,7 @@ func TestStuckStorage(t *testing.T) {
 		t.Errorf("events %q, the last %+v", kinds, last)
 	}
 	w.More(t, 50) // I5
-	if err := d.DestroySnapshot(guest.Context(t), s.ID); control.CodeOf(err) != control.Timeout || !strings.Contains(err.Error(), "does not answer") {
+	if err := d.DestroySnapshot(guest.Context(t), control.DestroyRequest{ID: s.ID}); control.CodeOf(err) != control.Timeout || !strings.Contains(err.Error(), "does not answer") {
 		t.Errorf("destroy: %v", err)
 	}
 	// Its device's ring has I/O under way: neither goes before that has ended.
@@ -179,7 +179,7 @@ func TestDestroyStuckStorage(t *testing.T) {
 
 	ended := make(chan error, len(held))
 	for _, s := range held {
-		go func() { ended <- d.DestroySnapshot(guest.Context(t), s.ID) }()
+		go func() { ended <- d.DestroySnapshot(guest.Context(t), control.DestroyRequest{ID: s.ID}) }()
 	}
 	guest.WaitFor(t, "the destruction to begin", func() bool {
 		list, err := d.Snapshots(guest.Context(t))
@@ -272,7 +272,7 @@ func TestKilledStuckStorage(t *testing.T) {
 	if got := d.Show(s.ID); got.State != control.SnapshotTaken {
 		t.Errorf("the snapshot is %+v", got)
 	}
-	err := d.DestroySnapshot(guest.Context(t), s.ID)
+	err := d.DestroySnapshot(guest.Context(t), control.DestroyRequest{ID: s.ID})
 	program.WantError(t, err, control.Timeout, "does not answer")
 	write()
 	if _, err := os.Stat(filepath.Join(state, s.ID, "record.json")); err != nil {
