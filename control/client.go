@@ -14,8 +14,12 @@ import (
 	"time"
 )
 
-// DefaultSocket is where the daemon of a machine listens.
-const DefaultSocket = "/run/ublk-blksnap/control.sock"
+const (
+	// DefaultSocket is where the daemon of a machine listens.
+	DefaultSocket = "/run/ublk-blksnap/control.sock"
+	// DefaultReadSocket is where it listens for those who may only look.
+	DefaultReadSocket = "/run/ublk-blksnap/read.sock"
+)
 
 // Client asks a daemon. It may be used from several goroutines at once.
 type Client struct {

@@ -16,6 +16,7 @@
 //
 //	curl --unix-socket /run/ublk-blksnap/control.sock -d '{}' http://d/v1/device/list
 //
-// works as well as the client. The socket has mode 0600, in a directory of mode
-// 0700. Whoever can connect may do everything.
+// works as well as the client. The socket has mode 0600, and whoever can connect may do
+// everything. If the daemon is configured with a group, the members of that may look: on
+// read.sock beside it, which knows the calls that change nothing.
 package control

@@ -54,7 +54,9 @@ type Config struct {
 	// leads to.
 	DiskTimeout time.Duration
 	// Guard: a process waits for the death of the daemon, to start the next.
-	Guard    bool
+	Guard bool
+	// Group, if any, is one whose members may ask what there is, and change nothing.
+	Group    string
 	LogLevel string
 }
 
@@ -126,6 +128,7 @@ func (c *Config) Params() []Param {
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
 		{"guard", "a process of its own starts the next daemon if this one dies; not under systemd, which does that", boolean{&c.Guard}},
+		{"group", "a group whose members may look at everything (list, status, info, changes, watch) and change nothing; empty: root alone may", groupName{&c.Group}},
 		{"log_level", "debug, info, warn or error", level{&c.LogLevel}},
 	}
 }
@@ -204,6 +207,18 @@ func (p path) Set(s string) error {
 		return fmt.Errorf("%q is not the absolute path of a directory", s)
 	}
 	*p.v = s
+	return nil
+}
+
+type groupName struct{ v *string }
+
+func (g groupName) String() string { return *g.v }
+func (g groupName) Type() string   { return "group" }
+func (g groupName) Set(s string) error {
+	if strings.ContainsAny(s, ":/\"\n ") {
+		return fmt.Errorf("%q is not the name of a group", s)
+	}
+	*g.v = s
 	return nil
 }
 

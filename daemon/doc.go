@@ -9,6 +9,7 @@
 //	  daemon.lock    locked by flock(2) while a daemon lives; holds its process number
 //	  boot.lock      locked while tables and rules of the boot are changed
 //	  control.sock
+//	  read.sock      for the members of a group, who may look: see readers.go
 //	  guard.lock     held by flock(2) while a guard lives; see guard.go
 //	  daemon.log     of a daemon that was started by a command
 //	  state/         a tmpfs of its own, mounted in the namespace of whoever starts

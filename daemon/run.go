@@ -190,6 +190,7 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 	served := make(chan error, 1)
 	api.Serves()
 	go func() { served <- srv.Serve(&limitListener{Listener: l, places: make(chan struct{}, maxConnections)}) }()
+	o.serveReaders(ctx, api)
 	o.Log.Info("daemon started", "version", control.Version, "pid", os.Getpid(), "socket", o.Dir.Socket())
 	if o.Ready != nil {
 		o.Ready()
@@ -255,7 +256,7 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 			defer extendStop()()
 			finish()
 			_ = srv.Close()
-			_ = os.Remove(o.Dir.Socket())
+			_, _ = os.Remove(o.Dir.Socket()), os.Remove(o.Dir.ReadSocket())
 			if err := o.dismissGuard(); err != nil {
 				o.Log.Warn("the guard stays", "error", err)
 			}
@@ -294,6 +295,10 @@ const answerTimeout = 5 * time.Second
 func (d RunDir) listen() (net.Listener, error) {
 	if err := os.Remove(d.Socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fail(err, "remove the old socket")
+	}
+	// Until it has its mode, nobody may come near it.
+	if err := d.setMode(closedMode, 0); err != nil {
+		return nil, fail(err, "listen")
 	}
 	l, err := net.Listen("unix", d.Socket())
 	if err != nil {

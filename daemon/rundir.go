@@ -53,7 +53,7 @@ func (d RunDir) make() error {
 	}
 	defer dir.Close()
 	st, err := dir.Stat()
-	if err != nil || st.Mode().Perm() == 0o700 {
+	if err != nil || st.Mode().Perm() == closedMode || st.Mode().Perm() == passedMode {
 		return err
 	}
 	// The directory was there, with another mode. If it holds other things it stays as
@@ -64,7 +64,7 @@ func (d RunDir) make() error {
 		e.Fix = "choose a directory of its own"
 		return e
 	}
-	if err := dir.Chmod(0o700); err != nil {
+	if err := dir.Chmod(closedMode); err != nil {
 		return fail(err, "close the run directory to others")
 	}
 	return nil

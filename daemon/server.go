@@ -47,8 +47,12 @@ var defaultTimeouts = timeouts{header: 10 * time.Second, body: 10 * time.Second,
 
 // newServer serves an API over HTTP.
 func newServer(api control.API, log *slog.Logger, p timeouts) *http.Server {
+	return serverOf(newHandler(api, log, p), log, p)
+}
+
+func serverOf(h http.Handler, log *slog.Logger, p timeouts) *http.Server {
 	return &http.Server{
-		Handler:           newHandler(api, log, p),
+		Handler:           h,
 		ReadHeaderTimeout: p.header,
 		ReadTimeout:       p.header + p.body,
 		WriteTimeout:      p.answer, // of what is not ours to say, such as where a path leads; see begin
@@ -96,11 +100,9 @@ type server struct {
 
 func newHandler(api control.API, log *slog.Logger, p timeouts) http.Handler {
 	s := &server{api: api, mux: http.NewServeMux(), timeouts: p}
-	quick, streams, marks := places(maxQuick), places(maxStreams), places(maxMarks)
+	marks := places(maxMarks)
 	turns := &class{make(chan struct{}, maxTurns), "too many changes wait for their turn"}
-	watchers := &class{make(chan struct{}, maxWatchers), "too many wait for events"}
-
-	handle(s, quick, "info", func(ctx context.Context, _ none) (control.Info, error) { return api.Info(ctx) })
+	watchers := s.handleReads()
 
 	handle(s, places(1), "stop", func(ctx context.Context, _ none) (none, error) { return none{}, api.Stop(ctx) })
 
@@ -108,16 +110,6 @@ func newHandler(api control.API, log *slog.Logger, p timeouts) http.Handler {
 
 	handle(s, turns, "device/add", api.AddDevice)
 	handle(s, turns, "device/remove", answerless(api.RemoveDevice))
-	handle(s, quick, "device/list", func(ctx context.Context, _ none) ([]control.Device, error) { return api.Devices(ctx) })
-	handle(s, quick, "device/status", func(ctx context.Context, r control.DeviceRef) (control.DeviceStatus, error) {
-		return api.DeviceStatus(ctx, r.Device)
-	})
-
-	handle(s, quick, "cbt/info", func(ctx context.Context, r control.DeviceRef) (control.CBTInfo, error) {
-		return api.CBTInfo(ctx, r.Device)
-	})
-	stream(s, streams, "cbt/map", s.cbtMap)
-	stream(s, streams, "cbt/changes", s.cbtChanges)
 	s.serve(marks, "cbt/mark", p.ranges, s.mark)
 
 	handle(s, turns, "snapshot/create", api.CreateSnapshot)
@@ -126,18 +118,40 @@ func newHandler(api control.API, log *slog.Logger, p timeouts) http.Handler {
 	handle(s, turns, "snapshot/take", api.TakeSnapshot)
 	handle(s, turns, "snapshot/destroy", answerless(api.DestroySnapshot))
 	handle(s, turns, "snapshot/set", api.SetSnapshot)
+	handle(s, watchers, "snapshot/wait", api.WaitEvent) // which takes the event away from others
+
+	return s.handler(log, func(r *http.Request) error {
+		return &control.Error{Code: control.Unsupported, Errno: unix.ENOSYS,
+			Message: r.Method + " " + r.URL.Path + ": the daemon does not know this call",
+			Fix:     "use a client of the daemon's version"}
+	})
+}
+
+// handleReads serves what changes nothing. It returns the class of those who wait for events.
+func (s *server) handleReads() (watchers *class) {
+	api, quick, streams := s.api, places(maxQuick), places(maxStreams)
+	watchers = &class{make(chan struct{}, maxWatchers), "too many wait for events"}
+	handle(s, quick, "info", func(ctx context.Context, _ none) (control.Info, error) { return api.Info(ctx) })
+	handle(s, quick, "device/list", func(ctx context.Context, _ none) ([]control.Device, error) { return api.Devices(ctx) })
+	handle(s, quick, "device/status", func(ctx context.Context, r control.DeviceRef) (control.DeviceStatus, error) {
+		return api.DeviceStatus(ctx, r.Device)
+	})
+	handle(s, quick, "cbt/info", func(ctx context.Context, r control.DeviceRef) (control.CBTInfo, error) {
+		return api.CBTInfo(ctx, r.Device)
+	})
+	stream(s, streams, "cbt/map", s.cbtMap)
+	stream(s, streams, "cbt/changes", s.cbtChanges)
 	handle(s, quick, "snapshot/list", func(ctx context.Context, _ none) ([]control.Snapshot, error) { return api.Snapshots(ctx) })
 	handle(s, quick, "snapshot/info", func(ctx context.Context, r control.SnapshotRef) (control.Snapshot, error) {
 		return api.Snapshot(ctx, r.ID)
 	})
-	handle(s, watchers, "snapshot/wait", api.WaitEvent)
 	stream(s, watchers, "snapshot/watch", s.watch)
+	return watchers
+}
 
-	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		s.writeError(w, &control.Error{Code: control.Unsupported, Errno: unix.ENOSYS,
-			Message: r.Method + " " + r.URL.Path + ": the daemon does not know this call",
-			Fix:     "use a client of the daemon's version"})
-	})
+// handler serves the calls that there are, and refuses all others.
+func (s *server) handler(log *slog.Logger, refusal func(r *http.Request) error) http.Handler {
+	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { s.writeError(w, refusal(r)) })
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		log.Debug("call", "path", r.URL.Path)
 		s.mux.ServeHTTP(w, r)

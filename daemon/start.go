@@ -56,6 +56,14 @@ func (s Starter) reach(ctx context.Context, start func() bool) (*control.Client,
 	c := control.NewClient(s.Dir.Socket())
 	_, err := c.Info(ctx)
 	e := (*control.Error)(nil)
+	if os.Geteuid() != 0 && errors.Is(err, unix.EACCES) {
+		// Perhaps he may look. He never starts a daemon.
+		c = control.NewClient(s.Dir.ReadSocket())
+		if _, err = c.Info(ctx); errors.As(err, &e) && e.Code == control.Denied {
+			e.Fix = "run this as root, or as a member of the group that the configuration names"
+		}
+		return c, err
+	}
 	if !errors.As(err, &e) || e.Code != control.Unavailable {
 		return c, err
 	}

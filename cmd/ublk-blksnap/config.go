@@ -39,13 +39,17 @@ is not as it must be at the boot. Nothing is started or changed.`,
 			if err != nil {
 				return err
 			}
+			notes = append(notes, daemon.GroupNotes(cfg)...)
 			text := path + ": ok"
 			if _, err := os.Stat(path); err != nil {
 				text = path + ": not there, the defaults hold"
 			}
 			answer := map[string]any{"file": path, "ok": true}
 			if len(disks) > 0 {
-				answer["devices"], answer["notes"] = disks, notes
+				answer["devices"] = disks
+			}
+			if len(disks)+len(notes) > 0 {
+				answer["notes"] = notes
 			}
 			return p.print(answer, func(w io.Writer) {
 				fmt.Fprintln(w, text)

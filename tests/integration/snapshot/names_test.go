@@ -3,8 +3,11 @@ package snapshot
 import (
 	"encoding/json"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,7 +21,7 @@ import (
 func TestSnapshotNames(t *testing.T) {
 	guest.NeedEither(t)
 	disks := guest.RAMDisks(t, 2, 32<<20)
-	d := program.Start(t)
+	d := program.Start(t, "group=4242")
 	dev, other := d.Add(disks[0]), d.Add(disks[1])
 	guest.Ext4.Make(t, dev.Link)
 	call := func(args ...string) string {
@@ -57,6 +60,8 @@ func TestSnapshotNames(t *testing.T) {
 	if ids := program.SnapshotIDs(t, d); !slices.Equal(ids, []string{s.ID}) {
 		t.Errorf("after the latest was destroyed there are %v", ids)
 	}
+
+	t.Run("readers", func(t *testing.T) { readers(t, d, s) })
 
 	// The next program, and the next daemon, have all of it.
 	at := guest.Mount(t, image)
@@ -108,4 +113,35 @@ func TestSnapshotNames(t *testing.T) {
 	guest.WaitFor(t, "the end of a snapshot", func() bool { return len(program.SnapshotIDs(t, d)) == 0 })
 	d.Remove(dev)
 	d.Remove(other)
+}
+
+// readers: members of the configured group may look at all of it and change nothing, and
+// others may not even look.
+func readers(t *testing.T, d *program.Daemon, s control.Snapshot) {
+	// The directory above all of the test's is closed to others.
+	if err := os.Chmod(filepath.Dir(filepath.Dir(string(d.RunDir))), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	call := func(group uint32, args ...string) (int, string) {
+		cmd := exec.Command(program.Path(t), append([]string{"--run-dir", string(d.RunDir)}, args...)...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534, Groups: []uint32{group}}}
+		out, err := cmd.CombinedOutput()
+		return guest.ExitStatus(t, err), string(out)
+	}
+	for line, want := range map[string]string{
+		"list": s.Images[0].Device, "snapshot list": "nightly", "snapshot info nightly": s.ID, "status " + s.Images[0].Device: "live",
+		"cbt info /dev/ublk-blksnap/" + s.Images[0].Device: s.Images[0].Take.Generation.String(),
+	} {
+		if status, out := call(4242, strings.Fields(line)...); status != 0 || !strings.Contains(out, want) {
+			t.Errorf("%s by a member: status %d, %s", line, status, out)
+		}
+		if status, out := call(4243, strings.Fields(line)...); status != 1 || !strings.Contains(out, "permission denied: run this as root, or as a member of the group") {
+			t.Errorf("%s by another: status %d, %s", line, status, out)
+		}
+	}
+	for _, line := range []string{"snapshot destroy nightly", "snapshot set nightly --ttl 1s", "remove " + s.Images[0].Device, "add /dev/null", "daemon stop", "daemon reload"} {
+		if status, out := call(4242, strings.Fields(line)...); status != 1 || !strings.Contains(out, "the members of the group 4242 may only look: run this as root") {
+			t.Errorf("%s by a member: status %d, %s", line, status, out)
+		}
+	}
 }

@@ -1,0 +1,182 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/user"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// The members of a group may look. They have a socket of their own, beside that of root:
+//
+//	/run/ublk-blksnap	root:GROUP	0710	closed to others, and to be passed through
+//	  control.sock		root		0600	all calls
+//	  read.sock		root:GROUP	0660	those that change nothing
+//
+// So the kernel decides who may do what. Nothing is shared that one could take away from the
+// other: connections, and the places of calls. A reader's request has the daemon open no path.
+
+// ReadSocket is where the members of a group may ask.
+func (d RunDir) ReadSocket() string { return d.path("read.sock") }
+
+const (
+	closedMode = 0o700
+	passedMode = 0o710 // if a group may look
+	maxReaders = 64    // connections
+)
+
+// setMode gives the directory its mode, and its group.
+func (d RunDir) setMode(mode os.FileMode, gid int) error {
+	dir, err := d.open()
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if mode == passedMode { // the group before the mode, which is for it
+		if err := dir.Chown(0, gid); err != nil {
+			return err
+		}
+	}
+	return dir.Chmod(mode)
+}
+
+// findGroup is the number of a group that is given by its name or number. It knows what
+// /etc/group has.
+func findGroup(name string) (gid int, err error) {
+	if gid, err := strconv.ParseUint(name, 10, 31); err == nil {
+		return int(gid), nil
+	}
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		return 0, fmt.Errorf("group %s: not in /etc/group", name)
+	}
+	return strconv.Atoi(g.Gid)
+}
+
+// GroupNotes tell what is wrong with the group that may look.
+func GroupNotes(c Config) []string {
+	if c.Group == "" {
+		return nil
+	}
+	if _, err := findGroup(c.Group); err != nil {
+		return []string{err.Error() + ": until it is there, root alone may ask the daemon"}
+	}
+	return nil
+}
+
+// listenReaders makes the socket for the members of a group, or, without one, sees to that
+// there is none.
+func (d RunDir) listenReaders(group string) (net.Listener, error) {
+	if err := os.Remove(d.ReadSocket()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	if group == "" {
+		return nil, d.setMode(closedMode, 0)
+	}
+	gid, err := findGroup(group)
+	if err != nil {
+		return nil, errors.Join(err, d.setMode(closedMode, 0))
+	}
+	l, err := net.Listen("unix", d.ReadSocket())
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(os.Chown(d.ReadSocket(), 0, gid), os.Chmod(d.ReadSocket(), 0o660), d.setMode(passedMode, gid)); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// serveReaders serves the members of the group until ctx ends. That they cannot be is no
+// reason for the disks not to be served.
+func (o *Options) serveReaders(ctx context.Context, api control.API) {
+	l, err := o.Dir.listenReaders(o.Config.Group)
+	if err != nil {
+		o.Log.Error("nobody but root can ask the daemon", "group", o.Config.Group, "error", err)
+	}
+	if l == nil {
+		return
+	}
+	srv := serverOf(newReadHandler(api, o.Log.Logger, defaultTimeouts, o.Config.Group), o.Log.Logger, defaultTimeouts)
+	srv.BaseContext = func(net.Listener) context.Context { return ctx }
+	go func() { _ = srv.Serve(&limitListener{Listener: l, places: make(chan struct{}, maxReaders)}) }()
+	context.AfterFunc(ctx, func() { _ = srv.Close() }) // and with it the listener, with the socket
+}
+
+// newReadHandler serves what changes nothing.
+func newReadHandler(api control.API, log *slog.Logger, p timeouts, group string) http.Handler {
+	s := &server{api: reader{api}, mux: http.NewServeMux(), timeouts: p}
+	s.handleReads()
+	return s.handler(log, func(r *http.Request) error {
+		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Fix: "run this as root",
+			Message: strings.TrimPrefix(r.URL.Path, "/v1/") + ": the members of the group " + group + " may only look"}
+	})
+}
+
+// reader is an API for those who may only look. They name devices as the list of devices
+// does: the daemon, which is root, does not look at other paths for them.
+type reader struct{ control.API }
+
+// name is the name of a device that is named as in the list.
+func (r reader) name(ctx context.Context, ref string) (string, error) {
+	if !strings.Contains(ref, "/") {
+		if validName.MatchString(ref) {
+			return ref, nil
+		}
+		return "", invalid("device %q: no name", ref)
+	}
+	all, err := r.Devices(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, dev := range all {
+		if slices.Contains([]string{dev.Path, dev.Link, dev.Original}, ref) {
+			return dev.Name, nil
+		}
+	}
+	return "", &control.Error{Code: control.NotFound, Errno: unix.ENODEV, Message: ref + ": no filter is listed with this path", Fix: "name it as list does"}
+}
+
+func (r reader) DeviceStatus(ctx context.Context, ref string) (control.DeviceStatus, error) {
+	name, err := r.name(ctx, ref)
+	if err != nil {
+		return control.DeviceStatus{}, err
+	}
+	return r.API.DeviceStatus(ctx, name)
+}
+
+func (r reader) CBTInfo(ctx context.Context, ref string) (control.CBTInfo, error) {
+	name, err := r.name(ctx, ref)
+	if err != nil {
+		return control.CBTInfo{}, err
+	}
+	return r.API.CBTInfo(ctx, name)
+}
+
+func (r reader) CBTMap(ctx context.Context, ref string, w io.Writer) (control.CBTInfo, error) {
+	name, err := r.name(ctx, ref)
+	if err != nil {
+		return control.CBTInfo{}, err
+	}
+	return r.API.CBTMap(ctx, name, w)
+}
+
+func (r reader) CBTChanges(ctx context.Context, q control.ChangesRequest, each func(control.Range) error) (_ control.CBTInfo, err error) {
+	if q.Device, err = r.name(ctx, q.Device); err != nil {
+		return control.CBTInfo{}, err
+	}
+	return r.API.CBTChanges(ctx, q, each)
+}
