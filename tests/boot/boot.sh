@@ -130,10 +130,11 @@ install)
 	systemctl daemon-reload
 	systemctl start mnt-{uuid,label,name,late}.mount
 	filtered uuid label name late
-	# The shell completes names, which it has from the daemon.
+	# The shell completes names, which it has from the daemon. The package bash-completion is played, which loads the file.
 	said=$(
+		_get_comp_words_by_ref() { cur=${COMP_WORDS[COMP_CWORD]} words=("${COMP_WORDS[@]}") cword=$COMP_CWORD; }
 		. /usr/share/bash-completion/completions/ublk-blksnap
-		COMP_WORDS=(ublk-blksnap status la) COMP_CWORD=2 COMP_LINE="ublk-blksnap status la" COMP_POINT=22 COMP_TYPE=9
+		COMP_WORDS=(ublk-blksnap status lab) COMP_CWORD=2 COMP_LINE="ublk-blksnap status lab" COMP_POINT=23 COMP_TYPE=9
 		__start_ublk-blksnap ublk-blksnap 2>/dev/null
 		echo "${COMPREPLY[*]}"
 	)
