@@ -31,6 +31,8 @@ type Map struct {
 	path     string            // of the mapped file, "" if there is none
 	follower func(Info, error) // see Follow; may be nil
 
+	last atomic.Pointer[Info] // see Last
+
 	// onRelease is a test's chance to do something whenever work that is done in
 	// parts has given mu back.
 	onRelease func()
@@ -211,6 +213,8 @@ func (m *Map) commitLocked(generation uuid.UUID, number uint8) {
 func (m *Map) setHeader(h header) {
 	m.header = h
 	m.pattern = everyByte * uint64(h.number+1)
+	info := m.infoLocked()
+	m.last.Store(&info)
 }
 
 // Resize makes the map one for a device of size bytes, in a new generation, with

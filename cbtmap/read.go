@@ -55,6 +55,10 @@ func (m *Map) Info() (Info, error) {
 	return m.infoLocked(), nil
 }
 
+// Last is Info as of the last take, and whether the map is corrupted it does not say. It
+// waits for nobody.
+func (m *Map) Last() Info { return *m.last.Load() }
+
 func (m *Map) checkReaderLocked(generation uuid.UUID) error {
 	if m.corrupted() {
 		return ErrCorrupted

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	dto "github.com/prometheus/client_model/go"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -36,6 +37,7 @@ type fakeAPI struct {
 	gaveUp   atomic.Bool
 }
 
+func (f *fakeAPI) Gather() ([]*dto.MetricFamily, error) { return nil, f.err }
 func (f *fakeAPI) Info(context.Context) (control.Info, error) {
 	return control.Info{Version: "9", PID: 7}, f.err
 }

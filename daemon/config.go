@@ -56,7 +56,10 @@ type Config struct {
 	// Guard: a process waits for the death of the daemon, to start the next.
 	Guard bool
 	// Group, if any, is one whose members may ask what there is, and change nothing.
-	Group    string
+	Group string
+	// Metrics is a loopback address and port where what is measured is served; empty: on
+	// the socket alone.
+	Metrics  string
 	LogLevel string
 }
 
@@ -129,6 +132,7 @@ func (c *Config) Params() []Param {
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
 		{"guard", "a process of its own starts the next daemon if this one dies; not under systemd, which does that", boolean{&c.Guard}},
 		{"group", "a group whose members may look at everything (list, status, info, changes, watch) and change nothing; empty: root alone may", groupName{&c.Group}},
+		{"metrics", "loopback address and port, as 127.0.0.1:9469, where GET /metrics answers Prometheus, and anybody on this machine; empty: only the daemon's socket does", loopback{&c.Metrics}},
 		{"log_level", "debug, info, warn or error", level{&c.LogLevel}},
 	}
 }

@@ -73,6 +73,8 @@ type Daemon struct {
 	boot  bootDisks
 	watch intentWatch
 
+	eventsDropped atomic.Uint64 // of snapshots: queue threads do not wait
+
 	thawed chan struct{} // closed when what a dead daemon froze is thawed
 	ending ending
 

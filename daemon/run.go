@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -42,6 +43,8 @@ const ProbeCommand = "probe"
 // stopper is an API that is freed in two steps.
 type stopper interface {
 	control.API
+	// What is measured. It waits for no disk and for no request.
+	prometheus.Gatherer
 	// Serves is called when clients are answered from now on.
 	Serves()
 	// Answers waits until every thread that serves I/O has shown that it does.
@@ -197,6 +200,7 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 	}
 	notify("READY=1")
 	go feedWatchdog(ctx, api, o.Log.Logger)
+	go o.offerMetrics(ctx, api)
 	renewing, noProber := context.WithCancel(ctx)
 	defer noProber()
 	if o.Prober != nil {

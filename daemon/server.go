@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
@@ -146,6 +147,9 @@ func (s *server) handleReads() (watchers *class) {
 		return api.Snapshot(ctx, r.ID)
 	})
 	stream(s, watchers, "snapshot/watch", s.watch)
+	if g, ok := api.(prometheus.Gatherer); ok {
+		s.metrics(g)
+	}
 	return watchers
 }
 

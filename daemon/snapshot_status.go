@@ -29,7 +29,7 @@ func (d *Daemon) Snapshot(_ context.Context, id string) (control.Snapshot, error
 }
 
 func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
-	out := control.Snapshot{ID: s.id, State: control.SnapshotCreated, Created: s.created, ChunkSize: s.chunk, Encrypted: s.encrypted, Images: []control.SnapshotImage{}, Storage: []control.Storage{}}
+	out := control.Snapshot{ID: s.id, Created: s.created, ChunkSize: s.chunk, Encrypted: s.encrypted, Images: []control.SnapshotImage{}, Storage: []control.Storage{}}
 	s.use.RLock()
 	var spaces []snapshots.Space
 	if !s.gone {
@@ -56,14 +56,7 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 			spaces = spaces[n+1:]
 		}
 	}
-	switch {
-	case s.destroying:
-		out.State = control.SnapshotDestroying
-	case out.Errno != 0:
-		out.State = control.SnapshotCorrupted
-	case s.taken != nil:
-		out.State = control.SnapshotTaken
-	}
+	out.State = s.stateLocked(out.Errno != 0)
 	for _, im := range s.images {
 		img := control.SnapshotImage{Device: im.device.Name, Original: im.device.Original, Errno: out.Errno}
 		if im.ublk != nil {
@@ -74,4 +67,17 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 		out.Images = append(out.Images, img)
 	}
 	return out
+}
+
+// stateLocked needs Daemon.mu.
+func (s *snapshot) stateLocked(broken bool) string {
+	switch {
+	case s.destroying:
+		return control.SnapshotDestroying
+	case broken:
+		return control.SnapshotCorrupted
+	case s.taken != nil:
+		return control.SnapshotTaken
+	}
+	return control.SnapshotCreated
 }

@@ -77,6 +77,7 @@ func (d *Daemon) snapshotConfig(events chan diffarea.Event) snapshots.Config {
 			select {
 			case events <- e:
 			default: // a queue thread does not wait; what broke is in the state too
+				d.eventsDropped.Add(1)
 			}
 		},
 	}
