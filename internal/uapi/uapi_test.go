@@ -24,6 +24,30 @@ var numbers = []number{
 	{"FITHAW", FITHAW, 0xc0045878},
 
 	{"BLKPG", BLKPG, 0x1269},
+	{"DM_VERSION", DM_VERSION, 0xc138fd00},
+	{"DM_LIST_DEVICES", DM_LIST_DEVICES, 0xc138fd02},
+	{"DM_DEV_CREATE", DM_DEV_CREATE, 0xc138fd03},
+	{"DM_DEV_REMOVE", DM_DEV_REMOVE, 0xc138fd04},
+	{"DM_DEV_SUSPEND", DM_DEV_SUSPEND, 0xc138fd06},
+	{"DM_DEV_STATUS", DM_DEV_STATUS, 0xc138fd07},
+	{"DM_TABLE_LOAD", DM_TABLE_LOAD, 0xc138fd09},
+	{"DM_TABLE_CLEAR", DM_TABLE_CLEAR, 0xc138fd0a},
+	{"DM_TABLE_DEPS", DM_TABLE_DEPS, 0xc138fd0b},
+	{"DM_TABLE_STATUS", DM_TABLE_STATUS, 0xc138fd0c},
+	{"DM_VERSION_MAJOR", DM_VERSION_MAJOR, 4},
+	{"DM_READONLY_FLAG", DM_READONLY_FLAG, 0x1},
+	{"DM_SUSPEND_FLAG", DM_SUSPEND_FLAG, 0x2},
+	{"DM_STATUS_TABLE_FLAG", DM_STATUS_TABLE_FLAG, 0x10},
+	{"DM_ACTIVE_PRESENT_FLAG", DM_ACTIVE_PRESENT_FLAG, 0x20},
+	{"DM_INACTIVE_PRESENT_FLAG", DM_INACTIVE_PRESENT_FLAG, 0x40},
+	{"DM_BUFFER_FULL_FLAG", DM_BUFFER_FULL_FLAG, 0x100},
+	{"DM_SKIP_LOCKFS_FLAG", DM_SKIP_LOCKFS_FLAG, 0x400},
+	{"DM_NOFLUSH_FLAG", DM_NOFLUSH_FLAG, 0x800},
+	{"DM_QUERY_INACTIVE_TABLE_FLAG", DM_QUERY_INACTIVE_TABLE_FLAG, 0x1000},
+	{"DM_SECURE_DATA_FLAG", DM_SECURE_DATA_FLAG, 0x8000},
+	{"DM_NAME_LEN", DM_NAME_LEN, 128},
+	{"DM_UUID_LEN", DM_UUID_LEN, 129},
+	{"DM_MAX_TYPE_NAME", DM_MAX_TYPE_NAME, 16},
 
 	{"UBLK_U_CMD_GET_QUEUE_AFFINITY", UBLK_U_CMD_GET_QUEUE_AFFINITY, 0x80207501},
 	{"UBLK_U_CMD_GET_DEV_INFO", UBLK_U_CMD_GET_DEV_INFO, 0x80207502},
@@ -133,6 +157,10 @@ type place struct {
 }
 
 var (
+	dmctl  DMIoctl
+	dmspec DMTargetSpec
+	dmdeps DMTargetDeps
+	dmname DMNameList
 	ctrl   UblksrvCtrlCmd
 	info   UblksrvCtrlDevInfo
 	desc   UblksrvIODesc
@@ -149,6 +177,29 @@ var (
 )
 
 var places = []place{
+	{"dm_ioctl", "", unsafe.Sizeof(dmctl), 312, ""},
+	{"dm_ioctl", "version", unsafe.Offsetof(dmctl.Version), 0, ""},
+	{"dm_ioctl", "data_size", unsafe.Offsetof(dmctl.DataSize), 12, ""},
+	{"dm_ioctl", "data_start", unsafe.Offsetof(dmctl.DataStart), 16, ""},
+	{"dm_ioctl", "target_count", unsafe.Offsetof(dmctl.TargetCount), 20, ""},
+	{"dm_ioctl", "open_count", unsafe.Offsetof(dmctl.OpenCount), 24, ""},
+	{"dm_ioctl", "flags", unsafe.Offsetof(dmctl.Flags), 28, ""},
+	{"dm_ioctl", "event_nr", unsafe.Offsetof(dmctl.EventNr), 32, ""},
+	{"dm_ioctl", "dev", unsafe.Offsetof(dmctl.Dev), 40, ""},
+	{"dm_ioctl", "name", unsafe.Offsetof(dmctl.Name), 48, ""},
+	{"dm_ioctl", "uuid", unsafe.Offsetof(dmctl.UUID), 176, ""},
+	{"dm_ioctl", "data", unsafe.Offsetof(dmctl.Data), 305, ""},
+	{"dm_target_spec", "", unsafe.Sizeof(dmspec), 40, ""},
+	{"dm_target_spec", "sector_start", unsafe.Offsetof(dmspec.SectorStart), 0, ""},
+	{"dm_target_spec", "length", unsafe.Offsetof(dmspec.Length), 8, ""},
+	{"dm_target_spec", "status", unsafe.Offsetof(dmspec.Status), 16, ""},
+	{"dm_target_spec", "next", unsafe.Offsetof(dmspec.Next), 20, ""},
+	{"dm_target_spec", "target_type", unsafe.Offsetof(dmspec.TargetType), 24, ""},
+	{"dm_target_deps", "", unsafe.Sizeof(dmdeps), 8, ""},
+	{"dm_target_deps", "count", unsafe.Offsetof(dmdeps.Count), 0, ""},
+	{"dm_name_list", "dev", unsafe.Offsetof(dmname.Dev), 0, ""},
+	{"dm_name_list", "next", unsafe.Offsetof(dmname.Next), 8, ""},
+
 	{"ublksrv_ctrl_cmd", "", unsafe.Sizeof(ctrl), 32, ""},
 	{"ublksrv_ctrl_cmd", "dev_id", unsafe.Offsetof(ctrl.DevID), 0, ""},
 	{"ublksrv_ctrl_cmd", "queue_id", unsafe.Offsetof(ctrl.QueueID), 4, ""},
@@ -254,7 +305,7 @@ func TestHeader(t *testing.T) {
 
 	var c strings.Builder
 	c.WriteString("#include <stdio.h>\n#include <stddef.h>\n#include <errno.h>\n")
-	c.WriteString("#include <linux/blkpg.h>\n#include <linux/fs.h>\n#include <linux/ublk_cmd.h>\nint main(void) {\n")
+	c.WriteString("#include <linux/blkpg.h>\n#include <linux/dm-ioctl.h>\n#include <linux/fs.h>\n#include <linux/ublk_cmd.h>\nint main(void) {\n")
 	for _, n := range numbers {
 		fmt.Fprintf(&c, "#ifdef %[1]s\nprintf(\"%[1]s %%llu\\n\", (unsigned long long)(%[1]s));\n#endif\n", n.name)
 	}
