@@ -15,6 +15,7 @@ require (
 	github.com/spf13/pflag v1.0.9
 	golang.org/x/crypto v0.41.0
 	golang.org/x/sys v0.35.0
+	golang.org/x/term v0.34.0
 	pgregory.net/rapid v1.3.0
 )
 

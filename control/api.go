@@ -259,6 +259,8 @@ type History struct {
 	// Reason is why it does not: one of the constants.
 	Reason string `json:"reason,omitempty"`
 	Text   string `json:"text,omitempty"` // the same for people
+	// AfterPowerFailure: it goes on after the last filter had no clean end.
+	AfterPowerFailure bool `json:"after_power_failure,omitempty"`
 }
 
 // The reasons of a History that is not continued.

@@ -65,6 +65,7 @@ func (d *Daemon) tellHistory(dev *device, name string, found foundHistory) {
 		from := found.record.Saved.Format(time.RFC3339)
 		dev.History = control.History{Continued: true, Text: "goes on from " + from}
 		if found.running != nil {
+			dev.History.AfterPowerFailure = true
 			dev.History.Text = "goes on after a power failure, from a filter added or taken over at " + from
 		}
 		d.opts.Log.Info("change tracking goes on", "name", name, "disk", dev.disk.DisplayPath(), "kept", found.record.Saved, "power failure", found.running != nil)

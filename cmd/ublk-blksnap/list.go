@@ -25,6 +25,11 @@ func (p *program) list() *cobra.Command {
 				}
 				p.tellLost(ctx, api)
 				p.tellUnfiltered(ctx, api)
+				for _, d := range ds {
+					if text := uncleanEnd(d.History); text != "" {
+						p.tell(d.Name + ": " + text)
+					}
+				}
 				return p.print(ds, func(w io.Writer) {
 					t := newTable(w, "NAME", "ORIGINAL", "DEVICE", "SIZE", "MODE", "QUEUES", "SNAPSHOTS")
 					for _, d := range ds {

@@ -24,8 +24,9 @@ import (
 
 // program is one run of the command line.
 type program struct {
-	name     string // ublk-blksnap or blksnap
-	blksnap  bool   // a command of blksnap's was called
+	name     string   // ublk-blksnap or blksnap
+	blksnap  bool     // a command of blksnap's was called
+	in       *os.File // nil: standard input
 	out, err io.Writer
 	// connect reaches the daemon, starting it if need be and start says so.
 	connect func(ctx context.Context, start starts) (control.API, error)
@@ -35,6 +36,7 @@ type program struct {
 	driver func() error
 
 	json       bool
+	compact    bool // JSON is a line for each result
 	runDir     string
 	configPath string
 }
@@ -203,7 +205,7 @@ commands do only if one has died and what it had waits for the next.
 		}
 		root.AddCommand(cs...)
 	}
-	group("device", p.add(), p.remove(), p.list(), p.status())
+	group("device", p.add(), p.remove(), p.list(), p.status(), p.top())
 	group("snapshot", p.snapshot(), p.cbt())
 	group("program", p.daemon(), p.doctor(), p.config(), p.version())
 	group("blksnap", p.blksnapCommands()...)
@@ -401,7 +403,9 @@ func (p *program) print(v any, text func(w io.Writer)) error {
 
 func (p *program) printJSON(w io.Writer, v any) error {
 	e := json.NewEncoder(w)
-	e.SetIndent("", "  ")
+	if !p.compact {
+		e.SetIndent("", "  ")
+	}
 	e.SetEscapeHTML(false)
 	return e.Encode(v)
 }

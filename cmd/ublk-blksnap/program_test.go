@@ -385,7 +385,7 @@ func TestWhatStartsADaemon(t *testing.T) {
 	for line, want := range map[string]starts{
 		"ublk-blksnap add vdb": startFirst, "ublk-blksnap remove vdb": startNext, "ublk-blksnap snapshot create vdb --storage /s": startFirst,
 		"blksnap attach -d vdb": startFirst, "blksnap detach -d vdb": startNext, "blksnap snapshot_create -d vdb": startFirst,
-		"ublk-blksnap list": startNext, "ublk-blksnap status vdb": startNext, "ublk-blksnap cbt info vdb": startNext, "ublk-blksnap cbt map vdb": startNext,
+		"ublk-blksnap list": startNext, "ublk-blksnap status vdb": startNext, "ublk-blksnap status": startNext, "ublk-blksnap status --watch": startNext, "ublk-blksnap cbt info vdb": startNext, "ublk-blksnap cbt map vdb": startNext,
 		"ublk-blksnap cbt changes vdb --since " + take(1).String(): startNext, "ublk-blksnap cbt mark vdb 0:1": startNext,
 		"ublk-blksnap snapshot list": startNext, "ublk-blksnap snapshot info " + id1: startNext, "ublk-blksnap snapshot set latest --ttl 1h": startNext, "ublk-blksnap snapshot watch " + id1: startNext,
 		"ublk-blksnap snapshot take " + id1: startNext, "ublk-blksnap snapshot add " + id1 + " vdb": startNext,
@@ -436,7 +436,7 @@ func TestNoDaemon(t *testing.T) {
 // TestJSONEverywhere: every command that prints prints JSON with --json.
 func TestJSONEverywhere(t *testing.T) {
 	for _, line := range []string{
-		"ublk-blksnap add /dev/vdb", "ublk-blksnap list", "ublk-blksnap status vdb", "ublk-blksnap version", "ublk-blksnap config show",
+		"ublk-blksnap add /dev/vdb", "ublk-blksnap list", "ublk-blksnap status vdb", "ublk-blksnap status", "ublk-blksnap version", "ublk-blksnap config show",
 		"ublk-blksnap config check", "ublk-blksnap snapshot create vdb --storage /var/tmp", "ublk-blksnap snapshot take " + id1,
 		"ublk-blksnap snapshot list", "ublk-blksnap snapshot info " + id1, "ublk-blksnap snapshot destroy " + id1, "ublk-blksnap cbt info vdb", "ublk-blksnap cbt map vdb",
 		"ublk-blksnap cbt changes vdb --since " + take(1).String(), "blksnap attach -d vdb", "blksnap cbtinfo -d vdb",

@@ -105,12 +105,18 @@ func storageText(st control.Storage) string {
 	return text
 }
 
+// usedOf is what a percentage of use is of: all the storage there can be, or what the
+// snapshot can come to need, if that is enough.
+func usedOf(u control.SnapshotUsage) (of int64, enough bool) {
+	if u.Limit == 0 || u.Need <= u.Limit {
+		return u.Need, true
+	}
+	return u.Limit, false
+}
+
 // usedText says how much is used of the storage that there can be, and how long it lasts.
 func usedText(u control.SnapshotUsage) string {
-	of, enough := u.Need, u.Limit == 0 || u.Need <= u.Limit
-	if !enough {
-		of = u.Limit
-	}
+	of, enough := usedOf(u)
 	text := fmt.Sprintf("%s of %s (%d%%)", control.HumanSize(u.Copied), control.HumanSize(of), u.Percent)
 	if u.Rate > 0 {
 		text += ", " + control.HumanSize(u.Rate) + "/s"

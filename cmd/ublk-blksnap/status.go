@@ -13,43 +13,61 @@ import (
 )
 
 func (p *program) status() *cobra.Command {
-	return &cobra.Command{
-		Use:     "status NAME|DEV",
-		Short:   "Tell all about a filter and what it has done",
-		Example: "  ublk-blksnap status data",
-		Args:    args(1, 1),
+	var watch bool
+	every := defaultInterval
+	c := &cobra.Command{
+		Use:   "status [NAME|DEV]",
+		Short: "Tell what goes on, or all about one filter",
+		Long: `Without a name: who the daemon is, what it has taken over and what waits for it; what
+each filter has done; how full each snapshot is, how fast it fills, and how long its
+storage lasts. With a name: all about that filter.
+
+With --watch it tells that again and again, until it is interrupted.`,
+		Example: "  ublk-blksnap status\n  ublk-blksnap status data\n  ublk-blksnap status --watch --interval 10s",
+		Args:    args(0, 1),
 		RunE: func(c *cobra.Command, args []string) error {
-			name, err := devicePath(args[0])
-			if err != nil {
+			if err := checkInterval(c, every, watch); err != nil {
 				return err
 			}
-			return p.with(c, func(ctx context.Context, api control.API) error {
-				s, err := api.DeviceStatus(ctx, name)
-				if err != nil {
+			name := ""
+			if len(args) == 1 {
+				var err error
+				if name, err = devicePath(args[0]); err != nil {
 					return err
 				}
-				info, err := api.Info(ctx)
-				if err != nil {
-					return err
-				}
-				return p.print(s, func(w io.Writer) {
-					writeStatus(w, s)
-					if r := info.Reloaded; r != nil {
-						what := "from " + r.From + " to " + r.To
-						if r.Error != "" {
-							what = "in vain: " + r.Error
-						}
-						fmt.Fprintf(w, "%-16s %s, %s, I/O waited for %v\n", "reloaded:", r.At.Format(time.RFC3339), what, r.Pause.Round(time.Millisecond))
-					} else if r := info.Recovered; r != nil {
-						fmt.Fprintf(w, "%-16s %s, %d devices, I/O waited for %v from the start of the daemon\n", "taken over:", r.At.Format(time.RFC3339), r.Devices, r.Pause.Round(time.Millisecond))
-					}
-					if info.LogLinesLost > 0 {
-						fmt.Fprintf(w, "%-16s %d lines, because nobody took them\n", "log lost:", info.LogLinesLost)
-					}
-				})
-			})
+			}
+			if watch {
+				return p.again(c, every, func(ctx context.Context, api control.API) error { return p.tellStatus(ctx, api, name) })
+			}
+			return p.with(c, func(ctx context.Context, api control.API) error { return p.tellStatus(ctx, api, name) })
 		},
 	}
+	c.Flags().BoolVar(&watch, "watch", false, "tell it again and again")
+	c.Flags().DurationVar(&every, "interval", every, "with --watch: how often")
+	return c
+}
+
+// tellStatus prints the status of a filter, or of everything.
+func (p *program) tellStatus(ctx context.Context, api control.API, name string) error {
+	if name == "" {
+		o, err := look(ctx, api)
+		if err != nil {
+			return err
+		}
+		return p.print(o, func(w io.Writer) { writeOverview(w, o, time.Now()) })
+	}
+	s, err := api.DeviceStatus(ctx, name)
+	if err != nil {
+		return err
+	}
+	info, err := api.Info(ctx)
+	if err != nil {
+		return err
+	}
+	return p.print(s, func(w io.Writer) {
+		writeStatus(w, s)
+		writeBefore(w, info)
+	})
 }
 
 func writeStatus(w io.Writer, s control.DeviceStatus) {
@@ -84,5 +102,8 @@ func writeStatus(w io.Writer, s control.DeviceStatus) {
 	if s.CBT != nil {
 		line("change tracking", fmt.Sprintf("%d blocks of %s, take %s",
 			s.CBT.BlockCount, control.FormatSize(s.CBT.BlockSize), s.CBT.Take))
+	}
+	if text := uncleanEnd(s.History); text != "" {
+		line("before", text)
 	}
 }
