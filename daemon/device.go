@@ -41,7 +41,7 @@ type device struct {
 	// this field.
 	removing bool
 	// repartitioned: at the last look the kernel knew other partitions of the filter
-	// device than of the original. Daemon.opLock guards this field too.
+	// device than of the original, or could not know. Daemon.opLock guards this field too.
 	repartitioned bool
 }
 

@@ -2,12 +2,10 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"os"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
@@ -25,30 +23,25 @@ func (d *Daemon) addPartitions(ctx context.Context, dev *device) error {
 	if err != nil || !r.Unpartitioned {
 		return err
 	}
+	bdev, err := d.host.ByNumber(dev.ublk.Num)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	table := d.host.PartitionTable(dev.disk)
-	if err := d.tellPartitions(ctx, dev.Path, table); err != nil {
-		return err
+	if d.opts.Prober != nil {
+		err = d.opts.Prober.AddPartitions(ctx, bdev, table)
+	} else {
+		err = disk.AddPartitions(bdev, table)
 	}
 	deathpoint.Point()
-	if bdev, err := d.host.ByNumber(dev.ublk.Num); err == nil && !d.host.SamePartitions(bdev, dev.disk) {
-		d.opts.Log.Warn("a filter shows some of its disk's partitions only, because others overlap them", "name", dev.Name, "disk", dev.Original)
+	if err == nil && !d.host.SamePartitions(bdev, dev.disk) {
+		d.opts.Log.Warn("a filter shows some of its disk's partitions only: the kernel takes none that overlap, or end beyond the disk", "name", dev.Name, "disk", dev.Original)
 	}
 	r.Unpartitioned = false
 	d.changeDeviceRecord(r)
-	return nil
-}
-
-// tellPartitions tells the kernel, from the prober's process: it has to open the filter.
-func (d *Daemon) tellPartitions(ctx context.Context, path string, table []disk.Partition) error {
-	if d.opts.Prober != nil {
-		if err := d.opts.Prober.AddPartitions(ctx, path, table); !errors.Is(err, disk.ErrGone) {
-			return err
-		}
-	}
-	told, err := bounded.Call(ctx, func() error { return disk.AddPartitions(path, table) }, func(error) {})
-	return errors.Join(told, err)
+	return err
 }
 
 // rereadPartitions has the kernel read the table of a disk that has no filter any more.
@@ -66,9 +59,10 @@ func rereadPartitions(bdev *disk.Disk) error {
 }
 
 // comparePartitions notes whether the kernel has to read the partitions of the
-// original again when the filter device is gone; needs opLock.
+// original again when the filter device is gone; needs opLock. Where it does not read those
+// of the filter, nobody knows whether the table has changed.
 func (d *Daemon) comparePartitions(dev *device) {
 	if bdev, err := d.host.ByNumber(dev.ublk.Num); err == nil && dev.disk.Parent == "" {
-		dev.repartitioned = !d.host.SamePartitions(bdev, dev.disk)
+		dev.repartitioned = d.ctl.ScansInStart() || !d.host.SamePartitions(bdev, dev.disk)
 	}
 }

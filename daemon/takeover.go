@@ -455,7 +455,7 @@ func (d *Daemon) nameAgain(ctx context.Context, s *survivor) {
 	dev.Link = link
 	d.mu.Unlock()
 	if err := d.addPartitions(ctx, dev); err != nil {
-		d.opts.Log.Warn("a device does not show the partitions of its disk", "name", dev.Name, "device", dev.Path, "error", err)
+		d.opts.Log.Warn("a device may not show the partitions of its disk: partx -a adds them", "name", dev.Name, "device", dev.Path, "error", err)
 	}
 	d.opts.Log.Info("taken over", "name", dev.Name, "disk", dev.Original, "device", dev.Path)
 }

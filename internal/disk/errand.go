@@ -109,7 +109,7 @@ func (e *errands) do(q question, files []*os.File) answer {
 	case q.Thaw && len(files) == 1:
 		return request(files[0], uapi.FITHAW)
 	case q.Partition != "":
-		return failed(AddPartitions(q.Partition, q.Table))
+		return failed(addPartitions(q.Partition, q.Sequence, q.Table))
 	case q.Run != nil:
 		ran, err := e.run(*q.Run)
 		if err != nil {

@@ -60,30 +60,34 @@ func (h *Host) SamePartitions(a, b *Disk) bool {
 	return slices.Equal(h.PartitionTable(a), h.PartitionTable(b))
 }
 
-// AddPartitions tells the kernel of partitions of the disk at path, for which it has not looked
-// by itself. It leaves out what is there already, or overlaps another, as the kernel does
-// not take these. Opening a disk may have to wait for its I/O, so it is for a Prober's process
-// if the disk is the daemon's own.
-func AddPartitions(path string, table []Partition) error {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+// AddPartitions tells the kernel of partitions of the disk d, for which it has not looked by
+// itself. It leaves out what the kernel does not take: what is there already, overlaps
+// another, or lies beyond the end. It is an error if another disk is d by now. Opening a disk
+// may have to wait for its I/O, so it is for a Prober's process if the disk is the daemon's own.
+func AddPartitions(d *Disk, table []Partition) error { return addPartitions(d.Node, d.Sequence, table) }
+
+func addPartitions(node string, sequence uint64, table []Partition) error {
+	f, err := os.OpenFile(node, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	var now uint64
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uapi.BLKGETDISKSEQ, uintptr(unsafe.Pointer(&now))); errno != 0 || now != sequence {
+		return fmt.Errorf("another disk is %s now: %w", node, cmp.Or(errno, unix.ENODEV))
+	}
 	for _, p := range table {
 		part := unix.BlkpgPartition{Start: p.Start, Length: p.Size, Pno: int32(p.Number)}
 		arg := unix.BlkpgIoctlArg{Op: unix.BLKPG_ADD_PARTITION, Datalen: int32(unsafe.Sizeof(part)), Data: (*byte)(unsafe.Pointer(&part))}
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uapi.BLKPG, uintptr(unsafe.Pointer(&arg)))
-		if errno != 0 && errno != unix.EBUSY {
-			return fmt.Errorf("add partition %d of %s: %w", p.Number, path, errno)
-		}
+		_, _, _ = unix.Syscall(unix.SYS_IOCTL, f.Fd(), uapi.BLKPG, uintptr(unsafe.Pointer(&arg)))
 	}
 	return nil
 }
 
-// AddPartitions is the function of that name, in the Prober's process.
-func (p *Prober) AddPartitions(ctx context.Context, path string, table []Partition) error {
-	a, err := p.ask(ctx, question{Partition: path, Table: table})
+// AddPartitions is the function of that name, in the Prober's process. If ctx ends before
+// that is done, it is done later.
+func (p *Prober) AddPartitions(ctx context.Context, d *Disk, table []Partition) error {
+	a, err := p.ask(ctx, question{Partition: d.Node, Sequence: d.Sequence, Table: table})
 	if err == nil && a.Error != "" {
 		err = errors.New(a.Error)
 	}

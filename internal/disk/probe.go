@@ -54,8 +54,9 @@ type question struct {
 	// Claim: the disk at this path, until nobody has the other end of the pipe that comes
 	// with it. The answers are as with Freeze.
 	Claim string `json:"claim,omitempty"`
-	// Partition: the disk at this path gets the partitions of Table.
+	// Partition: the disk at this path gets the partitions of Table, if it has this Sequence.
 	Partition string      `json:"partition,omitempty"`
+	Sequence  uint64      `json:"sequence,omitempty"`
 	Table     []Partition `json:"table,omitempty"`
 }
 

@@ -95,7 +95,12 @@ install)
 	! processes || fail "the package starts the daemon"
 	systemctl enable -q ublk-blksnap
 	mkfs.ext4 -q -U $uuid ${id}uuid
-	mkfs.ext4 -q -L "a label" ${id}label
+	# One partition of sectors 2048 to 131071, because this Debian has no fdisk.
+	printf '\0\0\0\0\203\0\0\0\0\010\0\0\0\370\001\0' | dd of=${id}label bs=1 seek=446 conv=notrunc status=none
+	printf '\125\252' | dd of=${id}label bs=1 seek=510 conv=notrunc status=none
+	blockdev --rereadpt ${id}label
+	udevadm settle
+	mkfs.ext4 -q -L "a label" ${id}label-part1
 	mkfs.ext4 -q ${id}name
 	mkfs.ext4 -q -U $late ${id}late
 	udevadm settle
@@ -166,7 +171,7 @@ install)
 		done
 		cat /run/late >/sys/bus/virtio/drivers/virtio_blk/unbind
 	END
-	at_poweroff uuid label name late
+	at_poweroff uuid label-part1 name late
 	;;
 filtered)
 	filtered uuid label name
@@ -178,7 +183,8 @@ filtered)
 	for name in late missing; do
 		[[ $said == *"$name: ${id}$name has no filter yet: it is not there"* ]] || fail "list says: $said"
 	done
-	# The boot is over, whatever it misses.
+	# The boot is over, whatever it misses, while what is mounted from there is still waited for.
+	[[ $(systemctl list-jobs) == *mnt-late.mount* ]] || fail "nothing waits for the late disk: $(systemctl list-jobs)"
 	await settled missing
 	[ "$(state_of mnt-missing.mount)" != active ] || fail "a disk that is not there is mounted"
 	# Nobody has the disk beside its filter.
@@ -220,7 +226,7 @@ filtered)
 	chmod -x /usr/sbin/ublk-blksnap
 	sed -i 's/ext4 [^ ]* /ext4 nofail,x-systemd.device-timeout=5s /' /etc/fstab
 	rm /etc/vm-early
-	at_poweroff uuid label name late
+	at_poweroff uuid label-part1 name late
 	;;
 broken)
 	[ "$(state_of ublk-blksnap)" != active ] || fail "the daemon runs"
@@ -236,9 +242,11 @@ broken)
 	{ tr -d '\n' </proc/cmdline; echo " ublk_blksnap.boot=off"; } >/run/cmdline
 	mount --bind /run/cmdline /proc/cmdline
 	udevadm trigger --settle ${id}label
-	[ "$(readlink -f '/dev/disk/by-label/a\x20label')" = "$(readlink -f ${id}label)" ] || fail "the kernel's parameter does not help"
+	udevadm trigger --settle ${id}label-part1
+	[ "$(readlink -f '/dev/disk/by-label/a\x20label')" = "$(readlink -f ${id}label-part1)" ] || fail "the kernel's parameter does not help"
 	umount /proc/cmdline
 	udevadm trigger --settle ${id}label
+	udevadm trigger --settle ${id}label-part1
 	! is_link '/dev/disk/by-label/a\x20label' || fail "the link stays"
 	# The way out, without a daemon.
 	cp /usr/sbin/ublk-blksnap /root/program
@@ -270,9 +278,9 @@ broken)
 	[ -z "$left" ] || fail "left by the package: $left"
 	systemctl daemon-reload
 	systemctl start mnt-{label,late}.mount
-	for name in label late; do [ "$(source_of $name)" = "$(readlink -f $id$name)" ] || fail "/mnt/$name is mounted from $(source_of $name)"; done
+	for disk in label-part1 late; do [ "$(source_of ${disk%-*})" = "$(readlink -f $id$disk)" ] || fail "$disk is not mounted"; done
 	[ -s /mnt/label/busy-1 ] || fail "what was written in the upgrade is not there"
-	at_poweroff uuid label name late
+	at_poweroff uuid label-part1 name late
 	;;
 *) fail "no such part" ;;
 esac

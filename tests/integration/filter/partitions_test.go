@@ -1,6 +1,7 @@
 package filter
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	internaldisk "github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/direct"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
@@ -56,7 +58,8 @@ func TestPartitions(t *testing.T) {
 	guest.Run(t, "modprobe", "loop")
 	disk := strings.TrimSpace(guest.Run(t, "losetup", "-f", "-P", "--show", guest.SparseFile(t, "/dev/shm", 64<<20)))
 	t.Cleanup(func() { guest.Run(t, "losetup", "-d", disk) })
-	sfdisk(t, disk, "label: dos\n2048 32768 83\n34816 65536 5\n36864 16384 83\n55296 16384 83\n")
+	const table = "label: dos\n2048 32768 83\n34816 65536 5\n36864 16384 83\n55296 16384 83\n"
+	sfdisk(t, disk, table)
 	was := partitions(t, disk)
 	if len(was) != 4 {
 		t.Fatalf("the disk has %q", was)
@@ -96,6 +99,24 @@ func TestPartitions(t *testing.T) {
 	d.Remove(dev)
 	if got := partitions(t, disk); !slices.Equal(got, now) {
 		t.Errorf("without the filter the disk has %q, want %q", got, now)
+	}
+
+	// Nobody tells it, and the disk has them all the same.
+	dev = d.Add(disk)
+	sfdisk(t, dev.Path, table)
+	d.Remove(dev)
+	if got := partitions(t, disk); !slices.Equal(got, was) {
+		t.Errorf("without the filter the disk has %q, want %q", got, was)
+	}
+
+	// Another disk has the name by now.
+	bdev, err := internaldisk.Machine().Lookup(disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bdev.Sequence--
+	if err := internaldisk.AddPartitions(bdev, []internaldisk.Partition{{Number: 9, Start: 60 << 20, Size: 1 << 20}}); !errors.Is(err, unix.ENODEV) || len(partitions(t, disk)) != len(was) {
+		t.Errorf("another disk: %v", err)
 	}
 }
 
