@@ -187,6 +187,8 @@ install: build
 	bin/ublk-blksnap completion bash >$(DESTDIR)/$(word 1,$(COMPLETION))
 	bin/ublk-blksnap completion fish >$(DESTDIR)/$(word 2,$(COMPLETION))
 	bin/ublk-blksnap completion zsh >$(DESTDIR)/$(word 3,$(COMPLETION))
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap README.md docs/*.md
+	install -m 755 docs/backup.sh $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap/
 	@# A configuration that somebody has written stays.
 	[ -e $(DESTDIR)/etc/ublk-blksnap.conf ] || install -D -m 644 dist/ublk-blksnap.conf $(DESTDIR)/etc/ublk-blksnap.conf
 
@@ -196,6 +198,7 @@ uninstall:
 	cd $(DESTDIR)/ && rm -f .$(PREFIX)/sbin/{ublk-blksnap,blksnap} .$(LIBDIR)/udev/rules.d/59-ublk-blksnap.rules \
 		./usr/lib/systemd/system-shutdown/ublk-blksnap .$(LIBDIR)/systemd/system/ublk-blksnap.service \
 		.$(PREFIX)/share/man/man8/{ublk-blksnap{,-*},blksnap}.8 .$(PREFIX)/share/man/man5/ublk-blksnap.conf.5 $(COMPLETION)
+	rm -rf $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap
 	! cmp -s dist/ublk-blksnap.conf $(DESTDIR)/etc/ublk-blksnap.conf || rm $(DESTDIR)/etc/ublk-blksnap.conf
 	[ -n "$(DESTDIR)" ] || sh dist/package/postrm remove
 

@@ -274,7 +274,7 @@ broken)
 	said=$(dpkg -P ublk-blksnap 2>&1) || fail "dpkg says: $said"
 	[[ $said == *"/etc/fstab names filters"* ]] || fail "dpkg says: $said"
 	! processes || fail "a daemon runs"
-	left=$(find /etc /usr /var /run /dev -xdev -name '*blksnap*' -not -path '/run/host/*' -not -path '/var/log/*')
+	left=$(find /etc /usr /var /run /dev -xdev -name '*blksnap*' -not -path '/run/host/*' -not -path '/run/systemd/generator/*' -not -path '/var/log/*')
 	[ -z "$left" ] || fail "left by the package: $left"
 	systemctl daemon-reload
 	systemctl start mnt-{label,late}.mount

@@ -1,4 +1,3 @@
-// Package docs checks what the texts for people say about the tree.
 package docs
 
 import (
@@ -77,7 +76,7 @@ func TestNamedFiles(t *testing.T) {
 	file := regexp.MustCompile(`^[a-z][\w./-]*(\.(go|md|sh|diff|service|rules|conf)|/[\w-]+/)$`)
 	tests := allTests(t)
 	named := 0
-	for _, name := range []string{"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "tests/sim/README.md", "tests/bench/README.md"} {
+	for _, name := range append(pages(t), "ARCHITECTURE.md", "CONTRIBUTING.md", "tests/sim/README.md", "tests/bench/README.md") {
 		s := text(t, name)
 		for _, m := range code.FindAllStringSubmatch(s, -1) {
 			if !file.MatchString(m[1]) {
@@ -130,4 +129,37 @@ func allTests(t *testing.T) []string {
 		names = append(names, strings.TrimPrefix(strings.TrimSpace(line), "func "))
 	}
 	return names
+}
+
+// TestLinks: what the texts link to is there, and has the heading that a link names.
+func TestLinks(t *testing.T) {
+	for _, name := range append(pages(t), "ARCHITECTURE.md", "CONTRIBUTING.md") {
+		for _, m := range regexp.MustCompile(`\]\(([^)#]*)(#[^)]*)?\)`).FindAllStringSubmatch(text(t, name), -1) {
+			if strings.Contains(m[1], "://") {
+				continue
+			}
+			file := filepath.Join(filepath.Dir(name), m[1])
+			if m[1] == "" {
+				file = name
+			}
+			if _, err := os.Stat(filepath.Join(root, file)); err != nil {
+				t.Errorf("%s links to %s: %v", name, m[1], err)
+			} else if m[2] != "" && !slices.Contains(headings(text(t, file)), m[2]) {
+				t.Errorf("%s links to %s, which has no heading %s", name, m[1], m[2])
+			}
+		}
+	}
+	for _, page := range pages(t)[1:] {
+		if !strings.Contains(text(t, "README.md"), "("+page+")") {
+			t.Errorf("README.md does not link to %s", page)
+		}
+	}
+}
+
+// headings are those of a text, as links name them.
+func headings(text string) (all []string) {
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(text, -1) {
+		all = append(all, "#"+strings.ReplaceAll(strings.ToLower(regexp.MustCompile(`[^\w -]`).ReplaceAllString(m[1], "")), " ", "-"))
+	}
+	return all
 }
