@@ -74,6 +74,20 @@ func (m *Map) unmapLocked() error {
 // create makes a map whose active bytes are all start, in memory if path is
 // empty. A file gets its name when it is whole.
 func create(path string, size int64, p Params, start byte) (*Map, error) {
+	m, err := prepare(path, size, p, start)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.nameNew(); err != nil {
+		_ = unix.Munmap(m.memory)
+		m.removeNew()
+		return nil, err
+	}
+	return m, nil
+}
+
+// prepare is create of a map whose file does not have its name yet.
+func prepare(path string, size int64, p Params, start byte) (*Map, error) {
 	if path == "" {
 		m, err := NewMemory(size, p)
 		if err == nil {
@@ -103,15 +117,27 @@ func create(path string, size int64, p Params, start byte) (*Map, error) {
 		return nil, errors.Join(err, os.Remove(f.Name()))
 	}
 	m, err := Format(memory, size, p)
-	if err == nil {
-		m.fill(m.active, start)
-		err = os.Rename(f.Name(), path)
-	}
 	if err != nil {
 		return nil, errors.Join(err, unix.Munmap(memory), os.Remove(f.Name()))
 	}
+	m.fill(m.active, start)
 	m.path = path
 	return m, nil
+}
+
+// nameNew gives a prepared map's file its name.
+func (m *Map) nameNew() error {
+	if m.path == "" {
+		return nil
+	}
+	return os.Rename(m.path+newSuffix, m.path)
+}
+
+// removeNew removes the file of a prepared map.
+func (m *Map) removeNew() {
+	if m.path != "" {
+		_ = os.Remove(m.path + newSuffix)
+	}
 }
 
 // allocate gives f n bytes of memory: on a tmpfs that is full a store into a hole

@@ -16,7 +16,8 @@ type History struct {
 // Follow has f told what the map says of itself: now, and whenever a take, a generation
 // or a load changes it, before anything is marked with the new number. With an error, which
 // is ErrCorrupted, the map is not to be trusted any more. f is called under the map's
-// mutex, and must neither block nor call the map. Called once.
+// mutex, and must neither block nor call the map. Called again, it is told in
+// the place of the one before.
 func (m *Map) Follow(f func(Info, error)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

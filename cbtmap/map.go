@@ -217,21 +217,57 @@ func (m *Map) setHeader(h header) {
 	m.last.Store(&info)
 }
 
+// Next is what a map is going to be for a device of another size.
+type Next struct{ m *Map }
+
+// Prepare makes what the map is to be for a device of size bytes, with the parameters it was
+// made with, in a new generation. Nothing changes before [Map.Replace].
+func (m *Map) Prepare(size int64) (*Next, error) {
+	m.mu.Lock()
+	path, params := m.path, m.params
+	m.mu.Unlock()
+	next, err := prepare(path, size, params, 1)
+	if err != nil {
+		return nil, fmt.Errorf("resize change map: %w", err)
+	}
+	return &Next{next}, nil
+}
+
+// Discard is for what is not to replace the map after all.
+func (n *Next) Discard() {
+	n.m.mu.Lock()
+	defer n.m.mu.Unlock()
+	_ = n.m.unmapLocked()
+	n.m.removeNew()
+}
+
+// Replace makes the map what Prepare has made, which every block counts as changed in. After
+// an error the map is as it was.
+func (m *Map) Replace(n *Next) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	next := n.m
+	if err := next.nameNew(); err != nil {
+		return fmt.Errorf("resize change map: %w", err)
+	}
+	m.tellLocked(next.geometry, next.header, nil)
+	err := m.unmapLocked()
+	m.layout = next.layout
+	m.setHeader(next.header)
+	return err
+}
+
 // Resize makes the map one for a device of size bytes, in a new generation, with
 // the parameters it was made with. On an error the map is corrupted: it
 // describes a device that is not there any more.
 func (m *Map) Resize(size int64) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	next, err := create(m.path, size, m.params, 1)
-	if err != nil {
-		m.corruptLocked()
-		return fmt.Errorf("resize change map: %w", err)
+	next, err := m.Prepare(size)
+	if err == nil {
+		err = m.Replace(next)
 	}
-	m.tellLocked(next.geometry, next.header, nil)
-	err = m.unmapLocked()
-	m.layout = next.layout
-	m.setHeader(next.header)
+	if err != nil {
+		m.SetCorrupted()
+	}
 	return err
 }
 

@@ -190,6 +190,11 @@ type Device struct {
 	Snapshots         []string  `json:"snapshots"` // that hold it
 	// History is whether its change map goes on where the last one ended, as in [CBTInfo].
 	History History `json:"history"`
+	// OriginalSize is the size of the original in bytes, if that is another one than Size by
+	// now. 0: it is not.
+	OriginalSize int64 `json:"original_size,omitempty"`
+	// Attention is what somebody should know or do about it, for people; mostly empty.
+	Attention string `json:"attention,omitempty"`
 }
 
 // The kinds of requests, as keys of [DeviceStatus].Operations.
@@ -270,7 +275,7 @@ const (
 	HistoryUsed        = "used"          // what was kept was used before
 	HistoryOtherDisk   = "other-disk"    // what was kept under the name is of another disk
 	HistoryOtherHost   = "other-machine" // what was kept is of another machine, of which this one may be a copy
-	HistoryOtherSize   = "size"          // the disk has another size
+	HistoryOtherSize   = "size"          // the disk has another size, or has grown
 	HistoryOtherBlock  = "block-size"    // change tracking has another block size
 	HistoryWritten     = "written"       // the disk was written to while it had no filter
 	HistoryDamaged     = "damaged"       // what was kept, or the map itself, is not whole
@@ -460,7 +465,7 @@ type Event struct {
 	// Device (major:minor of the original) and Errno (negative) with corrupted.
 	Device string `json:"device,omitempty"`
 	Errno  int    `json:"error_code,omitempty"`
-	// Text says why, with new_generation and uncovered, and with corrupted if the snapshot
+	// Text says why, with new_generation, uncovered, grown, shrunk, gone and removed, and with corrupted if the snapshot
 	// could not be taken over from a daemon that died; and more, with lost.
 	Text string `json:"text,omitempty"`
 }
@@ -474,6 +479,14 @@ const (
 	// failure costs the history of its changes, as the text says, or does not any more.
 	EventUncovered = "uncovered"
 	EventCovered   = "covered"
+	// EventGrown and EventShrunk belong to a device: its original has another size. The text
+	// says whether the filter has followed.
+	EventGrown  = "grown"
+	EventShrunk = "shrunk"
+	// EventGone belongs to a device: its original is gone. EventRemoved too: its filter was
+	// removed, because of that, and by nobody.
+	EventGone    = "gone"
+	EventRemoved = "removed"
 	// EventLost: the snapshot was lost in a restart of the machine or a loss of power;
 	// Text names its devices. When what it stored is cleared, EventDestroyed follows.
 	EventLost    = "lost"

@@ -137,6 +137,7 @@ func New(o Options) (*Daemon, error) {
 		d.settle(context.Background())
 	}()
 	go d.retry(retrying)
+	go d.watchDisks(retrying)
 	go d.endInTime(retrying)
 	d.startBoot(retrying)
 	return d, nil

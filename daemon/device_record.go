@@ -41,6 +41,9 @@ type deviceRecord struct {
 	// Ending is what the disk was like just before a removal that is under way, or an
 	// addition: then nobody writes to it unless the device comes to be.
 	Ending *cbtstate.Disk `json:"ending,omitempty"`
+	// GrownFrom is the size that the disk had, in bytes, while its filter becomes one for the
+	// size in Geometry; 0: that is done.
+	GrownFrom int64 `json:"grown_from,omitempty"`
 	// Unpartitioned: the device does not show the partitions of its disk yet. See
 	// Daemon.addPartitions.
 	Unpartitioned bool `json:"unpartitioned,omitempty"`
@@ -93,8 +96,8 @@ const (
 	deviceKind = "device" // of the statefile
 	// In format 2 is a record that says ClaimedByOther: a program of format 1 would go on
 	// with the map. In format 3 is one that says Ending, in format 4 one that says
-	// Unpartitioned.
-	deviceFormat = 4
+	// Unpartitioned, in format 5 one that says GrownFrom.
+	deviceFormat = 5
 )
 
 func (d *Daemon) cbtFile(name string) string      { return filepath.Join(d.cbtDir(), name) }
@@ -110,8 +113,10 @@ func (d *Daemon) deviceRecordFile(name string) string {
 func (d *Daemon) writeDeviceRecord(r deviceRecord) error {
 	format := 1
 	switch {
-	case r.Unpartitioned:
+	case r.GrownFrom != 0:
 		format = deviceFormat
+	case r.Unpartitioned:
+		format = 4
 	case r.Ending != nil:
 		format = 3
 	case r.ClaimedByOther:

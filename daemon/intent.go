@@ -77,24 +77,25 @@ const (
 	beginAgainLimit = 10 * time.Minute
 )
 
-// newIntent makes the log of a device that shall have one, off. It has no file yet.
-func (d *Daemon) newIntent(dev *device, name string, zone int64) (in *intent, err error) {
+// newIntent makes the log of a device of size bytes that shall have one, off. It has no file
+// yet, and follows no map.
+func (d *Daemon) newIntent(dev *device, name string, zone, size int64) (in *intent, err error) {
 	in = &intent{d: d, dev: dev, name: name, counters: dev.counters.queues, reason: "it has not begun", failed: make(chan error, 1), wake: make(chan struct{}, 1), due: make(chan struct{}, 1), done: make(chan struct{})}
 	if in.identity, err = d.host.Identify(dev.disk); err != nil {
 		return nil, err
 	}
-	shift := intentlog.DefaultZoneShift(dev.geo.Size)
+	shift := intentlog.DefaultZoneShift(size)
 	if zone != 0 {
 		shift = uint8(bits.TrailingZeros64(uint64(zone)))
 	}
-	if in.memory, err = unix.Mmap(-1, 0, int(intentlog.FileSize(dev.geo.Size, shift)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE); err != nil {
+	if in.memory, err = unix.Mmap(-1, 0, int(intentlog.FileSize(size, shift)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE); err != nil {
 		return nil, fmt.Errorf("get memory: %w", err)
 	}
 	fd, err := unix.Open("/dev/null", unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err == nil {
 		in.file = blockdev.NewOSFile(fd, "the write-intent log of "+dev.disk.DisplayPath())
 		in.log, err = intentlog.New(intentlog.Config{
-			Size: dev.geo.Size, ZoneShift: shift, Orig: dev.orig, Queue: d.logs, File: in.file, Memory: in.memory,
+			Size: size, ZoneShift: shift, Orig: dev.orig, Queue: d.logs, File: in.file, Memory: in.memory,
 			Failed: func(err error) { in.fail(err) },
 		})
 	}
@@ -102,7 +103,6 @@ func (d *Daemon) newIntent(dev *device, name string, zone int64) (in *intent, er
 		in.free()
 		return nil, err
 	}
-	in.log.Follow(dev.cbt)
 	return in, nil
 }
 
@@ -132,12 +132,13 @@ func (d *Daemon) makeFilter(dev *device, name string, queues int, zone int64) {
 	case zone < 0:
 		dev.uncovered = "intent_log is off"
 	default:
-		in, err := d.newIntent(dev, name, zone)
+		in, err := d.newIntent(dev, name, zone, dev.geo.Size)
 		if err != nil {
 			dev.uncovered = publicPaths(err.Error())
 			d.opts.Log.Warn("a power failure will cost the history of changes", "name", name, "reason", dev.uncovered)
 			break
 		}
+		in.log.Follow(dev.cbt)
 		dev.intent, c.Intent = in, in.log
 	}
 	dev.filter = filter.New(c)

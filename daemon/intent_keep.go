@@ -99,7 +99,10 @@ func (d *Daemon) takeBack(dev *device, id disk.Identity, do func(*cbtstate.Store
 // plugged in again while the filter of before is still there. dev may be nil.
 func (d *Daemon) giveUpSame(dev *device, id disk.Identity) {
 	for _, other := range d.sortedDevices() {
-		if in := other.intent; other != dev && in != nil && slices.Equal(in.identity, id) && in.counts() {
+		d.mu.Lock()
+		in := other.intent
+		d.mu.Unlock()
+		if other != dev && in != nil && slices.Equal(in.identity, id) && in.counts() {
 			in.fail(errors.New("the record of its log was taken back, because another filter is or was over a disk that says the same of itself"))
 		}
 	}

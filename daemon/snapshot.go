@@ -73,6 +73,8 @@ func snapshotError(err error, format string, args ...any) error {
 		set(control.Exists, unix.EALREADY)
 	case errors.Is(err, snapimage.ErrCancelled), errors.Is(err, snapshots.ErrFreezeTimeout), errors.Is(err, snapshots.ErrNoAnswer):
 		set(control.Timeout, unix.ETIMEDOUT)
+	case errors.Is(err, snapshots.ErrGrown):
+		set(control.Busy, unix.EBUSY)
 	case errors.Is(err, snapshots.ErrStorageInUse):
 		set(control.Busy, unix.EBUSY)
 	case errors.Is(err, snapshots.ErrNoStorageThere):

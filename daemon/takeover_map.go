@@ -24,7 +24,7 @@ func openLeftMap(path string, size int64) (*cbtmap.Map, error) {
 	}
 	info, err := m.Info()
 	if err == nil && info.DeviceCapacity != size {
-		err = fmt.Errorf("it is for %d bytes, not %d", info.DeviceCapacity, size)
+		err = fmt.Errorf("%w: it is for %d bytes, not %d", errOtherSize, info.DeviceCapacity, size)
 	}
 	if err != nil && !errors.Is(err, cbtmap.ErrCorrupted) {
 		_ = m.Close()
@@ -32,6 +32,8 @@ func openLeftMap(path string, size int64) (*cbtmap.Map, error) {
 	}
 	return m, err
 }
+
+var errOtherSize = errors.New("the disk had another size")
 
 // adoptChangeMap takes the map over, or begins another if it cannot be believed.
 func (d *Daemon) adoptChangeMap(dev *device, s *survivor) error {
@@ -43,11 +45,15 @@ func (d *Daemon) adoptChangeMap(dev *device, s *survivor) error {
 		if s.record.ClaimedByOther {
 			m.NewGeneration()
 			d.beganAnew(dev, s, control.HistoryWritten, "somebody else had the disk while no daemon did")
+		} else if s.record.GrownFrom != 0 { // and the dead daemon may not have told
+			d.beganAnew(dev, s, control.HistoryOtherSize, grownText(s.record.GrownFrom, dev.geo.Size))
 		}
 		return nil
 	}
 	why := err
-	if err = d.createChangeMap(dev, name); err == nil {
+	if err = d.createChangeMap(dev, name); err == nil && s.record.GrownFrom != 0 && errors.Is(why, errOtherSize) {
+		d.beganAnew(dev, s, control.HistoryOtherSize, grownText(s.record.GrownFrom, dev.geo.Size))
+	} else if err == nil {
 		d.beganAnew(dev, s, control.HistoryDamaged, fmt.Sprintf("the change map of the daemon before cannot be taken over: %v", why))
 	}
 	return err
@@ -60,6 +66,6 @@ func (d *Daemon) beganAnew(dev *device, s *survivor, reason, text string) {
 	d.opts.Log.Error("all of a disk counts as changed", "name", s.record.Name, "disk", s.record.Original.Path, "reason", text)
 	d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: s.record.Original.Number, Text: text})
 	deathpoint.Point()
-	s.record.History, s.record.ClaimedByOther = dev.History, false
+	s.record.History, s.record.ClaimedByOther, s.record.GrownFrom = dev.History, false, 0
 	d.changeDeviceRecord(s.record)
 }

@@ -57,7 +57,9 @@ type Filter struct {
 	orig   blockdev.File
 	size   int64
 	cbt    *cbtmap.Map
-	intent *intentlog.Log
+	intent *intentlog.Log // as the queues know it
+	// log is the same for the threads of images.
+	log    atomic.Pointer[intentlog.Log]
 	queues []*Queue
 	counts []Counters // by queue
 
@@ -75,6 +77,7 @@ func New(c Config) *Filter {
 		orig: c.Orig, size: c.Size, cbt: c.CBT, intent: c.Intent,
 		queues: make([]*Queue, c.Queues), counts: c.Counters,
 	}
+	f.log.Store(c.Intent)
 	if f.counts == nil {
 		f.counts = make([]Counters, c.Queues)
 	}
@@ -88,11 +91,19 @@ func (f *Filter) Orig() blockdev.File { return f.orig }
 // Size is the size of the disk in bytes.
 func (f *Filter) Size() int64 { return f.size }
 
+// Grow makes the filter one over a disk of size bytes, with another write-intent log, or none.
+// Its change map is for that size already. It may only be called at the instant of a cut. The
+// areas that the filter has keep the size that the disk had, and what is beyond needs no copy.
+func (f *Filter) Grow(size int64, intent *intentlog.Log) {
+	f.size, f.intent = size, intent
+	f.log.Store(intent)
+}
+
 // CBT is the change map, nil if there is none.
 func (f *Filter) CBT() *cbtmap.Map { return f.cbt }
 
-// Intent is the write-intent log, nil if there is none.
-func (f *Filter) Intent() *intentlog.Log { return f.intent }
+// Intent is the write-intent log, nil if there is none. It is another one after Grow.
+func (f *Filter) Intent() *intentlog.Log { return f.log.Load() }
 
 // Held says whether a snapshot holds the disk. For whoever makes cuts only.
 func (f *Filter) Held() bool { return len(f.areas) > 0 }
@@ -229,6 +240,9 @@ func (req *request) protect(from, end int64) int64 {
 			return pos
 		}
 		for _, a := range q.areas {
+			if pos >= a.Size() {
+				continue // the disk has grown since
+			}
 			c := a.Chunk(pos)
 			if pos > from && pos > a.Start(c) || a.Protected(c) {
 				continue // seen at its first byte
@@ -265,8 +279,11 @@ func (req *request) advanceDiscard() {
 		stop := end
 		again := false
 		for _, a := range req.q.areas {
+			if start >= a.Size() {
+				continue // the disk has grown since
+			}
 			// Whole chunks only: a chunk that is still new keeps all its bytes.
-			c, last := a.Chunk(start), a.Chunk(end-1)+1
+			c, last := a.Chunk(start), a.Chunk(min(end, a.Size())-1)+1
 			if s := a.SkipNew(c, last); s != c {
 				req.q.counters.Skipped.Add(uint64(min(a.Start(s), end) - start))
 				start, again = min(a.Start(s), end), true

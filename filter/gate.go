@@ -109,7 +109,7 @@ const (
 )
 
 // StartCut closes the gates of all filters. When no change is in flight on any
-// of them, areas[i] is installed on filters[i], at is called, and the gates
+// of them, areas[i] is installed on filters[i], if there are areas, at is called, and the gates
 // open; at that instant the original disks hold what the images will show.
 // done is called last, when every gate is open again. at and done run on some
 // queue's thread. Only one cut or Forget may be under way on a filter.
@@ -138,8 +138,9 @@ func (c *Cut) closed() {
 	if c.closing.Add(-1) != 0 || !c.stage.CompareAndSwap(cutClosing, cutAt) {
 		return
 	}
-	for i, f := range c.filters {
-		f.areas = append(f.areas, c.areas[i])
+	for i, a := range c.areas {
+		f := c.filters[i]
+		f.areas = append(f.areas, a)
 		f.publish()
 	}
 	c.at()

@@ -106,7 +106,8 @@ func New(c Config) (*Log, error) {
 	return l, nil
 }
 
-// Follow makes the log follow the map of its disk. Called once, before the first write.
+// Follow makes the log follow the map of its disk, in the place of another log. Called once,
+// before the first write.
 func (l *Log) Follow(m *cbtmap.Map) { m.Follow(l.follow) }
 
 // follow takes what the map says of itself before anything is marked with it.

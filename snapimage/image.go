@@ -16,11 +16,11 @@ import (
 type Image struct {
 	area   *diffarea.Area
 	cbt    *cbtmap.Map
-	intent *intentlog.Log
+	filter *filter.Filter // which knows the write-intent log
 }
 
 func newImage(a *diffarea.Area, f *filter.Filter) *Image {
-	return &Image{area: a, cbt: f.CBT(), intent: f.Intent()}
+	return &Image{area: a, cbt: f.CBT(), filter: f}
 }
 
 // Area is the difference area behind the image, for who checks it: see
@@ -271,7 +271,7 @@ func (q *Queue) write(r *ublk.Request) {
 	if q.im.cbt != nil {
 		q.im.cbt.MarkBoth(r.Off, r.Len)
 	}
-	if q.im.intent != nil && q.im.intent.Hold(&wr.wait, r.Off, r.Len) {
+	if log := q.im.filter.Intent(); log != nil && log.Hold(&wr.wait, r.Off, r.Len) {
 		return // goes on with doStep
 	}
 	wr.doStep()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
@@ -85,8 +86,19 @@ func (s *Snapshot) cut(ctx context.Context, limit time.Duration) error {
 	return err
 }
 
+// ErrGrown: what the snapshot has made for a disk is too small by now.
+var ErrGrown = errors.New("the disk has grown since it was added to the snapshot")
+
 // prepare puts on record what the change maps say before a take.
 func (s *Snapshot) prepare() error {
+	s.state.mu.Lock()
+	devices := slices.Clone(s.state.rec.Devices)
+	s.state.mu.Unlock()
+	for i, f := range s.filters {
+		if devices[i].Size != f.Size() {
+			return fmt.Errorf("%s: %w: destroy it, and create another", f.Orig().Name(), ErrGrown)
+		}
+	}
 	var before []cbtmap.Info
 	for _, f := range s.filters {
 		info := cbtmap.Info{}

@@ -8,8 +8,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
-// The daemon does not do this yet: a filter whose original has grown will call it.
-
 // UpdateSize changes the size of the disk, in bytes, while it is in use.
 func (d *Device) UpdateSize(ctx context.Context, size int64) error {
 	if !d.ctl.Has(uapi.UBLK_F_UPDATE_SIZE) {

@@ -29,6 +29,9 @@ func (p *program) list() *cobra.Command {
 					if text := uncleanEnd(d.History); text != "" {
 						p.tell(d.Name + ": " + text)
 					}
+					if d.Attention != "" {
+						p.tell(d.Name + ": " + d.Attention)
+					}
 				}
 				return p.print(ds, func(w io.Writer) {
 					t := newTable(w, "NAME", "ORIGINAL", "DEVICE", "SIZE", "MODE", "QUEUES", "SNAPSHOTS")

@@ -78,6 +78,12 @@ func writeStatus(w io.Writer, s control.DeviceStatus) {
 	line("link", s.Link)
 	line("state", s.State)
 	line("size", fmt.Sprintf("%d bytes (%s)", s.Size, control.HumanSize(s.Size)))
+	if s.OriginalSize != 0 {
+		line("original size", fmt.Sprintf("%d bytes (%s)", s.OriginalSize, control.HumanSize(s.OriginalSize)))
+	}
+	if s.Attention != "" {
+		line("attention", s.Attention)
+	}
 	line("block size", fmt.Sprintf("%d logical, %d physical", s.LogicalBlockSize, s.PhysicalBlockSize))
 	line("queues", fmt.Sprintf("%d of depth %d", s.Queues, s.Depth))
 	line("mode", s.Mode)

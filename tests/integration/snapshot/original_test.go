@@ -3,6 +3,7 @@ package snapshot
 import (
 	"bytes"
 	"errors"
+	"io"
 	"math/rand"
 	"os"
 	"os/exec"
@@ -178,7 +179,8 @@ func TestHungOriginal(t *testing.T) {
 }
 
 // TestPulledOut takes the original away under load, with a snapshot held: its
-// users get errors, and everything can be put away.
+// users get errors. The filter stays as long as somebody has it open, and then goes by itself,
+// with the snapshot.
 func TestPulledOut(t *testing.T) {
 	guest.Need(t)
 	disk := guest.SCSIDisk(t, 16, 512)
@@ -191,6 +193,16 @@ func TestPulledOut(t *testing.T) {
 	s := d.Take(64<<10, dev)
 	stop := w.StartWriters(t, 31, stamp.Mix{Writers: 4}, dev.Path)
 	time.Sleep(300 * time.Millisecond)
+	user, err := os.Open(dev.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer user.Close()
+	image, err := os.Open(s.Images[0].Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer image.Close()
 	if err := os.WriteFile("/sys/block/"+filepath.Base(disk)+"/device/delete", []byte("1"), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -202,14 +214,63 @@ func TestPulledOut(t *testing.T) {
 	if err := guest.Await(t, "the end of the writers", ended); err == nil {
 		t.Error("nobody noticed")
 	}
-	d.Destroy(s.ID)
-	// What cannot be synced is not removed unasked.
-	err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name})
-	program.WantError(t, err, control.Internal, "ublk-blksnap remove --force "+dev.Name)
-	if !errors.Is(err, unix.EIO) {
-		t.Errorf("remove: %v", err)
+	guest.WaitFor(t, "what is told of it", func() bool {
+		status, err := d.DeviceStatus(guest.Context(t), dev.Name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(status.Attention, "its disk is gone")
+	})
+	// What is in use is not removed unasked.
+	err = d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name})
+	program.WantError(t, err, control.Busy)
+	user.Close()
+	wantEvents(t, d, dev, control.EventGone)
+	if got := d.Show(s.ID); got.State == control.SnapshotDestroying {
+		t.Errorf("a snapshot whose image is in use: %+v", got)
 	}
-	if err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: true}); err != nil {
-		t.Errorf("remove by force: %v", err)
+	image.Close()
+	wantEvents(t, d, dev, control.EventRemoved)
+	if left, err := d.Devices(guest.Context(t)); err != nil || len(left) > 0 || len(guest.UblkDevices()) > 0 {
+		t.Errorf("left: %v, %v, %v", left, guest.UblkDevices(), err)
+	}
+	kinds, _ := d.Corrupted(s.ID)
+	if _, err := d.Snapshot(guest.Context(t), s.ID); control.CodeOf(err) != control.NotFound {
+		t.Errorf("the snapshot had %v, and is there: %v", kinds, err)
+	}
+
+	// Who detaches a loop device has to wait for whoever has it open. The filter lets go of it,
+	// and its change map goes on.
+	loop := guest.LoopDisk(t, 8<<20, 512)
+	file, err := os.ReadFile("/sys/block/" + filepath.Base(loop) + "/loop/backing_file")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev = d.Add(loop)
+	d.Destroy(d.Take(0, dev).ID)
+	before := d.CBT(dev)
+	guest.Run(t, "losetup", "-d", loop)
+	wantEvents(t, d, dev, control.EventRemoved)
+	guest.WaitFor(t, "the end of the loop device", func() bool {
+		_, err := os.Stat("/sys/block/" + filepath.Base(loop) + "/loop")
+		return err != nil
+	})
+	guest.Run(t, "losetup", "-b", "512", loop, strings.TrimSpace(string(file)))
+	if now := d.CBT(d.Add(loop)); !now.History.Continued || now.GenerationID != before.GenerationID {
+		t.Errorf("attached again: %+v, was %+v", now, before)
+	}
+}
+
+// wantEvents waits for an event of a device.
+func wantEvents(t *testing.T, d *program.Daemon, dev control.Device, kind string) {
+	t.Helper()
+	err := d.Watch(guest.Context(t), control.WatchRequest{Since: 1}, func(e control.Event) error {
+		if e.Device == dev.OriginalNumber && e.Kind == kind {
+			return io.EOF
+		}
+		return nil
+	})
+	if !errors.Is(err, io.EOF) {
+		t.Fatalf("no event %q: %v", kind, err)
 	}
 }

@@ -1,0 +1,92 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+)
+
+// A disk may be pulled out under its filter: the kernel takes it away although it is open. Or
+// its owner asks for it and has to wait until it is closed: a loop device that is to be detached.
+// Most drivers do neither. As long as a disk is open, zram refuses to remove or to reset it,
+// device-mapper and md refuse to end it, and no driver can be unloaded.
+//
+// The filter of a disk that is gone gives errors. When nobody uses it any more, nor an image
+// of its snapshots, these end, and it goes.
+
+// lookMissed is how many times in a row a disk has to be missing.
+const lookMissed = 2
+
+// watched is what watchDisks knows of a disk.
+type watched struct {
+	missed   int  // how often it was missing in a row
+	detached bool // its loop device was to be detached from the first
+	seen     bool
+	again    time.Time // when its filter may be tried to be removed again
+}
+
+// letGoOfGone takes a filter away whose disk is gone, unless somebody uses it.
+func (d *Daemon) letGoOfGone(ctx context.Context, dev *device, w *watched) {
+	const attention = "its disk is gone: all I/O that needs the disk fails; the filter goes when nobody uses it"
+	if d.describe(dev).Attention != attention {
+		d.mu.Lock()
+		dev.Attention, dev.OriginalSize = attention, 0
+		d.mu.Unlock()
+		d.opts.Log.Error("the disk of a filter is gone", "name", dev.Name, "disk", dev.Original)
+		d.events.notice(control.Event{Kind: control.EventGone, Device: dev.OriginalNumber, Text: fmt.Sprintf("%s: %s", dev.Name, attention)})
+	}
+	if d.checkFree(dev) != nil || d.openedBy(dev.ublk.Num) != "" {
+		return
+	}
+	d.letGo(ctx, dev, w, "its disk is gone", func() error {
+		for _, s := range d.sortedSnapshots() {
+			if d.holds(s, dev) {
+				if err := d.imageUser(ctx, s); err != nil {
+					return err
+				}
+			}
+		}
+		return d.removeForced(dev)
+	})
+}
+
+// letGoOfDetached takes a filter away whose loop device is to be detached, unless somebody uses
+// it or a snapshot holds it.
+func (d *Daemon) letGoOfDetached(ctx context.Context, dev *device, w *watched) {
+	if len(d.holders(dev)) > 0 || d.checkFree(dev) != nil || d.openedBy(dev.ublk.Num) != "" {
+		return
+	}
+	d.letGo(ctx, dev, w, "its loop device was to be detached", func() error {
+		if err := d.checkIdle(dev); err != nil {
+			return err
+		}
+		return d.removeIdle(context.WithoutCancel(ctx), dev)
+	})
+}
+
+// letGo removes a filter by itself. If that takes too long, it is left alone for a while, because
+// everybody else waits meanwhile.
+func (d *Daemon) letGo(ctx context.Context, dev *device, w *watched, why string, remove func() error) {
+	if time.Now().Before(w.again) {
+		return
+	}
+	end, err := d.begin(ctx, "let go of %s", dev.Name)
+	if err != nil {
+		return
+	}
+	defer end()
+	if d.deviceNamed(dev.Name) != dev {
+		return
+	}
+	if err := remove(); err != nil {
+		if control.CodeOf(fail(err, "let go")) != control.Busy {
+			w.again = time.Now().Add(10 * d.opts.Config.DiskTimeout)
+		}
+		d.opts.Log.Debug("a filter cannot be let go of yet", "name", dev.Name, "error", err)
+		return
+	}
+	d.opts.Log.Warn("a filter was removed by itself", "name", dev.Name, "disk", dev.Original, "reason", why)
+	d.events.notice(control.Event{Kind: control.EventRemoved, Device: dev.OriginalNumber, Text: fmt.Sprintf("%s: %s", dev.Name, why)})
+}

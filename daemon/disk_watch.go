@@ -1,0 +1,83 @@
+package daemon
+
+import (
+	"context"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
+)
+
+// diskWatchInterval is how often the daemon looks whether a disk with a filter is there, and
+// how large it is.
+const diskWatchInterval = time.Second
+
+// watchDisks looks at the originals until ctx ends. It asks the kernel for numbers only, which
+// waits for no disk.
+func (d *Daemon) watchDisks(ctx context.Context) {
+	disks := map[*device]*watched{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(diskWatchInterval):
+		}
+		before := disks
+		disks = map[*device]*watched{}
+		for _, dev := range d.sortedDevices() {
+			if disks[dev] = before[dev]; disks[dev] == nil {
+				disks[dev] = &watched{}
+			}
+			d.watchDisk(ctx, dev, disks[dev])
+		}
+	}
+}
+
+func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
+	now, err := d.host.ByNumber(dev.disk.Num)
+	if err != nil || now.Sequence != dev.disk.Sequence || now.Size == 0 {
+		if w.missed++; w.missed >= lookMissed {
+			d.letGoOfGone(ctx, dev, w)
+		}
+		return
+	}
+	w.missed = 0
+	detached := d.host.ToBeDetached(now)
+	if !w.seen {
+		w.seen, w.detached = true, detached
+	}
+	if detached && !w.detached {
+		d.letGoOfDetached(ctx, dev, w)
+	}
+	shown := d.describe(dev)
+	switch {
+	case shown.OriginalSize == now.Size && shown.Size > now.Size: // shrunk, and told
+		return
+	case shown.OriginalSize == now.Size && !d.canGrow():
+		return
+	case shown.OriginalSize == 0 && shown.Size == now.Size && !d.driverIsBehind(dev):
+		return
+	}
+	end, err := d.begin(ctx, "follow the size of %s", dev.Original)
+	if err != nil {
+		return
+	}
+	defer end()
+	if d.deviceNamed(dev.Name) == dev && !dev.removing {
+		d.followSize(ctx, dev, now.Size)
+	}
+}
+
+// canGrow says whether the driver can change the size of a disk.
+func (d *Daemon) canGrow() bool { return d.ctl.Has(uapi.UBLK_F_UPDATE_SIZE) }
+
+// driverIsBehind says whether the driver has not been told yet that a filter has grown.
+func (d *Daemon) driverIsBehind(dev *device) bool {
+	bdev, err := d.host.ByNumber(dev.ublk.Num)
+	return err == nil && bdev.Size < d.sizeOf(dev)
+}
+
+func (d *Daemon) sizeOf(dev *device) int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return dev.Size
+}
