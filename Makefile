@@ -6,6 +6,7 @@
 #   make integration [KERNEL=] [RUN=] [BUILD=giouring]  the tests that need ublk, or those that match RUN
 #   make soak [KERNEL=] [RUN=] [KILLS=] [CUTS=]  the long form of what tests deaths, restarts and power cuts, for hours
 #   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
+#   make docs [KERNEL=] [PAGE=]        every command of README and docs, or those of the pages that match PAGE
 #   make reboot [KERNEL=]              change tracking, and what is left of snapshots, over restarts and a power failure
 #   make boot [KERNEL=]                boots of a Debian whose filesystems lie on filters
 #   make powercut [KERNEL=] [CUTS=] [SEED=]  change tracking over power failures of a machine under load
@@ -59,7 +60,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration integration-run integration-binaries soak systemd reboot boot powercut sim overlay bench vm build build-next install uninstall deb rpm package test-packages clean setup-go setup bin/vm
+.PHONY: demo test check lint integration integration-run integration-binaries soak systemd docs reboot boot powercut sim overlay bench vm build build-next install uninstall deb rpm package test-packages clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -130,6 +131,11 @@ systemd: build bin/vm
 	$(MAKE) test-packages FORMAT=rpm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd
 	bin/vm -no-skips -again -systemd -disk data=128M -disk swap=64M -disk lower=64M -timeout 15m 'cd tests/systemd && exec ../../.cache/test/systemd.test -test.v'
+
+docs: build bin/vm
+	CGO_ENABLED=0 go test -c -o .cache/test/docs.test ./tests/docs
+	bin/vm -no-skips -again -systemd -disk data=64M -disk docs1=128M -disk docs2=128M -timeout 30m \
+		'cd tests/docs && exec ../../.cache/test/docs.test -test.v -test.run "TestCommands/$(PAGE)"'
 
 reboot: build bin/vm
 	tests/reboot/run.sh

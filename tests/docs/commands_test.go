@@ -1,6 +1,7 @@
 package docs
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -8,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // notRun are the commands of the texts that no test runs, because they need a network, a restart of the machine, or
@@ -103,7 +105,7 @@ func TestBlocks(t *testing.T) {
 // two disks of 128 MiB that nobody uses, /dev/vdb and /dev/vdc, each with an empty filesystem.
 func TestCommands(t *testing.T) {
 	if comm, _ := os.ReadFile("/proc/1/comm"); os.Getenv("UBLK_BLKSNAP_VM") != "1" || string(comm) != "systemd\n" {
-		t.Skip("needs a machine of its own with systemd: make systemd")
+		t.Skip("needs a machine of its own with systemd: make docs")
 	}
 	bash(t, "make -C ../.. -o build install && systemctl daemon-reload && udevadm control --reload")
 	bash(t, "modprobe -a ublk_drv dm_mod")
@@ -136,6 +138,9 @@ const (
 		umount /var/tmp
 		true`
 )
+
+// patience is how long a page may take: it says that something hangs.
+const patience = 10 * time.Minute
 
 func runPage(t *testing.T, page string) {
 	var steps []step
@@ -171,7 +176,9 @@ func runPage(t *testing.T, page string) {
 	if err := os.WriteFile(file, []byte(script.String()), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	said, err := exec.Command("bash", "-e", "-o", "pipefail", file).CombinedOutput()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	said, err := exec.CommandContext(ctx, "bash", "-e", "-o", "pipefail", file).CombinedOutput()
 	last := len(steps) - 1
 	if err != nil {
 		at, _ := os.ReadFile(filepath.Join(dir, "at"))
