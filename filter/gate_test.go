@@ -41,6 +41,11 @@ func TestGrow(t *testing.T) {
 	take := g.cbt.Switch()
 	across := g.send(0, ublk.OpWrite, diskSize-512, 1024, 1)
 	beyond := g.send(1, ublk.OpWrite, diskSize+3*chunk, chunk, 2)
+	g.send(1, ublk.OpWrite, diskSize+chunk, chunk, 7)
+	g.sched.Run()
+	if g.at(diskSize-1) != 1 || g.at(diskSize+3*chunk) != 2 || g.at(diskSize+chunk) != 7 {
+		t.Error("a write did not reach the disk")
+	}
 	gone := g.send(0, ublk.OpDiscard, diskSize-2*chunk, 4*chunk, 0)
 	zeroes := g.send(1, ublk.OpWriteZeroes, diskSize+5*chunk, 5*chunk, 0)
 	g.sched.Run()
@@ -49,8 +54,8 @@ func TestGrow(t *testing.T) {
 			t.Errorf("%v at %d: %v, done %v", r.Op, r.Off, errno, ok)
 		}
 	}
-	if g.at(diskSize-1) != 1 || g.at(diskSize+3*chunk) != 2 {
-		t.Error("a write did not reach the disk")
+	if g.at(diskSize+chunk) != 0 {
+		t.Error("a discard of the new part did not reach the disk")
 	}
 	for _, a := range []*diffarea.Area{small, large} {
 		last := a.Chunk(diskSize - 1)

@@ -59,6 +59,9 @@ func writeOverview(w io.Writer, o overview, now time.Time) {
 		if text := uncleanEnd(d.History); text != "" {
 			fmt.Fprintf(w, "%-16s %s: %s\n", "before:", d.Name, text)
 		}
+		if d.Attention != "" {
+			fmt.Fprintf(w, "%-16s %s: %s\n", "attention:", d.Name, d.Attention)
+		}
 	}
 	if info.Lost != nil {
 		fmt.Fprintf(w, "%-16s %s\n", "waits:", info.Lost)

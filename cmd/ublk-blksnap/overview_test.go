@@ -67,6 +67,21 @@ func TestUncleanEnd(t *testing.T) {
 	}
 }
 
+// TestAttention: list and status say what somebody should know of a filter.
+func TestAttention(t *testing.T) {
+	f := newFake()
+	f.device.Attention, f.device.OriginalSize = "the disk has shrunk", 7<<20
+	f.status.Device = f.device
+	if _, _, errs := execute(f, "ublk-blksnap", "list"); errs != "ublk-blksnap: vdb: the disk has shrunk\n" {
+		t.Errorf("list says %q", errs)
+	}
+	for _, line := range []string{"ublk-blksnap status", "ublk-blksnap status vdb"} {
+		if _, out, _ := execute(f, strings.Fields(line)...); !strings.Contains(out, "the disk has shrunk") {
+			t.Errorf("%s: %s", line, out)
+		}
+	}
+}
+
 // TestStatusWatch: what is told again is told in one line of JSON each time, without a
 // daemon too, until somebody interrupts it.
 func TestStatusWatch(t *testing.T) {
