@@ -298,26 +298,6 @@ type MarkRequest struct {
 	Ranges []Range `json:"ranges"`
 }
 
-// Storage is where a snapshot keeps differences.
-type Storage struct {
-	Path string `json:"path"` // a file, a directory or a block device
-	// Limit is the most it may take, in bytes; 0: all there is, but for what a file leaves
-	// of its filesystem.
-	Limit int64 `json:"limit,omitempty"`
-	// Overwrite uses a file or a block device whatever it holds, which is lost. A
-	// file that was there stays, empty.
-	Overwrite bool `json:"overwrite,omitempty"`
-	// OverwriteFile is Overwrite if the path leads to a file, as the daemon sees
-	// it: a block device is still used only if it holds nothing.
-	OverwriteFile bool `json:"overwrite_file,omitempty"`
-	// Warning, in an answer, is what could not be found out about the place.
-	Warning string `json:"warning,omitempty"`
-	// Most, in an answer, is the most it will take in bytes, as its filesystem is now; 0:
-	// nobody knows. Spare is how much of its filesystem stays free.
-	Most  int64 `json:"most,omitempty"`
-	Spare int64 `json:"spare,omitempty"`
-}
-
 // CreateRequest asks for a snapshot.
 type CreateRequest struct {
 	Devices []string  `json:"devices,omitempty"`
@@ -333,6 +313,9 @@ type CreateRequest struct {
 	// Encrypt says whether what is stored is encrypted, with a key that is in memory
 	// only, and gone with the snapshot; nil: as configured.
 	Encrypt *bool `json:"encrypt,omitempty"`
+	// AutoAppend says where the snapshot gets more storage when it runs low; nil: as
+	// configured.
+	AutoAppend *AutoAppend `json:"auto_append,omitempty"`
 	// Name, if any, is one that no other snapshot has: [Exists]. It may not look like a
 	// UUID or the beginning of one, nor be [Latest].
 	Name string `json:"name,omitempty"`
@@ -348,12 +331,6 @@ type SnapshotDeviceRequest struct {
 	ID     string `json:"id"`
 	Device string `json:"device"`
 	Attach bool   `json:"attach,omitempty"` // as in CreateRequest
-}
-
-// StorageRequest gives a snapshot storage.
-type StorageRequest struct {
-	ID string `json:"id"`
-	Storage
 }
 
 // TakeRequest asks to take a snapshot.
@@ -385,9 +362,10 @@ type Snapshot struct {
 	Errno  int             `json:"error_code"` // negative; 0 while it is whole
 	Images []SnapshotImage `json:"images"`
 	// Storage as given, in the order of giving.
-	Storage []Storage         `json:"storage"`
-	Usage   SnapshotUsage     `json:"usage"`
-	Labels  map[string]string `json:"labels,omitempty"`
+	Storage    []Storage         `json:"storage"`
+	AutoAppend *AutoAppend       `json:"auto_append,omitempty"`
+	Usage      SnapshotUsage     `json:"usage"`
+	Labels     map[string]string `json:"labels,omitempty"`
 	// Expires is when its time is over, by the clock as it is set now; nil: never.
 	Expires *time.Time `json:"expires,omitempty"`
 	// Overdue says who uses the snapshot although its time is over: it is destroyed when
@@ -404,23 +382,6 @@ type SnapshotImage struct {
 	Errno    int    `json:"error_code"`     // negative
 	// Take names this take in the device's change map.
 	Take *Take `json:"take,omitempty"`
-}
-
-// SnapshotUsage is what a snapshot takes up, in bytes.
-type SnapshotUsage struct {
-	Copied   int64 `json:"copied"`   // old data copied so far
-	Stored   int64 `json:"stored"`   // of it in the storage
-	Capacity int64 `json:"capacity"` // of the storage as grown so far
-	// Limit is all that its storage can ever hold, as things are; 0: nobody knows. Need is
-	// the most that the snapshot can come to need: its disks as a whole.
-	Limit int64 `json:"limit,omitempty"`
-	Need  int64 `json:"need"`
-	// Percent is how much is copied of Limit, or of Need if that is less.
-	Percent int `json:"percent"`
-	// Rate is what was copied in the last minute, in bytes a second, and Left how long the
-	// storage lasts at this rate; 0: for ever.
-	Rate int64         `json:"bytes_per_second"`
-	Left time.Duration `json:"time_left_ns,omitempty"`
 }
 
 // The states of a snapshot.
@@ -497,6 +458,10 @@ const (
 	EventExpired      = "expired"
 	EventDestroyed    = "destroyed"
 	EventLowFreeSpace = "low_free_space"
-	EventNoSpace      = "no_space"
-	EventCorrupted    = "corrupted"
+	// EventAppended: the snapshot ran low and got more storage by itself, see AutoAppend;
+	// EventNotAppended: it did not, and Text says why. It is tried again.
+	EventAppended    = "appended"
+	EventNotAppended = "not_appended"
+	EventNoSpace     = "no_space"
+	EventCorrupted   = "corrupted"
 )

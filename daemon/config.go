@@ -42,6 +42,11 @@ type Config struct {
 	StateDir string
 	// Encrypt: what snapshots store is encrypted, unless their maker says otherwise.
 	Encrypt bool
+	// AutoAppend is a directory in which a snapshot gets more storage when it runs low;
+	// empty: none does, unless its maker says so. AutoAppendReserve is how many percent of
+	// its filesystem stay free then.
+	AutoAppend        string
+	AutoAppendReserve int64
 	// IntentLog is whether change maps go on after a power failure, IntentLogZone the
 	// size of a zone of their logs in bytes; 0: chosen by the size of the disk.
 	IntentLog     bool
@@ -81,6 +86,7 @@ func DefaultConfig() Config {
 		Mode:                      control.ModeAuto,
 		StateSize:                 1 << 30,
 		StateDir:                  "/var/lib/ublk-blksnap",
+		AutoAppendReserve:         10,
 		IntentLog:                 true,
 		FreezeTimeout:             10 * time.Second,
 		StorageTimeout:            30 * time.Second,
@@ -125,6 +131,8 @@ func (c *Config) Params() []Param {
 		{"state_size", "limit of the memory for change maps, chunk tables and pools", byteSize{&c.StateSize}},
 		{"state_dir", "directory in which change maps are kept while their disks have no filter, over a restart of the machine too, and notes of what a loss of power would leave of snapshots; it must not lie on a disk with a filter; empty: neither is kept", path{&c.StateDir}},
 		{"encrypt", "whether what a snapshot stores is encrypted, unless --encrypt says otherwise; the key is in memory only, and gone with the snapshot or the power", boolean{&c.Encrypt}},
+		{"auto_append", "directory in which a snapshot that runs low gets more storage by itself, unless --auto-append says otherwise; empty: none does", path{&c.AutoAppend}},
+		{"auto_append_reserve", "how much of the filesystem of that directory stays free", percentage{&c.AutoAppendReserve}},
 		{"intent_log", "whether change tracking goes on after a power failure: the first write to a zone of a disk after a take waits until state_dir has that on stable storage", boolean{&c.IntentLog}},
 		{"intent_log_zone", "size of such a zone, a power of two; 0: 1M, or as much as leaves 16384 zones of a disk", byteSize{&c.IntentLogZone}},
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},

@@ -4,6 +4,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -44,9 +45,14 @@ func measured(t *testing.T) (*Daemon, *device, *snapshot) {
 		c.Errors.Store(i)
 		c.InFlight.Store(5)
 	}
+	dir, err := os.MkdirTemp("/dev/shm", "measured") // a state is on a tmpfs, all of which is looked at
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
 	id := uuid.New()
 	snap, err := snapshots.New(snapshots.Config{
-		ID: id, ChunkSize: 64 << 10, PoolSize: 1 << 20, Portion: 1 << 20, StateDir: t.TempDir(), Control: q, OnEvent: func(diffarea.Event) {},
+		ID: id, ChunkSize: 64 << 10, PoolSize: 1 << 20, Portion: 1 << 20, StateDir: dir, StorageTimeout: time.Minute, Control: q, OnEvent: func(diffarea.Event) {},
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -38,6 +38,10 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	if err := errors.Join(d.checkSnapshotName(r.Name), checkLabels(r.Labels), checkTTL(r.TTL)); err != nil {
 		return nil, err
 	}
+	auto, err := d.autoAppendOf(r.AutoAppend)
+	if err != nil {
+		return nil, err
+	}
 	var devices, attached []*device
 	defer func() {
 		if err != nil {
@@ -75,7 +79,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	c.Encrypt = s.encrypted
 	c.ID, c.ChunkSize, c.PoolSize, c.Portion = id, chunk, pool, d.opts.Config.DiffStorageMinimum*sector.Size
 	c.Pending = true // until it is answered, nobody knows of it
-	s.note = snapshotNote{Name: r.Name, Labels: r.Labels, Ends: endAfter(r.TTL)}
+	s.note = snapshotNote{Name: r.Name, Labels: r.Labels, AutoAppend: auto, Ends: endAfter(r.TTL)}
 	if c.Note, err = json.Marshal(s.note); err != nil {
 		return nil, err
 	}
@@ -94,6 +98,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		}
 	}
 	for _, st := range r.Storage {
+		st.Auto = false
 		if err := d.appendTo(s, st); err != nil {
 			return nil, d.abandon(s, err)
 		}

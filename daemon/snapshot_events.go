@@ -26,11 +26,16 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 	s.pace.add(time.Now(), s.copied())
 	go s.watchRoom()
 	var stalled stall
+	var auto autoAppend
 	for {
 		var e diffarea.Event
 		select {
 		case <-paces.C:
 			s.pace.add(time.Now(), s.copied())
+			auto.lookAfter(d, s, time.Now())
+			continue
+		case err := <-auto.done:
+			auto.ended(d, s, err, time.Now())
 			continue
 		case <-look.C:
 			s.use.RLock()
@@ -64,6 +69,7 @@ func (d *Daemon) forwardEvents(s *snapshot) {
 		}
 		d.opts.Log.Warn("snapshot", said...)
 		d.events.emit(ev)
+		auto.lookAfter(d, s, time.Now())
 		if ev.Kind == control.EventCorrupted {
 			s.use.RLock()
 			if !s.gone {

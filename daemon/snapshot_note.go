@@ -3,13 +3,18 @@ package daemon
 import (
 	"encoding/json"
 	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
 
 // snapshotNote is what the daemon keeps with a snapshot on record.
 type snapshotNote struct {
 	Name   string            `json:"name,omitempty"`
 	Labels map[string]string `json:"labels,omitempty"`
-	Ends   bootTime          `json:"ends_ns,omitempty"` // 0: never by itself
+	// AutoAppend: it gets more storage by itself.
+	AutoAppend *control.AutoAppend `json:"auto_append,omitempty"`
+
+	Ends bootTime `json:"ends_ns,omitempty"` // 0: never by itself
 	// Overdue: it was told that the time is over and somebody uses it.
 	Overdue bool          `json:"overdue,omitempty"`
 	Taken   time.Time     `json:"taken,omitzero"`

@@ -42,7 +42,7 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 	s.use.RUnlock()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	out.Taken, out.Frozen = s.taken, s.frozen
+	out.Taken, out.Frozen, out.AutoAppend = s.taken, s.frozen, s.note.AutoAppend
 	out.Name, out.Labels, out.Overdue = s.note.Name, s.note.Labels, s.overdue
 	if s.note.Ends != 0 {
 		expires := s.note.Ends.wall()

@@ -23,6 +23,7 @@ func (d *Daemon) AppendStorage(ctx context.Context, r control.StorageRequest) (c
 		return control.Snapshot{}, err
 	}
 	defer end()
+	r.Auto = false
 	if err := d.appendTo(s, r.Storage); err != nil {
 		return control.Snapshot{}, fail(err, "snapshot %s", s.id)
 	}
@@ -36,6 +37,9 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 	}
 	if st.Limit < 0 || st.Limit > 0 && st.Limit < s.chunk {
 		return invalid("storage %s: a limit of %s is less than one chunk of %s", st.Path, control.FormatSize(st.Limit), control.FormatSize(s.chunk))
+	}
+	if st.Reserve < 0 || st.Reserve > 99 {
+		return invalid("storage %s: a reserve of %d%% is not within 1%% to 99%%", st.Path, st.Reserve)
 	}
 	place, err := d.host.OpenPlace(st.Path)
 	if err != nil {
@@ -64,7 +68,7 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 	}
 	if err := s.snap.Append(snapshots.StorageConfig{
 		Note: note, Known: known,
-		Place: place, RealPath: d.host.RealPath(place), Limit: st.Limit, Overwrite: overwrite, Probe: d.probe,
+		Place: place, RealPath: d.host.RealPath(place), Limit: st.Limit, Reserve: st.Reserve, Overwrite: overwrite, Probe: d.probe,
 	}); err != nil {
 		if hanging := s.snap.Returning(); len(hanging) > 0 {
 			d.opts.Log.Warn("storage that was not appended does not answer: it is given back when it does", "snapshot", s.id, "storage", publicPaths(strings.Join(hanging, ", ")))

@@ -25,6 +25,8 @@ func (p *program) snapshotCreate() *cobra.Command {
 		name         string
 		labels       []string
 		ttl          ttlFlag
+		auto         string
+		reserve      percentFlag
 	)
 	c := &cobra.Command{
 		Use:   "create [DEV...]",
@@ -52,6 +54,10 @@ allocated, and a block device unused, unless --overwrite is given. What is store
 goes to a nameless file beside it that takes over its space, and may grow beyond
 its size, up to --limit; at the end the file has its space back.
 
+With --auto-append a snapshot whose storage runs low, as "low_free_space" tells, gets
+a file in that directory too, once. It grows as long as the reserve of its filesystem
+stays free. An event tells of it, or why it could not be.
+
 With --encrypt nobody can read what is stored, neither now nor later: the key is
 in memory only, and gone with the snapshot, or if the machine loses power. The
 images then copy each payload, and one thread encrypts what all snapshots store.`,
@@ -72,6 +78,9 @@ images then copy each payload, and one thread encrypts what all snapshots store.
 			}
 			if c.Flags().Changed("encrypt") {
 				r.Encrypt = &encrypt
+			}
+			if r.AutoAppend, err = autoAppend(c, auto, reserve); err != nil {
+				return err
 			}
 			if r.Devices, err = devicePaths(args); err != nil {
 				return err
@@ -99,6 +108,8 @@ images then copy each payload, and one thread encrypts what all snapshots store.
 		},
 	}
 	f := c.Flags()
+	f.StringVar(&auto, "auto-append", "", "directory in which it gets more storage by itself when it runs low; \"\": none (default: as configured)")
+	f.Var(&reserve, "reserve", "with --auto-append: how much of the directory's filesystem stays free (default: as configured)")
 	f.StringArrayVar(&storage, "storage", nil, "file, directory or block device for differences; may be given again")
 	f.Var(&limit, "limit", "the most that each storage may take (default: all but the last 5% of its filesystem, or the last 1G)")
 	f.BoolVar(&overwrite, "overwrite", false, "use a storage file or block device whatever it holds, which is lost")
@@ -122,6 +133,32 @@ func devicePaths(args []string) ([]string, error) {
 		out = append(out, d)
 	}
 	return out, nil
+}
+
+// autoAppend is what the flags ask for; nil if there are none.
+func autoAppend(c *cobra.Command, dir string, reserve percentFlag) (a *control.AutoAppend, err error) {
+	if !c.Flags().Changed("auto-append") {
+		if reserve != 0 {
+			return nil, usage("create: --reserve is for storage that is appended: give --auto-append too")
+		}
+		return nil, nil
+	}
+	a = &control.AutoAppend{Reserve: int(reserve)}
+	if dir != "" {
+		a.Path, err = filepath.Abs(dir)
+	}
+	return a, err
+}
+
+// percentFlag is a flag that holds a percentage.
+type percentFlag int
+
+func (p *percentFlag) String() string { return fmt.Sprintf("%d%%", int(*p)) }
+func (p *percentFlag) Type() string   { return "percentage" }
+func (p *percentFlag) Set(text string) error {
+	v, err := control.ParsePercent(text)
+	*p = percentFlag(v)
+	return err
 }
 
 // storages are the paths, each as like says.

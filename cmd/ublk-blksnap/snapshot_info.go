@@ -96,6 +96,9 @@ func errnoText(n int) string {
 // storageText names a storage, and says how far it can grow.
 func storageText(st control.Storage) string {
 	text := st.Path
+	if st.Auto {
+		text += ", appended by itself"
+	}
 	if most := cmp.Or(st.Most, st.Limit); most != 0 {
 		text += ", at most " + control.HumanSize(most)
 	}
@@ -166,6 +169,9 @@ func writeSnapshot(w io.Writer, s control.Snapshot) {
 		if st.Warning != "" {
 			line("warning", st.Warning)
 		}
+	}
+	if a := s.AutoAppend; a != nil {
+		line("more", fmt.Sprintf("storage in %s when it runs low, as long as %d%% of its filesystem stay free", a.Path, a.Reserve))
 	}
 	for _, im := range s.Images {
 		text := im.Device + " (" + im.Original + ")"

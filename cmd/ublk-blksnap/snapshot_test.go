@@ -67,6 +67,8 @@ func TestSnapshotCommands(t *testing.T) {
 			"storage:   /var/tmp, at most 1G\n" +
 			"storage:   /dev/vdd\n" +
 			"image:     vdb (/dev/vdb) at /dev/ublk-blksnap/images/vdb-" + id1 + ", take " + id2 + ":3\n"},
+		{"ublk-blksnap snapshot create vdb --auto-append /s --reserve 20%", []any{control.CreateRequest{Devices: []string{"vdb"}, AutoAppend: &control.AutoAppend{Path: "/s", Reserve: 20}}}, id1 + "\n"},
+		{"ublk-blksnap snapshot create vdb --auto-append=", []any{control.CreateRequest{Devices: []string{"vdb"}, AutoAppend: &control.AutoAppend{}}}, id1 + "\n"},
 		{"ublk-blksnap snapshot watch --since 7 " + id1, []any{control.WatchRequest{ID: id1, Since: 7}}, "" +
 			"2025-01-02T03:04:05Z " + id1 + " taken name=nightly\n" +
 			"2025-01-02T03:04:05Z " + id1 + " low_free_space requested_sectors=2097152 percent=80 bytes_per_second=3145728 time_left=1m8s\n" +
@@ -74,19 +76,21 @@ func TestSnapshotCommands(t *testing.T) {
 			"2025-01-02T03:04:05Z " + id1 + " destroyed\n"},
 	})
 	runRefused(t, map[string]string{
-		"ublk-blksnap snapshot create vdb --limit 10x":           `ublk-blksnap: create: invalid argument "10x" for "--limit"`,
-		"ublk-blksnap snapshot create vdb --chunk-size 0":        `ublk-blksnap: create: invalid argument "0" for "--chunk-size"`,
-		"ublk-blksnap snapshot create vdb --no-freeze":           "ublk-blksnap: create: --no-freeze is for the take",
-		"ublk-blksnap snapshot create vdb --take":                "ublk-blksnap: create: --take needs a place for what is overwritten: give --storage too\n",
-		"ublk-blksnap snapshot create vdb --ttl 12":              `ublk-blksnap: create: invalid argument "12" for "--ttl" flag: no time to live: write 45m, 12h`,
-		"ublk-blksnap snapshot create vdb --label a":             "ublk-blksnap: create: --label a: write KEY=VALUE",
-		"ublk-blksnap snapshot list --label a=1 --label a=2":     "ublk-blksnap: list: --label a=2: write KEY=VALUE, and each key once",
-		"ublk-blksnap snapshot set nightly":                      "ublk-blksnap: set: nothing to change: give --ttl\n",
-		"ublk-blksnap snapshot set nightly --ttl -1h":            `ublk-blksnap: set: --ttl: "-1h" is no time to live`,
-		"ublk-blksnap snapshot info nightly --field size":        `ublk-blksnap: info: no field "size": use device, expires, image, name, state, take, uuid`,
-		"ublk-blksnap snapshot add " + id1:                       "ublk-blksnap: add: 1 arguments given",
-		"ublk-blksnap snapshot take":                             "ublk-blksnap: take: 0 arguments given",
-		"ublk-blksnap snapshot append " + id1 + " /s --limit -1": `ublk-blksnap: append: invalid argument "-1" for "--limit"`,
+		"ublk-blksnap snapshot create vdb --reserve 5%":                    "ublk-blksnap: create: --reserve is for storage that is appended: give --auto-append too\n",
+		"ublk-blksnap snapshot create vdb --auto-append /s --reserve 100%": `ublk-blksnap: create: invalid argument "100%" for "--reserve" flag: not a percentage`,
+		"ublk-blksnap snapshot create vdb --limit 10x":                     `ublk-blksnap: create: invalid argument "10x" for "--limit"`,
+		"ublk-blksnap snapshot create vdb --chunk-size 0":                  `ublk-blksnap: create: invalid argument "0" for "--chunk-size"`,
+		"ublk-blksnap snapshot create vdb --no-freeze":                     "ublk-blksnap: create: --no-freeze is for the take",
+		"ublk-blksnap snapshot create vdb --take":                          "ublk-blksnap: create: --take needs a place for what is overwritten: give --storage too\n",
+		"ublk-blksnap snapshot create vdb --ttl 12":                        `ublk-blksnap: create: invalid argument "12" for "--ttl" flag: no time to live: write 45m, 12h`,
+		"ublk-blksnap snapshot create vdb --label a":                       "ublk-blksnap: create: --label a: write KEY=VALUE",
+		"ublk-blksnap snapshot list --label a=1 --label a=2":               "ublk-blksnap: list: --label a=2: write KEY=VALUE, and each key once",
+		"ublk-blksnap snapshot set nightly":                                "ublk-blksnap: set: nothing to change: give --ttl\n",
+		"ublk-blksnap snapshot set nightly --ttl -1h":                      `ublk-blksnap: set: --ttl: "-1h" is no time to live`,
+		"ublk-blksnap snapshot info nightly --field size":                  `ublk-blksnap: info: no field "size": use device, expires, image, name, state, take, uuid`,
+		"ublk-blksnap snapshot add " + id1:                                 "ublk-blksnap: add: 1 arguments given",
+		"ublk-blksnap snapshot take":                                       "ublk-blksnap: take: 0 arguments given",
+		"ublk-blksnap snapshot append " + id1 + " /s --limit -1":           `ublk-blksnap: append: invalid argument "-1" for "--limit"`,
 	})
 }
 
