@@ -310,6 +310,7 @@ type CreateRequest struct {
 	// the caller is gone, no snapshot is left.
 	Take     bool `json:"take,omitempty"`
 	NoFreeze bool `json:"no_freeze,omitempty"`
+	NoHooks  bool `json:"no_hooks,omitempty"`
 	// Encrypt says whether what is stored is encrypted, with a key that is in memory
 	// only, and gone with the snapshot; nil: as configured.
 	Encrypt *bool `json:"encrypt,omitempty"`
@@ -339,13 +340,8 @@ type TakeRequest struct {
 	// NoFreeze leaves mounted filesystems unfrozen: the image is as after a
 	// power failure.
 	NoFreeze bool `json:"no_freeze,omitempty"`
-}
-
-// DestroyRequest asks to destroy a snapshot.
-type DestroyRequest struct {
-	ID string `json:"id"`
-	// Force destroys it under the users of its images, whose I/O fails.
-	Force bool `json:"force,omitempty"`
+	// NoHooks runs no programs around it.
+	NoHooks bool `json:"no_hooks,omitempty"`
 }
 
 // Snapshot is a snapshot of one or more devices.
@@ -368,6 +364,9 @@ type Snapshot struct {
 	Labels     map[string]string `json:"labels,omitempty"`
 	// Expires is when its time is over, by the clock as it is set now; nil: never.
 	Expires *time.Time `json:"expires,omitempty"`
+	// Warnings are hooks that have failed around the take and did not keep it, as long as the
+	// daemon lives.
+	Warnings []string `json:"warnings,omitempty"`
 	// Overdue says who uses the snapshot although its time is over: it is destroyed when
 	// nobody does.
 	Overdue string `json:"overdue,omitempty"`
@@ -453,6 +452,8 @@ const (
 	EventLost    = "lost"
 	EventCreated = "created"
 	EventTaken   = "taken"
+	// EventHookFailed: a hook has failed and did not keep the take; Text says which and why.
+	EventHookFailed = "hook_failed"
 	// EventExpired: the snapshot's time is over. EventDestroyed follows, at once or, if Text
 	// says who uses an image, when nobody does.
 	EventExpired      = "expired"

@@ -16,6 +16,13 @@ type SetRequest struct {
 	TTL time.Duration `json:"ttl_ns"` // as in CreateRequest
 }
 
+// DestroyRequest asks to destroy a snapshot.
+type DestroyRequest struct {
+	ID string `json:"id"`
+	// Force destroys it under the users of its images, whose I/O fails.
+	Force bool `json:"force,omitempty"`
+}
+
 const day = 24 * time.Hour
 
 // ParseTTL reads how long a snapshot shall live: 45m, 12h, 7d, 1d12h.

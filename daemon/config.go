@@ -60,6 +60,11 @@ type Config struct {
 	DiskTimeout time.Duration
 	// Guard: a process waits for the death of the daemon, to start the next.
 	Guard bool
+	// HookDir holds programs that are run around each take; empty: none. Each has HookTimeout.
+	// HooksRequired: one that fails before a take cancels it.
+	HookDir       string
+	HookTimeout   time.Duration
+	HooksRequired bool
 	// Group, if any, is one whose members may ask what there is, and change nothing.
 	Group string
 	// Metrics is a loopback address and port where what is measured is served; empty: on
@@ -92,6 +97,9 @@ func DefaultConfig() Config {
 		StorageTimeout:            30 * time.Second,
 		DiskTimeout:               30 * time.Second,
 		Guard:                     true,
+		HookDir:                   "/etc/ublk-blksnap.hooks",
+		HookTimeout:               30 * time.Second,
+		HooksRequired:             true,
 		LogLevel:                  "info",
 	}
 }
@@ -139,6 +147,9 @@ func (c *Config) Params() []Param {
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
 		{"guard", "a process of its own starts the next daemon if this one dies; not under systemd, which does that", boolean{&c.Guard}},
+		{"hook_dir", "directory of programs that are run before and after each take, as \"snapshot take --help\" tells; empty: none", path{&c.HookDir}},
+		{"hook_timeout", "longest time that one of them may take", duration{&c.HookTimeout}},
+		{"hooks_required", "whether one that fails or takes too long before a take cancels it", boolean{&c.HooksRequired}},
 		{"group", "a group whose members may look at everything (list, status, info, changes, watch) and change nothing; empty: root alone may", groupName{&c.Group}},
 		{"metrics", "loopback address and port, as 127.0.0.1:9469, where GET /metrics answers Prometheus, and anybody on this machine; empty: only the daemon's socket does", loopback{&c.Metrics}},
 		{"log_level", "debug, info, warn or error", level{&c.LogLevel}},
@@ -282,11 +293,12 @@ func (c *Config) Validate() error {
 		{"freeze_timeout", int64(c.FreezeTimeout), int64(100 * time.Millisecond), int64(time.Hour)},
 		{"storage_timeout", int64(c.StorageTimeout), int64(time.Second), int64(24 * time.Hour)},
 		{"disk_timeout", int64(c.DiskTimeout), int64(time.Second), int64(24 * time.Hour)},
+		{"hook_timeout", int64(c.HookTimeout), int64(time.Second), int64(time.Hour)},
 	} {
 		if r.v < r.min || r.v > r.max {
 			show := func(v int64) string { return strconv.FormatInt(v, 10) }
 			switch r.key {
-			case "freeze_timeout", "storage_timeout", "disk_timeout":
+			case "freeze_timeout", "storage_timeout", "disk_timeout", "hook_timeout":
 				show = func(v int64) string { return time.Duration(v).String() }
 			case "diff_buffer_pool_size", "state_size":
 				show = control.FormatSize

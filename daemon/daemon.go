@@ -93,6 +93,7 @@ func New(o Options) (*Daemon, error) {
 		cleared: map[string]bool{}, unnoted: map[uuid.UUID]bool{}, endsChanged: make(chan struct{}, 1),
 	}
 	d.activity.Store(new(string))
+	d.ending.untilEnd, d.ending.end = context.WithCancel(context.Background())
 	err := errors.Join(o.Dir.subdir(stateName, 0o700), o.Dir.subdir(udevName, 0o755))
 	if err != nil {
 		return nil, fail(err, "make the state directory")
@@ -134,6 +135,7 @@ func New(o Options) (*Daemon, error) {
 	d.startRecord()
 	go func() { // clients are answered meanwhile
 		defer func() { <-d.opLock }()
+		d.runOwedHooks()
 		d.settle(context.Background())
 	}()
 	go d.retry(retrying)

@@ -89,6 +89,9 @@ func TestDamage(t *testing.T) {
 		_, err := d.leftFrozen()
 		return err
 	})
+	try("hooks", d.hooksFile(), hooksKind, hooksFormat, hookRun{Hooks: []string{"/h/db"}, Snapshot: "u"}, func() error {
+		return statefile.Load(d.hooksFile(), hooksKind, hooksFormat, &hookRun{})
+	})
 	try("outdated", d.outdatedFile(), outdatedKind, outdatedFormat, []outdated{{disk.Identity{"serial=a"}, "/var/lib/x"}}, func() error {
 		d.outdated = nil
 		if d.openOutdated(); len(d.outdated) != 1 {

@@ -26,6 +26,7 @@
 //	    recoveries   how often a daemon has taken over; statefile
 //	    removed      which filters of boot.go somebody has removed; statefile
 //	    frozen       what a take has frozen
+//	    hooks        which hooks of a take have to be run after it; statefile
 //	  udev/          a file per kernel device name, for the udev rules
 //
 // Nobody but root may be able to write to the run directory, or to put another

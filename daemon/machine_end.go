@@ -33,6 +33,9 @@ import (
 // ending is how far the end of the machine is.
 type ending struct {
 	begun atomic.Bool
+	// untilEnd ends then.
+	untilEnd context.Context
+	end      context.CancelFunc
 	// failed are the filters that nobody seemed to use, and that could not be removed all
 	// the same, because their disks do not answer or for another reason: they come after
 	// the others, and systemd is not asked again to wait for them; under Daemon.opLock.
@@ -41,6 +44,13 @@ type ending struct {
 
 // endRetry is how often the end is tried again while filters are in use.
 const endRetry = 250 * time.Millisecond
+
+func (e *ending) begin() {
+	e.begun.Store(true)
+	if e.end != nil {
+		e.end()
+	}
+}
 
 // beginNew is begin for what adds something, which the end of the machine refuses.
 func (d *Daemon) beginNew(ctx context.Context, format string, args ...any) (end func(), err error) {
@@ -54,7 +64,7 @@ func (d *Daemon) beginNew(ctx context.Context, format string, args ...any) (end 
 
 // EndWithMachine implements stopper.
 func (d *Daemon) EndWithMachine(ctx context.Context) (err error) {
-	d.ending.begun.Store(true)
+	d.ending.begin()
 	end, err := d.begin(ctx, "end with the machine")
 	if err != nil {
 		return err

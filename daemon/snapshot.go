@@ -46,7 +46,8 @@ type snapshot struct {
 	taken      *time.Time
 	frozen     time.Duration
 	note       snapshotNote
-	overdue    string // who uses it although its time is over
+	warnings   []string // of its take
+	overdue    string   // who uses it although its time is over
 }
 
 // image is one device of a snapshot.

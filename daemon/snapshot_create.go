@@ -104,7 +104,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 		}
 	}
 	if r.Take {
-		if err := d.take(ctx, s, control.TakeRequest{ID: s.id, NoFreeze: r.NoFreeze}); err != nil {
+		if err := d.take(ctx, s, control.TakeRequest{ID: s.id, NoFreeze: r.NoFreeze, NoHooks: r.NoHooks}); err != nil {
 			if !s.destroying { // take has not begun to destroy it
 				err = d.abandon(s, err)
 			}

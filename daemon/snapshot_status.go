@@ -43,7 +43,7 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	out.Taken, out.Frozen, out.AutoAppend = s.taken, s.frozen, s.note.AutoAppend
-	out.Name, out.Labels, out.Overdue = s.note.Name, s.note.Labels, s.overdue
+	out.Name, out.Labels, out.Overdue, out.Warnings = s.note.Name, s.note.Labels, s.overdue, s.warnings
 	if s.note.Ends != 0 {
 		expires := s.note.Ends.wall()
 		out.Expires = &expires

@@ -32,6 +32,26 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 	if s.snap.Taken() {
 		return snapimage.ErrTaken
 	}
+	hooks, err := d.beforeTake(ctx, s, r.NoHooks)
+	if err != nil {
+		return err
+	}
+	frozen, err := d.cut(ctx, s, r)
+	d.afterTake(hooks, err) // as soon as can be: somebody may wait for it
+	d.mu.Lock()
+	s.warnings = hooks.failed
+	d.mu.Unlock()
+	if err != nil {
+		if s.snap.Taken() {
+			return d.abandon(s, err)
+		}
+		return err
+	}
+	return d.show(ctx, s, frozen)
+}
+
+// cut makes the cut of a take.
+func (d *Daemon) cut(ctx context.Context, s *snapshot, r control.TakeRequest) (frozen time.Duration, err error) {
 	o := snapshots.TakeOptions{Limit: d.opts.Config.FreezeTimeout, Freezer: d.freeze}
 	defer func() {
 		for _, f := range o.Freeze {
@@ -42,28 +62,27 @@ func (d *Daemon) take(ctx context.Context, s *snapshot, r control.TakeRequest) e
 		for _, m := range d.mountsOver(s) {
 			f, err := d.host.OpenMount(m)
 			if err != nil {
-				return fmt.Errorf("open the filesystem on %s: %w", m.Point, err)
+				return 0, fmt.Errorf("open the filesystem on %s: %w", m.Point, err)
 			}
 			o.Freeze = append(o.Freeze, f)
 		}
 	}
 	d.step("take snapshot %s: %d filesystems to freeze, writes to wait for", s.id, len(o.Freeze))
 	if err := d.rememberFrozen(o.Freeze); err != nil {
-		return err
+		return 0, err
 	}
 	before := mapsBefore(s)
-	frozen, err := s.snap.Take(ctx, o)
+	frozen, err = s.snap.Take(ctx, o)
 	d.forgetFrozen()
 	d.tellGenerations(s, before)
-	if err != nil {
-		if s.snap.Taken() {
-			return d.abandon(s, err)
-		}
-		return err
-	}
+	return frozen, err
+}
+
+// show ends a take whose cut was made: it outlives a power failure, and its images are there.
+func (d *Daemon) show(ctx context.Context, s *snapshot, frozen time.Duration) error {
 	d.makeDurable(s)
 	now := time.Now()
-	err = d.changeNote(s, func(n *snapshotNote) { n.Taken, n.Frozen = now, frozen })
+	err := d.changeNote(s, func(n *snapshotNote) { n.Taken, n.Frozen = now, frozen })
 	for i := range s.images {
 		if err == nil {
 			err = d.makeImage(ctx, s, i)

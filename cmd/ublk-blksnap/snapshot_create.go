@@ -20,6 +20,7 @@ func (p *program) snapshotCreate() *cobra.Command {
 		limit, chunk sizeFlag
 		take         bool
 		noFreeze     bool
+		noHooks      bool
 		overwrite    bool
 		encrypt      bool
 		name         string
@@ -66,13 +67,15 @@ images then copy each payload, and one thread encrypts what all snapshots store.
   mount -o ro /dev/ublk-blksnap/images/nightly/data /mnt`,
 		Args: args(0, -1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
-			if noFreeze && !take {
-				return usage("create: --no-freeze is for the take: give --take too")
+			for flag, given := range map[string]bool{"no-freeze": noFreeze, "no-hooks": noHooks} {
+				if given && !take {
+					return usage("create: --%s is for the take: give --take too", flag)
+				}
 			}
 			if take && len(storage) == 0 {
 				return usage("create: --take needs a place for what is overwritten: give --storage too")
 			}
-			r := control.CreateRequest{ChunkSize: int64(chunk), Take: take, NoFreeze: noFreeze, Name: name, TTL: time.Duration(ttl)}
+			r := control.CreateRequest{ChunkSize: int64(chunk), Take: take, NoFreeze: noFreeze, NoHooks: noHooks, Name: name, TTL: time.Duration(ttl)}
 			if r.Labels, err = parseLabels("create", labels); err != nil {
 				return err
 			}
@@ -94,6 +97,7 @@ images then copy each payload, and one thread encrypts what all snapshots store.
 					return err
 				}
 				p.warn(s, r.Storage, p.tell)
+				p.tellWarnings(s)
 				for _, st := range s.Storage {
 					p.say("storage " + storageText(st))
 				}
@@ -120,6 +124,7 @@ images then copy each payload, and one thread encrypts what all snapshots store.
 	f.Var(&ttl, "ttl", "destroy it after this time: 45m, 12h, 7d (default: keep it)")
 	f.BoolVar(&take, "take", false, "take it at once, and print the images")
 	f.BoolVar(&noFreeze, "no-freeze", false, "with --take: leave mounted filesystems unfrozen")
+	f.BoolVar(&noHooks, "no-hooks", false, "with --take: run no programs around it (see snapshot take)")
 	return c
 }
 

@@ -21,8 +21,8 @@ func TestSnapshotCommands(t *testing.T) {
 		{"ublk-blksnap snapshot create vdb /dev/vdc --storage /var/tmp --storage /dev/vdd --limit 10g --chunk-size 4K",
 			[]any{control.CreateRequest{Devices: []string{"vdb", "/dev/vdc"}, ChunkSize: 4096,
 				Storage: []control.Storage{{Path: "/var/tmp", Limit: 10 << 30}, {Path: "/dev/vdd", Limit: 10 << 30}}}}, id1 + "\n"},
-		{"ublk-blksnap snapshot create vdb --storage /s --take --no-freeze",
-			[]any{control.CreateRequest{Devices: []string{"vdb"}, Storage: []control.Storage{{Path: "/s"}}, Take: true, NoFreeze: true}},
+		{"ublk-blksnap snapshot create vdb --storage /s --take --no-freeze --no-hooks",
+			[]any{control.CreateRequest{Devices: []string{"vdb"}, Storage: []control.Storage{{Path: "/s"}}, Take: true, NoFreeze: true, NoHooks: true}},
 			"/dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
 		{"ublk-blksnap snapshot create vdb --storage /s --name nightly --ttl 1d12h --label job=backup --label note=a=b",
 			[]any{control.CreateRequest{Devices: []string{"vdb"}, Storage: []control.Storage{{Path: "/s"}}, Name: "nightly", TTL: 36 * time.Hour,
@@ -37,6 +37,7 @@ func TestSnapshotCommands(t *testing.T) {
 		{"ublk-blksnap snapshot append " + id1 + " /s --limit 1M",
 			[]any{control.StorageRequest{ID: id1, Storage: control.Storage{Path: "/s", Limit: 1 << 20}}}, ""},
 		{"ublk-blksnap snapshot take " + id1, []any{control.TakeRequest{ID: id1}}, "/dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
+		{"ublk-blksnap snapshot take nightly --no-hooks", []any{control.TakeRequest{ID: "nightly", NoHooks: true}}, "/dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
 		{"ublk-blksnap snapshot take images/../nightly/vdb", []any{control.TakeRequest{ID: here + "/nightly/vdb"}}, "/dev/ublk-blksnap/images/vdb-" + id1 + "\n"},
 		{"ublk-blksnap snapshot destroy " + id1 + " " + id2, []any{control.DestroyRequest{ID: id1}, control.DestroyRequest{ID: id2}}, ""},
 		{"ublk-blksnap snapshot destroy --force " + id1, []any{control.DestroyRequest{ID: id1, Force: true}}, ""},
@@ -81,6 +82,7 @@ func TestSnapshotCommands(t *testing.T) {
 		"ublk-blksnap snapshot create vdb --limit 10x":                     `ublk-blksnap: create: invalid argument "10x" for "--limit"`,
 		"ublk-blksnap snapshot create vdb --chunk-size 0":                  `ublk-blksnap: create: invalid argument "0" for "--chunk-size"`,
 		"ublk-blksnap snapshot create vdb --no-freeze":                     "ublk-blksnap: create: --no-freeze is for the take",
+		"ublk-blksnap snapshot create vdb --no-hooks":                      "ublk-blksnap: create: --no-hooks is for the take",
 		"ublk-blksnap snapshot create vdb --take":                          "ublk-blksnap: create: --take needs a place for what is overwritten: give --storage too\n",
 		"ublk-blksnap snapshot create vdb --ttl 12":                        `ublk-blksnap: create: invalid argument "12" for "--ttl" flag: no time to live: write 45m, 12h`,
 		"ublk-blksnap snapshot create vdb --label a":                       "ublk-blksnap: create: --label a: write KEY=VALUE",
@@ -141,5 +143,17 @@ func TestOverdueIsTold(t *testing.T) {
 	if status != 0 || !strings.Contains(out, "nightly") ||
 		errs != "ublk-blksnap: snapshot nightly: its time is over, and it is destroyed when nobody uses it: the image of vdb: mounted on /mnt\n" {
 		t.Errorf("status %d, printed %q, said %q", status, out, errs)
+	}
+}
+
+// TestWarningsAreTold: what a hook did wrong is said, beside the images.
+func TestWarningsAreTold(t *testing.T) {
+	for _, line := range []string{"snapshot take nightly", "snapshot create vdb --storage /s --take"} {
+		f := newFake()
+		f.snapshots[0].Warnings = []string{"hook db after the take: failed"}
+		status, out, errs := execute(f, strings.Fields("ublk-blksnap "+line)...)
+		if status != 0 || !strings.HasPrefix(out, "/dev/") || errs != "ublk-blksnap: warning: hook db after the take: failed\n" {
+			t.Errorf("%s: status %d, printed %q, said %q", line, status, out, errs)
+		}
 	}
 }

@@ -110,6 +110,12 @@ func (e *errands) do(q question, files []*os.File) answer {
 		return request(files[0], uapi.FITHAW)
 	case q.Partition != "":
 		return failed(addPartitions(q.Partition, q.Sequence, q.Table))
+	case q.FindHooks != "":
+		names, err := findHooks(e.root, q.FindHooks)
+		if err != nil {
+			return answer{Error: err.Error()}
+		}
+		return answer{Hooks: names}
 	case q.Run != nil:
 		ran, err := e.run(*q.Run)
 		if err != nil {

@@ -54,6 +54,10 @@ type question struct {
 	// Claim: the disk at this path, until nobody has the other end of the pipe that comes
 	// with it. The answers are as with Freeze.
 	Claim string `json:"claim,omitempty"`
+	// FindHooks is a directory; see FindHooks. Hook is run until nobody has the other end of
+	// the pipe that comes with it.
+	FindHooks string `json:"find_hooks,omitempty"`
+	Hook      *Hook  `json:"hook,omitempty"`
 	// Partition: the disk at this path gets the partitions of Table, if it has this Sequence.
 	Partition string      `json:"partition,omitempty"`
 	Sequence  uint64      `json:"sequence,omitempty"`
@@ -65,10 +69,13 @@ const maxQuestion = 64 << 10
 
 // answer is what a Prober writes to the pipe that came with a question.
 type answer struct {
-	Holds  string `json:"holds,omitempty"`
-	Error  string `json:"error,omitempty"`
-	NoTool bool   `json:"no_tool,omitempty"`
-	Ran    *Ran   `json:"ran,omitempty"`
+	Holds  string   `json:"holds,omitempty"`
+	Error  string   `json:"error,omitempty"`
+	NoTool bool     `json:"no_tool,omitempty"`
+	Ran    *Ran     `json:"ran,omitempty"`
+	Hooks  []string `json:"hooks,omitempty"`
+	// Overdue: the time of the hook was over.
+	Overdue bool `json:"overdue,omitempty"`
 
 	Errno    unix.Errno `json:"errno,omitempty"`    // of Freeze, Thaw and Claim
 	Unsynced bool       `json:"unsynced,omitempty"` // the disk of Claim was opened, and its sync has failed
@@ -208,12 +215,13 @@ func hear(ctx context.Context, r *os.File) (a answer, err error) {
 // ends when the process that asks has gone.
 func ServeProbes(fd int, root string) error {
 	// The terminal's signals are for the daemon, which may refuse to end.
-	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
+	// They are not ignored, because a hook would inherit that.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
 	_ = os.WriteFile("/proc/self/comm", []byte("ublk-probe"), 0)
 	// It is small, and starts anew what must not be missing.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 	e := errands{root: root, leaving: make(chan struct{})}
-	var freezing sync.WaitGroup
+	var ending sync.WaitGroup
 	text := make([]byte, maxQuestion)
 	for {
 		oob := make([]byte, unix.CmsgSpace(3*4))
@@ -223,7 +231,7 @@ func ServeProbes(fd int, root string) error {
 		}
 		if err != nil || n == 0 {
 			e.end()
-			freezing.Wait() // so that all is thawed
+			ending.Wait() // so that all is thawed, and no hook runs any more
 			return err
 		}
 		var files []*os.File
@@ -234,11 +242,11 @@ func ServeProbes(fd int, root string) error {
 			}
 		}
 		var q question
-		if err := json.Unmarshal(text[:n], &q); err != nil || len(files) == 0 || q.Freeze && len(files) != 3 || q.Claim != "" && len(files) != 2 {
+		if err := json.Unmarshal(text[:n], &q); err != nil || len(files) == 0 || q.Freeze && len(files) != 3 || (q.Claim != "" || q.Hook != nil) && len(files) != 2 {
 			return errors.Join(errors.New("what came is no question, or came without its files"), err)
 		}
-		if q.Freeze {
-			freezing.Add(1)
+		if q.Freeze || q.Hook != nil {
+			ending.Add(1)
 		}
 		go func() {
 			last := len(files) - 1
@@ -246,10 +254,13 @@ func ServeProbes(fd int, root string) error {
 			answers := json.NewEncoder(files[last])
 			switch {
 			case q.Freeze:
-				defer freezing.Done()
+				defer ending.Done()
 				freeze(answers, files[0], files[1])
 			case q.Claim != "":
 				claim(answers, q.Claim, files[0])
+			case q.Hook != nil:
+				defer ending.Done()
+				_ = answers.Encode(runHook(e.root, *q.Hook, files[0]))
 			default:
 				a := e.do(q, files[:last])
 				closeAll(files[:last]) // whoever hears the answer finds nothing open

@@ -20,7 +20,7 @@ import (
 // Kinds are the kinds of files that outlive the daemon.
 var Kinds = []string{
 	// of the tmpfs
-	"format", "device", "change map", "counters", "events", "recoveries", "removed", "outdated", "frozen", "daemon",
+	"format", "device", "change map", "counters", "events", "recoveries", "removed", "outdated", "frozen", "hooks", "daemon",
 	"snapshot", "log", "pool", "words", "take", "key",
 	// of the run directory
 	"start",

@@ -27,6 +27,7 @@ var writers = map[string]string{
 	"daemon.countRecovery":     "recoveries",
 	"daemon.noteRemoved":       "removed",
 	"daemon.rememberFrozen":    "frozen",
+	"daemon.beforeTakeOf":      "hooks",
 	"daemon.saveOutdated":      "outdated",
 	"daemon.saveRecord":        "daemon",
 	"daemon.openCounters":      "counters",
