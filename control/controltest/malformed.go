@@ -44,7 +44,7 @@ type Known struct {
 // paths are all calls of the API.
 var paths = []string{
 	"info", "stop", "reload", "device/add", "device/remove", "device/list", "device/status", "cbt/info", "cbt/map", "cbt/changes",
-	"cbt/mark", "snapshot/create", "snapshot/add", "snapshot/append", "snapshot/take", "snapshot/destroy", "snapshot/list",
+	"cbt/mark", "snapshot/create", "snapshot/add", "snapshot/append", "snapshot/take", "snapshot/set", "snapshot/destroy", "snapshot/list",
 	"snapshot/info", "snapshot/wait", "snapshot/watch",
 }
 
@@ -97,6 +97,7 @@ func whole(r *rand.Rand, k Known) (path string, body []byte) {
 		"snapshot/add":    {"id": k.Snapshot, "device": k.Device, "attach": true},
 		"snapshot/append": {"id": k.Snapshot, "path": "/tmp", "limit": 1 << 20},
 		"snapshot/take":   {"id": k.Snapshot, "no_freeze": true},
+		"snapshot/set":    {"id": k.Snapshot, "ttl_ns": 1},
 		// These end what is there: the whole bodies are never sent.
 		"snapshot/destroy": {"id": k.Snapshot},
 		"snapshot/info":    {"id": k.Snapshot},
@@ -237,6 +238,9 @@ func absurd(r *rand.Rand, k Known) Request {
 		{"snapshot/append", `{"id":` + id + `,"path":"/tmp"}`}, {"snapshot/append", `{"id":` + snapshot + `,"path":` + jsonText(pick(r, unstorable)) + `,"overwrite":true}`},
 		{"snapshot/append", `{"id":` + snapshot + `,"path":"/tmp","limit":` + pick(r, []string{"-1", "1", "511"}) + `}`},
 		{"snapshot/take", `{"id":` + id + `}`}, {"snapshot/take", `{"id":` + snapshot + `}`}, {"snapshot/destroy", `{"id":` + id + `}`}, {"snapshot/info", `{"id":` + id + `}`},
+		{"snapshot/set", `{"id":` + id + `,"ttl_ns":1}`}, {"snapshot/set", `{"id":` + snapshot + `,"ttl_ns":` + pick(r, []string{"-1", "-9223372036854775808", "1e400", "0.5"}) + `}`},
+		{"snapshot/create", `{"devices":[` + device + `],"name":` + jsonText(pick(r, []string{"a/b", "..", "latest", "\x00", "6b1f2c9e", k.Snapshot, strings.Repeat("n", 300)})) + `}`},
+		{"snapshot/create", `{"devices":[` + device + `],"ttl_ns":-1}`}, {"snapshot/create", `{"devices":[` + device + `],"labels":{"` + strings.Repeat("k", 60<<10) + `":5}}`},
 		{"snapshot/wait", `{"id":` + id + `,"timeout_ns":` + number + `}`}, {"snapshot/wait", `{"id":` + snapshot + `,"timeout_ns":` + pick(r, []string{"-1", "-9223372036854775808", "0", "1"}) + `}`},
 		{"snapshot/watch", `{"id":` + jsonText(pick(r, names[1:])) + `,"since":` + number + `}`}, {"reload", `{"program":` + jsonText(pick(r, names[1:])) + `}`},
 	}
