@@ -200,7 +200,7 @@ install: build
 
 # A configuration that somebody has written stays here too, and what is kept of disks in /var/lib/ublk-blksnap.
 uninstall:
-	[ -n "$(DESTDIR)" ] || sh dist/package/prerm remove
+	[ -n "$(DESTDIR)" ] || [ ! -e $(PREFIX)/sbin/ublk-blksnap ] || PATH=$(PREFIX)/sbin:$$PATH sh dist/package/prerm remove
 	cd $(DESTDIR)/ && rm -f .$(PREFIX)/sbin/{ublk-blksnap,blksnap} .$(LIBDIR)/udev/rules.d/59-ublk-blksnap.rules \
 		./usr/lib/systemd/system-shutdown/ublk-blksnap .$(LIBDIR)/systemd/system/ublk-blksnap.service \
 		.$(PREFIX)/share/man/man8/{ublk-blksnap{,-*},blksnap}.8 .$(PREFIX)/share/man/man5/ublk-blksnap.conf.5 $(COMPLETION)

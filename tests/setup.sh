@@ -137,7 +137,7 @@ for group; do
 	[ -z "$packages" ] || install_packages $packages
 	if [ "$group" = go ]; then
 		go_fits go || go_fits .cache/bin/go || {
-			command -v apt-get >/dev/null || not_debian "golang go,_1.21_or_newer,_which_fetches_what_go.mod_asks_for"
+			command -v apt-get >/dev/null || not_debian "golang go, 1.21 or newer"
 			install_go
 		}
 		go_fits go || go_fits .cache/bin/go || {
