@@ -27,6 +27,7 @@ import (
 //
 // So the kernel decides who may do what. Nothing is shared that one could take away from the
 // other: connections, and the places of calls. A reader's request has the daemon open no path.
+// While another program takes over, callers wait at both sockets.
 
 // ReadSocket is where the members of a group may ask.
 func (d RunDir) ReadSocket() string { return d.path("read.sock") }
@@ -77,19 +78,26 @@ func GroupNotes(c Config) []string {
 }
 
 // listenReaders makes the socket for the members of a group, or, without one, sees to that
-// there is none.
-func (d RunDir) listenReaders(group string) (net.Listener, error) {
+// there is none. One that the program before has handed on stays, if it is for that group.
+func (d RunDir) listenReaders(group string, handed *net.UnixListener) (*net.UnixListener, error) {
+	gid, err := -1, error(nil)
+	if group != "" {
+		gid, err = findGroup(group)
+	}
+	if handed != nil {
+		var st unix.Stat_t
+		if err == nil && unix.Lstat(d.ReadSocket(), &st) == nil && int64(st.Gid) == int64(gid) {
+			return handed, d.setMode(passedMode, gid)
+		}
+		handed.Close()
+	}
 	if err := os.Remove(d.ReadSocket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	if group == "" {
-		return nil, d.setMode(closedMode, 0)
-	}
-	gid, err := findGroup(group)
-	if err != nil {
+	if group == "" || err != nil {
 		return nil, errors.Join(err, d.setMode(closedMode, 0))
 	}
-	l, err := net.Listen("unix", d.ReadSocket())
+	l, err := listenClosed(d.ReadSocket())
 	if err != nil {
 		return nil, err
 	}
@@ -100,20 +108,21 @@ func (d RunDir) listenReaders(group string) (net.Listener, error) {
 	return l, nil
 }
 
-// serveReaders serves the members of the group until ctx ends. That they cannot be is no
-// reason for the disks not to be served.
-func (o *Options) serveReaders(ctx context.Context, api control.API) {
-	l, err := o.Dir.listenReaders(o.Config.Group)
+// serveReaders serves the members of the group until ctx ends, at the listener that it
+// returns, if there is one. That they cannot be is no reason for the disks not to be served.
+func (o *Options) serveReaders(ctx context.Context, api control.API, handed *net.UnixListener) *net.UnixListener {
+	l, err := o.Dir.listenReaders(o.Config.Group, handed)
 	if err != nil {
 		o.Log.Error("nobody but root can ask the daemon", "group", o.Config.Group, "error", err)
 	}
 	if l == nil {
-		return
+		return nil
 	}
 	srv := serverOf(newReadHandler(api, o.Log.Logger, defaultTimeouts, o.Config.Group), o.Log.Logger, defaultTimeouts)
 	srv.BaseContext = func(net.Listener) context.Context { return ctx }
 	go func() { _ = srv.Serve(&limitListener{Listener: l, places: make(chan struct{}, maxReaders)}) }()
-	context.AfterFunc(ctx, func() { _ = srv.Close() }) // and with it the listener, with the socket
+	context.AfterFunc(ctx, func() { _ = srv.Close() }) // and with it the listener
+	return l
 }
 
 // newReadHandler serves what changes nothing.

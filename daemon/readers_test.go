@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -146,9 +147,9 @@ func TestReadersSocket(t *testing.T) {
 			return unix.Connect(fd, &unix.SockaddrUnix{Name: path})
 		})
 	}
-	open := func(group string) net.Listener {
+	open := func(group string) *net.UnixListener {
 		t.Helper()
-		l, err := dir.listenReaders(group)
+		l, err := dir.listenReaders(group, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -158,7 +159,7 @@ func TestReadersSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
+	defer func() { l.Close() }()
 	for _, again := range []bool{false, true} { // as after a death
 		r := open("4242")
 		if err := dir.make(); err != nil { // as the next command does
@@ -172,8 +173,31 @@ func TestReadersSocket(t *testing.T) {
 				t.Errorf("group %d reaches %s: %v", gid, path, err)
 			}
 		}
-		r.(*net.UnixListener).SetUnlinkOnClose(false)
 		r.Close()
+		// The next daemon, until it comes to readers: they are told that none runs yet, and try again.
+		_ = l.Close()
+		if l, err = dir.listen(); err != nil {
+			t.Fatal(err)
+		}
+		if err := reach(member, dir.ReadSocket()); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("a member, while the next daemon starts: %v", err)
+		}
+	}
+	// One that is handed on stays, if it is for the group that is configured now.
+	first := open("4242")
+	if r, err := dir.listenReaders("4242", first); err != nil || r != first {
+		t.Errorf("handed on: %v, %v", r, err)
+	}
+	second, err := dir.listenReaders("4243", first)
+	if err != nil || second == first {
+		t.Fatalf("the socket of another group is kept: %v", err)
+	}
+	defer second.Close()
+	if err := errors.Join(reach(other, dir.ReadSocket()), first.SetDeadline(time.Now())); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the group has changed: %v", err)
+	}
+	if err := reach(member, dir.ReadSocket()); !errors.Is(err, unix.EACCES) {
+		t.Errorf("a member of the group before: %v", err)
 	}
 	if r := open(""); r != nil {
 		t.Error("a socket without a group")
@@ -184,7 +208,7 @@ func TestReadersSocket(t *testing.T) {
 	if st, err := os.Stat(string(dir)); err != nil || st.Mode().Perm() != closedMode {
 		t.Errorf("%v, %v", st.Mode(), err)
 	}
-	if r, err := dir.listenReaders("no-such-group"); err == nil || r != nil {
+	if r, err := dir.listenReaders("no-such-group", nil); err == nil || r != nil {
 		t.Errorf("a group that is not there: %v, %v", r, err)
 	}
 	if notes := GroupNotes(Config{Group: "no-such-group"}); len(notes) != 1 || !strings.Contains(notes[0], "no-such-group") {
@@ -192,5 +216,35 @@ func TestReadersSocket(t *testing.T) {
 	}
 	if notes := append(GroupNotes(Config{}), GroupNotes(Config{Group: "root"})...); len(notes) > 0 {
 		t.Errorf("%v", notes)
+	}
+}
+
+// TestSocketsAreBornClosed: nobody can come in before a socket has its mode.
+func TestSocketsAreBornClosed(t *testing.T) {
+	defer unix.Umask(unix.Umask(0))
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := listenClosed(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	if st, err := os.Lstat(path); err != nil || st.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("%v, %v", st, err)
+	}
+}
+
+// TestReaderWithoutDaemon: who is not root is told that no daemon runs, and starts none.
+func TestReaderWithoutDaemon(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	s := Starter{Dir: RunDir(filepath.Join(t.TempDir(), "none"))}
+	for want, reach := range map[control.Code]func(context.Context) (*control.Client, error){
+		control.Unavailable: s.Connect, control.Denied: s.Start,
+	} {
+		err := asUser(t, 65534, 65534, func() error { _, err := reach(context.Background()); return err })
+		if control.CodeOf(err) != want {
+			t.Errorf("%v, want %s", err, want)
+		}
 	}
 }

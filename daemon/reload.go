@@ -39,8 +39,11 @@ const reloadEnv = "UBLK_BLKSNAP_RELOAD"
 type reloading struct {
 	control.Reloaded
 	Socket int  `json:"socket"`           // the file descriptor of the socket, which listens
+	Read   int  `json:"read,omitempty"`   // the same of the socket for readers, if there is one
 	Prober int  `json:"prober"`           // the process of the program before, a child of this one
 	Ending bool `json:"ending,omitempty"` // systemd has told the program before that the machine ends
+
+	readers *net.UnixListener // what became of Read
 }
 
 // giveUpTime is how long the daemon waits for requests under way before it gives its
@@ -210,7 +213,8 @@ func (d *Daemon) GiveUp(ctx context.Context) (quiesced int, err error) {
 
 // exec is the end of this program in the process. It returns only if neither the new
 // program nor this one can be exec'd. At its last instant it asks whether the machine ends.
-func (o *Options) exec(d stopper, lock *os.File, socket *os.File, plan control.Reloaded, ending func() bool) error {
+// reading is the socket for readers, nil if there is none.
+func (o *Options) exec(d stopper, lock, socket, reading *os.File, plan control.Reloaded, ending func() bool) error {
 	setWatchdog(o.Config.patience())
 	asked, prober := running(o.Prober), 0
 	if asked {
@@ -233,15 +237,23 @@ func (o *Options) exec(d stopper, lock *os.File, socket *os.File, plan control.R
 	if lockErr != nil {
 		return lockErr
 	}
+	defer runtime.KeepAlive([]*os.File{socket, reading})
+	next := reloading{Socket: int(socket.Fd()), Prober: prober}
 	if _, err := unix.FcntlInt(socket.Fd(), unix.F_SETFD, 0); err != nil {
 		return fail(err, "hand the socket on")
+	}
+	if reading != nil {
+		if _, err := unix.FcntlInt(reading.Fd(), unix.F_SETFD, 0); err == nil {
+			next.Read = int(reading.Fd())
+		}
 	}
 	env := slices.DeleteFunc(os.Environ(), func(s string) bool {
 		name, _, _ := strings.Cut(s, "=")
 		return slices.Contains([]string{programEnv, lockEnv, reloadEnv}, name)
 	})
 	try := func(path string) error {
-		text, err := json.Marshal(reloading{plan, int(socket.Fd()), prober, ending()})
+		next.Reloaded, next.Ending = plan, ending()
+		text, err := json.Marshal(next)
 		if err != nil {
 			return err
 		}
@@ -280,7 +292,7 @@ func (r *reloading) end(log *Log, now control.Info) *control.Reloaded {
 
 // takeReload is the reload of which this program is the end, nil if there is none, and
 // the socket that it was handed.
-func takeReload() (*reloading, net.Listener, error) {
+func takeReload() (*reloading, *net.UnixListener, error) {
 	text := os.Getenv(reloadEnv)
 	if text == "" {
 		return nil, nil, nil
@@ -293,14 +305,29 @@ func takeReload() (*reloading, net.Listener, error) {
 	if r.Prober > 0 {
 		go func() { _, _ = unix.Wait4(r.Prober, nil, 0, nil) }() // if it took its time
 	}
-	unix.CloseOnExec(r.Socket)
-	f := os.NewFile(uintptr(r.Socket), "socket")
+	var failed error
+	if r.Read > 0 {
+		r.readers, failed = takeSocket(r.Read)
+	}
+	l, err := takeSocket(r.Socket)
+	return &r, l, errors.Join(err, failed)
+}
+
+// takeSocket is the listening socket that the program before has handed on.
+func takeSocket(fd int) (*net.UnixListener, error) {
+	unix.CloseOnExec(fd)
+	f := os.NewFile(uintptr(fd), "socket")
 	defer f.Close()
 	l, err := net.FileListener(f)
 	if err != nil {
-		return &r, nil, fail(err, "take the socket")
+		return nil, fail(err, "take the socket")
 	}
-	return &r, l, nil
+	u, ok := l.(*net.UnixListener)
+	if !ok {
+		l.Close()
+		return nil, errors.New("take the socket: it is another kind of socket")
+	}
+	return u, nil
 }
 
 // renewInterval is the time between two reloads for want of a prober, at least.

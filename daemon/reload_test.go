@@ -31,7 +31,7 @@ func TestReload(t *testing.T) {
 
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
-	wg.Add(2)
+	wg.Add(3)
 	untilStop := func(f func() (ok bool)) {
 		defer wg.Done()
 		for {
@@ -53,16 +53,18 @@ func TestReload(t *testing.T) {
 		}
 		return err != nil
 	})
-	go untilStop(func() bool {
-		c := control.NewClient(s.Dir.Socket())
-		defer c.Close()
-		// A call that is under way may be broken off; none is refused.
-		if _, err := c.Info(ctx); err != nil && (strings.Contains(err.Error(), "refused") || strings.Contains(err.Error(), "no daemon runs")) {
-			t.Errorf("a call during the reload: %v", err)
-			return false
-		}
-		return true
-	})
+	for _, socket := range []string{s.Dir.Socket(), s.Dir.ReadSocket()} {
+		go untilStop(func() bool {
+			c := control.NewClient(socket)
+			defer c.Close()
+			// A call that is under way may be broken off; none is refused.
+			if _, err := c.Info(ctx); err != nil && (strings.Contains(err.Error(), "refused") || strings.Contains(err.Error(), "no daemon runs")) {
+				t.Errorf("a call during the reload: %v", err)
+				return false
+			}
+			return true
+		})
+	}
 	c := control.NewClient(s.Dir.Socket())
 	defer c.Close()
 	var last time.Time

@@ -8,6 +8,7 @@ import (
 	"os/signal"
 	"runtime"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -179,13 +180,16 @@ func run(o Options, open func(Options) (stopper, error)) error {
 			return err
 		}
 	}
-	return o.serve(api, l.(*net.UnixListener), lock, signals)
+	var readers *net.UnixListener
+	if reload != nil {
+		readers = reload.readers
+	}
+	return o.serve(api, l, readers, lock, signals)
 }
 
 // serve answers clients until the daemon has been stopped, or this program's end in favour
-// of another one.
-func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signals <-chan os.Signal) error {
-	l.SetUnlinkOnClose(false) // it may be handed on
+// of another one. readers is the listener of readers that the program before has handed on.
+func (o *Options) serve(api notifier, l, readers *net.UnixListener, lock *os.File, signals <-chan os.Signal) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	srv := newServer(api, o.Log.Logger, defaultTimeouts)
@@ -193,7 +197,7 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 	served := make(chan error, 1)
 	api.Serves()
 	go func() { served <- srv.Serve(&limitListener{Listener: l, places: make(chan struct{}, maxConnections)}) }()
-	o.serveReaders(ctx, api)
+	readers = o.serveReaders(ctx, api, readers)
 	o.Log.Info("daemon started", "version", control.Version, "pid", os.Getpid(), "socket", o.Dir.Socket())
 	if o.Ready != nil {
 		o.Ready()
@@ -253,8 +257,14 @@ func (o *Options) serve(api notifier, l *net.UnixListener, lock *os.File, signal
 			if err != nil {
 				return fail(err, "hand the socket on")
 			}
+			var reading *os.File
+			if readers != nil {
+				if reading, err = readers.File(); err != nil {
+					o.Log.Warn("readers that wait for the daemon are cut off", "error", err)
+				}
+			}
 			finish()
-			return fail(o.exec(api, lock, socket, plan, handOn), "exec %s", plan.Program)
+			return fail(o.exec(api, lock, socket, reading, plan, handOn), "exec %s", plan.Program)
 		case <-api.stopped:
 			notify("STOPPING=1")
 			defer extendStop()()
@@ -296,21 +306,31 @@ func logGoroutines(log *Log) {
 const answerTimeout = 5 * time.Second
 
 // listen replaces the socket of a dead daemon. The lock proves that it is dead.
-func (d RunDir) listen() (net.Listener, error) {
+func (d RunDir) listen() (*net.UnixListener, error) {
 	if err := os.Remove(d.Socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fail(err, "remove the old socket")
 	}
-	// Until it has its mode, nobody may come near it.
-	if err := d.setMode(closedMode, 0); err != nil {
-		return nil, fail(err, "listen")
-	}
-	l, err := net.Listen("unix", d.Socket())
+	l, err := listenClosed(d.Socket())
 	if err != nil {
 		return nil, fail(err, "listen")
 	}
-	if err := os.Chmod(d.Socket(), 0o600); err != nil {
-		l.Close()
-		return nil, fail(err, "close the socket to others")
-	}
 	return l, nil
+}
+
+// listenClosed listens at a path. The socket is its owner's alone from its first instant on:
+// Linux gives a socket in a file system the mode that it has had without a name. It stays
+// when it is closed, because it may have been handed on.
+func listenClosed(path string) (*net.UnixListener, error) {
+	c := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var failed error
+		err := c.Control(func(fd uintptr) { failed = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, failed)
+	}}
+	l, err := c.Listen(context.Background(), "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	u := l.(*net.UnixListener)
+	u.SetUnlinkOnClose(false)
+	return u, nil
 }

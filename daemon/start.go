@@ -56,19 +56,18 @@ func (s Starter) reach(ctx context.Context, start func() bool) (*control.Client,
 	c := control.NewClient(s.Dir.Socket())
 	_, err := c.Info(ctx)
 	e := (*control.Error)(nil)
-	if os.Geteuid() != 0 && errors.Is(err, unix.EACCES) {
+	if code := control.CodeOf(err); os.Geteuid() != 0 && (code == control.Denied || code == control.Unavailable) {
 		// Perhaps he may look. He never starts a daemon.
 		c = control.NewClient(s.Dir.ReadSocket())
 		if _, err = c.Info(ctx); errors.As(err, &e) && e.Code == control.Denied {
 			e.Fix = "run this as root, or as a member of the group that the configuration names"
+		} else if e != nil && e.Code == control.Unavailable && start() {
+			return nil, &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "ask the daemon: not root", Fix: "run this as root"}
 		}
 		return c, err
 	}
 	if !errors.As(err, &e) || e.Code != control.Unavailable {
 		return c, err
-	}
-	if os.Geteuid() != 0 {
-		return nil, &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "ask the daemon: not root", Fix: "run this as root"}
 	}
 	lost, damaged := s.Dir.lost()
 	if !start() {

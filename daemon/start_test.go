@@ -89,7 +89,7 @@ func testDaemon(how string, args []string) int {
 			ReportStart(3, errors.New("not yet"))
 			return 1
 		}
-		o.Config = Config{Guard: true, DiskTimeout: time.Minute}
+		o.Config = Config{Guard: true, DiskTimeout: time.Minute, Group: "0"}
 		if args[len(args)-1] == "--"+CheckTakeoverFlag {
 			t, err := CheckTakeover(dir)
 			if err != nil {
