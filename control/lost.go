@@ -27,8 +27,9 @@ type LostDevice struct {
 // LostSnapshot is a snapshot without a server.
 type LostSnapshot struct {
 	ID      string   `json:"id"`
-	Devices []string `json:"devices"` // names
-	Storage []string `json:"storage"` // paths
+	Name    string   `json:"name,omitempty"` // if it is known and has one
+	Devices []string `json:"devices"`        // names
+	Storage []string `json:"storage"`        // paths
 	// Reason is why it has ended; empty if no daemon has tried to take it over.
 	Reason string `json:"reason,omitempty"`
 }
@@ -54,7 +55,11 @@ func (l *Lost) String() string {
 		add(what, dev.Reason)
 	}
 	for _, s := range l.Snapshots {
-		what := fmt.Sprintf("the snapshot %s of %s", s.ID, strings.Join(s.Devices, " "))
+		what := "the snapshot " + s.ID
+		if s.Name != "" {
+			what += " (" + s.Name + ")"
+		}
+		what += " of " + strings.Join(s.Devices, " ")
 		if len(s.Storage) > 0 {
 			what += " with differences in " + strings.Join(s.Storage, " ")
 		}

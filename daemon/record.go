@@ -136,6 +136,7 @@ func (d *Daemon) saveRecord() {
 	for _, s := range d.sortedSnapshots() {
 		lost := control.LostSnapshot{ID: s.id}
 		d.mu.Lock()
+		lost.Name = s.note.Name
 		if s.releasing { // was destroyed: nobody will miss it
 			d.mu.Unlock()
 			continue
@@ -213,10 +214,11 @@ func (d *Daemon) explainDevice(e *control.Error, ref string) *control.Error {
 	})
 }
 
-func (d *Daemon) explainSnapshot(e *control.Error, id string) *control.Error {
+// explainSnapshot says what became of the snapshot that ref, a UUID or a name, stood for.
+func (d *Daemon) explainSnapshot(e *control.Error, ref string) *control.Error {
 	return d.explain(e, func(l *control.Lost) (reason, fix string, ok bool) {
 		for _, s := range l.Snapshots {
-			if s.ID == id {
+			if ref != "" && (s.ID == ref || s.Name == ref) {
 				return s.Reason, "take another", true
 			}
 		}

@@ -61,7 +61,7 @@ func TestRecord(t *testing.T) {
 	}
 	a := &device{Device: control.Device{Name: "a", Added: time.Unix(1, 0), Original: "/dev/vda", Path: "/dev/ublkb0"}}
 	b := &device{Device: control.Device{Name: "b", Added: time.Unix(2, 0), Original: "/dev/vdb", Path: "/dev/ublkb1"}}
-	s := &snapshot{id: "02e091ec-dae8-41ba-9dae-4e66f1473dd6", images: []*image{{device: a}}, storage: []control.Storage{{Path: "/s"}}}
+	s := &snapshot{id: "02e091ec-dae8-41ba-9dae-4e66f1473dd6", note: snapshotNote{Name: "nightly"}, images: []*image{{device: a}}, storage: []control.Storage{{Path: "/s"}}}
 	first := daemon()
 	change(first, func() { first.devices["a"], first.devices["b"], first.snapshots[s.id] = a, b, s })
 	if l := lost(); l != nil {
@@ -72,7 +72,7 @@ func TestRecord(t *testing.T) {
 	change(first, func() { first.snapshots[gone.id] = gone })
 	die()
 	l := lost()
-	if l == nil || len(l.Devices) != 2 || len(l.Snapshots) != 1 || l.Devices[1] != (control.LostDevice{Name: "b", Original: "/dev/vdb", Path: "/dev/ublkb1", Waits: true}) {
+	if l == nil || len(l.Devices) != 2 || len(l.Snapshots) != 1 || l.Snapshots[0].Name != "nightly" || l.Devices[1] != (control.LostDevice{Name: "b", Original: "/dev/vdb", Path: "/dev/ublkb1", Waits: true}) {
 		t.Fatalf("a daemon died and left %+v", l)
 	}
 
@@ -81,7 +81,7 @@ func TestRecord(t *testing.T) {
 	change(second, func() {
 		second.devices["a"] = a
 		second.waiting["b"] = &survivor{record: deviceRecord{Name: "b", ID: 1, Original: originalRecord{Path: "/dev/vdb"}}, reason: errors.New("no such disk")}
-		second.ended = []control.LostSnapshot{{ID: s.id, Devices: []string{"b"}, Reason: "its storage is gone"}}
+		second.ended = []control.LostSnapshot{{ID: s.id, Name: "nightly", Devices: []string{"b"}, Reason: "its storage is gone"}}
 	})
 	if i, err := second.Info(ctx); err != nil || i.Lost == nil || len(i.Lost.Devices) != 1 || i.Lost.Devices[0].Reason != "no such disk" || !i.Lost.Devices[0].Waits {
 		t.Errorf("%+v, %v", i.Lost, err)
@@ -94,8 +94,10 @@ func TestRecord(t *testing.T) {
 	if _, err := second.findSnapshot(gone.id); control.CodeOf(err) != control.NotFound || strings.Contains(err.Error(), "died") {
 		t.Errorf("a snapshot that was destroyed: %v", err)
 	}
-	if _, err := second.findSnapshot(s.id); control.CodeOf(err) != control.NotFound || !strings.Contains(err.Error(), "its storage is gone") {
-		t.Errorf("%v", err)
+	for _, ref := range []string{s.id, "nightly"} {
+		if _, err := second.findSnapshot(ref); control.CodeOf(err) != control.NotFound || !strings.Contains(err.Error(), "its storage is gone") {
+			t.Errorf("%s: %v", ref, err)
+		}
 	}
 	if err := second.Stop(ctx); control.CodeOf(err) != control.Busy {
 		t.Errorf("stopped while a device waits: %v", err)

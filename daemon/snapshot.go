@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -84,6 +85,8 @@ func snapshotError(err error, format string, args ...any) error {
 	return e
 }
 
+// sortedSnapshots are in the order in which they were created, whatever became of the clock
+// on the wall since: the latest one may be destroyed by that name.
 func (d *Daemon) sortedSnapshots() []*snapshot {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -91,7 +94,9 @@ func (d *Daemon) sortedSnapshots() []*snapshot {
 	for _, s := range d.snapshots {
 		out = append(out, s)
 	}
-	slices.SortFunc(out, func(a, b *snapshot) int { return a.created.Compare(b.created) })
+	slices.SortFunc(out, func(a, b *snapshot) int {
+		return cmp.Or(cmp.Compare(a.note.Began, b.note.Began), a.created.Compare(b.created))
+	})
 	return out
 }
 

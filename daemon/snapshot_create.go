@@ -79,7 +79,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 	c.Encrypt = s.encrypted
 	c.ID, c.ChunkSize, c.PoolSize, c.Portion = id, chunk, pool, d.opts.Config.DiffStorageMinimum*sector.Size
 	c.Pending = true // until it is answered, nobody knows of it
-	s.note = snapshotNote{Name: r.Name, Labels: r.Labels, AutoAppend: auto, Ends: endAfter(r.TTL)}
+	s.note = snapshotNote{Name: r.Name, Labels: r.Labels, AutoAppend: auto, Began: bootNow(), Ends: endAfter(r.TTL)}
 	if c.Note, err = json.Marshal(s.note); err != nil {
 		return nil, err
 	}

@@ -102,7 +102,7 @@ func (d *Daemon) findSnapshot(ref string) (*snapshot, error) {
 	}
 	switch found := d.snapshotsCalled(ref); len(found) {
 	case 0:
-		return nil, noSnapshot(ref)
+		return nil, d.explainSnapshot(noSnapshot(ref), ref)
 	case 1:
 		return found[0], nil
 	default:

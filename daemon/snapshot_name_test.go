@@ -59,6 +59,21 @@ func TestFindSnapshot(t *testing.T) {
 	}
 }
 
+// TestLatestByNoClock: the latest snapshot is the one that was created last, also if the clock
+// on the wall was set back before that.
+func TestLatestByNoClock(t *testing.T) {
+	d := namedSnapshots()
+	d.snapshots[uuidA].note.Began = bootNow()
+	d.snapshots[uuidA].created = time.Now().Add(-24 * time.Hour)
+	if s, err := d.findSnapshot("latest"); err != nil || s.id != uuidA {
+		t.Errorf("%v, %v", s, err)
+	}
+	all := d.sortedSnapshots() // with those of an older program
+	if all[0].id != uuidB || all[1].id != uuidC || all[2].id != uuidA {
+		t.Errorf("%s, %s, %s", all[0].id, all[1].id, all[2].id)
+	}
+}
+
 // TestNameGivenUp: a snapshot whose storage does not answer keeps no name from the next one.
 func TestNameGivenUp(t *testing.T) {
 	d := namedSnapshots()

@@ -14,7 +14,10 @@ type snapshotNote struct {
 	// AutoAppend: it gets more storage by itself.
 	AutoAppend *control.AutoAppend `json:"auto_append,omitempty"`
 
-	Ends bootTime `json:"ends_ns,omitempty"` // 0: never by itself
+	// Began is when it was created, by a clock that nobody sets. Those of an older program
+	// do not say it.
+	Began bootTime `json:"began_ns,omitempty"`
+	Ends  bootTime `json:"ends_ns,omitempty"` // 0: never by itself
 	// Overdue: it was told that the time is over and somebody uses it.
 	Overdue bool          `json:"overdue,omitempty"`
 	Taken   time.Time     `json:"taken,omitzero"`

@@ -241,14 +241,14 @@ func TestConnectStartsNothing(t *testing.T) {
 	record := func(pid int, birth, more string) {
 		t.Helper()
 		text := fmt.Sprintf(`{"pid":%d,"birth":%q,"devices":[{"name":"data","original":"/dev/vdb","path":"/dev/ublkb3"}],`+
-			`"snapshots":[{"id":"u","devices":["data"],"storage":["/var/tmp","/dev/vdd"]}]%s}`, pid, birth, more)
+			`"snapshots":[{"id":"u","name":"nightly","devices":["data"],"storage":["/var/tmp","/dev/vdd"]}]%s}`, pid, birth, more)
 		if err := statefile.Write(s.Dir.path(recordName), recordKind, recordFormat, json.RawMessage(text)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	record(os.Getpid(), "another boot", "")
 	says(fmt.Sprintf("the daemon before (process %d) died, and for the next one wait the filter data over /dev/vdb (/dev/ublkb3), ", os.Getpid()),
-		"the snapshot u of data with differences in /var/tmp /dev/vdd")
+		"the snapshot u (nightly) of data with differences in /var/tmp /dev/vdd")
 	// One that starts its daemon is told as well.
 	var told *control.Lost
 	start := starter(t, "well")

@@ -331,7 +331,7 @@ func (d *Daemon) tellEnd(s *leftSnapshot, reason error) {
 
 // lost is what is told of a snapshot that ends.
 func (s *leftSnapshot) lost(reason error) control.LostSnapshot {
-	lost := control.LostSnapshot{ID: s.id(), Reason: publicPaths(reason.Error())}
+	lost := control.LostSnapshot{ID: s.id(), Name: s.note.Name, Reason: publicPaths(reason.Error())}
 	for _, dev := range s.Devices {
 		lost.Devices = append(lost.Devices, dev.Name)
 	}
