@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -210,5 +211,48 @@ func TestOtherSize(t *testing.T) {
 	again := d.Add(disk)
 	if now := d.CBT(again); again.Size != grownTo || now.History.Reason != control.HistoryOtherSize || now.GenerationID == before.GenerationID {
 		t.Errorf("added again: %+v, %+v", again, now)
+	}
+}
+
+// TestGrowPowerFailure: when the power fails after a disk has grown, its history goes on, in the
+// new part too. What was kept of it before it grew is not believed.
+func TestGrowPowerFailure(t *testing.T) {
+	guest.NeedKernel(t, 6, 16, "UPDATE_SIZE")
+	p := newFailing(t, grownFrom)
+	dev := p.add()
+	before := p.files()
+	grow := func(size int64) {
+		t.Helper()
+		resize(t, p.disk, size)
+		guest.WaitFor(t, "the filter's growth", func() bool {
+			i := p.d.CBT(dev)
+			return i.DeviceCapacity == size && i.History.Reason == control.HistoryOtherSize && guest.SizeOf(t, dev.Path) == size
+		})
+		awaitCovered(t, p.d, dev, true, "")
+	}
+	const size = 12 << 20
+	grow(size)
+	p.saved = before
+	p.rewrite(bootID(t), uuid.NewString())
+	if err := p.d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: true}); err != nil {
+		t.Fatal(err)
+	}
+	p.again()
+	p.restore()
+	dev = p.add()
+	wants(t, "what was kept before the growth", dev, control.HistoryOtherSize, "the disk had 8388608 bytes")
+
+	grow(2 * size)
+	s := p.d.Take(0, dev)
+	p.d.Destroy(s.ID)
+	writeBlock(t, dev.Path, size+5<<20)
+	p.fails(dev)
+	dev = p.add()
+	wants(t, "after the growth", dev, "", "after a power failure")
+	p.d.Destroy(p.d.Take(0, dev).ID)
+	info := p.d.CBT(dev)
+	blocks, err := p.d.Changed(dev, *s.Images[0].Take)
+	if err != nil || !slices.Contains(blocks, (size+5<<20)/info.BlockSize) || slices.Contains(blocks, 2<<20/info.BlockSize) {
+		t.Errorf("changed: %v, %v", blocks, err)
 	}
 }
