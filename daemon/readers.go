@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -129,6 +130,9 @@ func (o *Options) serveReaders(ctx context.Context, api control.API, handed *net
 func newReadHandler(api control.API, log *slog.Logger, p timeouts, group string) http.Handler {
 	s := &server{api: reader{api}, mux: http.NewServeMux(), timeouts: p}
 	s.handleReads()
+	if g, ok := api.(prometheus.Gatherer); ok {
+		s.metrics(g)
+	}
 	return s.handler(log, func(r *http.Request) error {
 		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Fix: "run this as root",
 			Message: strings.TrimPrefix(r.URL.Path, "/v1/") + ": the members of the group " + group + " may only look"}
@@ -139,24 +143,29 @@ func newReadHandler(api control.API, log *slog.Logger, p timeouts, group string)
 // does: the daemon, which is root, does not look at other paths for them.
 type reader struct{ control.API }
 
-// name is the name of a device that is named as in the list.
+// name is the name of a device that is named as in the list, or by the name of one that
+// waits for its disk.
 func (r reader) name(ctx context.Context, ref string) (string, error) {
-	if !strings.Contains(ref, "/") {
-		if validName.MatchString(ref) {
-			return ref, nil
-		}
-		return "", invalid("device %q: no name", ref)
+	if ref == "" { // which is also the link of a device that has lost it
+		return "", invalid("no device is named")
 	}
 	all, err := r.Devices(ctx)
 	if err != nil {
 		return "", err
 	}
 	for _, dev := range all {
-		if slices.Contains([]string{dev.Path, dev.Link, dev.Original}, ref) {
+		if slices.Contains([]string{dev.Name, dev.Path, dev.Link, dev.Original}, ref) {
 			return dev.Name, nil
 		}
 	}
-	return "", &control.Error{Code: control.NotFound, Errno: unix.ENODEV, Message: ref + ": no filter is listed with this path", Fix: "name it as list does"}
+	if i, err := r.Info(ctx); err == nil && i.Lost != nil {
+		for _, dev := range i.Lost.Devices {
+			if dev.Name == ref {
+				return dev.Name, nil
+			}
+		}
+	}
+	return "", &control.Error{Code: control.NotFound, Errno: unix.ENODEV, Message: ref + ": no filter is listed so", Fix: "name it as list does"}
 }
 
 func (r reader) DeviceStatus(ctx context.Context, ref string) (control.DeviceStatus, error) {

@@ -23,7 +23,7 @@ import (
 // the API.
 func TestReadersCalls(t *testing.T) {
 	ctx := context.Background()
-	fake := &fakeAPI{events: []control.Event{{Seq: 1}}}
+	fake := &calling{fakeAPI{events: []control.Event{{Seq: 1}}}}
 	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
 	if err != nil {
 		t.Fatal(err)
@@ -53,7 +53,19 @@ func TestReadersCalls(t *testing.T) {
 	_, err = c.Reload(ctx, control.ReloadRequest{Program: "/bin/sh"})
 	denied("reload", err)
 	denied("stop", c.Stop(ctx))
+	if resp, err := rawClient(t, l.Addr().String()).Get("http://d/metrics"); err != nil || resp.StatusCode != http.StatusOK {
+		t.Errorf("metrics: %v, %v", resp, err)
+	} else {
+		resp.Body.Close()
+	}
 	denied("what nobody knows", post(t, rawClient(t, l.Addr().String()), "device/explode", http.NoBody))
+}
+
+// calling is an API with the device of calls.
+type calling struct{ fakeAPI }
+
+func (*calling) Devices(context.Context) ([]control.Device, error) {
+	return []control.Device{{Name: "n"}}, nil
 }
 
 // listed is an API with one device, which it knows by its name alone.
@@ -61,6 +73,10 @@ type listed struct{ *fakeAPI }
 
 func (l listed) Devices(context.Context) ([]control.Device, error) {
 	return []control.Device{{Name: "data", Path: "/dev/ublkb0", Link: "/dev/ublk-blksnap/data", Original: "/dev/vdb"}}, nil
+}
+
+func (l listed) Info(context.Context) (control.Info, error) {
+	return control.Info{Lost: &control.Lost{Devices: []control.LostDevice{{Name: "waiting"}}}}, nil
 }
 
 // TestReadersPaths: for a reader the daemon looks at no path that is not in its list.
@@ -95,7 +111,10 @@ func TestReadersPaths(t *testing.T) {
 			t.Errorf("%s: %v", ref, err)
 		}
 	}
-	for _, ref := range []string{"", "/root/secret", "/dev/../dev/vdb", "/dev/vdc", "..", "./x"} {
+	if name, err := r.name(context.Background(), "waiting"); err != nil || name != "waiting" {
+		t.Errorf("one that waits: %q, %v", name, err)
+	}
+	for _, ref := range []string{"", "vdb", "proc", "/root/secret", "/dev/../dev/vdb", "/dev/vdc", "..", "./x"} {
 		if err := ask(ref); err == nil || fake.asked != nil {
 			t.Errorf("%s: %v, asked for %v", ref, err, fake.asked)
 		}
