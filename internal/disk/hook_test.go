@@ -122,8 +122,14 @@ func TestRunHook(t *testing.T) {
 		t.Error(err)
 	}
 	text, err := os.ReadFile(out)
-	if want := "pre pre /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin /\n\t0000000000000000\n"; err != nil || string(text) != want {
-		t.Errorf("the hook has %q, want %q", text, want)
+	lines, ignored, _ := strings.Cut(string(text), "\t")
+	if want := "pre pre /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin /\n"; err != nil || lines != want {
+		t.Errorf("the hook has %q, want %q", lines, want)
+	}
+	// But for the signals that C libraries keep to themselves (32 to 34), which no shell and
+	// no Go program can change: whoever started this test may ignore one.
+	if set, err := strconv.ParseUint(strings.TrimSpace(ignored), 16, 64); err != nil || set&^(7<<31) != 0 {
+		t.Errorf("the hook ignores the signals %q", ignored)
 	}
 	// A daemon with a mount namespace of its own runs it in that of process 1.
 	ns := hookDir(t, map[string]string{"ns": "#!/bin/sh\nreadlink /proc/self/ns/mnt /proc/self/root >$OUT\n"})

@@ -34,7 +34,7 @@ var writers = map[string]string{
 	"snapshots.keepNote":       "note",
 	"snapshots.update":         "snapshot",
 	"snapshots.file":           "log, pool, words, take, key",
-	"cbtmap.create":            "change map",
+	"cbtmap.prepare":           "change map",
 	"cbtstate.create":          "saved record, saved map, used record, running record, base, intent log",
 	"statefile.Write":          "- is what the others call",
 	"snapshots.hold":           "- an empty file below a mount",
