@@ -72,7 +72,7 @@ func TestDamage(t *testing.T) {
 		return err
 	})
 	try("recoveries", filepath.Join(dir.State(), "recoveries"), "recoveries", 1, recoveries{Count: 5}, func() error {
-		if n := d.countRecovery(); n != 6 {
+		if n := d.countRecovery(true); n != 6 {
 			return errors.New("counted anew")
 		}
 		return nil

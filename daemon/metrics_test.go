@@ -128,6 +128,20 @@ ublk_blksnap_snapshot_state{snapshot="UUID",state="taken"} 0
 	}
 }
 
+// TestMetricsOfAnyName: the path of a disk is nothing that a scrape could fail for.
+func TestMetricsOfAnyName(t *testing.T) {
+	d, dev, _ := measured(t)
+	dev.Original = "/dev/mapper/a\"b\\c\nd\xff"
+	want := `
+# HELP ublk_blksnap_filter_info A filter and its original disk.
+# TYPE ublk_blksnap_filter_info gauge
+ublk_blksnap_filter_info{device="data",mode="copy",original="/dev/mapper/a\"b\\c\nd` + "\ufffd" + `",path="/dev/ublkb0"} 1
+`
+	if err := testutil.GatherAndCompare(d, strings.NewReader(want), "ublk_blksnap_filter_info"); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestMetricsWaitForNobody: what is locked for long, because it goes or a take is under
 // way, is left out, or known from before.
 func TestMetricsWaitForNobody(t *testing.T) {

@@ -122,7 +122,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 		d.opts.progress.made()
 	}
 	if served > 0 {
-		d.recovered = &control.Recovered{At: began.Add(images), Count: d.countRecovery(), Pause: pause, Images: images, Devices: served}
+		d.recovered = &control.Recovered{At: began.Add(images), Count: d.countRecovery(d.predecessor != os.Getpid()), Pause: pause, Images: images, Devices: served}
 		from := "a daemon that died"
 		if d.predecessor == os.Getpid() {
 			from = "the program before"
@@ -196,8 +196,9 @@ type recoveries struct {
 	Count int `json:"count"`
 }
 
-// countRecovery counts this one.
-func (d *Daemon) countRecovery() int {
+// countRecovery counts this one, if the daemon before had died, and not given way to
+// another program.
+func (d *Daemon) countRecovery(died bool) int {
 	const kind, format = "recoveries", 1
 	path := filepath.Join(d.opts.Dir.State(), kind)
 	var r recoveries
@@ -207,6 +208,9 @@ func (d *Daemon) countRecovery() int {
 	}
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		d.opts.Log.Warn("how often a daemon has taken over is counted anew", "error", err)
+	}
+	if !died {
+		return r.Count
 	}
 	r.Count++
 	if err := statefile.Write(path, kind, format, r); err != nil {

@@ -95,6 +95,36 @@ func TestRoomWithinLimit(t *testing.T) {
 	b.check()
 }
 
+// Others may write and remove something again and again, on the filesystem that has hardly
+// enough room.
+func TestLowIsToldOnceAtTheBorder(t *testing.T) {
+	b := newBench(t, 100, 8, 4*chunk)
+	f := blockdevtest.NewMemoryFile("f", 1<<30)
+	if err := b.append(diffarea.Storage{File: f, Room: 99 * chunk, Spare: true}); err != nil {
+		t.Fatal(err)
+	}
+	if low := b.write(80); len(low) != 1 {
+		t.Fatalf("low with %v", low)
+	}
+	room := func(chunks int64) {
+		b.log.SetRoom(b.w, f, b.log.Reach(f), chunks*chunk)
+		b.sched.Run()
+	}
+	for range 3 {
+		room(101)
+		room(98)
+	}
+	if low := b.write(81); len(low) != 0 {
+		t.Errorf("low again with %v", low)
+	}
+	room(110)
+	room(98)
+	if low := b.write(82); len(low) != 1 {
+		t.Errorf("after there was plenty low with %v", low)
+	}
+	b.check()
+}
+
 // The next process does not tell again that storage runs low.
 func TestLowIsToldOnce(t *testing.T) {
 	state := make([]byte, diffarea.LogStateSize)

@@ -2,6 +2,7 @@ package snapshots
 
 import (
 	"fmt"
+	"math/bits"
 	"sync"
 	"sync/atomic"
 
@@ -16,6 +17,7 @@ import (
 const (
 	spareEach = 20
 	spareMost = 1 << 30
+	noEnd     = 1 << 62 // bytes
 )
 
 // room is how far the file of a storage can grow. The filesystem is looked at now and
@@ -54,17 +56,30 @@ func (s *storage) look() (free int64, err error) {
 	spare := int64(0)
 	switch {
 	case s.reserve > 0:
-		spare = int64(fs.Blocks) / 100 * unit * int64(s.reserve)
+		spare = bytesOf(fs.Blocks, unit) / 100 * int64(s.reserve)
 	case s.size == 0:
-		spare = min(int64(fs.Blocks)/spareEach*unit, spareMost)
+		spare = min(bytesOf(fs.Blocks, unit)/spareEach, spareMost)
 	}
-	free = int64(fs.Bavail) * unit
+	free = bytesOf(fs.Bavail, unit)
 	if spare == 0 {
-		free = int64(fs.Bfree) * unit // the superuser may use the last blocks too
+		free = bytesOf(fs.Bfree, unit) // the superuser may use the last blocks too
 	}
 	s.room.spare.Store(spare)
 	s.room.now.Store(max(st.Blocks*512+max(free-spare, 0), 1))
 	return free, nil
+}
+
+// bytesOf is how many bytes so many blocks have. Some filesystems of the network say that
+// they have no end, and some that less than nothing is left.
+func bytesOf(blocks uint64, unit int64) int64 {
+	if int64(blocks) < 0 {
+		return 0
+	}
+	hi, lo := bits.Mul64(blocks, uint64(unit))
+	if hi != 0 {
+		return noEnd
+	}
+	return int64(min(lo, noEnd))
 }
 
 // spares says whether the storage leaves its filesystem some room.

@@ -6,6 +6,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// TestRoomWithoutEnd: a filesystem that says that it has no end has room.
+func TestRoomWithoutEnd(t *testing.T) {
+	for _, c := range []struct {
+		blocks      uint64
+		unit, bytes int64
+	}{{0, 4096, 0}, {7, 4096, 28 << 10}, {1 << 51, 4096, noEnd}, {1<<63 - 1, 1, noEnd}, {1<<63 - 1, 1 << 20, noEnd}, {1<<64 - 5, 4096, 0}} {
+		if n := bytesOf(c.blocks, c.unit); n != c.bytes {
+			t.Errorf("%d blocks of %d are %d bytes, want %d", c.blocks, c.unit, n, c.bytes)
+		}
+	}
+}
+
 // TestRoom: how far a file may grow, with a limit and without.
 func TestRoom(t *testing.T) {
 	dir := t.TempDir()

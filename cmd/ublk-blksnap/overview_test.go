@@ -82,6 +82,14 @@ func TestAttention(t *testing.T) {
 	}
 }
 
+// TestStatusOfNoName: a script that asks for a filter is not told of everything instead.
+func TestStatusOfNoName(t *testing.T) {
+	status, out, errs := execute(newFake(), "ublk-blksnap", "status", "")
+	if status != statusUsage || out != "" || !strings.Contains(errs, "empty") {
+		t.Errorf("status %d, %q, %q", status, out, errs)
+	}
+}
+
 // TestStatusWatch: what is told again is told in one line of JSON each time, without a
 // daemon too, until somebody interrupts it.
 func TestStatusWatch(t *testing.T) {
