@@ -31,6 +31,9 @@ With --watch it tells that again and again, until it is interrupted.`,
 			}
 			name := ""
 			if len(args) == 1 {
+				if args[0] == "" {
+					return usage("status: the name is empty; without one, all is told")
+				}
 				var err error
 				if name, err = devicePath(args[0]); err != nil {
 					return err
