@@ -161,6 +161,9 @@ type AddRequest struct {
 	// of two.
 	IntentLog     *bool `json:"intent_log,omitempty"`
 	IntentLogZone int64 `json:"intent_log_zone,omitempty"`
+	// DryRun: everything is checked and nothing done. The answer is the device as it would
+	// be, with a Plan, and without what only the kernel decides.
+	DryRun bool `json:"dry_run,omitempty"`
 }
 
 // RemoveRequest asks to remove a filter.
@@ -195,6 +198,8 @@ type Device struct {
 	OriginalSize int64 `json:"original_size,omitempty"`
 	// Attention is what somebody should know or do about it, for people; mostly empty.
 	Attention string `json:"attention,omitempty"`
+	// Plan is there with DryRun only.
+	Plan *AddPlan `json:"plan,omitempty"`
 }
 
 // The kinds of requests, as keys of [DeviceStatus].Operations.

@@ -45,6 +45,9 @@ func (d *Daemon) AddDevice(ctx context.Context, r control.AddRequest) (control.D
 	if err != nil {
 		return control.Device{}, fail(err, "add %s", r.Path)
 	}
+	if r.DryRun {
+		return dev.Device, nil
+	}
 	d.opts.Log.Info("added", "name", dev.Name, "disk", dev.Original, "device", dev.Path, "queues", dev.Queues, "depth", dev.Depth, "mode", dev.Mode)
 	return dev.Device, nil
 }
@@ -87,6 +90,9 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	}
 	if err := d.checkFreeName(ctx, r.Name); err != nil {
 		return nil, err
+	}
+	if r.DryRun {
+		return dev, d.plan(ctx, dev, r)
 	}
 	err = d.open(ctx, dev, r)
 	if err != nil && dev.ublk == nil {

@@ -119,6 +119,15 @@ type Config struct {
 	NewHandler func(q int, bq blockdev.Queue) Handler
 }
 
+// CheckConfig says whether a device can be made so, and in which mode it would be.
+func CheckConfig(ctl *Control, cfg Config) (Mode, error) {
+	zeroCopy, err := cfg.check(ctl)
+	if zeroCopy {
+		return ModeZeroCopy, err
+	}
+	return ModeCopy, err
+}
+
 func (cfg *Config) check(ctl *Control) (zeroCopy bool, err error) {
 	switch {
 	case cfg.ID < AnyID || cfg.ID >= 1<<20:

@@ -26,6 +26,11 @@ DEV is a whole disk, a partition or a device-mapper device that nobody uses: not
 mounted, no swap space, not part of an array, volume group or loop device. It is
 opened exclusively, so that nobody can mount it beside the filter.
 
+With --dry-run everything is checked as it would be, and nothing is done: the filter
+that would be made is told, what it would take, and whether change tracking would go
+on. The disk is claimed for a moment. "add" may fail all the same if something has
+changed by then.
+
 The content stays where it is: after "remove" the disk is used directly again.
 
 With --boot the disk gets its filter at every boot too, before filesystems are
@@ -56,6 +61,9 @@ its own beside the configuration. "remove --boot" ends that.`,
 					return usage("add %s: --%s %d: must be at least 1", args[0], flag, v)
 				}
 			}
+			if r.DryRun && boot {
+				return usage("add %s: --boot is not for a --dry-run", args[0])
+			}
 			remember := func(context.Context, control.Device) error { return nil }
 			if boot {
 				if remember, err = p.rememberer(r); err != nil {
@@ -69,6 +77,9 @@ its own beside the configuration. "remove --boot" ends that.`,
 				}
 				if err != nil {
 					return err
+				}
+				if r.DryRun {
+					return p.print(d, func(w io.Writer) { writePlan(w, d) })
 				}
 				// A disk that cannot be known again begins anew each time: "cbt info" says so.
 				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone && h.Reason != control.HistoryUnknown {
@@ -85,11 +96,33 @@ its own beside the configuration. "remove --boot" ends that.`,
 	f.StringVar(&r.Name, "name", "", "name of the filter (default: the disk's)")
 	f.IntVar(&r.Queues, "queues", 0, "queues, each with a thread of its own (default: as configured)")
 	f.IntVar(&r.Depth, "depth", 0, "requests in flight per queue, 1 to 4096 (default: as configured)")
+	f.BoolVar(&r.DryRun, "dry-run", false, "check everything, do nothing, and tell what would be made")
 	f.BoolVar(&boot, "boot", false, "also at every boot")
 	f.BoolVar(&logged, "intent-log", true, "log which zones are written to, so that change tracking goes on after a power failure (default: as configured)")
 	f.StringVar(&zone, "intent-log-zone", "", "size of a zone of that log, a power of two (default: as configured)")
 	f.StringVar(&mode, "mode", "", "how payloads travel: auto, copy or zerocopy (default: as configured)")
 	return c
+}
+
+// writePlan tells what would be made.
+func writePlan(w io.Writer, d control.Device) {
+	line := func(key string, v any) { fmt.Fprintf(w, "%-16s %v\n", key+":", v) }
+	line("name", d.Name)
+	line("original", d.Original+" ("+d.OriginalNumber+")")
+	line("size", fmt.Sprintf("%d bytes (%s)", d.Size, control.HumanSize(d.Size)))
+	line("queues", fmt.Sprintf("%d of depth %d", d.Queues, d.Depth))
+	line("mode", d.Mode)
+	line("memory", control.HumanSize(d.Plan.Memory))
+	history := "goes on"
+	if !d.History.Continued {
+		history = "begins anew: " + d.History.Text
+	}
+	line("change tracking", history)
+	failure := "it goes on"
+	if !d.Plan.PowerFailure.Covered {
+		failure = "it begins anew: " + d.Plan.PowerFailure.Reason
+	}
+	line("power failure", failure)
 }
 
 // rememberer gives what writes down that a disk has its filter at every boot.

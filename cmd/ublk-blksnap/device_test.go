@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -71,5 +72,22 @@ func TestEmptyList(t *testing.T) {
 	}
 	if _, out, _ := execute(f, "ublk-blksnap", "list", "--json"); out != "[]\n" {
 		t.Errorf("JSON %q", out)
+	}
+}
+
+// TestDryRun: what would be made is told, and nothing is kept in mind.
+func TestDryRun(t *testing.T) {
+	f := newFake()
+	f.device.Path, f.device.Link = "", ""
+	f.device.History = control.History{Reason: control.HistoryNone, Text: "nothing was kept"}
+	f.device.Plan = &control.AddPlan{Memory: 66 << 20, PowerFailure: control.PowerFailure{Covered: true}}
+	status, out, errs := execute(f, "ublk-blksnap", "add", "/dev/vdb", "--dry-run", "--queues", "2")
+	want := "name:            vdb\noriginal:        /dev/vdb (254:16)\nsize:            1073741824 bytes (1G)\nqueues:          2 of depth 64\n" +
+		"mode:            copy\nmemory:          66M\nchange tracking: begins anew: nothing was kept\npower failure:   it goes on\n"
+	if status != 0 || out != want || errs != "" || len(f.asked) != 1 || f.asked[0] != (control.AddRequest{Path: "/dev/vdb", Queues: 2, DryRun: true}) {
+		t.Errorf("status %d, printed\n%swant\n%ssaid %q, asked %v", status, out, want, errs, f.asked)
+	}
+	if status, _, errs := execute(f, "ublk-blksnap", "add", "/dev/vdb", "--dry-run", "--boot"); status != statusUsage || !strings.Contains(errs, "--boot is not for a --dry-run") {
+		t.Errorf("status %d, said %q", status, errs)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -177,7 +178,20 @@ func TestBadParameters(t *testing.T) {
 	d.Refused([]string{"remove nothing: no filter of this name"}, "remove", "nothing")
 	d.Refused([]string{"remove " + disk + ": has no filter: add it first"}, "remove", disk)
 	d.Refused([]string{"status of /dev/nothing: no such device"}, "status", "/dev/nothing")
+	// A dry run checks all of it and does nothing.
+	d.Refused([]string{many + " queues: this machine has processors for 1 to"}, "add", disk, "--dry-run", "--queues", many)
+	devices := guest.UblkDevices()
+	a := d.Call("ublk-blksnap", "add", disk, "--dry-run", "--name", "planned", "--queues", "1", "--depth", "16", "--mode", "copy", "--json")
+	var planned control.Device
+	if err := json.Unmarshal([]byte(a.Out), &planned); a.Status != 0 || err != nil || planned.Name != "planned" || planned.Size != guest.SizeOf(t, disk) ||
+		planned.Mode != control.ModeCopy || planned.Plan == nil || planned.Plan.Memory < 16*ublk.DefaultMaxIO || planned.History.Continued || planned.Path != "" {
+		t.Errorf("a dry run: %+v, %v", a, err)
+	}
+	if now, err := d.Devices(guest.Context(t)); err != nil || len(now) > 0 || len(guest.UblkDevices()) != len(devices) {
+		t.Errorf("a dry run has made %v, %v", now, err)
+	}
 	dev := d.Add(disk)
+	d.Refused([]string{"already added as " + dev.Name}, "add", disk, "--dry-run")
 	id := "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8"
 	d.Refused([]string{"no such snapshot"}, "snapshot", "take", id)
 	d.Refused([]string{"no such snapshot"}, "snapshot", "destroy", id)
