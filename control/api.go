@@ -161,10 +161,24 @@ type AddRequest struct {
 	// of two.
 	IntentLog     *bool `json:"intent_log,omitempty"`
 	IntentLogZone int64 `json:"intent_log_zone,omitempty"`
+	// Attach is whether the filter comes under a device of device-mapper, whose users
+	// notice nothing and whose path stays as it is, or in its place.
+	Attach AttachMode `json:"attach,omitempty"`
 	// DryRun: everything is checked and nothing done. The answer is the device as it would
 	// be, with a Plan, and without what only the kernel decides.
 	DryRun bool `json:"dry_run,omitempty"`
 }
+
+// AttachMode says when a filter comes under a device of device-mapper.
+type AttachMode string
+
+// The modes.
+const (
+	AttachInUse    AttachMode = ""         // if the device is in use
+	AttachAlways   AttachMode = "always"   // or fail
+	AttachPossible AttachMode = "possible" // if it can, in use or not
+	AttachNever    AttachMode = "never"
+)
 
 // RemoveRequest asks to remove a filter.
 type RemoveRequest struct {
@@ -191,6 +205,8 @@ type Device struct {
 	Mode              Mode      `json:"mode"`
 	Added             time.Time `json:"added"`
 	Snapshots         []string  `json:"snapshots"` // that hold it
+	// Attached: it lies under the original's own path. Link is that path then.
+	Attached bool `json:"attached,omitempty"`
 	// History is whether its change map goes on where the last one ended, as in [CBTInfo].
 	History History `json:"history"`
 	// OriginalSize is the size of the original in bytes, if that is another one than Size by
@@ -289,6 +305,7 @@ const (
 	HistoryUnavailable = "unavailable"   // the state directory cannot be used now
 	HistoryUnknown     = "unknown"       // the disk cannot be known again, or not be looked at
 	HistoryNumbers     = "numbers"       // the numbers of takes have run out
+	HistoryAttached    = "attached"      // the filter came under a volume that was in use
 )
 
 // ChangesRequest asks what changed between a take and the last one.

@@ -46,6 +46,7 @@ func (d *Daemon) CBTInfo(_ context.Context, ref string) (control.CBTInfo, error)
 		return control.CBTInfo{}, fail(err, "change map of %s", ref)
 	}
 	defer release()
+	_ = d.checkTable(dev) // a map that is passed by has a new generation then
 	info, err := dev.cbt.Info()
 	if err != nil {
 		return control.CBTInfo{}, cbtError(err, "change map of %s", ref)
@@ -64,7 +65,11 @@ func (d *Daemon) CBTMap(_ context.Context, ref string, w io.Writer) (control.CBT
 	if err != nil {
 		return control.CBTInfo{}, fail(err, "read the change map of %s", ref)
 	}
-	info, err := dev.cbt.Info()
+	err = d.checkTable(dev)
+	var info cbtmap.Info
+	if err == nil {
+		info, err = dev.cbt.Info()
+	}
 	release()
 	part := make([]byte, min(info.BlockCount, mapPart))
 	for at := int64(0); err == nil && at < info.BlockCount; {
@@ -106,6 +111,9 @@ func (d *Daemon) changes(r control.ChangesRequest, each func(control.Range) erro
 		return info, err
 	}
 	defer func() { release() }()
+	if err := d.checkTable(dev); err != nil {
+		return info, err
+	}
 	seq, err := dev.cbt.Changes(r.Since.Generation, r.Since.Number)
 	if err != nil {
 		return info, err

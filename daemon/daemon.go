@@ -78,6 +78,8 @@ type Daemon struct {
 	thawed chan struct{} // closed when what a dead daemon froze is thawed
 	ending ending
 
+	orders atomic.Int32 // to device-mapper, that are under way; see order
+
 	stopRetry context.CancelFunc
 }
 
@@ -141,6 +143,7 @@ func New(o Options) (*Daemon, error) {
 	go d.retry(retrying)
 	go d.watchDisks(retrying)
 	go d.endInTime(retrying)
+	go d.watchTables(retrying)
 	d.startBoot(retrying)
 	return d, nil
 }

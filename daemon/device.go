@@ -20,7 +20,8 @@ import (
 // device is a filter over a disk.
 type device struct {
 	control.Device
-	disk     *disk.Disk // the original
+	disk     *disk.Disk // the original; if attached, the private device
+	attached *attachment
 	orig     *blockdev.OSFile
 	cbt      *cbtmap.Map
 	cbtPath  string // its file
@@ -92,7 +93,7 @@ func (d *Daemon) findDevice(ref string) (*device, error) {
 	if err != nil {
 		// The original may have been pulled out.
 		for _, dev := range all {
-			if dev.Original == ref || dev.disk.Node == ref || dev.Link == ref {
+			if dev.Original == ref || dev.shown().Node == ref || dev.Link == ref {
 				return dev, nil
 			}
 		}
@@ -105,12 +106,12 @@ func (d *Daemon) findDevice(ref string) (*device, error) {
 		return nil, d.explainDevice(e, ref)
 	}
 	for _, w := range d.sortedWaiting() {
-		if w.record.Original.Number == bdev.Num.String() || diskName(w.record.ID) == bdev.Name {
+		if w.record.shown().Number == bdev.Num.String() || w.record.Original.Number == bdev.Num.String() || diskName(w.record.ID) == bdev.Name {
 			return nil, w.waitingError(w.record.Name)
 		}
 	}
 	for _, dev := range all {
-		if dev.disk.Num == bdev.Num || dev.ublk.Num == bdev.Num {
+		if dev.disk.Num == bdev.Num || dev.shown().Num == bdev.Num || dev.ublk.Num == bdev.Num {
 			return dev, nil
 		}
 	}

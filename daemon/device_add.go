@@ -65,7 +65,8 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	if err := d.checkNotOurs(dev.disk); err != nil {
 		return nil, err
 	}
-	if err := d.host.CheckUsable(dev.disk); err != nil {
+	attach, err := d.attaches(ctx, dev.disk, r.Attach, d.host.CheckUsable(dev.disk))
+	if err != nil {
 		return nil, d.explainUser(dev.disk, err)
 	}
 	if r.Name == "" {
@@ -75,7 +76,7 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 		return nil, err
 	}
 	for _, w := range d.sortedWaiting() {
-		if w.record.Name == r.Name || w.record.Original.Number == dev.disk.Num.String() {
+		if w.record.Name == r.Name || w.record.shown().Number == dev.disk.Num.String() {
 			return nil, w.waitingError(w.record.Name)
 		}
 	}
@@ -91,10 +92,14 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	if err := d.checkFreeName(ctx, r.Name); err != nil {
 		return nil, err
 	}
-	if r.DryRun {
-		return dev, d.plan(ctx, dev, r)
+	switch {
+	case r.DryRun:
+		return dev, d.plan(ctx, dev, r, attach)
+	case attach:
+		err = d.attach(ctx, dev, r)
+	default:
+		err = d.open(ctx, dev, r)
 	}
-	err = d.open(ctx, dev, r)
 	if err != nil && dev.ublk == nil {
 		return nil, err
 	}
@@ -157,7 +162,7 @@ func checkQueueMemory(r control.AddRequest, available int64) error {
 // checkNotOurs refuses a disk that has a filter, or is one, or an image.
 func (d *Daemon) checkNotOurs(bdev *disk.Disk) error {
 	for _, dev := range d.sortedDevices() {
-		if dev.disk.Num == bdev.Num {
+		if dev.disk.Num == bdev.Num || dev.shown().Num == bdev.Num {
 			return &control.Error{Code: control.Exists, Errno: unix.EALREADY, Message: "already added as " + dev.Name}
 		}
 		if dev.ublk.Num == bdev.Num || filepath.Base(dev.Path) == bdev.Parent {
@@ -219,7 +224,12 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		return err
 	}
 	undo = append(undo, dev.closeCBT)
-	found := d.loadHistory(ctx, dev, r.Name)
+	var found foundHistory
+	if dev.attached == nil {
+		found = d.loadHistory(ctx, dev, r.Name)
+	} else {
+		found = d.noHistory(dev, r.Name)
+	}
 	undo = append(undo, func() {
 		// It was used up, for nothing.
 		dev.Name = r.Name
@@ -234,21 +244,24 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 	}
 	undo = append(undo, dev.counters.remove)
 	zone := int64(-1)
-	if *r.IntentLog {
+	if *r.IntentLog && dev.attached == nil {
 		zone = r.IntentLogZone
 	}
 	d.makeFilter(dev, r.Name, r.Queues, zone)
 	added := time.Now()
 
-	dev.ublk, err = d.addUblk(ctx, filterKind, r.Name, ublk.Config{
+	dev.ublk, err = d.addUblk(ctx, filterKind, dev.noteKind(), r.Name, ublk.Config{
 		Name: r.Name, Queues: r.Queues, Depth: r.Depth, MaxIO: ublk.DefaultMaxIO,
 		Mode: ublkMode(r.Mode), Geometry: dev.geo,
-		NoPartScan: d.ctl.ScansInStart(),
+		NoPartScan: d.ctl.ScansInStart() || dev.attached != nil,
 		Files:      []*blockdev.OSFile{dev.orig},
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
 	}, func(id int, tag uint64) error {
 		record := deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History}
-		record.Unpartitioned = d.ctl.ScansInStart() && len(d.host.PartitionTable(dev.disk)) > 0
+		if dev.attached != nil {
+			record.Attached = d.attachedRecord(dev.attached)
+		}
+		record.Unpartitioned = dev.attached == nil && d.ctl.ScansInStart() && len(d.host.PartitionTable(dev.disk)) > 0
 		if dev.intent != nil {
 			record.Identity, record.IntentLogZone, record.StateDir = dev.intent.identity, r.IntentLogZone, d.opts.Config.StateDir
 		}
@@ -274,7 +287,7 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 	}
 	d.forgetEnd(r.Name)
 	dev.describe(r.Name, added)
-	if err == nil {
+	if err == nil && dev.attached == nil {
 		dev.Link, err = d.link(ctx, r.Name, dev.ublk)
 	}
 	if err == nil {
@@ -291,7 +304,9 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		return err
 	}
 	deathpoint.Point()
-	rescan(dev.disk.Name)
+	if dev.attached == nil {
+		rescan(dev.disk.Name)
+	}
 	return nil
 }
 
@@ -310,11 +325,14 @@ func (d *Daemon) beginHistory(ctx context.Context, dev *device, name string, fou
 // describe says what the device is, which its ublk device makes final.
 func (dev *device) describe(name string, added time.Time) {
 	dev.Device = control.Device{
-		Name: name, Original: dev.disk.DisplayPath(), OriginalNumber: dev.disk.Num.String(),
+		Name: name, Original: dev.shown().DisplayPath(), OriginalNumber: dev.shown().Num.String(),
 		Path: dev.ublk.Path, Number: dev.ublk.Num.String(), ID: uint32(dev.ublk.ID),
 		Size: dev.geo.Size, LogicalBlockSize: dev.geo.LogicalBlock, PhysicalBlockSize: dev.geo.PhysicalBlock,
 		Queues: dev.ublk.Queues, Depth: dev.ublk.Depth, Mode: modeOf(dev.ublk.Mode),
 		Added: added, Snapshots: []string{}, History: dev.History,
+	}
+	if dev.attached != nil {
+		dev.Attached, dev.Link = true, dev.Original
 	}
 }
 

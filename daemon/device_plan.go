@@ -11,13 +11,15 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// plan makes the checks of open, and says what open would make of the disk. It claims the disk
-// for as long as it looks at it, and changes nothing; needs opLock.
-func (d *Daemon) plan(ctx context.Context, dev *device, r control.AddRequest) (err error) {
-	if dev.orig, err = d.openOriginal(ctx, dev.disk); err != nil {
-		return d.explainUser(dev.disk, err)
+// plan makes the checks of open, and says what open would make of the disk. A disk that
+// nobody uses is claimed for as long as it looks at it; nothing is changed. Needs opLock.
+func (d *Daemon) plan(ctx context.Context, dev *device, r control.AddRequest, attach bool) (err error) {
+	if !attach {
+		if dev.orig, err = d.openOriginal(ctx, dev.disk); err != nil {
+			return d.explainUser(dev.disk, err)
+		}
+		defer d.closeOriginal(dev, func() {})
 	}
-	defer d.closeOriginal(dev, func() {})
 	if dev.geo, err = readGeometry(ctx, dev.disk); err != nil {
 		return err
 	}
@@ -36,16 +38,21 @@ func (d *Daemon) plan(ctx context.Context, dev *device, r control.AddRequest) (e
 	if mode == ublk.ModeCopy {
 		memory += int64(r.Queues) * int64(r.Depth) * ublk.DefaultMaxIO
 	}
-	found := d.askHistory(ctx, dev, r.Name)
 	history := control.History{Continued: true}
-	if no := found.refusal; no != nil {
-		history = control.History{Reason: no.Reason, Text: no.Text}
+	failure := control.PowerFailure{Reason: attachedUncovered}
+	if attach {
+		history = control.History{Reason: control.HistoryAttached, Text: attachedNoHistory}
+	} else {
+		failure = d.planLog(dev, r)
+		if no := d.askHistory(ctx, dev, r.Name).refusal; no != nil {
+			history = control.History{Reason: no.Reason, Text: no.Text}
+		}
 	}
 	dev.Device = control.Device{
 		Name: r.Name, Original: dev.disk.DisplayPath(), OriginalNumber: dev.disk.Num.String(),
 		Size: dev.geo.Size, LogicalBlockSize: dev.geo.LogicalBlock, PhysicalBlockSize: dev.geo.PhysicalBlock,
-		Queues: r.Queues, Depth: r.Depth, Mode: modeOf(mode), Snapshots: []string{}, History: history,
-		Plan: &control.AddPlan{Memory: memory, PowerFailure: d.planLog(dev, r)},
+		Queues: r.Queues, Depth: r.Depth, Mode: modeOf(mode), Attached: attach, Snapshots: []string{}, History: history,
+		Plan: &control.AddPlan{Memory: memory, PowerFailure: failure},
 	}
 	return nil
 }

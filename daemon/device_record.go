@@ -44,6 +44,8 @@ type deviceRecord struct {
 	// GrownFrom is the size that the disk had, in bytes, while its filter becomes one for the
 	// size in Geometry; 0: that is done.
 	GrownFrom int64 `json:"grown_from,omitempty"`
+	// Attached is what the device has if it came under one in use.
+	Attached *attachRecord `json:"attached,omitempty"`
 	// Unpartitioned: the device does not show the partitions of its disk yet. See
 	// Daemon.addPartitions.
 	Unpartitioned bool `json:"unpartitioned,omitempty"`
@@ -55,6 +57,14 @@ func (r deviceRecord) zone() int64 {
 		return -1
 	}
 	return r.IntentLogZone
+}
+
+// shown is the disk by which people know the device.
+func (r deviceRecord) shown() originalRecord {
+	if r.Attached != nil {
+		return r.Attached.Public
+	}
+	return r.Original
 }
 
 // kept is what is kept of the disk in a state directory, of a device that has a log.
@@ -96,8 +106,9 @@ const (
 	deviceKind = "device" // of the statefile
 	// In format 2 is a record that says ClaimedByOther: a program of format 1 would go on
 	// with the map. In format 3 is one that says Ending, in format 4 one that says
-	// Unpartitioned, in format 5 one that says GrownFrom.
-	deviceFormat = 5
+	// Unpartitioned, in format 5 one that says GrownFrom, in format 6 one that
+	// says Attached.
+	deviceFormat = 6
 )
 
 func (d *Daemon) cbtFile(name string) string      { return filepath.Join(d.cbtDir(), name) }
@@ -113,8 +124,10 @@ func (d *Daemon) deviceRecordFile(name string) string {
 func (d *Daemon) writeDeviceRecord(r deviceRecord) error {
 	format := 1
 	switch {
-	case r.GrownFrom != 0:
+	case r.Attached != nil:
 		format = deviceFormat
+	case r.GrownFrom != 0:
+		format = 5
 	case r.Unpartitioned:
 		format = 4
 	case r.Ending != nil:
@@ -152,6 +165,9 @@ func (d *Daemon) readDeviceRecord(name string) (r deviceRecord, err error) {
 	}
 	kind, ours := ublk.IsOurs(r.Tag)
 	_, err = disk.ParseNum(r.Original.Number)
+	if err == nil && r.Attached != nil {
+		_, err = disk.ParseNum(r.Attached.Public.Number)
+	}
 	if err != nil || r.Name != name || checkName(name) != nil || !ours || kind != filterKind || r.ID < 0 || r.Geometry.Size <= 0 || r.Geometry.LogicalBlock <= 0 {
 		return r, fmt.Errorf("%s: it describes no filter of this name", path)
 	}

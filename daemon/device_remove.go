@@ -95,9 +95,11 @@ func (d *Daemon) removeOrphan(r control.RemoveRequest, id int) error {
 	if i >= 0 {
 		d.stopDamaged(d.damaged[i])
 	}
+	over, filter := d.attachmentOver(id)
 	if err := d.ctl.DeleteDevice(ctx, id); err != nil {
 		return fail(err, "remove %s", r.Device)
 	}
+	d.giveBackForced(ctx, over, filter)
 	if i >= 0 {
 		d.forgetDamaged(d.damaged[i])
 	}
@@ -112,6 +114,9 @@ func (d *Daemon) checkIdle(dev *device) error {
 	if ids := d.holders(dev); len(ids) > 0 {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "held by snapshot " + ids[0],
 			Fix: "destroy it first: ublk-blksnap snapshot destroy " + ids[0]}
+	}
+	if dev.attached != nil {
+		return nil // whoever uses it goes on without the filter
 	}
 	if err := d.checkFree(dev); err != nil {
 		return err
@@ -150,6 +155,12 @@ func (d *Daemon) checkFree(dev *device) error {
 func (d *Daemon) removeIdle(ctx context.Context, dev *device) error {
 	if ids := d.holders(dev); len(ids) > 0 {
 		return d.checkIdle(dev)
+	}
+	if dev.attached != nil {
+		if err := d.detachTables(ctx, dev); err != nil {
+			return err
+		}
+		return d.takeDown(dev, false)
 	}
 	d.step("remove %s: sync", dev.Name)
 	if err := d.foreseeEnd(context.WithoutCancel(ctx), dev); err != nil {
@@ -197,6 +208,9 @@ func (d *Daemon) stopIdle(ctx context.Context, dev *device) error {
 // sync writes the page cache of the filter device back. Its error says why the
 // device could not be removed now. It changes nothing else.
 func (d *Daemon) sync(ctx context.Context, dev *device) error {
+	if dev.attached != nil {
+		return nil // its users sync, and nobody else
+	}
 	d.step("sync %s", dev.Name)
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
@@ -243,6 +257,12 @@ func (d *Daemon) removeForced(dev *device) error {
 			return snapshotError(err, "destroy snapshot %s", id)
 		}
 	}
+	if dev.attached != nil {
+		if err := d.detachTables(context.Background(), dev); err != nil {
+			return d.takeDownUsed(dev)
+		}
+		return d.takeDown(dev, false)
+	}
 	d.comparePartitions(dev)
 	d.forgetEnd(dev.Name)
 	return d.takeDown(dev, false)
@@ -276,7 +296,11 @@ func (d *Daemon) takeDown(dev *device, clean bool) error {
 	dev.counters.remove()
 	dev.use.Unlock()
 	d.forgetNote(dev.disk.Name)
-	rescan(dev.disk.Name)
+	if dev.attached == nil {
+		rescan(dev.disk.Name)
+	} else {
+		d.dropPrivate(dev.attached)
+	}
 	d.removeDeviceRecord(dev.Name)
 	d.dropDamaged(dev.Name)
 	d.mu.Lock()

@@ -59,6 +59,18 @@ func (d *Daemon) loadHistory(ctx context.Context, dev *device, name string) foun
 	return found
 }
 
+// attachedNoHistory is why nothing is found of a disk that is in use.
+const attachedNoHistory = "the filter came under a volume that may have been in use"
+
+// noHistory is what is found of a disk that is in use, and so may be written to all the time
+// before its filter: nothing.
+func (d *Daemon) noHistory(dev *device, name string) (found foundHistory) {
+	found.identity, _ = d.host.Identify(dev.disk)
+	found.refusal = &cbtstate.Refusal{Reason: control.HistoryAttached, Text: attachedNoHistory}
+	d.tellHistory(dev, name, found)
+	return found
+}
+
 func (d *Daemon) tellHistory(dev *device, name string, found foundHistory) {
 	no := found.refusal
 	if no == nil {
@@ -77,7 +89,7 @@ func (d *Daemon) tellHistory(dev *device, name string, found foundHistory) {
 		return
 	}
 	d.opts.Log.Warn("change tracking begins anew", "name", name, "disk", dev.disk.DisplayPath(), "reason", no.Text)
-	d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: dev.disk.Num.String(), Text: no.Text})
+	d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: dev.shown().Num.String(), Text: no.Text})
 }
 
 // useHistory sees to that what was found is not used again, believed or not: from now on

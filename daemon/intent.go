@@ -127,6 +127,8 @@ func (in *intent) free() {
 func (d *Daemon) makeFilter(dev *device, name string, queues int, zone int64) {
 	c := filter.Config{Orig: dev.orig, Size: dev.geo.Size, CBT: dev.cbt, Queues: queues, Counters: dev.counters.queues}
 	switch {
+	case dev.attached != nil:
+		dev.uncovered = attachedUncovered
 	case d.opts.Config.StateDir == "":
 		dev.uncovered = "nothing is kept: state_dir is empty"
 	case zone < 0:

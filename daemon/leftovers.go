@@ -47,6 +47,7 @@ func (d *Daemon) removeLeftovers(ctx context.Context) {
 		}
 		deathpoint.Point()
 	}
+	d.dropPrivates()
 	d.clearLinks(ctx)
 	for _, dir := range []string{d.cbtDir(), d.countersDir()} {
 		for _, e := range dirEntries(dir) {

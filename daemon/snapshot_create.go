@@ -132,7 +132,7 @@ func (d *Daemon) findOrAttach(ctx context.Context, ref string, attach bool) (dev
 		}
 		return dev, false, nil
 	}
-	if dev, err = d.add(ctx, control.AddRequest{Path: ref}); err != nil {
+	if dev, err = d.add(ctx, control.AddRequest{Path: ref, Attach: control.AttachPossible}); err != nil {
 		return nil, false, fail(err, "attach %s", ref)
 	}
 	d.opts.Log.Info("added", "name", dev.Name, "disk", dev.Original, "device", dev.Path)
@@ -194,6 +194,9 @@ func (d *Daemon) AddToSnapshot(ctx context.Context, r control.SnapshotDeviceRequ
 
 // addTo needs opLock.
 func (d *Daemon) addTo(ctx context.Context, s *snapshot, dev *device) error {
+	if err := d.checkTable(dev); err != nil {
+		return fail(err, "add %s", dev.Name)
+	}
 	if dev.removing {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add " + dev.Name + ": it is being removed",
 			Fix: "end that first: ublk-blksnap remove " + dev.Name}
@@ -204,7 +207,7 @@ func (d *Daemon) addTo(ctx context.Context, s *snapshot, dev *device) error {
 		}
 	}
 	if err := s.snap.Add(dev.filter, snapshots.Device{
-		Name: dev.Name, Path: dev.Original, Number: unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor), Block: dev.geo.LogicalBlock,
+		Name: dev.Name, Path: dev.Original, Number: unix.Mkdev(dev.shown().Num.Major, dev.shown().Num.Minor), Block: dev.geo.LogicalBlock,
 	}); err != nil {
 		return snapshotError(err, "add %s", dev.Name)
 	}

@@ -54,7 +54,7 @@ func (d *Daemon) destroyBroken(id string, dev *device) error {
 		return err
 	}
 	if s.taken != nil && !s.destroying {
-		d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCorrupted, Device: dev.OriginalNumber, Errno: -int(unix.ENODEV)})
+		d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCorrupted, Device: dev.OriginalNumber, Errno: -int(unix.ENODEV), Text: dev.whyBypassed()})
 		d.opts.Log.Warn("the snapshot is broken, because its device is removed", "snapshot", s.id, "name", dev.Name)
 	}
 	return d.destroy(s)

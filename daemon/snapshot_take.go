@@ -75,6 +75,14 @@ func (d *Daemon) cut(ctx context.Context, s *snapshot, r control.TakeRequest) (f
 	frozen, err = s.snap.Take(ctx, o)
 	d.forgetFrozen()
 	d.tellGenerations(s, before)
+	// Requests came to the filters at the cut if they still do.
+	for i := 0; err == nil && i < len(s.images); i++ {
+		if dev := s.images[i].device; dev != nil {
+			if e := d.checkTable(dev); e != nil {
+				err = fail(e, "%s", dev.Name)
+			}
+		}
+	}
 	return frozen, err
 }
 
@@ -134,7 +142,7 @@ func (d *Daemon) makeImage(ctx context.Context, s *snapshot, i int) error {
 		mode = ublk.ModeCopy // payloads are decrypted by this process
 	}
 	var tag uint64
-	dev, err := d.addUblk(ctx, imageKind, s.noteName(i), ublk.Config{
+	dev, err := d.addUblk(ctx, imageKind, "image", s.noteName(i), ublk.Config{
 		Name: im.device.Name + "@", Queues: im.device.Queues, Depth: min(im.device.Depth, maxImageDepth), MaxIO: ublk.DefaultMaxIO,
 		Mode: mode, Geometry: geo, NoPartScan: true,
 		Files:      []*blockdev.OSFile{im.device.orig},

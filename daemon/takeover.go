@@ -149,6 +149,12 @@ func (d *Daemon) takeOver(ctx context.Context) {
 
 // settle ends what may have to wait for disks and for the state directory; needs opLock.
 func (d *Daemon) settle(ctx context.Context) {
+	for _, dev := range d.sortedDevices() {
+		if dev.attached != nil && dev.attached.changing.Load() {
+			d.step("find out how far a change of tables came")
+			d.finishChange(ctx, dev)
+		}
+	}
 	if len(d.gone)+len(d.damaged) == 0 {
 		return
 	}
@@ -334,6 +340,9 @@ func (d *Daemon) forgetHistory(ctx context.Context, r deviceRecord) {
 	d.finishEnd(ctx, r)
 	_ = os.Remove(d.cbtFile(r.Name))
 	d.stopIdentity(nil, r.kept())
+	if r.Attached != nil {
+		d.dropPrivate(d.attachmentOf(r.Attached))
+	}
 	d.removeDeviceRecord(r.Name)
 }
 
@@ -352,6 +361,10 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 	}()
 	if dev.disk, err = r.Original.find(d.host); err != nil {
 		return nil, err
+	}
+	if r.Attached != nil {
+		dev.attached = d.attachmentOf(r.Attached)
+		dev.disk.DMName = r.Attached.Device.Name
 	}
 	if dev.disk.Size < r.Geometry.Size {
 		return nil, fmt.Errorf("%s has shrunk from %d to %d bytes", r.Original.Path, r.Geometry.Size, dev.disk.Size)
@@ -450,9 +463,14 @@ func (d *Daemon) resume(ctx context.Context, s *survivor) {
 // removed.
 func (d *Daemon) nameAgain(ctx context.Context, s *survivor) {
 	dev := s.dev
-	err := errors.Join(d.note(filepath.Base(dev.Path), "filter", dev.Name), d.note(dev.disk.Name, "original", dev.Name))
-	link, linkErr := d.link(ctx, dev.Name, dev.ublk)
-	if err = errors.Join(err, linkErr); err != nil {
+	err := errors.Join(d.note(filepath.Base(dev.Path), dev.noteKind(), dev.Name), d.note(dev.disk.Name, "original", dev.Name))
+	link := dev.Link
+	if dev.attached == nil {
+		var linkErr error
+		link, linkErr = d.link(ctx, dev.Name, dev.ublk)
+		err = errors.Join(err, linkErr)
+	}
+	if err != nil {
 		d.opts.Log.Warn("a device has lost its name", "name", dev.Name, "device", dev.Path, "error", err)
 	}
 	d.mu.Lock()

@@ -145,7 +145,7 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 	s.members = make([]*device, len(s.Devices))
 	for i, known := range s.Devices {
 		dev := devices[known.Name]
-		if dev == nil || unix.Mkdev(dev.disk.Num.Major, dev.disk.Num.Minor) != known.Number {
+		if dev == nil || unix.Mkdev(dev.shown().Num.Major, dev.shown().Num.Minor) != known.Number {
 			missing = known.Name
 			continue
 		}

@@ -109,7 +109,7 @@ func (d *Daemon) sortedWaiting() []*survivor {
 func (d *Daemon) findWaiting(ref string) *survivor {
 	for _, s := range d.sortedWaiting() {
 		path := "/dev/" + diskName(s.record.ID)
-		if slices.Contains([]string{s.record.Name, s.record.Original.Path, path, filepath.Join(linkDir, s.record.Name)}, ref) {
+		if slices.Contains([]string{s.record.Name, s.record.shown().Path, path, filepath.Join(linkDir, s.record.Name)}, ref) {
 			return s
 		}
 	}
@@ -118,9 +118,11 @@ func (d *Daemon) findWaiting(ref string) *survivor {
 
 // removeWaiting lets the I/O of a waiting device fail; needs opLock.
 func (d *Daemon) removeWaiting(ctx context.Context, s *survivor) error {
+	over, filter := d.attachmentOver(s.record.ID)
 	if err := d.ctl.DeleteDevice(ctx, s.record.ID); err != nil && !errors.Is(err, unix.ENODEV) {
 		return err
 	}
+	d.giveBackForced(ctx, over, filter)
 	r := s.record
 	r.Ending = nil // by force
 	d.forget(ctx, r)

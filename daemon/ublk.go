@@ -33,16 +33,12 @@ func diskNumber(name string) (id int, ok bool) {
 // appears, and put on record by the caller's function: therefore its number is chosen
 // here. It outlives this process. A device returned with an error is one that the
 // driver does not let go.
-func (d *Daemon) addUblk(ctx context.Context, kind byte, name string, cfg ublk.Config, record func(id int, tag uint64) error) (*ublk.Device, error) {
+func (d *Daemon) addUblk(ctx context.Context, kind byte, noteKind, name string, cfg ublk.Config, record func(id int, tag uint64) error) (*ublk.Device, error) {
 	ctx, cancel := d.withDiskTimeout(ctx)
 	defer cancel()
 	cfg.Tag = ublk.NewTag(kind)
 	cfg.Recovery = true
 	cfg.OpenedBy, cfg.Claim = d.openedBy, d.claimDisk
-	noteKind := "filter"
-	if kind == imageKind {
-		noteKind = "image"
-	}
 	used, err := d.ctl.List(ctx)
 	if err != nil {
 		return nil, err

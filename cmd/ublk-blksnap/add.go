@@ -15,7 +15,7 @@ import (
 func (p *program) add() *cobra.Command {
 	var r control.AddRequest
 	var mode, zone string
-	var boot, logged bool
+	var boot, logged, attach bool
 	c := &cobra.Command{
 		Use:   "add DEV [flags]",
 		Short: "Put a filter over a disk",
@@ -25,6 +25,12 @@ used in the disk's place from now on: format it, mount it, put volumes on it.
 DEV is a whole disk, a partition or a device-mapper device that nobody uses: not
 mounted, no swap space, not part of an array, volume group or loop device. It is
 opened exclusively, so that nobody can mount it beside the filter.
+
+If DEV is a device-mapper device that is in use, as a logical or an encrypted volume
+is when it is mounted, the filter comes under it: its users notice no more than a
+pause, and its own path, which is printed, is used as before. "remove" takes the
+filter away in the same way. That does not outlive a restart of the machine. With
+--attach it is so also for a device that is not in use.
 
 With --dry-run everything is checked as it would be, and nothing is done: the filter
 that would be made is told, what it would take, and whether change tracking would go
@@ -61,8 +67,15 @@ its own beside the configuration. "remove --boot" ends that.`,
 					return usage("add %s: --%s %d: must be at least 1", args[0], flag, v)
 				}
 			}
-			if r.DryRun && boot {
+			switch {
+			case r.DryRun && boot:
 				return usage("add %s: --boot is not for a --dry-run", args[0])
+			case attach && boot:
+				return usage("add %s: --attach --boot: a disk that has its filter at the boot has it before it is in use", args[0])
+			case attach:
+				r.Attach = control.AttachAlways
+			case boot:
+				r.Attach = control.AttachNever
 			}
 			remember := func(context.Context, control.Device) error { return nil }
 			if boot {
@@ -96,6 +109,7 @@ its own beside the configuration. "remove --boot" ends that.`,
 	f.StringVar(&r.Name, "name", "", "name of the filter (default: the disk's)")
 	f.IntVar(&r.Queues, "queues", 0, "queues, each with a thread of its own (default: as configured)")
 	f.IntVar(&r.Depth, "depth", 0, "requests in flight per queue, 1 to 4096 (default: as configured)")
+	f.BoolVar(&attach, "attach", false, "come under the device, a device of device-mapper, also if it is not in use")
 	f.BoolVar(&r.DryRun, "dry-run", false, "check everything, do nothing, and tell what would be made")
 	f.BoolVar(&boot, "boot", false, "also at every boot")
 	f.BoolVar(&logged, "intent-log", true, "log which zones are written to, so that change tracking goes on after a power failure (default: as configured)")
@@ -112,6 +126,9 @@ func writePlan(w io.Writer, d control.Device) {
 	line("size", fmt.Sprintf("%d bytes (%s)", d.Size, control.HumanSize(d.Size)))
 	line("queues", fmt.Sprintf("%d of depth %d", d.Queues, d.Depth))
 	line("mode", d.Mode)
+	if d.Attached {
+		line("attached", "under the device, whose users keep their path")
+	}
 	line("memory", control.HumanSize(d.Plan.Memory))
 	history := "goes on"
 	if !d.History.Continued {

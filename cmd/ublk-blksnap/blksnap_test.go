@@ -19,8 +19,8 @@ func TestBlksnapCommands(t *testing.T) {
 	}
 	mark := []any{control.MarkRequest{Device: "vdb", Ranges: []control.Range{{Sector: 0, Count: 8}, {Sector: 16, Count: 8}}}}
 	goldens := []golden{
-		{"attach -d /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "Attached successfully\n"},
-		{"attach --device=/dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "Attached successfully\n"},
+		{"attach -d /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb", Attach: control.AttachPossible}}, "Attached successfully\n"},
+		{"attach --device=/dev/vdb", []any{control.AddRequest{Path: "/dev/vdb", Attach: control.AttachPossible}}, "Attached successfully\n"},
 		{"detach -d /dev/vdb", []any{control.RemoveRequest{Device: "/dev/vdb"}}, ""},
 		{"cbtinfo -d vdb", []any{"vdb"}, cbtInfoText},
 		{"markdirtyblock -d vdb -r 0:8 16:8", mark, ""},
@@ -45,7 +45,7 @@ func TestBlksnapCommands(t *testing.T) {
 			"Snapshot watcher finished.\n"},
 		// boost::program_options takes long options that are cut short.
 		{"markdirtyblock --range 0:8 16:8 --dev vdb", mark, ""},
-		{"attach --d /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb"}}, "Attached successfully\n"},
+		{"attach --d /dev/vdb", []any{control.AddRequest{Path: "/dev/vdb", Attach: control.AttachPossible}}, "Attached successfully\n"},
 		{"snapshot_create --dev=vdb --fi=/d --lim=1G", create([]string{"vdb"}, []control.Storage{{Path: "/d", Limit: 1 << 30, OverwriteFile: true}}), id1 + "\n"},
 		{"snapshot_info --device vdb --fi image", []any{"vdb", "snapshots"}, "/dev/ublk-blksnap/images/vdb-" + id2 + "\n"},
 		{"snapshot_waitevent --i " + id1 + " --time 0", []any{control.WaitRequest{ID: id1}},

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ublk-blksnap/ublk-blksnap/internal/dm"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
@@ -81,6 +82,33 @@ func (p *Prober) LetGo(ctx context.Context) error {
 	return err
 }
 
+// DM gives an order to device-mapper. If ctx ends before it is done, the error is that of ctx,
+// and what becomes of it is open. If the order's own limit has ended, the error is
+// context.DeadlineExceeded too, and nothing has changed.
+func (p *Prober) DM(ctx context.Context, o dm.Order) (dm.Info, error) {
+	a, err := p.ask(ctx, question{DM: &o})
+	switch {
+	case err != nil:
+		return dm.Info{}, err
+	case a.Late:
+		return dm.Info{}, fmt.Errorf("%w: %s", context.DeadlineExceeded, a.Error)
+	case a.Errno != 0:
+		return dm.Info{}, &dmError{a.Error, a.Errno}
+	case a.DM == nil:
+		return dm.Info{}, errors.New(a.Error)
+	}
+	return *a.DM, nil
+}
+
+// dmError is an error that another process has had.
+type dmError struct {
+	text  string
+	errno unix.Errno
+}
+
+func (e *dmError) Error() string { return e.text }
+func (e *dmError) Unwrap() error { return e.errno }
+
 // errands is what a Prober's process has to do.
 type errands struct {
 	root    string
@@ -116,6 +144,11 @@ func (e *errands) do(q question, files []*os.File) answer {
 			return answer{Error: err.Error()}
 		}
 		return answer{Hooks: names}
+	case q.DM != nil:
+		info, err := q.DM.Do()
+		a := failed(err)
+		a.DM, a.Late = &info, errors.Is(err, context.DeadlineExceeded)
+		return a
 	case q.Run != nil:
 		ran, err := e.run(*q.Run)
 		if err != nil {

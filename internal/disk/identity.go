@@ -55,6 +55,9 @@ func (h *Host) identify(d *Disk, siblings []string, depth int) (Identity, error)
 		return id, err
 	case exists(filepath.Join(d.sys, "dm")):
 		uuid := readText(filepath.Join(d.sys, "dm/uuid"))
+		if public, ok := publicUUID(uuid); ok {
+			uuid = public
+		}
 		if uuid == "" {
 			return unknown("a device-mapper device without a UUID is not known again")
 		}

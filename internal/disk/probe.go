@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/dm"
 )
 
 // blkid says what a device holds, because it knows every format that there is. A daemon
@@ -62,6 +64,7 @@ type question struct {
 	Partition string      `json:"partition,omitempty"`
 	Sequence  uint64      `json:"sequence,omitempty"`
 	Table     []Partition `json:"table,omitempty"`
+	DM        *dm.Order   `json:"dm,omitempty"`
 }
 
 // maxQuestion is how large a question is at most, in bytes.
@@ -79,6 +82,9 @@ type answer struct {
 
 	Errno    unix.Errno `json:"errno,omitempty"`    // of Freeze, Thaw and Claim
 	Unsynced bool       `json:"unsynced,omitempty"` // the disk of Claim was opened, and its sync has failed
+
+	DM   *dm.Info `json:"dm,omitempty"`
+	Late bool     `json:"late,omitempty"` // the time for the DM order was over
 }
 
 // StartProber starts this program with args, to call ServeProbes with the file

@@ -71,6 +71,9 @@ func (h *Host) describeHolder(name string) (what, fix string) {
 	dir := filepath.Join(h.Sys, "class/block", name)
 	if dm := readText(filepath.Join(dir, "dm/name")); dm != "" {
 		uuid := readText(filepath.Join(dir, "dm/uuid"))
+		if public, ok := publicUUID(uuid); ok {
+			dm, uuid = h.publicName(dm), public
+		}
 		kind, _, _ := strings.Cut(uuid, "-")
 		switch kind {
 		case "LVM":

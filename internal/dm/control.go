@@ -212,10 +212,16 @@ func (c *Control) Clear(d Device) error {
 func (c *Control) Swap(ctx context.Context, d Device) error {
 	r := newRequest(d)
 	r.head().Flags |= uapi.DM_SKIP_LOCKFS_FLAG
-	if err := c.wait(ctx, uapi.DM_DEV_SUSPEND, r); err != nil {
-		return fmt.Errorf("give %s its other table: %w", d, err)
+	err := c.wait(ctx, uapi.DM_DEV_SUSPEND, r)
+	if err == nil {
+		return nil
 	}
-	return nil
+	err = fmt.Errorf("give %s its other table: %w", d, err)
+	if i, e := c.Info(d); e == nil && i.Suspended && !errors.Is(err, context.DeadlineExceeded) {
+		// The other table does not fit, and is gone.
+		err = errors.Join(err, c.Resume(d))
+	}
+	return err
 }
 
 // SuspendOptions say what a suspend does to what is under way.

@@ -59,7 +59,7 @@ func TestBadDisks(t *testing.T) {
 	t.Run("mounted", func(t *testing.T) {
 		guest.Ext4.Make(t, disks[0])
 		dir := guest.Mount(t, disks[0])
-		d.In(t).Refused([]string{"mounted on " + dir + ": unmount it first"}, "add", disks[0])
+		d.In(t).Refused([]string{"mounted on " + dir + ": unmount it, add it with --boot, and mount it again", "; or put it under LVM once"}, "add", disks[0])
 		link := filepath.Join(t.TempDir(), "link")
 		if err := os.Symlink(disks[0], link); err != nil {
 			t.Fatal(err)

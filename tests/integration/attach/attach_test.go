@@ -1,0 +1,282 @@
+package attach
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
+)
+
+// TestAttachMounted: a script of blksnap's runs unchanged on a mounted volume: attach,
+// snapshot, image, increment, detach. Its users notice nothing, and LVM and cryptsetup find
+// everything in order.
+func TestAttachMounted(t *testing.T) {
+	guest.NeedEither(t)
+	c := controlDM(t)
+	d := program.Start(t)
+	for _, x := range []struct {
+		name  string
+		kind  guest.Filesystem
+		mib   int
+		crypt bool
+	}{{"ext4 over LVM", guest.Ext4, 24, false}, {"xfs over LUKS over LVM", guest.XFS, 336, true}} {
+		t.Run(x.name, func(t *testing.T) {
+			if x.crypt && !guest.Long() {
+				return // a minute
+			}
+			group(t, "vga", guest.LoopDisk(t, int64(x.mib+16)<<20, 512))
+			lv := volume(t, "vga/data", x.mib)
+			path := lv
+			if x.crypt {
+				path = encrypted(t, "safe", lv)
+			}
+			x.kind.Make(t, path)
+			before := tableOf(t, path)
+			dir := guest.Mount(t, path)
+			stop := busy(t, filepath.Join(dir, "busy"))
+
+			if a := d.Call("ublk-blksnap", "add", path, "--dry-run"); a.Status != 0 || !strings.Contains(a.Out, "whose users keep their path") || tableOf(t, path) != before {
+				t.Errorf("a dry run: %+v; table %s", a, tableOf(t, path))
+			}
+			if out := blksnap(t, d, "attach", "-d", path); out != "Attached successfully\n" {
+				t.Errorf("attach says %q", out)
+			}
+			if out := blksnap(t, d, "attach", "-d", path); out != "Already was attached\n" {
+				t.Errorf("a second attach says %q", out)
+			}
+			all, err := d.Devices(guest.Context(t))
+			if err != nil || len(all) != 1 || !all[0].Attached || all[0].Link != all[0].Original || all[0].OriginalNumber != numOf(t, path).String() || !goesThroughFilter(t, path) {
+				t.Fatalf("attached: %+v, %v; table %s", all, err, tableOf(t, path))
+			}
+			d.Refused([]string{"already added"}, "add", path)
+			if out := lvm(t, "lvs", "--noheadings", "-o", "lv_name,lv_active,lv_device_open", "vga"); !strings.Contains(strings.Join(strings.Fields(out), " "), "data active open") {
+				t.Errorf("lvs says %q", out)
+			}
+			lvm(t, "vgs")
+			lvm(t, "pvs")
+			lvm(t, "vgck", "vga")
+
+			taken := func() (id string, image string, take control.Take) {
+				t.Helper()
+				id = strings.TrimSpace(blksnap(t, d, "snapshot_create", "-d", path, "-f", "/dev/shm"))
+				blksnap(t, d, "snapshot_take", "-i", id)
+				image = strings.TrimSpace(blksnap(t, d, "snapshot_info", "-d", path, "-f", "image"))
+				return id, image, *d.Show(id).Images[0].Take
+			}
+			old := bytes.Repeat([]byte("as it was at the first take\n"), 4096)
+			file := filepath.Join(dir, "file")
+			if err := os.WriteFile(file, old, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			first, image1, take1 := taken()
+			if err := os.WriteFile(file, bytes.Repeat([]byte("as it is later\n"), 8192), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			shown := guest.Mount(t, image1, append([]string{"ro"}, x.kind.Beside...)...)
+			if got := readAll(t, filepath.Join(shown, "file")); !bytes.Equal(got, old) {
+				t.Error("the image does not show the file as it was")
+			}
+			guest.Unmount(t, shown)
+			x.kind.Check(t, image1)
+			content1 := readAll(t, image1)
+			blksnap(t, d, "snapshot_destroy", "-i", first)
+			second, image2, _ := taken()
+			content2 := readAll(t, image2)
+			if _, err := d.CBTChanges(guest.Context(t), control.ChangesRequest{Device: path, Since: take1}, func(r control.Range) error {
+				from, to := r.Sector*512, (r.Sector+r.Count)*512
+				copy(content1[from:to], content2[from:to])
+				return nil
+			}); err != nil {
+				t.Error(err)
+			}
+			if !bytes.Equal(content1, content2) {
+				t.Error("the increment misses changes")
+			}
+			if a := d.Call("blksnap", "detach", "-d", path); a.Status != 1 || !strings.Contains(a.Err, "held by snapshot") {
+				t.Errorf("detach of what a snapshot holds: %+v", a)
+			}
+			blksnap(t, d, "snapshot_destroy", "-i", second)
+
+			d.Kill()
+			d.Restart()
+			if all, err := d.Devices(guest.Context(t)); err != nil || len(all) != 1 || !all[0].Attached || all[0].Original != "/dev/mapper/"+dmName(t, path) {
+				t.Errorf("after a death: %+v, %v", all, err)
+			}
+			blksnap(t, d, "detach", "-d", path)
+			if after := tableOf(t, path); after != before {
+				t.Errorf("table %q, and before it was %q", after, before)
+			}
+			nothingLeft(t, c)
+			lvm(t, "vgck", "vga")
+			stop()
+			guest.Unmount(t, dir)
+			x.kind.Check(t, path)
+		})
+	}
+}
+
+// TestAttachChanged: when another program gives an attached volume another table, no change
+// is missed in silence: the generation ends, the snapshots break, and the volume is attached
+// anew. When it is removed, its filter goes.
+func TestAttachChanged(t *testing.T) {
+	guest.NeedEither(t)
+	c := controlDM(t)
+	d := program.Start(t)
+	disk := guest.LoopDisk(t, 128<<20, 512)
+	lv := ""
+	table := func(mib int) string { return fmt.Sprintf("0 %d linear %s 2048", mib<<11, disk) }
+	if guest.Long() {
+		group(t, "vgc", disk)
+		lv = volume(t, "vgc/data", 64)
+	} else {
+		guest.Run(t, "modprobe", "dm-mod")
+		guest.Run(t, "dmsetup", "create", "vgc-data", "--table", table(24))
+		t.Cleanup(func() { guest.Try("dmsetup", "remove", "vgc-data") })
+		lv = "/dev/mapper/vgc-data"
+	}
+	guest.Ext4.Make(t, lv)
+	dir := guest.Mount(t, lv)
+	stop := busy(t, filepath.Join(dir, "busy"))
+	dev, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: lv, Name: "data"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	changedBy := func(what string, size int64, change func()) {
+		t.Helper()
+		s := d.Take(0, dev)
+		take := *s.Images[0].Take
+		change()
+		if _, e := d.Corrupted(s.ID); e.Device != dev.OriginalNumber || !strings.Contains(e.Text, "another program has given") {
+			t.Errorf("%s: the event says %+v", what, e)
+		}
+		guest.WaitFor(t, what+": another filter", func() bool {
+			all, err := d.Devices(guest.Context(t))
+			return err == nil && len(all) == 1 && all[0].Added != dev.Added && goesThroughFilter(t, lv)
+		})
+		all, err := d.Devices(guest.Context(t))
+		if err != nil || len(all) != 1 || all[0].Name != "data" || all[0].Size != size {
+			t.Fatalf("%s: %+v, %v", what, all, err)
+		}
+		dev = all[0]
+		_, err = d.CBTChanges(guest.Context(t), control.ChangesRequest{Device: lv, Since: take}, func(control.Range) error { return nil })
+		program.WantError(t, err, control.GenerationEnded)
+	}
+	if guest.Long() {
+		changedBy("lvextend", 80<<20, func() { lvm(t, "lvextend", "-q", "-L", "80m", "vgc/data") })
+		changedBy("lvrename", 80<<20, func() { lvm(t, "lvrename", "-q", "vgc", "data", "datum"); lv = "/dev/vgc/datum" })
+		changedBy("lvchange", 80<<20, func() { lvm(t, "lvchange", "--refresh", "vgc/datum") })
+	} else {
+		changedBy("dmsetup", 32<<20, func() {
+			guest.Run(t, "dmsetup", "load", lv, "--table", table(32))
+			guest.Run(t, "dmsetup", "resume", lv)
+		})
+	}
+	stop()
+	guest.Unmount(t, dir)
+	guest.Ext4.Check(t, lv)
+	if guest.Long() {
+		lvm(t, "lvremove", "-q", "-y", "vgc/datum")
+	} else {
+		guest.Run(t, "dmsetup", "remove", lv)
+	}
+	guest.WaitFor(t, "the end of the filter of a volume that was removed", func() bool {
+		all, err := d.Devices(guest.Context(t))
+		return err == nil && len(all) == 0
+	})
+	nothingLeft(t, c)
+	if guest.Long() {
+		lvm(t, "vgck", "vgc")
+	}
+}
+
+// TestAttachRefused: what cannot have a filter while it is in use says why, and what to do,
+// and nothing changes.
+func TestAttachRefused(t *testing.T) {
+	guest.NeedEither(t)
+	c := controlDM(t)
+	d := program.Start(t)
+	group(t, "vgr", guest.LoopDisk(t, 96<<20, 512))
+	lv := volume(t, "vgr/data", 32)
+	refused := func(path string, words ...string) {
+		t.Helper()
+		d.In(t).Refused(words, "add", path)
+		a := d.Call("blksnap", "attach", "-d", path)
+		if a.Status != 1 || !strings.Contains(a.Err, words[0]) {
+			t.Errorf("blksnap attach -d %s: %+v", path, a)
+		}
+		nothingLeft(t, c)
+	}
+	t.Run("no device-mapper", func(t *testing.T) {
+		disk := guest.LoopDisk(t, 16<<20, 512)
+		guest.Ext4.Make(t, disk)
+		dir := guest.Mount(t, disk)
+		d.In(t).Refused([]string{"mounted on " + dir, "--boot", "LVM"}, "add", disk)
+		guest.Unmount(t, dir)
+		d.In(t).Refused([]string{"device-mapper"}, "add", "--attach", disk)
+	})
+	t.Run("swap", func(t *testing.T) {
+		guest.Run(t, "mkswap", lv)
+		guest.Run(t, "swapon", lv)
+		defer guest.Run(t, "swapoff", lv)
+		refused(lv, "swap space", "swapoff")
+	})
+	t.Run("storage", func(t *testing.T) {
+		guest.Ext4.Make(t, lv)
+		dir := guest.Mount(t, lv)
+		other := d.In(t).Add(guest.LoopDisk(t, 16<<20, 512))
+		d := d.In(t)
+		s := d.Create(control.CreateRequest{Devices: []string{other.Name}, Storage: []control.Storage{{Path: dir}}})
+		d.Taken(s.ID)
+		d.Refused([]string{"storage of snapshot " + s.ID}, "add", lv)
+		d.Destroy(s.ID)
+		d.Remove(other)
+		guest.Unmount(t, dir)
+	})
+	t.Run("a target that only one may have", func(t *testing.T) {
+		if !guest.Long() {
+			return
+		}
+		guest.Run(t, "modprobe", "dm-era")
+		low := guest.LoopDisk(t, 8<<20, 512)
+		era := guest.DMDisk(t, "era", "0 8192 era "+low+" "+lv+" 128")
+		guest.Ext4.Make(t, era)
+		dir := guest.Mount(t, era)
+		refused(era, "era", "unmount it first")
+		guest.Unmount(t, dir)
+	})
+	t.Run("a key that nobody can have", func(t *testing.T) {
+		if !guest.Long() {
+			return
+		}
+		key := filepath.Join(t.TempDir(), "key")
+		if err := os.WriteFile(key, []byte("secret"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		guest.Run(t, "modprobe", "dm-crypt")
+		guest.Run(t, "cryptsetup", "luksFormat", "-q", "--type", "luks2", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", lv, key)
+		guest.Run(t, "cryptsetup", "open", "--key-file", key, lv, "ring")
+		defer guest.Run(t, "cryptsetup", "close", "ring")
+		guest.Ext4.Make(t, "/dev/mapper/ring")
+		dir := guest.Mount(t, "/dev/mapper/ring")
+		refused("/dev/mapper/ring", "keyring", "cryptsetup refresh --disable-keyring ring")
+		guest.Unmount(t, dir)
+	})
+	t.Run("a part of a volume group", func(t *testing.T) {
+		if !guest.Long() {
+			return
+		}
+		guest.Run(t, "wipefs", "-aq", lv)
+		inner := guest.DMDisk(t, "inner", guest.LinearTable(t, lv))
+		group(t, "vgi", inner)
+		path := volume(t, "vgi/data", 8)
+		refused(inner, "belongs to LVM", "name the volumes")
+		_ = path
+		lvm(t, "vgremove", "-q", "-f", "-y", "vgi")
+	})
+}

@@ -1,0 +1,199 @@
+package attach
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
+	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
+)
+
+// TestDeathInAttach: the daemon dies at each step of an attachment and of a detachment, and at
+// each step of what the next one does about that. The users of the volume notice no more than
+// a pause, and in the end it is attached, or it has its own table and nothing is left.
+func TestDeathInAttach(t *testing.T) {
+	guest.NeedEither(t)
+	c := controlDM(t)
+	group(t, "vgd", guest.LoopDisk(t, 80<<20, 512))
+	lv := volume(t, "vgd/data", 48)
+	guest.Ext4.Make(t, lv)
+	before := tableOf(t, lv)
+	dir := guest.Mount(t, lv)
+	d := program.Start(t)
+	d.StopAndWait()
+	d.Program = program.Path(t) + "-deathpoints"
+	arm := filepath.Join(t.TempDir(), "armed")
+	stop := busy(t, filepath.Join(dir, "busy"))
+	attached := func() bool {
+		t.Helper()
+		all, err := d.Devices(guest.Context(t))
+		if err != nil || len(all) > 1 {
+			t.Fatalf("devices %+v, %v", all, err)
+		}
+		return len(all) == 1
+	}
+	// dies does something with a daemon that dies at step n of it.
+	dies := func(n int, f func() error) (died bool) {
+		t.Helper()
+		if err := os.WriteFile(arm, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := f()
+		died = d.Ended(0) || err != nil && d.Ended(time.Second)
+		os.Remove(arm)
+		if !died && err != nil {
+			t.Fatalf("n = %d: a daemon that lives says %v", n, err)
+		}
+		return died
+	}
+	launch := func(n int) {
+		t.Helper()
+		os.Remove(arm)
+		d.Restart(fmt.Sprintf("%s=%d", deathpoint.DieAt, n), deathpoint.DieFile+"="+arm)
+	}
+	attach := func() error {
+		_, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: lv})
+		return err
+	}
+	detach := func() error {
+		return d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: lv})
+	}
+	// settled waits until it is known how far it came.
+	settled := func(n int) {
+		t.Helper()
+		guest.WaitFor(t, fmt.Sprintf("n = %d: an end of what the dead daemon began; table %s", n, tableOf(t, lv)), func() bool {
+			there := attached()
+			if there != goesThroughFilter(t, lv) {
+				return false
+			}
+			if there {
+				_, err := d.CBTInfo(guest.Context(t), lv)
+				return err == nil
+			}
+			return tableOf(t, lv) == before
+		})
+		if !attached() {
+			// Whatever waits for opLock comes after all that is left is removed.
+			if _, err := d.CreateSnapshot(guest.Context(t), control.CreateRequest{}); err != nil {
+				t.Error(err)
+			}
+			for _, id := range program.SnapshotIDs(t, d) {
+				d.Destroy(id)
+			}
+			nothingLeft(t, c)
+		}
+	}
+	stride := int(guest.Span(12, 1))
+	if guest.KernelAtLeast(t, 7, 0) && stride > 1 {
+		stride += 2
+	}
+	steps := func(what string, f, ready func() error) {
+		for n := 1; ; n += stride {
+			t.Logf("%s: n = %d", what, n)
+			launch(n)
+			if err := ready(); err != nil {
+				t.Fatal(err)
+			}
+			if !dies(n, f) {
+				t.Logf("%s: lives through it at n = %d", what, n)
+				d.StopAndWait()
+				return
+			}
+			// The next one dies too, somewhere in its taking over.
+			if m := 1 + n%5; n%2 == 0 {
+				os.WriteFile(arm, nil, 0o600)
+				d.Launch(fmt.Sprintf("%s=%d", deathpoint.DieAt, m), deathpoint.DieFile+"="+arm)
+				if !d.Ended(3 * time.Second) {
+					d.Kill()
+				}
+				os.Remove(arm)
+			}
+			d.Restart()
+			settled(n)
+			if attached() {
+				if err := detach(); err != nil {
+					t.Errorf("n = %d: %v", n, err)
+				}
+			}
+			if now := tableOf(t, lv); now != before {
+				t.Errorf("n = %d: table %q, and before it was %q", n, now, before)
+			}
+			nothingLeft(t, c)
+			for _, kind := range []string{"cbt", "counters", "devices"} {
+				if left, err := os.ReadDir(filepath.Join(d.RunDir.State(), kind)); err != nil || len(left) > 0 {
+					t.Errorf("n = %d: left in %s: %v, %v", n, kind, left, err)
+				}
+			}
+			d.StopAndWait()
+			if t.Failed() {
+				return
+			}
+		}
+	}
+	steps("detach", detach, attach)
+	steps("attach", attach, func() error { return nil })
+	stop()
+	guest.Unmount(t, dir)
+	guest.Ext4.Check(t, lv)
+	lvm(t, "vgck", "vgd")
+}
+
+// TestAttachAgain: attached and detached again and again under load, with a death of the
+// daemon in a tenth of the rounds.
+func TestAttachAgain(t *testing.T) {
+	guest.NeedEither(t)
+	c := controlDM(t)
+	group(t, "vgs", guest.LoopDisk(t, 448<<20, 512))
+	volumes := []string{encrypted(t, "again", volume(t, "vgs/lower", 24))}
+	kinds := []guest.Filesystem{guest.Ext4, guest.XFS}
+	if guest.Long() {
+		volumes = append(volumes, encrypted(t, "xfs", volume(t, "vgs/xfs", 336)))
+	}
+	d := program.Start(t)
+	var before, dirs []string
+	var stops []func()
+	for i, path := range volumes {
+		kinds[i].Make(t, path)
+		before = append(before, tableOf(t, path))
+		dirs = append(dirs, guest.Mount(t, path))
+		stops = append(stops, busy(t, filepath.Join(dirs[i], "busy")))
+	}
+	rounds := int(guest.Span(2, 100))
+	for n := range rounds {
+		for _, path := range volumes {
+			if _, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: path}); err != nil {
+				t.Fatalf("round %d: %v", n, err)
+			}
+			if !goesThroughFilter(t, path) {
+				t.Fatalf("round %d: table %s", n, tableOf(t, path))
+			}
+		}
+		if n%10 == 1 {
+			d.Kill()
+			d.Restart()
+		}
+		if n%10 == 5 {
+			lvm(t, "vgck", "vgs")
+		}
+		for i, path := range volumes {
+			if err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: path}); err != nil {
+				t.Fatalf("round %d: %v", n, err)
+			}
+			if after := tableOf(t, path); after != before[i] {
+				t.Fatalf("round %d: table %q, and before it was %q", n, after, before[i])
+			}
+		}
+	}
+	nothingLeft(t, c)
+	lvm(t, "vgck", "vgs")
+	for i, path := range volumes {
+		stops[i]()
+		guest.Unmount(t, dirs[i])
+		kinds[i].Check(t, path)
+	}
+}
