@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -88,6 +89,9 @@ func (c collector) Describe(out chan<- *prometheus.Desc) {
 // Collect implements prometheus.Collector.
 func (c collector) Collect(out chan<- prometheus.Metric) {
 	put := func(m metric, v float64, labels ...string) {
+		for i, text := range labels {
+			labels[i] = strings.ToValidUTF8(text, "\ufffd") // paths may be anything, labels may not
+		}
 		out <- prometheus.MustNewConstMetric(m.desc, m.kind, v, labels...)
 	}
 	c.d.measure(put)
