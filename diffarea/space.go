@@ -105,8 +105,9 @@ func (l *Log) limitLocked() (all Region, limited bool) {
 
 // warnLocked says that storage runs low when four fifths are used of all there will be,
 // and the areas can come to need more than that. It says so once, and again after an
-// Append, or if that was over in between: if less than three quarters were used, because
-// the filesystem has more room.
+// Append, or if that was over in between, by a margin: if less than three quarters were
+// used, or a sixteenth more than is needed could be had, because the filesystem has more
+// room.
 func (l *Log) warnLocked() {
 	if l.dead.Load() != 0 {
 		return
@@ -115,7 +116,7 @@ func (l *Log) warnLocked() {
 	need := l.needLocked()
 	enough := !limited || need <= all
 	switch {
-	case l.low && (enough || 4*l.next < 3*all):
+	case l.low && (!limited || need+need/16 <= all || 4*l.next < 3*all):
 		l.setLowLocked(false)
 	case !l.low && !enough && all > 0 && 5*l.next >= 4*all:
 		l.setLowLocked(true)
