@@ -49,6 +49,7 @@ func TestAutoAppend(t *testing.T) {
 	s.note.AutoAppend = &control.AutoAppend{Path: filepath.Join(dir, "none", "there"), Reserve: 1}
 	try(false) // nothing is copied yet
 	s.taken = &now
+	eventually(t, "a thread to hear of the device", s.low)
 	try(true)
 	try(false) // it has just failed
 	now = now.Add(autoRetry)
