@@ -22,7 +22,7 @@ func (p *program) cbtChanges() *cobra.Command {
 sectors of 512 bytes, merged and in order. The take is named by the token that
 "snapshot info --field take" prints for the device. Status 6 says that its generation has ended:
 everything has to be copied.`,
-		Example: "  token=$(ublk-blksnap cbt info data | sed -n 's/^take=//p')\n  ublk-blksnap cbt changes data --since $token",
+		Example: "  token=$(ublk-blksnap snapshot info nightly --field take)\n  ublk-blksnap cbt changes data --since $token",
 		Args:    args(1, 1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			if !c.Flags().Changed("since") {

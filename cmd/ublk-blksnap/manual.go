@@ -145,10 +145,8 @@ func commandPage(c *cobra.Command) string {
 	r.section("OPTIONS")
 	r.options(c.LocalNonPersistentFlags())
 	r.text("The options of every command are in ublk-blksnap(8).")
-	if c.Example != "" {
-		r.section("EXAMPLES")
-		r.text(c.Example)
-	}
+	r.section("EXAMPLES")
+	r.text(examplesOf(c))
 	r.statuses()
 	also := []string{"ublk-blksnap(8)"}
 	if parent := c.Parent(); parent.HasParent() {
@@ -166,6 +164,20 @@ func commandPage(c *cobra.Command) string {
 	return r.String()
 }
 
+// examplesOf are those of a command; a group has one of each of its commands.
+func examplesOf(c *cobra.Command) string {
+	if c.Example != "" {
+		return c.Example
+	}
+	var all []string
+	for _, sub := range c.Commands() {
+		lines := strings.Split(sub.Example, "\n")
+		i := slices.IndexFunc(lines, func(line string) bool { return strings.HasPrefix(line, "  "+sub.CommandPath()) })
+		all = append(all, lines[max(i, 0)])
+	}
+	return strings.Join(all, "\n")
+}
+
 func blksnapPage(root *cobra.Command) string {
 	r := newPage("blksnap", 8, "the commands of blksnap, as ublk-blksnap has them")
 	r.section("SYNOPSIS")
@@ -181,7 +193,8 @@ func blksnapPage(root *cobra.Command) string {
 of that module's tool, with its options, its output and its exit statuses. Both names work with the same daemon, disks and
 snapshots.
 
-A disk gets a filter by "attach". It must not be mounted then, and is used as /dev/ublk-blksnap/NAME from then on.`)
+A disk gets a filter by "attach". A volume of device-mapper (LVM, LUKS) may be mounted meanwhile, and keeps its path. Any
+other disk must not be in use then, and is used as /dev/ublk-blksnap/NAME from then on.`)
 	r.section("COMMANDS")
 	for _, c := range verbs {
 		r.subsection(c.Name())

@@ -81,9 +81,8 @@ func TestManualPages(t *testing.T) {
 	want := 3
 	for _, c := range commandsBelow(root) {
 		want++
-		has(pageName(c)+".8", ".SH NAME\n"+pageName(c)+" - ", ".SH SYNOPSIS\n", ".SH DESCRIPTION\n", ".SH EXIT STATUS\n", ".SH SEE ALSO\n")
+		has(pageName(c)+".8", ".SH NAME\n"+pageName(c)+" - ", ".SH SYNOPSIS\n", ".SH DESCRIPTION\n", ".SH EXAMPLES\n.PP\n.RS 4\n.nf\n", ".SH EXIT STATUS\n", ".SH SEE ALSO\n")
 		if !isGroup(c) {
-			has(pageName(c)+".8", ".SH EXAMPLES\n")
 			has("ublk-blksnap.8", "\\fB"+c.CommandPath()+"\\fR(8)")
 		}
 	}
