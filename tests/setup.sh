@@ -66,8 +66,9 @@ not_debian() {
 		echo "setup: this is not Debian or one of its kind (no apt-get), so nothing is installed. What is missing here,"
 		echo "setup: and in which package Debian has it:"
 		while read -r package what; do printf 'setup:   %-34s %s\n' "$what" "$package"; done <<<"$1"
-		echo "setup: Install these with this system's own tools, then try again. The machine for tests boots a kernel of"
-		echo "setup: Debian's on this file tree, so make test, integration, boot and systemd need apt in any case."
+		echo "setup: Install these with this system's own tools, then try again. make build, install, deb and rpm need Go"
+		echo "setup: alone. The machine for tests boots a kernel of Debian's on this file tree, so what runs in it needs apt in"
+		echo "setup: any case."
 	} >&2
 	exit 1
 }

@@ -163,3 +163,33 @@ func headings(text string) (all []string) {
 	}
 	return all
 }
+
+// TestSetupElsewhere: on a system without apt, setup.sh says what it wants, and does nothing.
+func TestSetupElsewhere(t *testing.T) {
+	bin := t.TempDir()
+	for _, name := range []string{"dirname", "cut", "sort", "sed", "head"} {
+		path, err := exec.LookPath(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(path, filepath.Join(bin, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for group, wants := range map[string][]string{
+		"go":   {"not Debian", "nothing is installed", "go, 1.21 or newer"},
+		"test": {"not Debian", "nothing is installed", "qemu-system-x86_64 ", " qemu-system-x86\n", "fio "},
+	} {
+		setup := exec.Command("/bin/bash", filepath.Join(root, "tests/setup.sh"), group)
+		setup.Env = []string{"PATH=" + bin}
+		out, err := setup.CombinedOutput()
+		if setup.ProcessState.ExitCode() != 1 {
+			t.Errorf("setup.sh %s: %v: %s", group, err, out)
+		}
+		for _, want := range wants {
+			if !strings.Contains(string(out), want) {
+				t.Errorf("setup.sh %s does not say %q: %s", group, want, out)
+			}
+		}
+	}
+}
