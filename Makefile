@@ -193,8 +193,10 @@ install: build
 	bin/ublk-blksnap completion bash >$(DESTDIR)/$(word 1,$(COMPLETION))
 	bin/ublk-blksnap completion fish >$(DESTDIR)/$(word 2,$(COMPLETION))
 	bin/ublk-blksnap completion zsh >$(DESTDIR)/$(word 3,$(COMPLETION))
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap README.md docs/*.md
-	install -m 755 docs/backup.sh $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap/
+	@# The texts stand as they do here, so that their links and their commands hold.
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap README.md
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap/docs docs/*.md
+	install -m 755 docs/backup.sh $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap/docs/
 	@# A configuration that somebody has written stays.
 	[ -e $(DESTDIR)/etc/ublk-blksnap.conf ] || install -D -m 644 dist/ublk-blksnap.conf $(DESTDIR)/etc/ublk-blksnap.conf
 

@@ -109,6 +109,8 @@ func TestCommands(t *testing.T) {
 	}
 	bash(t, "make -C ../.. -o build install && systemctl daemon-reload && udevadm control --reload")
 	bash(t, "modprobe -a ublk_drv dm_mod")
+	// The README that is installed leads to the pages beside it.
+	bash(t, "cd /usr/local/share/doc/ublk-blksnap && grep -o '(docs/[^)#]*' README.md | tr -d '(' | xargs ls -d")
 	for _, page := range pages(t) {
 		t.Run(filepath.Base(page), func(t *testing.T) { runPage(t, page) })
 	}
