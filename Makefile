@@ -7,6 +7,7 @@
 #   make soak [KERNEL=] [RUN=] [KILLS=] [CUTS=]  the long form of what tests deaths, restarts and power cuts, for hours
 #   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
 #   make docs [KERNEL=] [PAGE=]        every command of README and docs, or those of the pages that match PAGE
+#   make picture                       the README's picture, docs/session.svg, recorded anew
 #   make reboot [KERNEL=]              change tracking, and what is left of snapshots, over restarts and a power failure
 #   make boot [KERNEL=]                boots of a Debian whose filesystems lie on filters
 #   make powercut [KERNEL=] [CUTS=] [SEED=]  change tracking over power failures of a machine under load
@@ -60,7 +61,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration integration-run integration-binaries soak systemd docs reboot boot powercut sim overlay bench vm build build-next install uninstall deb rpm package test-packages clean setup-go setup bin/vm
+.PHONY: demo test check lint integration integration-run integration-binaries soak systemd docs picture reboot boot powercut sim overlay bench vm build build-next install uninstall deb rpm package test-packages clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -137,6 +138,11 @@ docs: build bin/vm
 	bin/vm -no-skips -again -systemd -disk data=64M -disk docs1=128M -disk docs2=128M -timeout 30m \
 		'cd tests/docs && exec ../../.cache/test/docs.test -test.v -test.run "TestCommands/$(PAGE)"'
 
+picture: build bin/vm
+	CGO_ENABLED=0 go build -o .cache/test/picture ./tests/picture
+	bin/vm -disk data=64M -disk docs1=128M .cache/test/picture >.cache/session.svg
+	mv .cache/session.svg docs/
+
 reboot: build bin/vm
 	tests/reboot/run.sh
 
@@ -195,7 +201,7 @@ install: build
 	bin/ublk-blksnap completion zsh >$(DESTDIR)/$(word 3,$(COMPLETION))
 	@# The texts stand as they do here, so that their links and their commands hold.
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap README.md
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap/docs docs/*.md
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap/docs docs/*.md docs/session.svg
 	install -m 755 docs/backup.sh $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap/docs/
 	@# A configuration that somebody has written stays.
 	[ -e $(DESTDIR)/etc/ublk-blksnap.conf ] || install -D -m 644 dist/ublk-blksnap.conf $(DESTDIR)/etc/ublk-blksnap.conf

@@ -38,6 +38,9 @@ func pages(t *testing.T) []string {
 
 func blocks(t *testing.T, page string) []block {
 	t.Helper()
+	if page == picture {
+		return []block{pictureBlock(t)}
+	}
 	all, err := blocksOf(text(t, page))
 	if err != nil {
 		t.Fatalf("%s: %v", page, err)
@@ -111,7 +114,7 @@ func TestCommands(t *testing.T) {
 	bash(t, "modprobe -a ublk_drv dm_mod")
 	// The README that is installed leads to the pages beside it.
 	bash(t, "cd /usr/local/share/doc/ublk-blksnap && grep -o '(docs/[^)#]*' README.md | tr -d '(' | xargs ls -d")
-	for _, page := range pages(t) {
+	for _, page := range append(pages(t), picture) {
 		t.Run(filepath.Base(page), func(t *testing.T) { runPage(t, page) })
 	}
 	bash(t, "make -C ../.. uninstall")
