@@ -4,7 +4,7 @@
 #   make test                          everything below that tests, on both kernels; what CI runs
 #   make check                         format, vet, lint, unit tests with and without the race detector: no machine
 #   make integration [KERNEL=] [RUN=] [BUILD=giouring]  the tests that need ublk, or those that match RUN
-#   make soak [KERNEL=] [RUN=] [KILLS=] [CUTS=]  the long form of what tests deaths, restarts and power cuts, for hours
+#   make soak [KERNEL=] [RUN=] [KILLS=] [CUTS=]  the long forms of tests, and what tests deaths, restarts and power cuts, for hours
 #   make systemd [KERNEL=]             the tests of unit, udev rules and shutdown, under a real systemd
 #   make docs [KERNEL=] [PAGE=]        every command of README and docs, or those of the pages that match PAGE
 #   make picture                       the README's picture, docs/session.svg, recorded anew
@@ -115,7 +115,7 @@ integration-binaries: build build-next bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/snapshots.test ./snapshots
 
 soak: export UBLK_BLKSNAP_LONG = 1
-soak: RUN := $(if $(filter .,$(RUN)),TestKilled|TestGuard|TestDeathIn|TestAttach|TestUblkRecovery|TestStorageOutlives|TestStorageGone|TestUpgradedUnderLoad|TestReload|TestLowMemory|TestNumberWraps|TestClaimedWhileDead|TestPowerFailureDoubts|TestWrittenBehindOurBack,$(RUN))
+soak: RUN := $(if $(filter .,$(RUN)),TestKilled|TestGuard|TestDeathIn|TestAttach|TestUblkRecovery|TestStorageOutlives|TestStorageGone|TestUpgradedUnderLoad|TestReload|TestLowMemory|TestNumberWraps|TestClaimedWhileDead|TestPowerFailureDoubts|TestWrittenBehindOurBack|TestBlockSizes|TestChangesUnderLoad|TestEncrypted|TestFioVerify|TestImage|TestMalformedRequests|TestManyReaders|TestRandomWriter|TestSlowOriginal|TestSnapshotRounds|TestSteadyState|TestStorageBlocks|TestStuckFile|TestThreeDevices|TestWriterKilled,$(RUN))
 soak: integration-binaries
 	@for kernel in $(or $(KERNEL),6.12 newest); do \
 		VM_CPUS=$${VM_CPUS:-4} bin/vm -kernel $$kernel -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG -e UBLK_BLKSNAP_KILLS=$(KILLS) \
