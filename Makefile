@@ -135,12 +135,12 @@ systemd: build bin/vm
 
 docs: build bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/docs.test ./tests/docs
-	bin/vm -no-skips -again -systemd -disk data=64M -disk docs1=128M -disk docs2=128M -timeout 30m \
+	bin/vm -no-skips -again -systemd -disk data=64M -disk docs1=64M -disk docs2=128M -timeout 30m \
 		'cd tests/docs && exec ../../.cache/test/docs.test -test.v -test.run "TestCommands/$(PAGE)"'
 
 picture: build bin/vm
 	CGO_ENABLED=0 go build -o .cache/test/picture ./tests/picture
-	bin/vm -disk data=64M -disk docs1=128M .cache/test/picture >.cache/session.svg
+	bin/vm -disk data=64M -disk docs1=64M .cache/test/picture >.cache/session.svg
 	mv .cache/session.svg docs/
 
 reboot: build bin/vm

@@ -105,7 +105,7 @@ func TestBlocks(t *testing.T) {
 }
 
 // TestCommands runs every command of the texts, each text on a machine as it is after "make install": with a systemd, and
-// two disks of 128 MiB that nobody uses, /dev/vdb and /dev/vdc, each with an empty filesystem.
+// two disks that nobody uses, /dev/vdb of 64 MiB with an empty filesystem, and /dev/vdc of 128 MiB.
 func TestCommands(t *testing.T) {
 	if comm, _ := os.ReadFile("/proc/1/comm"); os.Getenv("UBLK_BLKSNAP_VM") != "1" || string(comm) != "systemd\n" {
 		t.Skip("needs a machine of its own with systemd: make docs")
@@ -139,6 +139,8 @@ const (
 		for id in $(blksnap snapshot_collect); do ublk-blksnap snapshot destroy $id; done
 		ublk-blksnap daemon stop
 		[ ! -e /dev/vg0 ] || vgremove -qqf vg0
+		[ ! -e /etc/systemd/system/backup-data.timer ] || systemctl disable -q --now backup-data.timer
+		rm -f /etc/systemd/system/{backup-data.*,*.wants/ublk-blksnap.service}
 		rm -rf /etc/ublk-blksnap.d /backup /var/lib/ublk-blksnap
 		umount /var/tmp
 		true`
