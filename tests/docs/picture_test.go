@@ -43,6 +43,18 @@ func TestPicture(t *testing.T) {
 	if want := strings.Split(strings.TrimSpace(text(t, "tests/picture/session")), "\n"); !slices.Equal(commands, want) {
 		t.Errorf("%s is of other commands than tests/picture/session (make picture):\n%q\nwant\n%q", picture, commands, want)
 	}
+	// What was recorded is what a run of the picture's commands may print.
+	steps, err := pictureBlock(t).steps()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, at := 0, 0; i < len(steps); i++ {
+		lines := pictured(t)[at+1 : at+1+len(steps[i].output)]
+		at += 1 + len(lines)
+		if said := strings.Join(append(lines, ""), "\n"); !steps[i].matches(said) {
+			t.Errorf("%s: %q is not what %q is taken to print", picture, said, steps[i].script)
+		}
+	}
 	if n := len(text(t, picture)); n > 30<<10 {
 		t.Errorf("%s has %d bytes", picture, n)
 	}
