@@ -74,15 +74,19 @@ func (d *Daemon) checkAttach(ctx context.Context, bdev *disk.Disk) error {
 	if err := d.checkTargets(bdev, refuse); err != nil {
 		return err
 	}
-	for _, p := range []struct{ path, what string }{
-		{"/", "the root filesystem lies on it"},
-		{d.opts.Program, "the program lies on it"},
-		{d.opts.ConfigPath, "the configuration lies on it"},
-		{d.opts.Config.StateDir, "state_dir lies on it"},
-		{string(d.opts.Dir), "the run directory lies on it"},
+	for _, p := range []struct {
+		path, what string
+		refused    error
+		fix        string
+	}{
+		{"/", "the root filesystem lies on it", d.checkResident(), d.residentFix()},
+		{d.opts.Program, "the program lies on it", d.checkResident(), d.residentFix()},
+		{d.opts.ConfigPath, "the configuration lies on it", d.checkResident(), d.residentFix()},
+		{d.opts.Config.StateDir, "state_dir lies on it", d.checkNoLogs(), "have state_dir elsewhere, or add them with --intent-log=false"},
+		{string(d.opts.Dir), "the run directory lies on it", errors.New("a daemon that takes over could not read it"), "have it on a tmpfs"},
 	} {
-		if lies, err := d.liesOn(p.path, bdev); err != nil || lies {
-			return errors.Join(refuse("have that elsewhere", "%s, and a daemon that takes over could not read it", p.what), err)
+		if lies, err := d.liesOn(p.path, bdev); err != nil || lies && p.refused != nil {
+			return errors.Join(refuse(p.fix, "%s: %v", p.what, p.refused), err)
 		}
 	}
 	if path := d.swapOn(bdev); path != "" {
@@ -96,6 +100,18 @@ func (d *Daemon) checkAttach(ctx context.Context, bdev *disk.Disk) error {
 		}
 	}
 	return d.checkMember(ctx, bdev, refuse)
+}
+
+// checkNoLogs says which filters have their logs in state_dir. A daemon that takes over reads
+// them before it serves anything. A filter that comes later finds state_dir on a disk with a
+// filter, and does without.
+func (d *Daemon) checkNoLogs() error {
+	for _, dev := range d.sortedDevices() {
+		if dev.intent != nil {
+			return fmt.Errorf("it has the write-intent log of the filter %s, and a daemon that takes over could not read it", dev.Name)
+		}
+	}
+	return nil
 }
 
 // checkTargets looks at the table.
