@@ -144,6 +144,11 @@ func (d *Daemon) applyDefaults(r *control.AddRequest) error {
 	if _, err := control.ParseMode(string(r.Mode)); err != nil {
 		return invalid("%v", err)
 	}
+	switch r.Attach {
+	case control.AttachInUse, control.AttachAlways, control.AttachPossible, control.AttachNever:
+	default:
+		return invalid("attach %q: want always, possible or never", r.Attach)
+	}
 	return checkQueueMemory(*r, availableMemory())
 }
 

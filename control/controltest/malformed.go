@@ -86,7 +86,7 @@ func whole(r *rand.Rand, k Known) (path string, body []byte) {
 	type object = map[string]any
 	m := map[string]object{
 		"reload":          {"program": "/bin/true"},
-		"device/add":      {"path": k.Path, "name": "n", "queues": 1, "depth": 2, "mode": "copy", "intent_log": false, "intent_log_zone": 1 << 20},
+		"device/add":      {"path": k.Path, "name": "n", "queues": 1, "depth": 2, "mode": "copy", "attach": "never", "dry_run": true, "intent_log": false, "intent_log_zone": 1 << 20},
 		"device/remove":   {"device": k.Device, "force": true},
 		"device/status":   {"device": k.Device},
 		"cbt/info":        {"device": k.Device},
@@ -227,7 +227,8 @@ func absurd(r *rand.Rand, k Known) Request {
 	calls := [][2]string{
 		{"device/add", `{"path":` + name + `}`}, {"device/add", `{"path":` + path + `,"name":` + jsonText(pick(r, []string{"a/b", "..", "images", "-x", "\x00", strings.Repeat("n", 65)})) + `}`},
 		{"device/add", `{"path":` + path + `,"queues":` + number + `}`}, {"device/add", `{"path":` + path + `,"depth":` + number + `}`}, {"device/add", `{"path":` + path + `,"mode":"fast"}`},
-		{"device/add", `{"path":` + path + `,"intent_log_zone":` + odd + `}`},
+		{"device/add", `{"path":` + path + `,"intent_log_zone":` + odd + `}`}, {"device/add", `{"path":` + path + `,"attach":` + jsonText(pick(r, names[1:])) + `}`},
+		{"device/add", `{"path":` + name + `,"dry_run":true}`}, {"device/add", `{"path":` + path + `,"queues":` + number + `,"dry_run":true}`},
 		{"device/remove", `{"device":` + name + `,"force":true}`}, {"device/remove", `{"device":` + name + `}`}, {"device/status", `{"device":` + name + `}`},
 		{"cbt/info", `{"device":` + name + `}`}, {"cbt/map", `{"device":` + name + `}`}, {"cbt/changes", `{"device":` + name + `,"since":"` + k.Generation + `:0"}`},
 		{"cbt/changes", `{"device":` + device + `,"since":` + pick(r, []string{id, `"` + k.Generation + `:` + number + `"`, `"` + k.Generation + `:99"`, `"` + k.Generation + `"`, `7`, `"00000000-0000-0000-0000-000000000000:0"`}) + `}`},
@@ -240,6 +241,8 @@ func absurd(r *rand.Rand, k Known) Request {
 		{"snapshot/take", `{"id":` + id + `}`}, {"snapshot/take", `{"id":` + snapshot + `}`}, {"snapshot/destroy", `{"id":` + id + `}`}, {"snapshot/info", `{"id":` + id + `}`},
 		{"snapshot/set", `{"id":` + id + `,"ttl_ns":1}`}, {"snapshot/set", `{"id":` + snapshot + `,"ttl_ns":` + pick(r, []string{"-1", "-9223372036854775808", "1e400", "0.5"}) + `}`},
 		{"snapshot/create", `{"devices":[` + device + `],"name":` + jsonText(pick(r, []string{"a/b", "..", "latest", "\x00", "6b1f2c9e", k.Snapshot, strings.Repeat("n", 300)})) + `}`},
+		{"snapshot/create", `{"devices":[` + device + `],"auto_append":{"path":` + jsonText(pick(r, []string{".", "relative", "/dev/null", "/dev/zero", "/nothing/at/all", "/\x00"})) + `,"reserve":5}}`},
+		{"snapshot/create", `{"devices":[` + device + `],"auto_append":{"path":"/tmp","reserve":` + pick(r, []string{"-1", "100", "1e9"}) + `}}`},
 		{"snapshot/create", `{"devices":[` + device + `],"ttl_ns":-1}`}, {"snapshot/create", `{"devices":[` + device + `],"labels":{"` + strings.Repeat("k", 60<<10) + `":5}}`},
 		{"snapshot/wait", `{"id":` + id + `,"timeout_ns":` + number + `}`}, {"snapshot/wait", `{"id":` + snapshot + `,"timeout_ns":` + pick(r, []string{"-1", "-9223372036854775808", "0", "1"}) + `}`},
 		{"snapshot/watch", `{"id":` + jsonText(pick(r, names[1:])) + `,"since":` + number + `}`}, {"reload", `{"program":` + jsonText(pick(r, names[1:])) + `}`},
