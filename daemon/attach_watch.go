@@ -53,6 +53,9 @@ func (d *Daemon) bypass(dev *device, state tableState) {
 	}
 	if dev.attached.bypassed.CompareAndSwap(nil, &why) {
 		dev.cbt.NewGeneration()
+		d.mu.Lock()
+		dev.Attention = "its requests do not come to the filter: " + why
+		d.mu.Unlock()
 		d.opts.Log.Error("requests do not come to a filter any more: all of its disk counts as changed", "name", dev.Name, "reason", why)
 		d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: dev.OriginalNumber, Text: why})
 	}

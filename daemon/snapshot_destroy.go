@@ -41,6 +41,9 @@ func (d *Daemon) beginDestroy(ctx context.Context, r control.DestroyRequest) (*s
 			return nil, fail(err, "destroy snapshot %s", s.id)
 		}
 	}
+	if dev := d.passedBy(s); dev != nil {
+		d.tellBroken(s, dev)
+	}
 	if err := d.startDestroy(s); err != nil {
 		return nil, snapshotError(err, "destroy snapshot %s", s.id)
 	}
@@ -53,11 +56,16 @@ func (d *Daemon) destroyBroken(id string, dev *device) error {
 	if err != nil {
 		return err
 	}
+	d.tellBroken(s, dev)
+	return d.destroy(s)
+}
+
+// tellBroken tells of a snapshot that ends because dev has no filter any more, or is passed by.
+func (d *Daemon) tellBroken(s *snapshot, dev *device) {
 	if s.taken != nil && !s.destroying {
 		d.events.emit(control.Event{Snapshot: s.id, Kind: control.EventCorrupted, Device: dev.OriginalNumber, Errno: -int(unix.ENODEV), Text: dev.whyBypassed()})
 		d.opts.Log.Warn("the snapshot is broken, because its device is removed", "snapshot", s.id, "name", dev.Name)
 	}
-	return d.destroy(s)
 }
 
 // abandon destroys a snapshot because an operation on it failed; needs opLock. If a

@@ -40,6 +40,9 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 		out.Errno = -int(unix.ESHUTDOWN)
 	}
 	s.use.RUnlock()
+	if out.Errno == 0 && d.passedBy(s) != nil {
+		out.Errno = -int(unix.ENODEV)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	out.Taken, out.Frozen, out.AutoAppend = s.taken, s.frozen, s.note.AutoAppend
@@ -67,6 +70,26 @@ func (d *Daemon) describeSnapshot(s *snapshot) control.Snapshot {
 		out.Images = append(out.Images, img)
 	}
 	return out
+}
+
+// passedBy is a device of a snapshot by whose filter requests pass, nil if there is none. The
+// snapshot's images may be newer than its take then.
+func (d *Daemon) passedBy(s *snapshot) *device {
+	d.mu.Lock()
+	images := slices.Clone(s.images)
+	d.mu.Unlock()
+	for _, im := range images {
+		release, err := im.device.hold()
+		if err != nil {
+			continue
+		}
+		_ = d.checkTable(im.device)
+		release()
+		if im.device.whyBypassed() != "" {
+			return im.device
+		}
+	}
+	return nil
 }
 
 // stateLocked needs Daemon.mu.

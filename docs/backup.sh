@@ -64,6 +64,8 @@ save() {
 			dd if="$image" bs=1M iflag=skip_bytes,count_bytes skip=$((sector * 512)) count=$((count * 512)) status=none
 		done <"$dir/new/ranges" >"$dir/new/data"
 	fi
+	# Whatever broke the snapshot meanwhile, such as lvextend on a volume that was attached while in use.
+	[ "$(ublk-blksnap snapshot info "$name" --field state)" = taken ] || die "the snapshot broke while it was read"
 	(cd "$dir/new" && sha256sum data ranges token size >sums)
 	sync -f "$dir/new"
 	n=$((${n:-0} + 1))
