@@ -181,8 +181,9 @@ func (d *Daemon) swapOn(bdev *disk.Disk) string {
 	text, _ := os.ReadFile(filepath.Join(d.host.Proc, "swaps"))
 	for i, line := range strings.Split(string(text), "\n") {
 		if words := strings.Fields(line); i > 0 && len(words) > 0 {
-			if lies, _ := d.liesOn(words[0], bdev); lies {
-				return words[0]
+			path := disk.Unescape(words[0])
+			if lies, _ := d.liesOn(path, bdev); lies {
+				return path
 			}
 		}
 	}

@@ -145,7 +145,7 @@ func parseMount(line string) (Mount, bool) {
 	if err1 != nil || err2 != nil {
 		return Mount{}, false
 	}
-	m := Mount{ID: id, Num: num, Point: unescape(l[4]), FSType: r[0], Source: unescape(r[1])}
+	m := Mount{ID: id, Num: num, Point: Unescape(l[4]), FSType: r[0], Source: Unescape(r[1])}
 	if len(r) > 2 {
 		m.Super = r[2]
 	}
@@ -158,8 +158,8 @@ func MountPoint(line string) (string, bool) {
 	return m.Point, ok
 }
 
-// unescape undoes the kernel's octal escapes for blanks and backslashes.
-func unescape(s string) string {
+// Unescape undoes the kernel's octal escapes for blanks and backslashes in a table of /proc.
+func Unescape(s string) string {
 	if !strings.Contains(s, `\`) {
 		return s
 	}

@@ -173,7 +173,7 @@ func (w *walk) overlay(m *Mount) bool {
 		if !ok {
 			continue
 		}
-		dir = unescape(dir)
+		dir = Unescape(dir)
 		for _, root := range []string{w.Root, w.rootOf(*m)} {
 			h := *w.Host
 			h.Root = root

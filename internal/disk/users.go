@@ -102,7 +102,7 @@ func (h *Host) isSwap(d *Disk) bool {
 		if len(fields) < 2 || fields[1] != "partition" {
 			continue
 		}
-		path := unescape(fields[0])
+		path := Unescape(fields[0])
 		if path == d.Node {
 			return true
 		}

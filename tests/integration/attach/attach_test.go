@@ -226,6 +226,25 @@ func TestAttachRefused(t *testing.T) {
 		defer guest.Run(t, "swapoff", lv)
 		refused(lv, "swap space", "swapoff")
 	})
+	t.Run("swap in a file", func(t *testing.T) {
+		guest.Ext4.Make(t, lv)
+		dir := guest.Mount(t, lv)
+		file := filepath.Join(dir, "swap file\t1")
+		if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		guest.Run(t, "mkswap", file)
+		guest.Run(t, "swapon", file)
+		defer guest.Unmount(t, dir)
+		defer guest.Run(t, "swapoff", file)
+		refused(lv, "swap space", "swapoff")
+	})
+	t.Run("read-only", func(t *testing.T) {
+		lvm(t, "lvchange", "-q", "-pr", "vgr/data")
+		defer lvm(t, "lvchange", "-q", "-prw", "vgr/data")
+		defer guest.Unmount(t, guest.Mount(t, lv, "ro"))
+		refused(lv, "read-only")
+	})
 	t.Run("storage", func(t *testing.T) {
 		guest.Ext4.Make(t, lv)
 		dir := guest.Mount(t, lv)
