@@ -148,6 +148,9 @@ func (d *Daemon) insert(ctx context.Context, dev *device) error {
 	d.step("attach %s: change its table", dev.Name)
 	_, err := d.order(ctx, dm.Order{Step: dm.StepLoad, Device: a.device, To: dev.ublk.Num, Size: dev.geo.Size})
 	deathpoint.Point()
+	if errors.Is(err, unix.EBUSY) {
+		return d.tablesError(dev, err)
+	}
 	if err == nil {
 		err = d.swap(ctx, a)
 	}
@@ -189,6 +192,9 @@ func (d *Daemon) giveBack(ctx context.Context, a *attachment, filter disk.Num) e
 	}
 	_, err = d.order(ctx, dm.Order{Step: dm.StepCopy, Device: a.device, From: a.private})
 	deathpoint.Point()
+	if errors.Is(err, unix.EBUSY) {
+		return err
+	}
 	if err == nil {
 		err = d.swap(ctx, a)
 	}
@@ -223,7 +229,10 @@ func (d *Daemon) detachTables(ctx context.Context, dev *device) error {
 }
 
 func (d *Daemon) tablesError(dev *device, err error) error {
-	if !errors.Is(err, context.DeadlineExceeded) {
+	switch {
+	case errors.Is(err, unix.EBUSY): // dm.ErrChanging
+		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: err.Error(), Fix: "try again when that is done"}
+	case !errors.Is(err, context.DeadlineExceeded):
 		return err
 	}
 	return &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("the requests of %s that are under way do not end: %v", dev.Original, err),

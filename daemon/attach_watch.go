@@ -185,31 +185,69 @@ func (d *Daemon) finishChange(ctx context.Context, dev *device) {
 // endAttached removes a filter that no requests come to, and the snapshots that hold it; needs
 // opLock.
 func (d *Daemon) endAttached(dev *device) error {
+	if err := d.endHolders(dev); err != nil {
+		return err
+	}
+	return d.takeDown(dev, false)
+}
+
+// endHolders ends the snapshots that hold a device; needs opLock.
+func (d *Daemon) endHolders(dev *device) error {
 	for _, id := range d.holders(dev) {
 		if err := d.destroyBroken(id, dev); err != nil {
 			return snapshotError(err, "destroy snapshot %s", id)
 		}
 	}
-	return d.takeDown(dev, false)
+	return nil
 }
 
 // attachAnew removes a filter that is passed by, and attaches another if its device is there;
-// needs opLock.
+// needs opLock. While another program has more to change, as LVM has in the midst of some
+// commands, only the snapshots end: the watch comes again.
 func (d *Daemon) attachAnew(ctx context.Context, dev *device) {
-	why := *dev.attached.bypassed.Load()
-	if err := d.endAttached(dev); err != nil {
+	why, public := *dev.attached.bypassed.Load(), dev.attached.device
+	err := d.endHolders(dev)
+	if err == nil && tableWaits(public) {
+		return
+	}
+	if err == nil {
+		err = d.takeDown(dev, false)
+	}
+	if err != nil {
 		d.opts.Log.Error("a filter that is passed by cannot be removed yet", "name", dev.Name, "error", err)
 		return
 	}
 	if state, err := d.tableState(dev.attached, dev.ublk.Num); err != nil || state == tableGone || d.ending.begun.Load() {
-		d.opts.Log.Warn("removed, because its volume is gone", "name", dev.Name, "disk", dev.Original)
+		d.tellRemoved(dev, "its volume is gone")
 		return
 	}
 	logged := dev.intent != nil
 	r := control.AddRequest{Path: dev.attached.public.Node, Name: dev.Name, Queues: dev.Queues, Depth: dev.Depth, Mode: dev.Mode, Attach: control.AttachAlways, IntentLog: &logged}
-	if _, err := d.add(ctx, r); err != nil {
+	_, err = d.add(ctx, r)
+	for until := time.Now().Add(settleLimit); err != nil && tableWaits(public) && time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
+		_, err = d.add(ctx, r)
+	}
+	if err != nil {
 		d.opts.Log.Error("a device has no filter any more, because it could not be attached anew", "name", dev.Name, "disk", dev.Original, "reason", why, "error", err)
+		d.tellRemoved(dev, why+", and it could not be attached anew: "+publicPaths(err.Error()))
 		return
 	}
 	d.opts.Log.Warn("attached anew", "name", dev.Name, "disk", dev.Original, "reason", why)
+}
+
+// tellRemoved tells of a filter that was removed though nobody asked for it.
+func (d *Daemon) tellRemoved(dev *device, why string) {
+	d.opts.Log.Warn("a filter was removed by itself", "name", dev.Name, "disk", dev.Original, "reason", why)
+	d.events.notice(control.Event{Kind: control.EventRemoved, Device: dev.OriginalNumber, Text: fmt.Sprintf("%s: %s", dev.Name, why)})
+}
+
+// tableWaits says whether another program is in the midst of changing the table of a device.
+func tableWaits(public dm.Device) bool {
+	c, err := dm.Open()
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	i, err := c.Info(public)
+	return err == nil && (i.Suspended || i.Inactive)
 }

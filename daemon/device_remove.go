@@ -258,7 +258,11 @@ func (d *Daemon) removeForced(dev *device) error {
 		}
 	}
 	if dev.attached != nil {
-		if err := d.detachTables(context.Background(), dev); err != nil {
+		err := d.detachTables(context.Background(), dev)
+		if control.CodeOf(err) == control.Busy {
+			return err // soon it is not
+		}
+		if err != nil {
 			return d.takeDownUsed(dev)
 		}
 		return d.takeDown(dev, false)

@@ -87,6 +87,5 @@ func (d *Daemon) letGo(ctx context.Context, dev *device, w *watched, why string,
 		d.opts.Log.Debug("a filter cannot be let go of yet", "name", dev.Name, "error", err)
 		return
 	}
-	d.opts.Log.Warn("a filter was removed by itself", "name", dev.Name, "disk", dev.Original, "reason", why)
-	d.events.notice(control.Event{Kind: control.EventRemoved, Device: dev.OriginalNumber, Text: fmt.Sprintf("%s: %s", dev.Name, why)})
+	d.tellRemoved(dev, why)
 }

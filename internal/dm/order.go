@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 )
 
@@ -28,12 +30,34 @@ type Step string
 // The steps.
 const (
 	StepMake   Step = "make"   // a device with the name and UUID of Device, with the table of From, which udev leaves alone
-	StepCopy   Step = "copy"   // the table of From waits in Device
-	StepLoad   Step = "load"   // a table that maps Device to To waits in it
+	StepCopy   Step = "copy"   // the table of From waits in Device; see ErrChanging
+	StepLoad   Step = "load"   // a table that maps Device to To waits in it; see ErrChanging
 	StepSwap   Step = "swap"   // the table that waits in Device becomes the live one
 	StepClear  Step = "clear"  // no table waits in Device any more
 	StepRemove Step = "remove" // Device goes
 )
+
+// ErrChanging: another program has a table wait in the device, or has suspended it, and goes on
+// from there. Whoever put another table in that place would undo what it does, and resume what
+// it has suspended.
+var ErrChanging = fmt.Errorf("another program is changing its table: %w", unix.EBUSY)
+
+// loadAlone is Load if nobody else is changing the table. That it waits already does no harm.
+func (c *Control) loadAlone(d Device, t Table) error {
+	i, err := c.Info(d)
+	if err != nil {
+		return err
+	}
+	waits, err := c.Inactive(d)
+	defer waits.Wipe()
+	if err == nil && (i.Suspended || len(waits) > 0 && !waits.Is(t)) {
+		err = fmt.Errorf("load a table into %s: %w", d, ErrChanging)
+	}
+	if err != nil {
+		return err
+	}
+	return c.Load(d, t)
+}
 
 // Do does it. What it returns says what the device is then, unless it has gone.
 func (o Order) Do() (i Info, err error) {
@@ -52,9 +76,9 @@ func (o Order) Do() (i Info, err error) {
 		if o.Step == StepMake {
 			return c.Make(o.Device.Name, o.Device.UUID, t, Unseen)
 		}
-		err = c.Load(o.Device, t)
+		err = c.loadAlone(o.Device, t)
 	case StepLoad:
-		err = c.Load(o.Device, Linear(o.Size, o.To))
+		err = c.loadAlone(o.Device, Linear(o.Size, o.To))
 	case StepSwap:
 		ctx, cancel := context.WithTimeout(context.Background(), o.Limit)
 		defer cancel()

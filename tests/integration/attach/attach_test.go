@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/dm"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
 )
@@ -147,13 +148,19 @@ func TestAttachChanged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	changedBy := func(what string, size int64, change func()) {
+	changedBy := func(what string, size int64, change func(), more ...func()) {
 		t.Helper()
 		s := d.Take(0, dev)
 		take := *s.Images[0].Take
 		change()
+		if now, err := d.Snapshot(guest.Context(t), s.ID); err == nil && now.State == control.SnapshotTaken {
+			t.Errorf("%s: whoever asks is told that the images are good", what)
+		}
 		if _, e := d.Corrupted(s.ID); e.Device != dev.OriginalNumber || !strings.Contains(e.Text, "another program has given") {
 			t.Errorf("%s: the event says %+v", what, e)
+		}
+		for _, f := range more {
+			f()
 		}
 		guest.WaitFor(t, what+": another filter", func() bool {
 			all, err := d.Devices(guest.Context(t))
@@ -176,6 +183,41 @@ func TestAttachChanged(t *testing.T) {
 			guest.Run(t, "dmsetup", "load", lv, "--table", table(32))
 			guest.Run(t, "dmsetup", "resume", lv)
 		})
+		// LVM gives a volume one table after another in some commands.
+		volume, to := dm.Device{Num: numOf(t, lv)}, numOf(t, disk)
+		load := func(mib int64) {
+			t.Helper()
+			if err := c.Load(volume, dm.Table{{Length: uint64(mib << 11), Type: "linear", Args: fmt.Appendf(nil, "%s 2048", to)}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		swap := func() {
+			t.Helper()
+			if err := c.Swap(guest.Context(t), volume); err != nil {
+				t.Error(err)
+			}
+		}
+		changedBy("one table after another", 40<<20, func() { load(36); swap(); load(40) }, func() {
+			if waits, err := c.Inactive(volume); err != nil || waits.Size() != 40<<20 {
+				t.Errorf("the table that waited is %+v, %v", waits, err)
+			}
+			if all, err := d.Devices(guest.Context(t)); err != nil || len(all) != 1 || all[0].Added != dev.Added || !strings.Contains(all[0].Attention, "do not come to the filter") {
+				t.Errorf("meanwhile: %+v, %v", all, err)
+			}
+			swap()
+		})
+		// What waits stays, whatever is asked of the daemon.
+		load(44)
+		for _, force := range []bool{false, true} {
+			err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: "data", Force: force})
+			program.WantError(t, err, control.Busy, "another program is changing")
+		}
+		if waits, err := c.Inactive(volume); err != nil || waits.Size() != 44<<20 || !goesThroughFilter(t, lv) {
+			t.Errorf("the table that waited is %+v, %v", waits, err)
+		}
+		if err := c.Clear(volume); err != nil {
+			t.Error(err)
+		}
 	}
 	stop()
 	guest.Unmount(t, dir)

@@ -139,6 +139,23 @@ func TestDM(t *testing.T) {
 	tableIs("swapped", c.Live, second)
 	tableIs("swapped", c.Inactive, nil)
 	byNumber := dm.Device{Num: dev.Num}
+	// An order leaves a device alone with which another program is not done.
+	left := func(what string) {
+		t.Helper()
+		for _, o := range []dm.Order{{Step: dm.StepLoad, Device: dev.Device, To: nums[0], Size: diskSize}, {Step: dm.StepCopy, Device: dev.Device, From: dev.Device}} {
+			if _, err := o.Do(); !errors.Is(err, dm.ErrChanging) || !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "/dev/mapper/test-dm") {
+				t.Errorf("%s of %s: %v", o.Step, what, err)
+			}
+		}
+	}
+	if err := c.Load(dev.Device, two); err != nil {
+		t.Fatal(err)
+	}
+	left("a device with a table that waits")
+	tableIs("left alone", c.Inactive, two)
+	if err := c.Clear(dev.Device); err != nil {
+		t.Fatal(err)
+	}
 	if i, err := c.Info(byNumber); err != nil || i.Device != dev.Device || i.Suspended {
 		t.Errorf("by its number: %+v, %v", i, err)
 	}
@@ -150,6 +167,7 @@ func TestDM(t *testing.T) {
 		if i, err := c.Info(byNumber); err != nil || !i.Suspended {
 			t.Errorf("%+v: %+v, %v", o, i, err)
 		}
+		left("a suspended device")
 		if err := c.Resume(byNumber); err != nil {
 			t.Fatal(err)
 		}
