@@ -1,8 +1,10 @@
 package dm
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -59,6 +61,18 @@ func (c *Control) loadAlone(d Device, t Table) error {
 	return c.Load(d, t)
 }
 
+// swapAlike is Swap, after which the device reads ahead as far as before: with another table the
+// kernel forgets what somebody has set, who does not know of that table.
+func (c *Control) swapAlike(ctx context.Context, d Device) error {
+	file := fmt.Sprintf("/sys/dev/block/%s/queue/read_ahead_kb", d.Num)
+	before, unknown := os.ReadFile(file)
+	err := c.Swap(ctx, d)
+	if now, e := os.ReadFile(file); unknown == nil && e == nil && !bytes.Equal(now, before) {
+		_ = os.WriteFile(file, before, 0) // if not, it is but slower
+	}
+	return err
+}
+
 // Do does it. What it returns says what the device is then, unless it has gone.
 func (o Order) Do() (i Info, err error) {
 	c, err := Open()
@@ -82,7 +96,7 @@ func (o Order) Do() (i Info, err error) {
 	case StepSwap:
 		ctx, cancel := context.WithTimeout(context.Background(), o.Limit)
 		defer cancel()
-		err = c.Swap(ctx, o.Device)
+		err = c.swapAlike(ctx, o.Device)
 	case StepClear:
 		err = c.Clear(o.Device)
 	case StepRemove:
