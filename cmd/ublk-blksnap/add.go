@@ -127,7 +127,7 @@ func writePlan(w io.Writer, d control.Device) {
 	line("queues", fmt.Sprintf("%d of depth %d", d.Queues, d.Depth))
 	line("mode", d.Mode)
 	if d.Attached {
-		line("attached", "under the device, whose users keep their path")
+		line("attached", attachedText)
 	}
 	line("memory", control.HumanSize(d.Plan.Memory))
 	history := "goes on"

@@ -73,12 +73,19 @@ func (p *program) tellStatus(ctx context.Context, api control.API, name string) 
 	})
 }
 
+// attachedText is what is said of a filter that came under a device.
+const attachedText = "under the device, whose users keep their path"
+
 func writeStatus(w io.Writer, s control.DeviceStatus) {
 	line := func(key string, v any) { fmt.Fprintf(w, "%-16s %v\n", key+":", v) }
 	line("name", s.Name)
 	line("original", s.Original+" ("+s.OriginalNumber+")")
 	line("device", s.Path+" ("+s.Number+")")
-	line("link", s.Link)
+	if s.Attached {
+		line("attached", attachedText)
+	} else {
+		line("link", s.Link)
+	}
 	line("state", s.State)
 	line("size", fmt.Sprintf("%d bytes (%s)", s.Size, control.HumanSize(s.Size)))
 	if s.OriginalSize != 0 {

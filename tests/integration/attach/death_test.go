@@ -143,16 +143,17 @@ func TestDeathInAttach(t *testing.T) {
 	lvm(t, "vgck", "vgd")
 }
 
-// TestAttachAgain: attached and detached again and again under load, with a death of the
-// daemon in a tenth of the rounds.
+// TestAttachAgain: attached and detached again and again while fio writes and verifies, with a
+// death of the daemon in a tenth of the rounds. LVM and everybody else find the tables as they
+// were, and the group in order.
 func TestAttachAgain(t *testing.T) {
 	guest.NeedEither(t)
 	c := controlDM(t)
-	group(t, "vgs", guest.LoopDisk(t, 448<<20, 512))
+	group(t, "vgs", guest.LoopDisk(t, 500<<20, 512))
 	volumes := []string{encrypted(t, "again", volume(t, "vgs/lower", 24))}
-	kinds := []guest.Filesystem{guest.Ext4, guest.XFS}
+	kinds := []guest.Filesystem{guest.Ext4, guest.Ext4, guest.XFS}
 	if guest.Long() {
-		volumes = append(volumes, encrypted(t, "xfs", volume(t, "vgs/xfs", 336)))
+		volumes = append(volumes, volume(t, "vgs/ext4", 24), encrypted(t, "xfs", volume(t, "vgs/xfs", 336)))
 	}
 	d := program.Start(t)
 	var before, dirs []string
@@ -161,10 +162,11 @@ func TestAttachAgain(t *testing.T) {
 		kinds[i].Make(t, path)
 		before = append(before, tableOf(t, path))
 		dirs = append(dirs, guest.Mount(t, path))
-		stops = append(stops, busy(t, filepath.Join(dirs[i], "busy")))
+		stops = append(stops, guest.Verified(t, dirs[i]))
 	}
-	rounds := int(guest.Span(2, 100))
+	rounds := int(guest.Span(10, 100))
 	for n := range rounds {
+		began := time.Now()
 		for _, path := range volumes {
 			if _, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: path}); err != nil {
 				t.Fatalf("round %d: %v", n, err)
@@ -188,6 +190,7 @@ func TestAttachAgain(t *testing.T) {
 				t.Fatalf("round %d: table %q, and before it was %q", n, after, before[i])
 			}
 		}
+		t.Logf("round %d: %v", n, time.Since(began))
 	}
 	nothingLeft(t, c)
 	lvm(t, "vgck", "vgs")

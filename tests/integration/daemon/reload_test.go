@@ -19,34 +19,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
 )
 
-// verified has fio write into dir and read back what it wrote, over and over until
-// stopped.
-func verified(t *testing.T, dir string) (stop func()) {
-	t.Helper()
-	end := make(chan struct{})
-	var wg sync.WaitGroup
-	wg.Add(1)
-	go func() {
-		defer wg.Done()
-		for {
-			select {
-			case <-end:
-				return
-			default:
-			}
-			out, err := exec.Command("fio", "--name=verified", "--directory="+dir, "--size=8m", "--rw=randwrite", "--bsrange=4k-64k",
-				"--ioengine=libaio", "--direct=1", "--iodepth=8", "--verify=crc32c", "--verify_fatal=1").CombinedOutput()
-			if err != nil {
-				t.Errorf("fio: %v: %s", err, out)
-				return
-			}
-		}
-	}()
-	stop = sync.OnceFunc(func() { close(end); wg.Wait() })
-	t.Cleanup(stop)
-	return stop
-}
-
 // TestReload: one program after the other takes over in the daemon's process, under a
 // filesystem that is written to. A state of another format is brought to that of the
 // program; a program that does not know it is refused, and nothing changes.
@@ -59,7 +31,7 @@ func TestReload(t *testing.T) {
 	at := guest.Mount(t, dev.Link)
 	s := d.Take(0, dev)
 	image := direct.Digest(t, s.Images[0].Path)
-	stop := verified(t, at)
+	stop := guest.Verified(t, at)
 	before := d.CBT(dev)
 
 	var pauses []time.Duration

@@ -130,3 +130,31 @@ func BusyFiles(t testing.TB, dir string) (stop func()) {
 	t.Cleanup(stop)
 	return stop
 }
+
+// Verified has fio write into dir, many requests at a time, and read back what it wrote, over
+// and over until stopped.
+func Verified(t testing.TB, dir string) (stop func()) {
+	t.Helper()
+	end := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Add(1)
+	go func() {
+		defer wg.Done()
+		for {
+			select {
+			case <-end:
+				return
+			default:
+			}
+			out, err := Try("fio", "--name=verified", "--directory="+dir, "--size=8m", "--rw=randwrite", "--bsrange=4k-64k",
+				"--ioengine=libaio", "--direct=1", "--iodepth=8", "--verify=crc32c", "--verify_fatal=1")
+			if err != nil {
+				t.Errorf("fio: %v: %s", err, out)
+				return
+			}
+		}
+	}()
+	stop = sync.OnceFunc(func() { close(end); wg.Wait() })
+	t.Cleanup(stop)
+	return stop
+}
