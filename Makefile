@@ -131,7 +131,7 @@ systemd: build bin/vm
 	tests/setup.sh package
 	$(MAKE) test-packages FORMAT=rpm
 	CGO_ENABLED=0 go test -c -o .cache/test/systemd.test ./tests/systemd
-	bin/vm -no-skips -again -systemd -disk data=128M -disk swap=64M -disk lower=64M -timeout 15m 'cd tests/systemd && exec ../../.cache/test/systemd.test -test.v'
+	bin/vm -no-skips -again -systemd -disk data=128M -disk swap=64M -disk lower=64M -disk volume=48M -timeout 15m 'cd tests/systemd && exec ../../.cache/test/systemd.test -test.v'
 
 docs: build bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/docs.test ./tests/docs

@@ -263,8 +263,14 @@ func TestUnit(t *testing.T) {
 		t.Errorf("the link is left: %v", err)
 	}
 
-	// The package goes, and comes again. A configuration stays.
+	// The package goes, and comes again. A configuration stays, and so does a mounted volume
+	// that had a filter.
+	volume := mountVolume(t)
+	volume(false)
+	run(t, "ublk-blksnap", "add", "/dev/mapper/volume")
+	volume(true)
 	rpm(t, "-e", "ublk-blksnap", "ublk-blksnap-compat")
+	volume(false)
 	for _, file := range []string{"/usr/sbin/ublk-blksnap", "/usr/sbin/blksnap", "/usr/lib/systemd/system/" + unit, "/etc/udev/rules.d/63-ublk-blksnap-disks.rules", "/run/ublk-blksnap"} {
 		if _, err := os.Lstat(file); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("left by the package: %s: %v", file, err)
@@ -273,6 +279,8 @@ func TestUnit(t *testing.T) {
 	rpm(t, "-i", packages("next")...)
 	run(t, "systemctl", "start", "srv.mount")
 	run(t, "systemctl", "is-active", unit)
+	run(t, "ublk-blksnap", "add", "/dev/mapper/volume")
+	volume(true)
 
 	// The journal knows how grave each line is, and notes the time by itself.
 	all := journal(t, unit)
@@ -297,7 +305,41 @@ func TestUnit(t *testing.T) {
 	endOfMachine(t)
 }
 
-// endOfMachine leaves filters in use for the end of the machine. The filesystem goes first.
+// mountVolume mounts a device of device-mapper by its UUID, and returns what makes sure that
+// udev, systemd and its users know it as before: with a filter or without, also when udev looks
+// at everything again.
+func mountVolume(t *testing.T) (check func(attached bool)) {
+	t.Helper()
+	const path = "/dev/mapper/volume"
+	run(t, "modprobe", "dm_mod")
+	run(t, "dmsetup", "create", "volume", "--table", "0 81920 linear /dev/disk/by-vm/volume 2048")
+	run(t, "mkfs.ext4", "-q", path)
+	run(t, "udevadm", "settle")
+	id := "/dev/disk/by-uuid/" + run(t, "blkid", "-s", "UUID", "-o", "value", path)
+	fstab := run(t, "cat", "/etc/fstab")
+	write(t, "/etc/fstab", fstab+"\n"+id+" /mnt ext4 nofail 0 0\n")
+	run(t, "systemctl", "daemon-reload")
+	run(t, "systemctl", "start", "mnt.mount")
+	return func(attached bool) {
+		t.Helper()
+		run(t, "udevadm", "trigger", "--subsystem-match=block")
+		run(t, "udevadm", "settle")
+		if table := run(t, "dmsetup", "table", "volume"); strings.HasSuffix(table, " 2048") == attached {
+			t.Errorf("attached: %v, table %s", attached, table)
+		}
+		if known, node := run(t, "readlink", "-f", id), run(t, "readlink", "-f", path); known != node {
+			t.Errorf("attached: %v, %s is %s, want %s", attached, id, known, node)
+		}
+		for _, u := range []string{"mnt.mount", "dev-mapper-volume.device"} {
+			run(t, "systemctl", "is-active", u)
+		}
+		run(t, "touch", "/mnt/file")
+		run(t, "sync", "/mnt/file")
+	}
+}
+
+// endOfMachine leaves filters in use for the end of the machine. The filesystem goes first, and a
+// volume that is mounted has its own table again.
 // A snapshot is held. The swap goes beside the daemon's stop. A device of device-mapper is
 // left to systemd-shutdown, which takes it apart when it has killed every process that it
 // does not spare. All three maps are kept in the end, and every filter is gone.
@@ -332,13 +374,14 @@ func endOfMachine(t *testing.T) {
 		not ls *.running
 		ls snapshots/`+id+`.note
 		journalctl -D /run/log/journal -u `+unit+` -o cat >/run/vm/said
-		for line in "the machine ends, and a held snapshot with it\" snapshot=`+id+`" "snapshot destroyed\" snapshot=`+id+`" "removed, because the machine ends\" name=swap" "held by the device-mapper device over"; do
+		for line in "the machine ends, and a held snapshot with it\" snapshot=`+id+`" "snapshot destroyed\" snapshot=`+id+`" "removed, because the machine ends\" name=swap" "removed, because the machine ends\" name=volume" "held by the device-mapper device over"; do
 			grep -F "$line" /run/vm/said || { echo "not said: $line" >&2; tail -n 30 /run/vm/said >&2; exit 1; }
 		done
 		dumpe2fs -h `+disk+` >/run/vm/super
 		not grep needs_recovery /run/vm/super
 		grep -E "Filesystem state: *clean$" /run/vm/super
 		e2fsck -f -n `+disk+`
+		e2fsck -f -n '/dev/disk/by-vm/volume?offset=1048576'
 		debugfs -R "cat /last" `+disk+` 2>/dev/null | cmp - /run/vm/contents
 		echo "the disk is whole"
 `)
