@@ -70,7 +70,7 @@ test: check bin/vm overlay
 	go test -race -short $(GIOURING) ./internal/uring ./internal/blockdev/...
 	$(MAKE) integration-binaries
 	$(MAKE) integration-binaries BUILD=giouring
-	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12 && $(MAKE) docs KERNEL=6.12' \
+	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12 && $(MAKE) docs KERNEL=6.12 PAGE="(README|quick-start|lvm)"' \
 		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest' \
 		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -short -count=1 -timeout 60m ./tests/vm/... && \
 		$(MAKE) package && $(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest && $(MAKE) boot KERNEL=6.12 && \
@@ -125,6 +125,7 @@ soak: integration-binaries
 		KERNEL=$$kernel $(MAKE) systemd; \
 	done
 	$(MAKE) boot KERNEL=newest
+	$(MAKE) docs
 	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...
 
 systemd: build bin/vm

@@ -79,7 +79,7 @@ func (d *Daemon) checkAttach(ctx context.Context, bdev *disk.Disk) error {
 		refused    error
 		fix        string
 	}{
-		{"/", "the root filesystem lies on it", d.checkResident(), d.residentFix()},
+		{"/", "the root filesystem lies on it", errors.New("what starts a daemon that takes over may have to wait for it"), "keep data on volumes of their own, which can have filters"},
 		{d.opts.Program, "the program lies on it", d.checkResident(), d.residentFix()},
 		{d.opts.ConfigPath, "the configuration lies on it", d.checkResident(), d.residentFix()},
 		{d.opts.Config.StateDir, "state_dir lies on it", d.checkNoLogs(), "have state_dir elsewhere, or add them with --intent-log=false"},

@@ -16,10 +16,9 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
 
-// A resident daemon can serve the very volume that its program and its configuration lie on,
-// as those of the machine's root filesystem do. When it dies, all I/O of that volume waits for
-// the next daemon, which must be started without any: systemd cannot, nor can a shell, because
-// they would have to be read. So the program and the configuration are copied to the state
+// A resident daemon can serve the very volume that its program and its configuration lie on.
+// When it dies, all I/O of that volume waits for the next daemon, which must be started without
+// any. So the program and the configuration are copied to the state
 // directory, which is memory that is never swapped. The daemon, its prober and its guard run
 // from there, and the guard starts the next daemon under systemd too:
 //
