@@ -59,6 +59,11 @@ func (d *Daemon) mountedError(bdev *disk.Disk, err error) error {
 // the disk, and nothing in memory that the other would have to know.
 var attachable = []string{"linear", "striped", "crypt", "delay"}
 
+// What the system itself cannot wait for.
+var errSystem = errors.New("what starts a daemon that takes over may have to wait for it")
+
+const systemFix = "keep data on volumes of their own, which can have filters"
+
 // checkAttach refuses what cannot be attached, with the reason.
 func (d *Daemon) checkAttach(ctx context.Context, bdev *disk.Disk) error {
 	refuse := func(fix, format string, args ...any) error {
@@ -79,7 +84,9 @@ func (d *Daemon) checkAttach(ctx context.Context, bdev *disk.Disk) error {
 		refused    error
 		fix        string
 	}{
-		{"/", "the root filesystem lies on it", errors.New("what starts a daemon that takes over may have to wait for it"), "keep data on volumes of their own, which can have filters"},
+		{"/", "the root filesystem lies on it", errSystem, systemFix},
+		{"/usr", "the system's programs lie on it", errSystem, systemFix},
+		{"/etc", "the system's configuration lies on it", errSystem, systemFix},
 		{d.opts.Program, "the program lies on it", d.checkResident(), d.residentFix()},
 		{d.opts.ConfigPath, "the configuration lies on it", d.checkResident(), d.residentFix()},
 		{d.opts.Config.StateDir, "state_dir lies on it", d.checkNoLogs(), "have state_dir elsewhere, or add them with --intent-log=false"},
