@@ -59,11 +59,6 @@ func (d *Daemon) mountedError(bdev *disk.Disk, err error) error {
 // the disk, and nothing in memory that the other would have to know.
 var attachable = []string{"linear", "striped", "crypt", "delay"}
 
-// What the system itself cannot wait for.
-var errSystem = errors.New("what starts a daemon that takes over may have to wait for it")
-
-const systemFix = "keep data on volumes of their own, which can have filters"
-
 // checkAttach refuses what cannot be attached, with the reason.
 func (d *Daemon) checkAttach(ctx context.Context, bdev *disk.Disk) error {
 	refuse := func(fix, format string, args ...any) error {
@@ -79,21 +74,17 @@ func (d *Daemon) checkAttach(ctx context.Context, bdev *disk.Disk) error {
 	if err := d.checkTargets(bdev, refuse); err != nil {
 		return err
 	}
-	for _, p := range []struct {
-		path, what string
-		refused    error
-		fix        string
-	}{
-		{"/", "the root filesystem lies on it", errSystem, systemFix},
-		{"/usr", "the system's programs lie on it", errSystem, systemFix},
-		{"/etc", "the system's configuration lies on it", errSystem, systemFix},
-		{d.opts.Program, "the program lies on it", d.checkResident(), d.residentFix()},
-		{d.opts.ConfigPath, "the configuration lies on it", d.checkResident(), d.residentFix()},
-		{d.opts.Config.StateDir, "state_dir lies on it", d.checkNoLogs(), "have state_dir elsewhere, or add them with --intent-log=false"},
-		{string(d.opts.Dir), "the run directory lies on it", errors.New("a daemon that takes over could not read it"), "have it on a tmpfs"},
+	for _, p := range []struct{ path, what string }{
+		{"/", "the root filesystem lies on it"},
+		{"/usr", "the system's programs lie on it"},
+		{"/etc", "the system's configuration lies on it"},
+		{d.opts.Program, "the program lies on it"},
+		{d.opts.ConfigPath, "the configuration lies on it"},
+		{d.opts.Config.StateDir, "state_dir lies on it"},
+		{string(d.opts.Dir), "the run directory lies on it"},
 	} {
-		if lies, err := d.liesOn(p.path, bdev); err != nil || lies && p.refused != nil {
-			return errors.Join(refuse(p.fix, "%s: %v", p.what, p.refused), err)
+		if lies, err := d.liesOn(p.path, bdev); err != nil || lies {
+			return errors.Join(refuse("have that elsewhere", "%s, and a daemon that takes over could not read it", p.what), err)
 		}
 	}
 	if path := d.swapOn(bdev); path != "" {
@@ -107,18 +98,6 @@ func (d *Daemon) checkAttach(ctx context.Context, bdev *disk.Disk) error {
 		}
 	}
 	return d.checkMember(ctx, bdev, refuse)
-}
-
-// checkNoLogs says which filters have their logs in state_dir. A daemon that takes over reads
-// them before it serves anything. A filter that comes later finds state_dir on a disk with a
-// filter, and does without.
-func (d *Daemon) checkNoLogs() error {
-	for _, dev := range d.sortedDevices() {
-		if dev.intent != nil {
-			return fmt.Errorf("it has the write-intent log of the filter %s, and a daemon that takes over could not read it", dev.Name)
-		}
-	}
-	return nil
 }
 
 // checkTargets looks at the table.

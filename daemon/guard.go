@@ -45,10 +45,6 @@ type startRecord struct {
 	By      starts   `json:"by"`
 	Program string   `json:"program"` // its path
 	Args    []string `json:"args"`    // without the program's name
-	// Of a resident daemon: the program of which Program is the copy, and what the next one
-	// has to have in its environment.
-	Installed string   `json:"installed,omitempty"`
-	Env       []string `json:"env,omitempty"`
 }
 
 // starts says who starts the next daemon.
@@ -82,10 +78,8 @@ func Supervised() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
 // setGuard puts on record who starts the next daemon if this one dies, and starts a
 // guard if that is one; needs the daemon's lock.
 func (o *Options) setGuard() error {
-	r := startRecord{By: byGuard, Program: o.Program, Args: o.Args}
+	r := startRecord{byGuard, o.Program, o.Args}
 	switch {
-	case o.Dir.Resident() && o.Prober != nil:
-		r.Program, r.Installed, r.Env = o.Dir.path(residentName), o.Program, serviceEnvironment()
 	case Supervised():
 		r.By = bySystemd
 	case !o.Config.Guard || o.Prober == nil:
@@ -103,9 +97,6 @@ func (o *Options) setGuard() error {
 		return fail(err, "start the guard")
 	}
 	defer lock.Close()
-	if r.Installed != "" {
-		o.Dir.endOtherGuard()
-	}
 	namespace := sharedNamespace
 	if os.Getenv(namespaceEnv) == ownNamespace {
 		namespace = ownNamespace
@@ -221,7 +212,7 @@ func (d RunDir) guard(log *slog.Logger) error {
 		if pause == firstPause {
 			log.Warn("the daemon has died: the guard starts the next one")
 		}
-		err = launch(context.Background(), d, r.Program, r.Args, r.Env, true)
+		err = launch(context.Background(), d, r.Program, r.Args)
 		if err != nil && control.CodeOf(err) != control.Exists {
 			if err.Error() != said { // once, however often it is tried
 				said = err.Error()
@@ -229,7 +220,7 @@ func (d RunDir) guard(log *slog.Logger) error {
 			}
 			// The file may have been replaced by one that cannot serve what waits. This
 			// program could.
-			err = launch(context.Background(), d, "/proc/self/exe", r.Args, r.Env, true)
+			err = launch(context.Background(), d, "/proc/self/exe", r.Args)
 		}
 		if err == nil || control.CodeOf(err) == control.Exists {
 			pause, said = firstPause, ""

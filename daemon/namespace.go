@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"time"
@@ -40,23 +41,11 @@ const (
 // everything else through the root directory of process 1.
 //
 // If process 1 does not see the mounts that this process sees, the namespace stays.
-//
-// A daemon that shall be resident goes on as the copy of its program. config is the path of
-// its configuration.
-func Reexec(dir RunDir, c Config, config string, reportFD int, warn func(error)) error {
+func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 	if os.Geteuid() != 0 {
 		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
 	}
-	resident := c.Resident && !dir.Resident()
 	if os.Getenv(namespaceEnv) != "" {
-		if resident { // a program that a reload has begun
-			open := func(path string) (*os.File, error) { return host(c.DiskTimeout).Open(path, unix.O_RDONLY, 0) }
-			copied, err := dir.makeResident(open, Program(), config)
-			if err == nil {
-				err = unix.Exec(copied, os.Args, os.Environ())
-			}
-			warn(fail(err, "be resident"))
-		}
 		// What the program before this one has handed on is for no other process: the
 		// lock of a daemon would be held beyond its death.
 		if err := closeOnExec(reportFD); err != nil {
@@ -72,7 +61,7 @@ func Reexec(dir RunDir, c Config, config string, reportFD int, warn func(error))
 	// The thread that execs becomes the process, with all that is its own.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	program, err := dir.installed()
+	program, err := os.Executable()
 	if err != nil {
 		return fail(err, "find the program")
 	}
@@ -101,14 +90,6 @@ func Reexec(dir RunDir, c Config, config string, reportFD int, warn func(error))
 	if err := dir.mountState(c.StateSize); err != nil {
 		return err
 	}
-	self := "/proc/self/exe"
-	if resident {
-		if copied, err := dir.makeResident(os.Open, self, config); err == nil {
-			self = copied
-		} else {
-			warn(fail(err, "be resident"))
-		}
-	}
 	namespace := sharedNamespace
 	if sharesMountsWithInit() {
 		namespace = ownNamespace
@@ -124,17 +105,18 @@ func Reexec(dir RunDir, c Config, config string, reportFD int, warn func(error))
 		return err
 	}
 	env := append(os.Environ(), namespaceEnv+"="+namespace, programEnv+"="+program, held)
-	return fail(unix.Exec(self, os.Args, env), "start anew")
+	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew")
 }
 
-// installed is the path of the program, of which a resident one is a copy.
-func (d RunDir) installed() (string, error) {
-	if d.Resident() {
-		if r, err := d.startRecord(); err == nil && r.Installed != "" {
-			return r.Installed, nil
+// AsSeen is a path as everybody sees it, for this process, which may have a mount namespace of
+// its own.
+func AsSeen(path string) string {
+	if os.Getenv(namespaceEnv) == ownNamespace {
+		if abs, err := filepath.Abs(path); err == nil {
+			return initRoot + abs
 		}
 	}
-	return os.Executable()
+	return path
 }
 
 // Program is the path of the program, as whoever started the daemon sees it.

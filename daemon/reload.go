@@ -82,10 +82,8 @@ func (d *Daemon) planReload(ctx context.Context, r control.ReloadRequest) (contr
 		return plan, &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "storage " + publicPaths(strings.Join(hanging, ", ")) + " does not answer", Fix: "try again when it does, or when the snapshot has ended"}
 	}
 	if running(d.opts.Prober) {
-		if !d.opts.Dir.Resident() { // which copies it before
-			if err := d.checkProgramPlace(plan.Program); err != nil {
-				return plan, err
-			}
+		if err := d.checkProgramPlace(plan.Program); err != nil {
+			return plan, err
 		}
 		if err := checkProgram(ctx, d.opts.Prober, plan.Program, d.opts.Args); !errors.Is(err, disk.ErrGone) {
 			return plan, err
@@ -227,13 +225,7 @@ func (o *Options) exec(d stopper, lock, socket, reading *os.File, plan control.R
 		o.Prober.Close()
 	}
 	// Now, because its path may lead through a filter.
-	path, copied := plan.Program, error(nil)
-	if asked && o.Dir.Resident() {
-		open := func(path string) (*os.File, error) { return host(o.Config.DiskTimeout).Open(path, unix.O_RDONLY, 0) }
-		path, copied = o.Dir.makeResident(open, path, o.ConfigPath)
-	}
-	program, err := host(o.Config.DiskTimeout).Open(path, unix.O_PATH, 0)
-	err = errors.Join(copied, err)
+	program, err := host(o.Config.DiskTimeout).Open(plan.Program, unix.O_PATH, 0)
 	limited, cancel := context.WithTimeout(context.Background(), giveUpTime)
 	defer cancel()
 	plan.Began = time.Now().Round(0)

@@ -61,10 +61,6 @@ Parameters come from the configuration file, and from flags, which win:`,
 		if check {
 			return p.checkTakeover(c.Flags(), params)
 		}
-		// Before anything is read.
-		if err := p.dir().GoOnResident(); err != nil {
-			p.tell("start the daemon: " + err.Error())
-		}
 		if daemon.ToJournal(os.Stderr) {
 			p.err = prefixed{p.err, daemon.Priority(slog.LevelError)}
 		}
@@ -75,9 +71,6 @@ Parameters come from the configuration file, and from flags, which win:`,
 		status := p.exit(err)
 		switch control.CodeOf(err) {
 		case control.Exists:
-			if reportFD == 0 && daemon.HandOver(c.Context(), p.dir()) == nil {
-				return nil // the guard was first
-			}
 			// systemd shall not try again and again while another daemon runs
 			// (RestartPreventExitStatus).
 			status = statusBusy
@@ -120,8 +113,7 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportF
 		}
 	}()
 	path := p.configFile()
-	resident := p.dir().Resident()
-	cfg, err := daemonConfig(p.dir().ConfigFile(path), given, params)
+	cfg, err := daemonConfig(daemon.AsSeen(path), given, params)
 	if err != nil {
 		return err
 	}
@@ -130,14 +122,10 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportF
 		return usage("log_level: %v", err)
 	}
 	warn := func(err error) { p.tell("start the daemon: " + err.Error()) } // there is no log yet
-	if resident {
-		// The file that tells the machine's time zone may have to wait for this daemon, as those
-		// may of which the rules of udev are made.
-		time.Local = time.UTC
-	} else if err := daemon.PrepareBoot(p.dir(), path); err != nil {
+	if err := daemon.PrepareBoot(p.dir(), path); err != nil {
 		warn(err)
 	}
-	if err := daemon.Reexec(p.dir(), cfg, path, reportFD, warn); err != nil {
+	if err := daemon.Reexec(p.dir(), cfg, reportFD, warn); err != nil {
 		return err
 	}
 	log := daemon.NewLog(daemon.Stderr(), level, daemon.ToJournal(os.Stderr))

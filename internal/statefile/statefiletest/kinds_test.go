@@ -45,7 +45,6 @@ var writers = map[string]string{
 	"daemon.writeDurably":      "- configuration, which is root's to write",
 	"daemon.write":             "- is what note calls",
 	"daemon.note":              "- what udev reads",
-	"daemon.copyIn":            "- the program and its configuration, that are checked as such",
 	"daemon.openLog":           "- a log",
 	"daemon.lock":              "- a lock, with the number of the process for people",
 	"daemon.lockBoot":          "- a lock",

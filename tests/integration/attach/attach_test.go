@@ -287,6 +287,25 @@ func TestAttachRefused(t *testing.T) {
 		defer guest.Unmount(t, guest.Mount(t, lv, "ro"))
 		refused(lv, "read-only")
 	})
+	t.Run("what the daemon reads", func(t *testing.T) {
+		guest.Ext4.Make(t, lv)
+		dir := guest.Mount(t, lv)
+		config := filepath.Join(dir, "conf")
+		if err := os.WriteFile(config, []byte("state_size = \"512M\"\nstate_dir = \"\"\nguard = false\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		d := program.Start(t)
+		d.StopAndWait()
+		d.With("--config", config)
+		d.Restart()
+		// Nor does it lose the configuration in a mount namespace of its own.
+		if a := d.Call("ublk-blksnap", "daemon", "reload"); a.Status != 0 {
+			t.Errorf("%+v", a)
+		}
+		d.Refused([]string{"the configuration lies on it"}, "add", lv)
+		d.StopAndWait()
+		guest.Unmount(t, dir)
+	})
 	t.Run("storage", func(t *testing.T) {
 		guest.Ext4.Make(t, lv)
 		dir := guest.Mount(t, lv)
