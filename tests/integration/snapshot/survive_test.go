@@ -136,8 +136,8 @@ func TestKilledUnderLoad(t *testing.T) {
 	var pauses []time.Duration // of all
 	for i, mode := range modes {
 		for _, n := range slices.Compact(queues) {
-			if guest.Span(0, 1) == 0 && n != queues[(i+1)%2] {
-				continue // the short form has each number of queues once
+			if !guest.Long() && (n != queues[(i+1)%2] || i < len(modes)-1) {
+				continue // the short form: 6.12 copies with more queues, a newer kernel has zero copy with one
 			}
 			t.Run(fmt.Sprintf("%s/%dqueues", mode, n), func(t *testing.T) {
 				pauses = append(pauses, strikeUnderLoad(t, mode, n, max(3, kills/len(modes)/2), (*survival).killAndRestart)...)
