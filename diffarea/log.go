@@ -222,8 +222,9 @@ func (l *Log) settle(w *Worker, ended copyList) {
 		}
 	}
 	grow := l.nextGrowthLocked()
-	l.warnLocked()
-	l.publishLocked()
+	o := l.outlookLocked()
+	l.warnLocked(o)
+	l.publishLocked(o)
 	events := l.events
 	l.events = nil
 	var closed func()

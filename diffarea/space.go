@@ -89,18 +89,23 @@ func (l *Log) Expect(w *Worker, size int64) {
 // needLocked is how many regions the areas can come to need: one for each chunk.
 func (l *Log) needLocked() Region { return max(l.expected, l.chunks) + l.lost }
 
-// limitLocked is how many regions there will ever be, as things are; limited is false if
-// nobody knows an end.
-func (l *Log) limitLocked() (all Region, limited bool) {
-	all = l.capacity
+// outlook is what storage can come to, in regions.
+type outlook struct {
+	need    Region // at most
+	all     Region // that there will ever be, as things are
+	limited bool   // false: nobody knows an end, and all is 0
+}
+
+func (l *Log) outlookLocked() outlook {
+	o := outlook{need: l.needLocked(), all: l.capacity, limited: true}
 	for _, s := range l.sources {
 		left := s.prospect(l.chunkSize)
 		if left == unlimited {
-			return 0, false
+			return outlook{need: o.need}
 		}
-		all += Region(left >> l.shift)
+		o.all += Region(left >> l.shift)
 	}
-	return all, true
+	return o
 }
 
 // warnLocked says that storage runs low when four fifths are used of all there will be,
@@ -108,21 +113,19 @@ func (l *Log) limitLocked() (all Region, limited bool) {
 // Append, or if that was over in between, by a margin: if less than three quarters were
 // used, or a sixteenth more than is needed could be had, because the filesystem has more
 // room.
-func (l *Log) warnLocked() {
+func (l *Log) warnLocked(o outlook) {
 	if l.dead.Load() != 0 {
 		return
 	}
-	all, limited := l.limitLocked()
-	need := l.needLocked()
-	enough := !limited || need <= all
+	enough := !o.limited || o.need <= o.all
 	switch {
-	case l.low && (!limited || need+need/16 <= all || 4*l.next < 3*all):
+	case l.low && (!o.limited || o.need+o.need/16 <= o.all || 4*l.next < 3*o.all):
 		l.setLowLocked(false)
-	case !l.low && !enough && all > 0 && 5*l.next >= 4*all:
+	case !l.low && !enough && o.all > 0 && 5*l.next >= 4*o.all:
 		l.setLowLocked(true)
 		l.events = append(l.events, Event{
-			Kind: LowFreeSpace, Sectors: min(int64(need-all)<<l.shift, l.portion) / sector.Size,
-			Used: int64(l.next) << l.shift, Limit: int64(all) << l.shift,
+			Kind: LowFreeSpace, Sectors: min(int64(o.need-o.all)<<l.shift, l.portion) / sector.Size,
+			Used: int64(l.next) << l.shift, Limit: int64(o.all) << l.shift,
 		})
 	}
 }
@@ -156,16 +159,16 @@ type Usage struct {
 type usage struct{ next, storeNext, capacity, limit, need atomic.Int64 }
 
 // publishLocked makes changes known to Usage.
-func (l *Log) publishLocked() {
+func (l *Log) publishLocked(o outlook) {
 	limit := int64(-1)
-	if all, limited := l.limitLocked(); limited {
-		limit = int64(all)
+	if o.limited {
+		limit = int64(o.all)
 	}
 	l.usage.storeNext.Store(int64(l.storeNext))
 	l.usage.next.Store(int64(l.next))
 	l.usage.capacity.Store(int64(l.capacity))
 	l.usage.limit.Store(limit)
-	l.usage.need.Store(int64(l.needLocked()))
+	l.usage.need.Store(int64(o.need))
 }
 
 // Usage says how full the log is. It waits for nobody and may be called at any time.

@@ -230,7 +230,7 @@ func (l *Log) extendLocked(source uint64, n int64) bool {
 	ok := l.state.add(source, src.used, Region(n>>l.shift), l.shift)
 	src.used += n >> l.shift << l.shift
 	l.capacity = l.state.capacity()
-	l.publishLocked()
+	l.publishLocked(l.outlookLocked())
 	return ok
 }
 
