@@ -21,12 +21,21 @@ type metric struct {
 	kind prometheus.ValueType
 }
 
+// allMetrics are those that are declared below.
+var allMetrics []metric
+
+func declare(kind prometheus.ValueType, name, help string, labels []string) metric {
+	m := metric{prometheus.NewDesc("ublk_blksnap_"+name, help, labels, nil), kind}
+	allMetrics = append(allMetrics, m)
+	return m
+}
+
 func gauge(name, help string, labels ...string) metric {
-	return metric{prometheus.NewDesc("ublk_blksnap_"+name, help, labels, nil), prometheus.GaugeValue}
+	return declare(prometheus.GaugeValue, name, help, labels)
 }
 
 func counter(name, help string, labels ...string) metric {
-	return metric{prometheus.NewDesc("ublk_blksnap_"+name, help, labels, nil), prometheus.CounterValue}
+	return declare(prometheus.CounterValue, name, help, labels)
 }
 
 var (
@@ -65,13 +74,6 @@ var (
 	metricLimit    = gauge("snapshot_limit_bytes", "All that the storage can ever hold, as things are.", "snapshot")
 	metricNeed     = gauge("snapshot_need_bytes", "The most that the snapshot can come to need.", "snapshot")
 )
-
-var allMetrics = []metric{
-	metricBuild, metricStarted, metricRecoveries, metricRecoveryWait, metricWaiting, metricUnfiltered, metricEventsDropped, metricLogDropped,
-	metricFilter, metricSize, metricRequests, metricBytes, metricErrors, metricInFlight, metricSkipped, metricUnregistered,
-	metricCBT, metricTake, metricBlocks, metricBlockSize,
-	metricSnapshot, metricState, metricCreated, metricFailed, metricCopied, metricStored, metricChunk, metricUsed, metricCapacity, metricLimit, metricNeed,
-}
 
 // put hands a value on.
 type put func(m metric, v float64, labels ...string)

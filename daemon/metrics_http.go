@@ -59,15 +59,7 @@ func (s *server) metrics(g prometheus.Gatherer) {
 func newMetricsServer(g prometheus.Gatherer, log *slog.Logger, p timeouts) *http.Server {
 	s := &server{mux: http.NewServeMux(), timeouts: p}
 	s.metrics(g)
-	return &http.Server{
-		Handler:           s.mux,
-		ReadHeaderTimeout: p.header,
-		ReadTimeout:       p.header + p.body,
-		WriteTimeout:      p.answer,
-		IdleTimeout:       p.idle,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
+	return serverOf(s.mux, log, p)
 }
 
 // offerMetrics serves the metrics on the configured address until ctx ends. While somebody
