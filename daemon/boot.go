@@ -105,7 +105,7 @@ func (d *Daemon) startBoot(ctx context.Context) {
 
 // readBoot reads which disks are named, if that has changed.
 func (d *Daemon) readBoot() {
-	root := d.bootRoot()
+	root := configRoot(d.host)
 	var read []time.Time
 	dir := DropInDir(d.opts.ConfigPath)
 	files, _ := filepath.Glob(root + dir + "/*.conf")
@@ -137,14 +137,6 @@ func (d *Daemon) readBoot() {
 	d.mu.Lock()
 	d.boot.disks = disks
 	d.mu.Unlock()
-}
-
-// bootRoot is the directory below which the configuration lies.
-func (d *Daemon) bootRoot() string {
-	if d.host.Root == "/" {
-		return ""
-	}
-	return d.host.Root
 }
 
 // addBoot adds the disks that are there and have no filter, and says how many.

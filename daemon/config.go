@@ -337,7 +337,8 @@ func (e *paramError) Error() string { return e.key + ": " + e.what }
 // no error if it is the default one. Errors name the file and the line. The disks
 // that file and drop-in directory name are only checked: see ReadBootDevices.
 func (c *Config) ReadConfig(path string) error {
-	b, err := os.ReadFile(path)
+	root := configRoot(host(0))
+	b, err := os.ReadFile(root + path)
 	switch {
 	case errors.Is(err, os.ErrNotExist) && path == DefaultConfigPath:
 	case err != nil:
@@ -347,7 +348,7 @@ func (c *Config) ReadConfig(path string) error {
 			return err
 		}
 	}
-	_, err = ReadBootDevices(path)
+	_, err = readBootDevices(root, path)
 	return err
 }
 

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"os"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"time"
@@ -108,17 +107,6 @@ func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew")
 }
 
-// AsSeen is a path as everybody sees it, for this process, which may have a mount namespace of
-// its own.
-func AsSeen(path string) string {
-	if os.Getenv(namespaceEnv) == ownNamespace {
-		if abs, err := filepath.Abs(path); err == nil {
-			return initRoot + abs
-		}
-	}
-	return path
-}
-
 // Program is the path of the program, as whoever started the daemon sees it.
 func Program() string { return os.Getenv(programEnv) }
 
@@ -143,6 +131,9 @@ func host(patience time.Duration) *disk.Host {
 	}
 	return h
 }
+
+// configRoot is the directory below which the configuration lies, to be put before its path.
+func configRoot(h *disk.Host) string { return strings.TrimSuffix(h.Root, "/") }
 
 // sharesMountsWithInit says whether process 1 sees the same mounts.
 func sharesMountsWithInit() bool {

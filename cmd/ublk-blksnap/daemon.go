@@ -113,7 +113,7 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportF
 		}
 	}()
 	path := p.configFile()
-	cfg, err := daemonConfig(daemon.AsSeen(path), given, params)
+	cfg, err := daemonConfig(path, given, params)
 	if err != nil {
 		return err
 	}
