@@ -2,7 +2,6 @@ package control
 
 import (
 	"context"
-	"errors"
 	"time"
 )
 
@@ -19,7 +18,6 @@ const (
 // none comes within five minutes.
 func (c *Client) Watch(ctx context.Context, r WatchRequest, each func(Event) error) error {
 	next := r          // what the next daemon is asked
-	var stopped error  // what a daemon has said that ends, or gives way to another program
 	var lost time.Time // since when there has been none
 	for first := true; ; first = false {
 		info, err := c.Info(ctx)
@@ -28,7 +26,7 @@ func (c *Client) Watch(ctx context.Context, r WatchRequest, each func(Event) err
 			if first && r == (WatchRequest{}) {
 				next.Since = info.LastEvent // if no event comes before the daemon dies
 			}
-			stopped, lost = nil, time.Time{}
+			lost = time.Time{}
 			var failed error
 			err = lines(ctx, c, "snapshot/watch", r, func(l EventLine) (*LastLine, error) {
 				if l.Event == nil {
@@ -41,18 +39,12 @@ func (c *Client) Watch(ctx context.Context, r WatchRequest, each func(Event) err
 				}
 				return &l.LastLine, failed
 			})
-			code := CodeOf(err)
-			if err == nil || failed != nil || ctx.Err() != nil || code != Unavailable && code != Interrupted {
+			if err == nil || failed != nil || ctx.Err() != nil || CodeOf(err) != Unavailable {
 				return err
-			}
-			if code == Interrupted {
-				stopped = err
 			}
 			r = next
 		case first || ctx.Err() != nil || CodeOf(err) != Unavailable:
 			return err
-		case stopped != nil && errors.Is(err, refused): // who takes over in the process keeps the socket
-			return stopped
 		case lost.IsZero():
 			lost = time.Now()
 		case time.Since(lost) > nextPatience:

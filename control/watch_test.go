@@ -21,7 +21,6 @@ func TestWatchGoesOn(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	asked := make(chan WatchRequest, 16)
-	interrupted := LastLine{Error: &Error{Code: Interrupted, Message: "watch: interrupted"}}
 	// serve is a daemon that tells events up to last, from the first that is asked for.
 	// Then it ends by what it is told.
 	serve := func(l net.Listener, last uint64, end <-chan string) {
@@ -51,10 +50,9 @@ func TestWatchGoesOn(t *testing.T) {
 			case "dies":
 				_ = s.Close()
 			case "is stopped":
-				go func() { _ = s.Shutdown(ctx) }()
-				_ = e.Encode(interrupted)
+				_ = e.Encode(LastLine{Error: &Error{Code: Interrupted, Message: "watch: interrupted"}})
 			case "reloads":
-				_ = e.Encode(interrupted)
+				_ = e.Encode(LastLine{Error: &Error{Code: Unavailable, Message: "watch: another program takes over"}})
 			case "ends it":
 			case "refuses":
 				_ = e.Encode(LastLine{Error: &Error{Code: Busy, Message: "too many"}})
@@ -131,6 +129,7 @@ func TestWatchGoesOn(t *testing.T) {
 	if err := <-done; CodeOf(err) != Interrupted || err.Error() != "watch: interrupted" {
 		t.Errorf("the daemon was stopped: %v", err)
 	}
+	l.Close()
 
 	// Without any event it goes on where it began, and other errors end it.
 	l = listen()

@@ -379,7 +379,7 @@ func (l *eventLog) watch(ctx context.Context, r control.WatchRequest, each func(
 		select {
 		case <-more:
 		case <-ctx.Done():
-			return fail(ctx.Err(), "watch")
+			return fail(context.Cause(ctx), "watch")
 		}
 	}
 }

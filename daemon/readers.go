@@ -98,32 +98,36 @@ func (d RunDir) listenReaders(group string, handed *net.UnixListener) (*net.Unix
 	if group == "" || err != nil {
 		return nil, errors.Join(err, d.setMode(closedMode, 0))
 	}
-	l, err := listenClosed(d.ReadSocket())
+	// It has its name when it has its mode: a member who watches tries again and again.
+	made := d.ReadSocket() + ".new"
+	if err := os.Remove(made); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := listenClosed(made)
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(os.Chown(d.ReadSocket(), 0, gid), os.Chmod(d.ReadSocket(), 0o660), d.setMode(passedMode, gid)); err != nil {
+	if err := errors.Join(os.Chown(made, 0, gid), os.Chmod(made, 0o660), d.setMode(passedMode, gid), os.Rename(made, d.ReadSocket())); err != nil {
 		l.Close()
 		return nil, err
 	}
 	return l, nil
 }
 
-// serveReaders serves the members of the group until ctx ends, at the listener that it
-// returns, if there is one. That they cannot be is no reason for the disks not to be served.
-func (o *Options) serveReaders(ctx context.Context, api control.API, handed *net.UnixListener) *net.UnixListener {
+// serveReaders serves the members of the group at the listener that it returns, if there is
+// one, until the server is shut down. That they cannot be is no reason for the disks not to be
+// served.
+func (o *Options) serveReaders(ctx context.Context, api control.API, handed *net.UnixListener) (*net.UnixListener, *http.Server) {
+	srv := serverOf(newReadHandler(api, o.Log.Logger, defaultTimeouts, o.Config.Group), o.Log.Logger, defaultTimeouts)
+	srv.BaseContext = func(net.Listener) context.Context { return ctx }
 	l, err := o.Dir.listenReaders(o.Config.Group, handed)
 	if err != nil {
 		o.Log.Error("nobody but root can ask the daemon", "group", o.Config.Group, "error", err)
 	}
-	if l == nil {
-		return nil
+	if l != nil {
+		go func() { _ = srv.Serve(&limitListener{Listener: l, places: make(chan struct{}, maxReaders)}) }()
 	}
-	srv := serverOf(newReadHandler(api, o.Log.Logger, defaultTimeouts, o.Config.Group), o.Log.Logger, defaultTimeouts)
-	srv.BaseContext = func(net.Listener) context.Context { return ctx }
-	go func() { _ = srv.Serve(&limitListener{Listener: l, places: make(chan struct{}, maxReaders)}) }()
-	context.AfterFunc(ctx, func() { _ = srv.Close() }) // and with it the listener
-	return l
+	return l, srv
 }
 
 // newReadHandler serves what changes nothing.

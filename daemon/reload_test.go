@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -67,6 +68,7 @@ func TestReload(t *testing.T) {
 	}
 	c := control.NewClient(s.Dir.Socket())
 	defer c.Close()
+	watched := watchBoth(t, s.Dir)
 	var last time.Time
 	for range 3 {
 		done, err := c.Reload(ctx, control.ReloadRequest{Program: own})
@@ -78,6 +80,8 @@ func TestReload(t *testing.T) {
 		}
 		last = done.At
 	}
+	// If it dies before they ask again, they still know that it was not stopped.
+	watched(control.Unavailable)
 	// A program that cannot be exec'd after all leaves this one.
 	bad := filepath.Join(t.TempDir(), "bad")
 	if err := os.WriteFile(bad, []byte("no program"), 0o755); err != nil {
@@ -117,8 +121,38 @@ func TestReload(t *testing.T) {
 	// It is guarded as before.
 	kill(t, pid)
 	next(t, s, pid)
+	watched = watchBoth(t, s.Dir)
 	stopDaemon(t, s.Dir)
+	watched(control.Interrupted)
 	eventually(t, "the end of all processes", func() bool { return len(processesOf(s.Dir)) == 0 })
+}
+
+// watchBoth watches at both sockets, without a client that would go on. It returns when both
+// have had an event. ended says whether the watches end with that code.
+func watchBoth(t *testing.T, dir RunDir) (ended func(control.Code)) {
+	t.Helper()
+	answers := map[string]*json.Decoder{}
+	for _, socket := range []string{dir.Socket(), dir.ReadSocket()} {
+		resp, err := rawClient(t, socket).Post("http://d/v1/snapshot/watch", "application/json", strings.NewReader("{}"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { resp.Body.Close() })
+		answers[socket] = json.NewDecoder(resp.Body)
+		var first control.EventLine
+		if err := answers[socket].Decode(&first); err != nil || first.Event == nil {
+			t.Fatalf("watch at %s: %+v, %v", socket, first, err)
+		}
+	}
+	return func(want control.Code) {
+		t.Helper()
+		for socket, answer := range answers {
+			var last control.EventLine
+			if err := answer.Decode(&last); err != nil || last.Error == nil || last.Error.Code != want {
+				t.Errorf("a watch at %s ends with %+v, %v, want %s", socket, last, err, want)
+			}
+		}
+	}
 }
 
 // childrenOf are the processes that the process has made, and that live.

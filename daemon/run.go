@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
 	"os"
 	"os/signal"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -190,14 +192,14 @@ func run(o Options, open func(Options) (stopper, error)) error {
 // serve answers clients until the daemon has been stopped, or this program's end in favour
 // of another one. readers is the listener of readers that the program before has handed on.
 func (o *Options) serve(api notifier, l, readers *net.UnixListener, lock *os.File, signals <-chan os.Signal) error {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
 	srv := newServer(api, o.Log.Logger, defaultTimeouts)
 	srv.BaseContext = func(net.Listener) context.Context { return ctx }
 	served := make(chan error, 1)
 	api.Serves()
 	go func() { served <- srv.Serve(&limitListener{Listener: l, places: make(chan struct{}, maxConnections)}) }()
-	readers = o.serveReaders(ctx, api, readers)
+	readers, readSrv := o.serveReaders(ctx, api, readers)
 	o.Log.Info("daemon started", "version", control.Version, "pid", os.Getpid(), "socket", o.Dir.Socket())
 	if o.Ready != nil {
 		o.Ready()
@@ -210,12 +212,21 @@ func (o *Options) serve(api notifier, l, readers *net.UnixListener, lock *os.Fil
 	if o.Prober != nil {
 		go renewProber(renewing, *o, api)
 	}
-	// Watchers would never end by themselves. Whoever asked for the end gets his answer.
-	finish := func() {
-		cancel()
-		limited, done := context.WithTimeout(context.Background(), answerTimeout)
-		defer done()
-		_ = srv.Shutdown(limited)
+	// Watchers would never end by themselves. They are told why they do, and whoever asked
+	// for the end gets his answer.
+	finish := func(why error) {
+		cancel(why)
+		var wg sync.WaitGroup
+		for s, patience := range map[*http.Server]time.Duration{srv: answerTimeout, readSrv: readerTimeout} {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				limited, done := context.WithTimeout(context.Background(), patience)
+				defer done()
+				_ = errors.Join(s.Shutdown(limited), s.Close())
+			}()
+		}
+		wg.Wait()
 	}
 
 	ending := false
@@ -263,13 +274,12 @@ func (o *Options) serve(api notifier, l, readers *net.UnixListener, lock *os.Fil
 					o.Log.Warn("readers that wait for the daemon are cut off", "error", err)
 				}
 			}
-			finish()
+			finish(errTakenOver)
 			return fail(o.exec(api, lock, socket, reading, plan, handOn), "exec %s", plan.Program)
 		case <-api.stopped:
 			notify("STOPPING=1")
 			defer extendStop()()
-			finish()
-			_ = srv.Close()
+			finish(nil)
 			_, _ = os.Remove(o.Dir.Socket()), os.Remove(o.Dir.ReadSocket())
 			if err := o.dismissGuard(); err != nil {
 				o.Log.Warn("the guard stays", "error", err)
@@ -279,6 +289,9 @@ func (o *Options) serve(api notifier, l, readers *net.UnixListener, lock *os.Fil
 		}
 	}
 }
+
+// errTakenOver ends what goes on for as long as the daemon: the next one may be asked for it.
+var errTakenOver = &control.Error{Code: control.Unavailable, Errno: unix.ECONNRESET, Message: "another program takes over in the daemon's process"}
 
 // came says whether s is among the signals that nobody has looked at yet. It takes them all.
 func came(s os.Signal, signals <-chan os.Signal) (found bool) {
@@ -301,9 +314,12 @@ func logGoroutines(log *Log) {
 	}
 }
 
-// answerTimeout is how long the end of a daemon waits for clients to take their
-// last answers.
-const answerTimeout = 5 * time.Second
+// answerTimeout and readerTimeout are how long the end of a daemon waits for root, and for
+// readers, to take their last answers.
+const (
+	answerTimeout = 5 * time.Second
+	readerTimeout = time.Second
+)
 
 // listen replaces the socket of a dead daemon. The lock proves that it is dead.
 func (d RunDir) listen() (*net.UnixListener, error) {

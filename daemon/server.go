@@ -86,7 +86,7 @@ func (c *class) enter(ctx context.Context) (leave func(), err error) {
 	case c.places <- struct{}{}:
 		return leave, nil
 	case <-ctx.Done():
-		return nil, fail(ctx.Err(), "wait for other calls")
+		return nil, fail(context.Cause(ctx), "wait for other calls")
 	}
 }
 

@@ -63,6 +63,16 @@ func TestStartUnit(t *testing.T) {
 	}
 }
 
+// watchedAPI has events, the first of them at its start.
+type watchedAPI struct {
+	fakeAPI
+	log *eventLog
+}
+
+func (w *watchedAPI) Watch(ctx context.Context, r control.WatchRequest, each func(control.Event) error) error {
+	return w.log.watch(ctx, r, each)
+}
+
 func testDaemon(how string, args []string) int {
 	dir := RunDir(args[3])
 	switch how {
@@ -120,7 +130,9 @@ func testDaemon(how string, args []string) int {
 		defer o.Prober.Close()
 		defer o.awaitGuard()
 	}
-	fake := &fakeAPI{}
+	fake := &watchedAPI{log: newEventLog()}
+	fake.log.notice(control.Event{Kind: control.EventTaken})
+	fake.log.answer()
 	err := run(o, func(Options) (stopper, error) { return fake, nil })
 	if err != nil {
 		ReportStart(3, err)

@@ -62,6 +62,13 @@ func TestSnapshotNames(t *testing.T) {
 	}
 
 	t.Run("readers", func(t *testing.T) { readers(t, d, s) })
+	var seen strings.Builder
+	watch := asReader(t, d, 4242, "snapshot", "watch", "nightly", "--json")
+	watch.Stdout, watch.Stderr = &seen, &seen
+	if err := watch.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = watch.Process.Kill() }()
 
 	// The next program, and the next daemon, have all of it.
 	at := guest.Mount(t, image)
@@ -91,7 +98,11 @@ func TestSnapshotNames(t *testing.T) {
 	}
 	guest.Unmount(t, at)
 	var kinds []string
-	for _, line := range strings.Split(call("snapshot", "watch", "nightly", "--json"), "\n") { // to its end
+	told := call("snapshot", "watch", "nightly", "--json") // to its end
+	if err := watch.Wait(); err != nil || strings.TrimSpace(seen.String()) != told {
+		t.Errorf("a member who has watched over all that: %v, %s; want %s", err, seen.String(), told)
+	}
+	for _, line := range strings.Split(told, "\n") {
 		var e control.Event
 		if err := json.Unmarshal([]byte(line), &e); err != nil || e.Name != "nightly" {
 			t.Errorf("event %s, %v", line, err)
@@ -123,9 +134,7 @@ func readers(t *testing.T, d *program.Daemon, s control.Snapshot) {
 		t.Fatal(err)
 	}
 	call := func(group uint32, args ...string) (int, string) {
-		cmd := exec.Command(program.Path(t), append([]string{"--run-dir", string(d.RunDir)}, args...)...)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534, Groups: []uint32{group}}}
-		out, err := cmd.CombinedOutput()
+		out, err := asReader(t, d, group, args...).CombinedOutput()
 		return guest.ExitStatus(t, err), string(out)
 	}
 	for line, want := range map[string]string{
@@ -144,4 +153,11 @@ func readers(t *testing.T, d *program.Daemon, s control.Snapshot) {
 			t.Errorf("%s by a member: status %d, %s", line, status, out)
 		}
 	}
+}
+
+// asReader is a call by somebody who is not root, but of that group.
+func asReader(t *testing.T, d *program.Daemon, group uint32, args ...string) *exec.Cmd {
+	cmd := exec.Command(program.Path(t), append([]string{"--run-dir", string(d.RunDir)}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534, Groups: []uint32{group}}}
+	return cmd
 }
