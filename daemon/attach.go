@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"hash/fnv"
 	"os"
-	"path/filepath"
 	"sync/atomic"
 	"time"
 
@@ -444,11 +443,10 @@ func (d *Daemon) dropPrivates() {
 			used[n] = true
 		}
 	}
-	names, _ := filepath.Glob(filepath.Join(d.host.Sys, "class/block/dm-*"))
-	for _, name := range names {
-		bdev, err := d.host.Lookup(filepath.Base(name))
-		if err == nil && !used[bdev.Num] && disk.IsPrivate(d.dmOwner(), d.host.DMUUID(bdev)) {
-			d.dropPrivate(&attachment{private: dm.Device{Num: bdev.Num, UUID: d.host.DMUUID(bdev), Name: bdev.DMName}})
+	for _, a := range d.host.Attached() {
+		private := dm.Device{Num: a.Private.Num, UUID: d.host.DMUUID(a.Private), Name: a.Private.DMName}
+		if !used[private.Num] && disk.IsPrivate(d.dmOwner(), private.UUID) {
+			d.dropPrivate(&attachment{private: private})
 		}
 	}
 }

@@ -232,6 +232,7 @@ func (d *Daemon) attachAnew(ctx context.Context, dev *device) {
 		d.tellRemoved(dev, why+", and it could not be attached anew: "+publicPaths(err.Error()))
 		return
 	}
+	d.attachedAnew.Add(1)
 	d.opts.Log.Warn("attached anew", "name", dev.Name, "disk", dev.Original, "reason", why)
 }
 

@@ -74,6 +74,7 @@ type Daemon struct {
 	watch intentWatch
 
 	eventsDropped atomic.Uint64 // of snapshots: queue threads do not wait
+	attachedAnew  atomic.Uint64 // volumes
 
 	thawed chan struct{} // closed when what a dead daemon froze is thawed
 	ending ending

@@ -11,6 +11,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
@@ -83,7 +84,26 @@ func Examine(c Config) []Check {
 		add("mounts", Note, "the mounts of process 1 cannot be read: messages may not name the user of a disk", "mount /proc without hidepid")
 	}
 	out = append(out, examineState(c.StateDir))
+	out = append(out, examineAttached(host(0))...)
 	return append(out, examineLost(c)...)
+}
+
+// examineAttached looks at the volumes that a filter was attached to, by whatever daemon.
+func examineAttached(h *disk.Host) (out []Check) {
+	const name, fix = "attached volume", "the daemon attaches it anew, or removes what is left of it: start it if none runs"
+	for _, a := range h.Attached() {
+		switch {
+		case a.Public == nil:
+			out = append(out, Check{name, Note, "the private device " + a.Private.DMName + " is left of one that is gone", fix})
+		case a.Suspended:
+			out = append(out, Check{name, Note, a.Public.DMName + " is suspended: whoever uses it waits", "if nobody is changing its table: dmsetup resume " + a.Public.DMName})
+		case a.Filter == nil:
+			out = append(out, Check{name, Note, a.Public.DMName + ": its requests come to no filter: another program may have given it another table", fix})
+		default:
+			out = append(out, Check{name, OK, a.Public.DMName + ": its requests come to the filter " + a.Filter.Node, ""})
+		}
+	}
+	return out
 }
 
 // examineRing makes a ring, as every queue does.

@@ -45,10 +45,13 @@ var (
 	metricRecoveryWait  = gauge("recovery_io_wait_seconds", "How long I/O waited for the last such daemon, from its start on.", "kind")
 	metricWaiting       = gauge("waiting_filters", "Filters whose I/O waits, because the daemon could not take them over yet.")
 	metricUnfiltered    = gauge("unfiltered_disks", "Disks that the configuration names and that have no filter yet.")
+	metricAttachedAnew  = counter("attached_anew_total", "How often a volume was attached anew, because another program had given it another table.")
 	metricEventsDropped = counter("events_dropped_total", "Events of snapshots that nobody could keep.")
 	metricLogDropped    = counter("log_lines_dropped_total", "Lines of the log that were dropped, as nobody took them.")
 
 	metricFilter       = gauge("filter_info", "A filter and its original disk.", "device", "original", "path", "mode")
+	metricAttached     = gauge("filter_attached", "Whether the filter is attached under its volume's own path.", "device")
+	metricBypassed     = gauge("filter_bypassed", "Whether the requests of the volume do not come to the filter any more.", "device")
 	metricSize         = gauge("filter_size_bytes", "Size of the disk.", "device")
 	metricRequests     = counter("filter_requests_total", "Requests that were completed.", "device", "operation")
 	metricBytes        = counter("filter_bytes_total", "Bytes of the requests that were completed.", "device", "operation")
@@ -133,6 +136,7 @@ func (d *Daemon) measure(put put) {
 	put(metricRecoveries, float64(count))
 	put(metricWaiting, float64(waiting))
 	put(metricUnfiltered, float64(unfiltered))
+	put(metricAttachedAnew, float64(d.attachedAnew.Load()))
 	put(metricEventsDropped, float64(d.eventsDropped.Load()))
 	put(metricLogDropped, float64(d.opts.Log.Lost()))
 }
@@ -146,6 +150,8 @@ func (dev *device) measure(put put) {
 		return
 	}
 	put(metricFilter, 1, dev.Name, dev.Original, dev.Path, string(dev.Mode))
+	put(metricAttached, boolean01(dev.attached != nil), dev.Name)
+	put(metricBypassed, boolean01(dev.whyBypassed() != ""), dev.Name)
 	put(metricSize, float64(dev.Size), dev.Name)
 	var failed, skipped uint64
 	var inFlight int64

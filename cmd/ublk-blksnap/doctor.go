@@ -14,9 +14,10 @@ func (p *program) doctor() *cobra.Command {
 		Use:   "doctor",
 		Short: "Tell whether this machine can run it, and what to do if not",
 		Long: `Tell whether this machine can run ublk-blksnap: each line is ok, a note on what is
-not there but not needed, or what is missing and what to do. Nothing is changed,
-but that the ublk driver is loaded if it can be. Status 1 if something that is
-needed is missing.`,
+not there but not needed, or what is missing and what to do. Volumes that were
+attached while in use have a line each, which says whether their requests come to
+the filter. Nothing is changed, but that the ublk driver is loaded if it can be.
+Status 1 if something that is needed is missing.`,
 		Example: "  ublk-blksnap doctor",
 		Args:    args(0, 0),
 		RunE: func(*cobra.Command, []string) error {

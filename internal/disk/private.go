@@ -68,6 +68,43 @@ func (h *Host) disksNamed(names []string) (out []*Disk) {
 // DMUUID is the UUID of a device-mapper device.
 func (h *Host) DMUUID(d *Disk) string { return readText(filepath.Join(d.sys, "dm/uuid")) }
 
+// Attached is a volume under which somebody has put a filter, as sysfs tells of it.
+type Attached struct {
+	Private   *Disk
+	Public    *Disk // nil: it is gone
+	Filter    *Disk // that the public device's requests come to; nil: they come to none
+	Suspended bool  // the public device is: its users wait
+}
+
+// Attached are all of this machine, whoever attached them.
+func (h *Host) Attached() (all []Attached) {
+	dms, _ := filepath.Glob(filepath.Join(h.Sys, "class/block/dm-*"))
+	for i := range dms {
+		dms[i] = filepath.Base(dms[i])
+	}
+	disks := h.disksNamed(dms)
+	for _, private := range disks {
+		uuid, ok := publicUUID(h.DMUUID(private))
+		if !ok {
+			continue
+		}
+		a := Attached{Private: private}
+		for _, d := range disks {
+			if own := h.DMUUID(d); own == uuid && (own != "" || PrivateName(d.Num) == private.DMName) {
+				a.Public = d
+			}
+		}
+		if a.Public != nil {
+			a.Suspended = readText(filepath.Join(a.Public.sys, "dm/suspended")) == "1"
+			if below := h.Slaves(a.Public); len(below) == 1 && strings.HasPrefix(below[0].Name, "ublkb") {
+				a.Filter = below[0]
+			}
+		}
+		all = append(all, a)
+	}
+	return all
+}
+
 // publicName is the name of the public device whose private one has this name; the same name
 // if it is gone.
 func (h *Host) publicName(private string) string {

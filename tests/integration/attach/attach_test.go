@@ -148,6 +148,21 @@ func TestAttachChanged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// tell says what doctor and the metrics tell of the volume.
+	tell := func(doctor string, bypassed, anew int) {
+		t.Helper()
+		if a := d.Call("ublk-blksnap", "doctor"); a.Status != 0 || !strings.Contains(a.Out, doctor) {
+			t.Errorf("doctor: %+v, want %q", a, doctor)
+		}
+		metrics := guest.Run(t, "curl", "-sS", "--unix-socket", d.RunDir.Socket(), "http://localhost/metrics")
+		for _, want := range []string{
+			`filter_attached{device="data"} 1`, fmt.Sprintf(`filter_bypassed{device="data"} %d`, bypassed), fmt.Sprintf("attached_anew_total %d", anew),
+		} {
+			if !strings.Contains(metrics, "\nublk_blksnap_"+want+"\n") {
+				t.Errorf("the metrics do not say %s: %s", want, metrics)
+			}
+		}
+	}
 	changedBy := func(what string, size int64, change func(), more ...func()) {
 		t.Helper()
 		s := d.Take(0, dev)
@@ -204,8 +219,10 @@ func TestAttachChanged(t *testing.T) {
 			if all, err := d.Devices(guest.Context(t)); err != nil || len(all) != 1 || all[0].Added != dev.Added || !strings.Contains(all[0].Attention, "do not come to the filter") {
 				t.Errorf("meanwhile: %+v, %v", all, err)
 			}
+			tell("vgc-data: its requests come to no filter", 1, 1)
 			swap()
 		})
+		tell("vgc-data: its requests come to the filter "+dev.Path+"\n", 0, 2)
 		// What waits stays, whatever is asked of the daemon.
 		load(44)
 		for _, force := range []bool{false, true} {
