@@ -49,7 +49,7 @@ ARCH ?= amd64
 # What is installed, and where unit and rules go: a package's beside the system's own, another's to the administrator's.
 BINARY = bin/ublk-blksnap
 PACKAGES = bin
-COMPLETION = $(addprefix .$(PREFIX)/share/,bash-completion/completions/ublk-blksnap fish/vendor_completions.d/ublk-blksnap.fish $(ZSH)/_ublk-blksnap)
+COMPLETION = $(foreach name,ublk-blksnap blksnap,$(addprefix .$(PREFIX)/share/,bash-completion/completions/$(name) fish/vendor_completions.d/$(name).fish $(ZSH)/_$(name)))
 ZSH = zsh/site-functions
 LIBDIR = $(if $(filter /usr,$(PREFIX)),/usr/lib,/etc)
 
@@ -200,6 +200,10 @@ install: build
 	bin/ublk-blksnap completion bash >$(DESTDIR)/$(word 1,$(COMPLETION))
 	bin/ublk-blksnap completion fish >$(DESTDIR)/$(word 2,$(COMPLETION))
 	bin/ublk-blksnap completion zsh >$(DESTDIR)/$(word 3,$(COMPLETION))
+	@ln -s $(CURDIR)/bin/ublk-blksnap .cache/manual/blksnap
+	.cache/manual/blksnap completion bash >$(DESTDIR)/$(word 4,$(COMPLETION))
+	.cache/manual/blksnap completion fish >$(DESTDIR)/$(word 5,$(COMPLETION))
+	.cache/manual/blksnap completion zsh >$(DESTDIR)/$(word 6,$(COMPLETION))
 	@# The texts stand as they do here, so that their links and their commands hold.
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap README.md
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/ublk-blksnap/docs docs/*.md docs/session.svg
@@ -228,7 +232,8 @@ deb rpm: setup-go $(NFPM)
 	@$(MAKE) --no-print-directory install DESTDIR=$(STAGE) PREFIX=/usr BINARY=$(STAGE)/program \
 		$(if $(filter deb,$@),ZSH=zsh/vendor-completions) >/dev/null
 	@gzip -9n $(STAGE)/usr/share/man/*/*
-	@rm $(STAGE)/usr/sbin/blksnap && mv $(STAGE)/usr/share/man/man8/blksnap.8.gz $(STAGE)/
+	@cd $(STAGE) && rm usr/sbin/blksnap && find usr -name 'blksnap*' -o -name _blksnap | \
+		while read -r file; do install -D -m 644 -t compat/$${file%/*} $$file && rm $$file; done
 	@for config in nfpm compat; do ARCH=$(ARCH) $(NFPM) package -f dist/package/$$config.yaml -p $@ -t $(PACKAGES)/; done
 
 # What Debian's and Fedora's own checks say of the packages, and that what is installed can be taken away again.

@@ -2,11 +2,14 @@ package main
 
 import (
 	"context"
+	"io"
+	"maps"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
@@ -39,11 +42,42 @@ var completedArgs = map[string][]completer{
 	"snapshot destroy": {snapshotNames, snapshotNames},
 }
 
-// completedFlags are the flags with words of their own, of any command. Others are completed with files.
+// completedFlags are the flags with words of their own, of any command or of one. Others are completed with files.
 var completedFlags = map[string]completer{
-	"mode":      words("auto", "copy", "zerocopy"),
-	"log-level": words("debug", "info", "warn", "error"),
-	"id":        snapshotIDs,
+	"--mode":                words("auto", "copy", "zerocopy"),
+	"--log-level":           words("debug", "info", "warn", "error"),
+	"--id":                  snapshotIDs,
+	"--device":              originals,
+	"snapshot info --field": words(slices.Sorted(maps.Keys(snapshotFields))...),
+	"snapshot_info --field": words("image", "error_code"),
+}
+
+// shells are those that a script can be had for.
+var shells = map[string]func(root *cobra.Command, w io.Writer) error{
+	"bash": func(root *cobra.Command, w io.Writer) error { return root.GenBashCompletionV2(w, true) },
+	"fish": func(root *cobra.Command, w io.Writer) error { return root.GenFishCompletion(w, true) },
+	"zsh":  (*cobra.Command).GenZshCompletion,
+}
+
+func (p *program) completion() *cobra.Command {
+	return &cobra.Command{
+		Use:   "completion {bash|fish|zsh}",
+		Short: "Print the script by which a shell completes commands and names",
+		Long: `Print the script by which a shell completes commands and options, the names of
+filters, and the names and UUIDs of snapshots, which it asks the daemon for. The
+package and "make install" put these scripts where the shells look for them. What
+bash needs besides is the package bash-completion.`,
+		Example:   "  source <(ublk-blksnap completion bash)",
+		Args:      args(1, 1),
+		ValidArgs: slices.Sorted(maps.Keys(shells)),
+		RunE: func(c *cobra.Command, args []string) error {
+			script := shells[args[0]]
+			if script == nil {
+				return usage("completion: no shell %q: use %s", args[0], strings.Join(c.ValidArgs, ", "))
+			}
+			return script(c.Root(), p.out)
+		},
+	}
 }
 
 // complete gives the commands below c what they complete.
@@ -68,17 +102,25 @@ func (p *program) complete(c *cobra.Command) {
 			}), directive
 		}
 	}
-	for name, words := range completedFlags {
-		if c.LocalNonPersistentFlags().Lookup(name) == nil {
-			continue
+	c.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
+		completer := completedFlags["--"+f.Name]
+		if own := completedFlags[path+" --"+f.Name]; own != nil {
+			completer = own
 		}
-		err := c.RegisterFlagCompletionFunc(name, func(c *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-			return p.words(c, words)
+		if completer == nil {
+			return
+		}
+		err := c.RegisterFlagCompletionFunc(f.Name, func(c *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			found, directive := p.words(c, completer)
+			if f.Name == "device" {
+				directive = cobra.ShellCompDirectiveDefault // it may be any other path too
+			}
+			return found, directive
 		})
 		if err != nil {
 			panic(err)
 		}
-	}
+	})
 }
 
 // words are those of a completer, or files if it is nil.
@@ -101,6 +143,15 @@ func filterNames(ctx context.Context, api control.API) (names []cobra.Completion
 		names = append(names, cobra.CompletionWithDesc(d.Name, d.Original))
 	}
 	return names, err
+}
+
+// originals are what blksnap's commands take.
+func originals(ctx context.Context, api control.API) (paths []cobra.Completion, err error) {
+	all, err := api.Devices(ctx)
+	for _, d := range all {
+		paths = append(paths, cobra.CompletionWithDesc(d.Original, d.Name))
+	}
+	return paths, err
 }
 
 // snapshotNames are all by which a snapshot may be called.

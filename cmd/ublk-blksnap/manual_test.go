@@ -127,17 +127,22 @@ func TestTroff(t *testing.T) {
 // TestCompletion: names come from the daemon, and nothing else is completed in their place.
 func TestCompletion(t *testing.T) {
 	for line, want := range map[string][]string{
-		"remove ":                       {"vdb\t/dev/vdb", ":4"},
-		"remove vdb ":                   {":4"},
-		"status ":                       {"vdb\t/dev/vdb", ":4"},
-		"cbt changes ":                  {"vdb\t/dev/vdb", ":4"},
-		"snapshot create vdb ":          {":4"}, // it is there already
-		"snapshot destroy " + id1 + " ": {"latest", "nightly\ttaken /dev/vdb", id2 + "\tcorrupted /dev/vdb", ":4"},
-		"snapshot append ":              {"latest", "nightly\ttaken /dev/vdb", id1 + "\ttaken /dev/vdb", id2 + "\tcorrupted /dev/vdb", ":4"},
-		"snapshot append " + id1 + " ":  {":0"}, // a file
-		"snapshot_destroy -i ":          {id1 + "\ttaken /dev/vdb", id2 + "\tcorrupted /dev/vdb", ":4"},
-		"add /dev/vdb --mode ":          {"auto", "copy", "zerocopy", ":4"},
-		"add ":                          {":0"},
+		"remove ":                        {"vdb\t/dev/vdb", ":4"},
+		"remove vdb ":                    {":4"},
+		"status ":                        {"vdb\t/dev/vdb", ":4"},
+		"cbt changes ":                   {"vdb\t/dev/vdb", ":4"},
+		"snapshot create vdb ":           {":4"}, // it is there already
+		"snapshot destroy " + id1 + " ":  {"latest", "nightly\ttaken /dev/vdb", id2 + "\tcorrupted /dev/vdb", ":4"},
+		"snapshot append ":               {"latest", "nightly\ttaken /dev/vdb", id1 + "\ttaken /dev/vdb", id2 + "\tcorrupted /dev/vdb", ":4"},
+		"snapshot append " + id1 + " ":   {":0"}, // a file
+		"snapshot_destroy -i ":           {id1 + "\ttaken /dev/vdb", id2 + "\tcorrupted /dev/vdb", ":4"},
+		"snapshot_create -d ":            {"/dev/vdb\tvdb", ":0"}, // or another file
+		"detach -d ":                     {"/dev/vdb\tvdb", ":0"},
+		"snapshot_info -f ":              {"image", "error_code", ":4"},
+		"snapshot info nightly --field ": {"device", "expires", "image", "name", "state", "take", "uuid", ":4"},
+		"completion ":                    {"bash", "fish", "zsh", ":4"},
+		"add /dev/vdb --mode ":           {"auto", "copy", "zerocopy", ":4"},
+		"add ":                           {":0"},
 	} {
 		_, out, _ := execute(newFake(), append([]string{"ublk-blksnap", cobra.ShellCompRequestCmd}, strings.Split(line, " ")...)...)
 		if got := strings.Split(strings.TrimSpace(out), "\n"); !slices.Equal(got, want) {

@@ -140,6 +140,7 @@ func (p *program) root() *cobra.Command {
 		Args:          noCommand,
 		RunE:          p.whichCommand,
 	}
+	root.CompletionOptions.DisableDefaultCmd = true
 	root.PersistentFlags().BoolVarP(&p.json, "json", "j", false, "print JSON")
 	root.PersistentFlags().StringVar(&p.runDir, "run-dir", daemon.DefaultRunDir, "run directory of the daemon")
 	root.PersistentFlags().StringVar(&p.configPath, "config", "", "configuration of a daemon that is started (default "+daemon.DefaultConfigPath+")")
@@ -165,7 +166,9 @@ func (p *program) root() *cobra.Command {
 	})
 	if asBlksnap {
 		root.Short = "Snapshots and changed-block tracking of block devices"
-		root.AddCommand(p.version())
+		script := p.completion()
+		script.Hidden = true // it is not a verb of blksnap's
+		root.AddCommand(p.version(), script)
 		root.AddCommand(p.blksnapCommands()...)
 		p.complete(root)
 		return root
@@ -198,7 +201,6 @@ commands do only if one has died and what it had waits for the next.
 		&cobra.Group{ID: "blksnap", Title: "As blksnap has them:"},
 	)
 	root.SetHelpCommandGroupID("program")
-	root.SetCompletionCommandGroupID("program")
 	group := func(id string, cs ...*cobra.Command) {
 		for _, c := range cs {
 			c.GroupID = id
@@ -207,7 +209,7 @@ commands do only if one has died and what it had waits for the next.
 	}
 	group("device", p.add(), p.remove(), p.list(), p.status(), p.top())
 	group("snapshot", p.snapshot(), p.cbt())
-	group("program", p.daemon(), p.doctor(), p.config(), p.version())
+	group("program", p.daemon(), p.doctor(), p.config(), p.completion(), p.version())
 	group("blksnap", p.blksnapCommands()...)
 	root.AddCommand(p.probe(), p.guard(), p.manual())
 	p.complete(root)

@@ -477,6 +477,7 @@ func TestUsage(t *testing.T) {
 		"ublk-blksnap daemon --queues=x":                     `ublk-blksnap: daemon: invalid argument "x" for "--queues" flag: not a whole number: see`,
 		"ublk-blksnap snapshot create --limit 9x":            `ublk-blksnap: create: invalid argument "9x" for "--limit" flag: not a size: write a number and K, M, G or T: see`,
 		"ublk-blksnap list --json=x":                         `ublk-blksnap: list: invalid argument "x" for "-j, --json" flag: neither true nor false: see`,
+		"ublk-blksnap completion tcsh":                       "ublk-blksnap: completion: no shell \"tcsh\": use bash, fish, zsh\n",
 		"ublk-blksnap --nonsense":                            "ublk-blksnap: unknown flag: --nonsense: see ublk-blksnap --help\n",
 	})
 	// What to do was left out: help, and what is wrong.
