@@ -75,6 +75,11 @@ without)
 	"$program" add "$data" --name data
 	"$program" list >/tmp/list 2>&1
 	[ "$({ grep -o "lost in a restart or a loss of power, of data ($(realpath "$data"))" /tmp/list || true; } | wc -l)" = 5 ] || fail "list says: $(cat /tmp/list)"
+	# And what the power failure means for change tracking, which goes on by the write-intent log.
+	for said in list status "status data"; do
+		"$program" $said >/tmp/said 2>&1
+		grep -q "change tracking goes on after a power failure" /tmp/said || fail "$said says: $(cat /tmp/said)"
+	done
 	cleared() { [ "$(readable "$raw")" = 0 ]; }
 	awaits "the clearing of $raw" cleared
 	"$program" list >/tmp/list 2>&1

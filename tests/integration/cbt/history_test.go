@@ -138,6 +138,15 @@ func TestHistoryGoesOn(t *testing.T) {
 	if _, err := d.Changed(dev, since); control.CodeOf(err) != control.GenerationEnded {
 		t.Errorf("after a removal by force: %v", err)
 	}
+	told := "data: change tracking began anew: " + dev.History.Text
+	if a := d.Call("ublk-blksnap", "list"); !strings.Contains(a.Err, told+"\n") {
+		t.Errorf("list: %+v, want %q", a, told)
+	}
+	for _, args := range [][]string{{"status"}, {"status", "data"}} {
+		if a := d.Call("ublk-blksnap", args...); !strings.Contains(a.Out, strings.TrimPrefix(told, "data: ")) {
+			t.Errorf("%v: %+v, want %q", args, a, told)
+		}
+	}
 }
 
 func destroyAll(t *testing.T, d *program.Daemon) {
