@@ -4,6 +4,7 @@
 package program
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"os/exec"
@@ -238,6 +239,11 @@ func (d *Daemon) showLog() {
 	d.t.Helper()
 	b, _ := os.ReadFile(d.Log)
 	if len(b) > shownLog {
+		for _, line := range bytes.Split(b[:len(b)-shownLog], []byte("\n")) {
+			if bytes.Contains(line, []byte("level=ERROR")) {
+				d.t.Logf("an error before what is shown below:\n%s", line)
+			}
+		}
 		b = b[len(b)-shownLog:]
 	}
 	d.t.Logf("the daemon's log:\n%s", b)
