@@ -145,7 +145,7 @@ func (d *Daemon) privateDisk(a *attachment) (*disk.Disk, error) {
 func (d *Daemon) insert(ctx context.Context, dev *device) error {
 	a := dev.attached
 	d.step("attach %s: change its table", dev.Name)
-	_, err := d.order(ctx, dm.Order{Step: dm.StepLoad, Device: a.device, To: dev.ublk.Num, Size: dev.geo.Size})
+	_, err := d.order(ctx, dm.Order{Step: dm.StepLoad, Device: a.device, From: a.private, To: dev.ublk.Num})
 	deathpoint.Point()
 	if errors.Is(err, unix.EBUSY) {
 		return d.tablesError(dev, err)
@@ -158,7 +158,7 @@ func (d *Daemon) insert(ctx context.Context, dev *device) error {
 		return errors.Join(err, e)
 	}
 	if state, err := d.tableState(a, dev.ublk.Num); err != nil || state != tableOurs {
-		return errors.Join(fmt.Errorf("another program has changed the table of %s at the same time", a.device), err)
+		return errors.Join(tableChanging("another program has changed the table of %s at the same time", a.device), err)
 	}
 	a.changing.Store(false)
 	if err := d.changeAttachRecord(dev, false); err != nil {
@@ -189,7 +189,7 @@ func (d *Daemon) giveBack(ctx context.Context, a *attachment, filter disk.Num) e
 	if err != nil || state != tableOurs {
 		return err
 	}
-	_, err = d.order(ctx, dm.Order{Step: dm.StepCopy, Device: a.device, From: a.private})
+	_, err = d.order(ctx, dm.Order{Step: dm.StepCopy, Device: a.device, From: a.private, To: filter})
 	deathpoint.Point()
 	if errors.Is(err, unix.EBUSY) {
 		return err
@@ -230,12 +230,18 @@ func (d *Daemon) detachTables(ctx context.Context, dev *device) error {
 func (d *Daemon) tablesError(dev *device, err error) error {
 	switch {
 	case errors.Is(err, unix.EBUSY): // dm.ErrChanging
-		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: err.Error(), Fix: "try again when that is done"}
+		return tableChanging("%v", err)
 	case !errors.Is(err, context.DeadlineExceeded):
 		return err
 	}
 	return &control.Error{Code: control.Timeout, Errno: unix.ETIMEDOUT, Message: fmt.Sprintf("the requests of %s that are under way do not end: %v", dev.Original, err),
 		Fix: "nothing has changed; try again when the disk answers"}
+}
+
+// tableChanging is the error of whoever comes in the midst of another program's change of a
+// table, and may try it again: EAGAIN.
+func tableChanging(format string, args ...any) error {
+	return &control.Error{Code: control.Busy, Errno: unix.EAGAIN, Message: fmt.Sprintf(format, args...), Fix: "try again when that is done"}
 }
 
 // swap makes the table that waits in the public device its live one. Its users wait

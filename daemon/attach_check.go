@@ -111,8 +111,8 @@ func (d *Daemon) checkTargets(bdev *disk.Disk, refuse func(fix, format string, a
 	if err != nil {
 		return err
 	}
-	if i.Suspended || i.Inactive {
-		return refuse("try again when that is done", "another program is changing its table")
+	if why := d.changing(bdev, i); why != "" {
+		return tableChanging("cannot have a filter while it is in use: %s", why)
 	}
 	t, err := c.Live(i.Device)
 	if err != nil {
@@ -143,6 +143,25 @@ func (d *Daemon) checkTargets(bdev *disk.Disk, refuse func(fix, format string, a
 		}
 	}
 	return nil
+}
+
+// changing is what another program is doing with a device, which goes on from there; "" if it
+// does nothing.
+func (d *Daemon) changing(bdev *disk.Disk, i dm.Info) string {
+	if i.Suspended || i.Inactive {
+		return "another program is changing its table"
+	}
+	// While pvmove moves extents, the volume lies on a device that goes when that is done. A
+	// volume of LVM lies on a whole other one of its group only then.
+	const group, volume = len("LVM-") + 32, len("LVM-") + 64
+	if uuid := d.host.DMUUID(bdev); strings.HasPrefix(uuid, "LVM-") && len(uuid) == volume {
+		for _, below := range d.host.Slaves(bdev) {
+			if u := d.host.DMUUID(below); len(u) == volume && u[:group] == uuid[:group] {
+				return "LVM is moving its extents (" + below.DMName + ")"
+			}
+		}
+	}
+	return ""
 }
 
 // liesOn says whether a path lies on the disk, or would.

@@ -14,13 +14,13 @@ import (
 )
 
 // What others do to the table of an attached device. lvextend, lvreduce, lvcreate --snapshot,
-// pvmove, cryptsetup resize, dmsetup reload and the like give the device a table of their own,
-// and from then on its requests pass the filter by: the change map misses them, and they
-// overwrite what images show. Nobody can keep them from that. So the daemon looks at the
-// table: when the kernel tells of a change, once a second, before a take is answered, and
-// before the change map is asked. Once it is another one, the map has a new generation, the
-// snapshots of the device end with an event that says so, and the device is attached anew, as
-// large as it is then. A take that was answered was made while requests came to the filter.
+// pvmove, dmsetup reload and the like give the device a table of their own, and from then on
+// its requests pass the filter by: the change map misses them, and they overwrite what images
+// show. Nobody can keep them from that. So the daemon looks at the table: when the kernel
+// tells of a change, once a second, before a take is answered, and before the change map is
+// asked. Once it is another one, the map has a new generation, the snapshots of the device end
+// with an event that says so, and the device is attached anew, as large as it is then. A take
+// that was answered was made while requests came to the filter.
 
 // checkTable makes sure that the requests of an attached device come to its filter.
 func (d *Daemon) checkTable(dev *device) error {
@@ -203,11 +203,11 @@ func (d *Daemon) endHolders(dev *device) error {
 
 // attachAnew removes a filter that is passed by, and attaches another if its device is there;
 // needs opLock. While another program has more to change, as LVM has in the midst of some
-// commands, only the snapshots end: the watch comes again.
+// commands and for all of a pvmove, only the snapshots end: the watch comes again.
 func (d *Daemon) attachAnew(ctx context.Context, dev *device) {
-	why, public := *dev.attached.bypassed.Load(), dev.attached.device
+	why := *dev.attached.bypassed.Load()
 	err := d.endHolders(dev)
-	if err == nil && tableWaits(public) {
+	if err == nil && d.tableWaits(dev.attached) {
 		return
 	}
 	if err == nil {
@@ -224,7 +224,7 @@ func (d *Daemon) attachAnew(ctx context.Context, dev *device) {
 	logged := dev.intent != nil
 	r := control.AddRequest{Path: dev.attached.public.Node, Name: dev.Name, Queues: dev.Queues, Depth: dev.Depth, Mode: dev.Mode, Attach: control.AttachAlways, IntentLog: &logged}
 	_, err = d.add(ctx, r)
-	for until := time.Now().Add(settleLimit); err != nil && tableWaits(public) && time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
+	for until := time.Now().Add(settleLimit); errors.Is(err, unix.EAGAIN) && time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
 		_, err = d.add(ctx, r)
 	}
 	if err != nil {
@@ -243,12 +243,12 @@ func (d *Daemon) tellRemoved(dev *device, why string) {
 }
 
 // tableWaits says whether another program is in the midst of changing the table of a device.
-func tableWaits(public dm.Device) bool {
+func (d *Daemon) tableWaits(a *attachment) bool {
 	c, err := dm.Open()
 	if err != nil {
 		return false
 	}
 	defer c.Close()
-	i, err := c.Info(public)
-	return err == nil && (i.Suspended || i.Inactive)
+	i, err := c.Info(a.device)
+	return err == nil && d.changing(a.public, i) != ""
 }

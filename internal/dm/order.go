@@ -3,6 +3,7 @@ package dm
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -17,11 +18,10 @@ import (
 type Order struct {
 	Step   Step   `json:"step"`
 	Device Device `json:"device"` // that is changed
-	// From is whose live table StepMake and StepCopy take.
+	// From has the table that Device had, or shall have, on its own.
 	From Device `json:"from"`
-	// To is what StepLoad maps the device to, all of its Size in bytes.
-	To   blockdev.Num `json:"to"`
-	Size int64        `json:"size,omitempty"`
+	// To is what all of Device is mapped to in the place of that.
+	To blockdev.Num `json:"to"`
 	// Limit is how long StepSwap may wait.
 	Limit time.Duration `json:"limit,omitempty"`
 }
@@ -32,20 +32,22 @@ type Step string
 // The steps.
 const (
 	StepMake   Step = "make"   // a device with the name and UUID of Device, with the table of From, which udev leaves alone
-	StepCopy   Step = "copy"   // the table of From waits in Device; see ErrChanging
-	StepLoad   Step = "load"   // a table that maps Device to To waits in it; see ErrChanging
+	StepLoad   Step = "load"   // a table that maps Device to To waits in it, and its live one is that of From; see ErrChanging
+	StepCopy   Step = "copy"   // the table of From waits in Device, and its live one maps it to To; see ErrChanging
 	StepSwap   Step = "swap"   // the table that waits in Device becomes the live one
 	StepClear  Step = "clear"  // no table waits in Device any more
 	StepRemove Step = "remove" // Device goes
 )
 
-// ErrChanging: another program has a table wait in the device, or has suspended it, and goes on
-// from there. Whoever put another table in that place would undo what it does, and resume what
-// it has suspended.
+// ErrChanging: another program has given the device another table, has one wait in it, or has
+// suspended it, and goes on from there. Whoever put a table of his own in that place would undo
+// what it does, and bring the users of the device to where their data is no more.
 var ErrChanging = fmt.Errorf("another program is changing its table: %w", unix.EBUSY)
 
-// loadAlone is Load if nobody else is changing the table. That it waits already does no harm.
-func (c *Control) loadAlone(d Device, t Table) error {
+// replace is Load of a table that shall come in the place of live, if nobody else is changing the
+// table. That it waits already does no harm. Whoever changes the table from then on replaces
+// what waits, so that a Swap does nothing.
+func (c *Control) replace(d Device, live, t Table) error {
 	i, err := c.Info(d)
 	if err != nil {
 		return err
@@ -53,12 +55,33 @@ func (c *Control) loadAlone(d Device, t Table) error {
 	waits, err := c.Inactive(d)
 	defer waits.Wipe()
 	if err == nil && (i.Suspended || len(waits) > 0 && !waits.Is(t)) {
-		err = fmt.Errorf("load a table into %s: %w", d, ErrChanging)
+		err = ErrChanging
+	}
+	if err == nil {
+		err = c.stillLive(d, live)
+	}
+	if err == nil {
+		err = c.Load(d, t)
+	}
+	if err == nil { // once more: somebody may have come between
+		if err = c.stillLive(d, live); err != nil {
+			err = errors.Join(err, c.Clear(d))
+		}
 	}
 	if err != nil {
-		return err
+		return fmt.Errorf("load a table into %s: %w", d, err)
 	}
-	return c.Load(d, t)
+	return nil
+}
+
+// stillLive is ErrChanging if the live table of a device is another one.
+func (c *Control) stillLive(d Device, live Table) error {
+	now, err := c.Live(d)
+	defer now.Wipe()
+	if err == nil && !now.Is(live) {
+		err = ErrChanging
+	}
+	return err
 }
 
 // swapAlike is Swap, after which the device reads ahead as far as before: with another table the
@@ -81,18 +104,21 @@ func (o Order) Do() (i Info, err error) {
 	}
 	defer c.Close()
 	switch o.Step {
-	case StepMake, StepCopy:
-		var t Table
-		if t, err = c.Live(o.From); err != nil {
+	case StepMake, StepLoad, StepCopy:
+		var own Table
+		if own, err = c.Live(o.From); err != nil {
 			return Info{}, err
 		}
-		defer t.Wipe()
-		if o.Step == StepMake {
-			return c.Make(o.Device.Name, o.Device.UUID, t, Unseen)
+		defer own.Wipe()
+		mapped := Linear(own.Size(), o.To)
+		switch o.Step {
+		case StepMake:
+			return c.Make(o.Device.Name, o.Device.UUID, own, Unseen)
+		case StepLoad:
+			err = c.replace(o.Device, own, mapped)
+		default:
+			err = c.replace(o.Device, mapped, own)
 		}
-		err = c.loadAlone(o.Device, t)
-	case StepLoad:
-		err = c.loadAlone(o.Device, Linear(o.Size, o.To))
 	case StepSwap:
 		ctx, cancel := context.WithTimeout(context.Background(), o.Limit)
 		defer cancel()

@@ -144,10 +144,7 @@ func TestAttachChanged(t *testing.T) {
 	guest.Ext4.Make(t, lv)
 	dir := guest.Mount(t, lv)
 	stop := busy(t, filepath.Join(dir, "busy"))
-	dev, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: lv, Name: "data"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := attachVolume(t, d, lv)
 	// tell says what doctor and the metrics tell of the volume.
 	tell := func(doctor string, bypassed, anew int) {
 		t.Helper()
@@ -163,38 +160,16 @@ func TestAttachChanged(t *testing.T) {
 			}
 		}
 	}
-	changedBy := func(what string, size int64, change func(), more ...func()) {
-		t.Helper()
-		s := d.Take(0, dev)
-		take := *s.Images[0].Take
-		change()
-		if now, err := d.Snapshot(guest.Context(t), s.ID); err == nil && now.State == control.SnapshotTaken {
-			t.Errorf("%s: whoever asks is told that the images are good", what)
-		}
-		if _, e := d.Corrupted(s.ID); e.Device != dev.OriginalNumber || !strings.Contains(e.Text, "another program has given") {
-			t.Errorf("%s: the event says %+v", what, e)
-		}
-		for _, f := range more {
-			f()
-		}
-		guest.WaitFor(t, what+": another filter", func() bool {
-			all, err := d.Devices(guest.Context(t))
-			return err == nil && len(all) == 1 && all[0].Added != dev.Added && goesThroughFilter(t, lv)
-		})
-		all, err := d.Devices(guest.Context(t))
-		if err != nil || len(all) != 1 || all[0].Name != "data" || all[0].Size != size {
-			t.Fatalf("%s: %+v, %v", what, all, err)
-		}
-		dev = all[0]
-		_, err = d.CBTChanges(guest.Context(t), control.ChangesRequest{Device: lv, Since: take}, func(control.Range) error { return nil })
-		program.WantError(t, err, control.GenerationEnded)
-	}
 	if guest.Long() {
-		changedBy("lvextend", 80<<20, func() { lvm(t, "lvextend", "-q", "-L", "80m", "vgc/data") })
-		changedBy("lvrename", 80<<20, func() { lvm(t, "lvrename", "-q", "vgc", "data", "datum"); lv = "/dev/vgc/datum" })
-		changedBy("lvchange", 80<<20, func() { lvm(t, "lvchange", "--refresh", "vgc/datum") })
+		v.changedBy(t, "lvextend", 80<<20, func() { lvm(t, "lvextend", "-q", "-L", "80m", "vgc/data") })
+		v.changedBy(t, "lvrename", 80<<20, func() {
+			lvm(t, "lvrename", "-q", "vgc", "data", "datum")
+			lv = "/dev/vgc/datum"
+			v.path = lv
+		})
+		v.changedBy(t, "lvchange", 80<<20, func() { lvm(t, "lvchange", "--refresh", "vgc/datum") })
 	} else {
-		changedBy("dmsetup", 32<<20, func() {
+		v.changedBy(t, "dmsetup", 32<<20, func() {
 			guest.Run(t, "dmsetup", "load", lv, "--table", table(32))
 			guest.Run(t, "dmsetup", "resume", lv)
 		})
@@ -212,17 +187,17 @@ func TestAttachChanged(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		changedBy("one table after another", 40<<20, func() { load(36); swap(); load(40) }, func() {
+		v.changedBy(t, "one table after another", 40<<20, func() { load(36); swap(); load(40) }, func() {
 			if waits, err := c.Inactive(volume); err != nil || waits.Size() != 40<<20 {
 				t.Errorf("the table that waited is %+v, %v", waits, err)
 			}
-			if all, err := d.Devices(guest.Context(t)); err != nil || len(all) != 1 || all[0].Added != dev.Added || !strings.Contains(all[0].Attention, "do not come to the filter") {
+			if all, err := d.Devices(guest.Context(t)); err != nil || len(all) != 1 || all[0].Added != v.dev.Added || !strings.Contains(all[0].Attention, "do not come to the filter") {
 				t.Errorf("meanwhile: %+v, %v", all, err)
 			}
 			tell("vgc-data: its requests come to no filter", 1, 1)
 			swap()
 		})
-		tell("vgc-data: its requests come to the filter "+dev.Path+"\n", 0, 2)
+		tell("vgc-data: its requests come to the filter "+v.dev.Path+"\n", 0, 2)
 		// What waits stays, whatever is asked of the daemon.
 		load(44)
 		for _, force := range []bool{false, true} {
@@ -347,21 +322,28 @@ func TestAttachRefused(t *testing.T) {
 		refused(era, "era", "unmount it first")
 		guest.Unmount(t, dir)
 	})
-	t.Run("a key that nobody can have", func(t *testing.T) {
+	t.Run("multipath", func(t *testing.T) {
+		guest.Run(t, "modprobe", "dm-multipath")
+		guest.Run(t, "modprobe", "dm-round-robin")
+		path := guest.LoopDisk(t, 16<<20, 512)
+		multi := guest.DMDisk(t, "multi", "0 32768 multipath 0 0 1 1 round-robin 0 1 1 "+path+" 1000")
+		d.In(t).Refused([]string{"multipath device", "name the volume that lies on it"}, "add", "--attach", multi)
+		nothingLeft(t, c)
 		if !guest.Long() {
 			return
 		}
-		key := filepath.Join(t.TempDir(), "key")
-		if err := os.WriteFile(key, []byte("secret"), 0o600); err != nil {
-			t.Fatal(err)
+		on := guest.DMDisk(t, "onmulti", guest.LinearTable(t, multi))
+		guest.Ext4.Make(t, on)
+		dir := guest.Mount(t, on)
+		refused(multi, "the volume that lies on it")
+		before := tableOf(t, on)
+		stop := busy(t, filepath.Join(dir, "busy"))
+		dev := d.In(t).Add(on)
+		d.In(t).Remove(dev)
+		stop()
+		if now := tableOf(t, on); now != before || !dev.Attached {
+			t.Errorf("%+v; table %s, before it was %s", dev, now, before)
 		}
-		guest.Run(t, "modprobe", "dm-crypt")
-		guest.Run(t, "cryptsetup", "luksFormat", "-q", "--type", "luks2", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", lv, key)
-		guest.Run(t, "cryptsetup", "open", "--key-file", key, lv, "ring")
-		defer guest.Run(t, "cryptsetup", "close", "ring")
-		guest.Ext4.Make(t, "/dev/mapper/ring")
-		dir := guest.Mount(t, "/dev/mapper/ring")
-		refused("/dev/mapper/ring", "keyring", "cryptsetup refresh --disable-keyring ring")
 		guest.Unmount(t, dir)
 	})
 	t.Run("a part of a volume group", func(t *testing.T) {

@@ -46,7 +46,7 @@ func makeDM(t *testing.T, c *dm.Control, name string, table dm.Table) dm.Info {
 	return i
 }
 
-func numOf(t *testing.T, node string) blockdev.Num {
+func numOf(t testing.TB, node string) blockdev.Num {
 	t.Helper()
 	var st unix.Stat_t
 	if err := unix.Stat(node, &st); err != nil {
@@ -139,10 +139,12 @@ func TestDM(t *testing.T) {
 	tableIs("swapped", c.Live, second)
 	tableIs("swapped", c.Inactive, nil)
 	byNumber := dm.Device{Num: dev.Num}
-	// An order leaves a device alone with which another program is not done.
+	// An order leaves a device alone with which another program is not done, or to which it has
+	// given another table.
+	own := makeDM(t, c, "test-own", second)
 	left := func(what string) {
 		t.Helper()
-		for _, o := range []dm.Order{{Step: dm.StepLoad, Device: dev.Device, To: nums[0], Size: diskSize}, {Step: dm.StepCopy, Device: dev.Device, From: dev.Device}} {
+		for _, o := range []dm.Order{{Step: dm.StepLoad, Device: dev.Device, From: own.Device, To: nums[0]}, {Step: dm.StepCopy, Device: dev.Device, From: own.Device, To: nums[1]}} {
 			if _, err := o.Do(); !errors.Is(err, dm.ErrChanging) || !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "/dev/mapper/test-dm") {
 				t.Errorf("%s of %s: %v", o.Step, what, err)
 			}
@@ -155,6 +157,25 @@ func TestDM(t *testing.T) {
 	tableIs("left alone", c.Inactive, two)
 	if err := c.Clear(dev.Device); err != nil {
 		t.Fatal(err)
+	}
+	for _, live := range []dm.Table{first, two} {
+		if err := errors.Join(c.Load(dev.Device, live), c.Swap(guest.Context(t), dev.Device)); err != nil {
+			t.Fatal(err)
+		}
+		left("a device with another table")
+		tableIs("with another table", c.Live, live)
+		tableIs("with another table", c.Inactive, nil)
+	}
+	if err := errors.Join(c.Load(dev.Device, second), c.Swap(guest.Context(t), dev.Device)); err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range []dm.Order{{Step: dm.StepLoad, Device: dev.Device, From: own.Device, To: nums[0]}, {Step: dm.StepCopy, Device: dev.Device, From: own.Device, To: nums[1]}} {
+		if _, err := o.Do(); err != nil {
+			t.Errorf("%s of a device with the table that it should have: %v", o.Step, err)
+		}
+		if err := c.Clear(dev.Device); err != nil {
+			t.Error(err)
+		}
 	}
 	if i, err := c.Info(byNumber); err != nil || i.Device != dev.Device || i.Suspended {
 		t.Errorf("by its number: %+v, %v", i, err)

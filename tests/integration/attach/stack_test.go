@@ -17,10 +17,12 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
 )
 
+// quiet has LVM leave alone what is not there in a test's machine.
+var quiet = []string{"--config", "devices{use_devicesfile=0} activation{monitoring=0} global{use_lvmpolld=0}"}
+
 // lvm runs a command of LVM, which must have nothing to complain of.
 func lvm(t testing.TB, args ...string) string {
 	t.Helper()
-	quiet := []string{"--config", "devices{use_devicesfile=0} activation{monitoring=0}"}
 	out := guest.Run(t, args[0], append(args[1:], quiet...)...)
 	for _, bad := range []string{"WARNING", "mismatch", "uplicate"} {
 		if strings.Contains(out, bad) {
@@ -54,22 +56,36 @@ func volume(t testing.TB, name string, mib int) string {
 }
 
 // encrypted makes and opens an encrypted volume over a disk, with its key in its table: in the
-// long form with LUKS, which takes a minute.
+// long form with LUKS.
 func encrypted(t testing.TB, name, disk string) string {
 	t.Helper()
-	key := filepath.Join(t.TempDir(), "key")
-	if err := os.WriteFile(key, bytes.Repeat([]byte("secret.."), 8), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	key := keyFile(t)
 	guest.Run(t, "modprobe", "dm-crypt")
 	if guest.Long() {
-		guest.Run(t, "cryptsetup", "luksFormat", "-q", "--type", "luks2", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", disk, key)
+		formatLUKS(t, disk, key)
 		guest.Run(t, "cryptsetup", "open", "--disable-keyring", "--key-file", key, disk, name)
 	} else {
 		guest.Run(t, "cryptsetup", "open", "--type", "plain", "--cipher", "aes-xts-plain64", "--key-size", "512", "--key-file", key, disk, name)
 	}
 	t.Cleanup(func() { guest.Try("cryptsetup", "close", name) })
 	return "/dev/mapper/" + name
+}
+
+// keyFile is a new file with what opens an encrypted volume.
+func keyFile(t testing.TB) string {
+	t.Helper()
+	key := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(key, bytes.Repeat([]byte("secret.."), 8), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// formatLUKS makes an encrypted volume, which takes little time to open.
+func formatLUKS(t testing.TB, disk, key string) {
+	t.Helper()
+	guest.Run(t, "modprobe", "dm-crypt")
+	guest.Run(t, "cryptsetup", "luksFormat", "-q", "--type", "luks2", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", disk, key)
 }
 
 // dmName is device-mapper's name of a device.
