@@ -198,6 +198,21 @@ func TestAttachBesideLVM(t *testing.T) {
 		lvm(t, "pvmove", "-q", "-i", "0", disks[0])
 	})
 	if guest.Long() {
+		v.changedBy(t, "pvmove back", 24<<20, func() {
+			lvm(t, "pvmove", "-q", "-b", "-i", "+3600", disks[1], disks[0])
+		}, func() {
+			d.Kill()
+			d.Restart()
+			guest.WaitFor(t, "the next daemon's word that the volume is passed by", func() bool {
+				all, err := d.Devices(guest.Context(t))
+				return err == nil && len(all) == 1 && strings.Contains(all[0].Attention, "do not come to the filter")
+			})
+			d.Remove(v.dev)
+			d.Refused([]string{"LVM is moving its extents", "try again when that is done"}, "add", path)
+			nothingLeft(t, c)
+			lvm(t, "pvmove", "-q", "-i", "0", disks[1])
+			attachVolume(t, d, path)
+		})
 		v.changedBy(t, "vgchange --refresh", 24<<20, func() { lvm(t, "vgchange", "--refresh", "vgb") })
 		v.changedBy(t, "lvextend --resizefs", 32<<20, func() { lvm(t, "lvextend", "-q", "-r", "-L", "32m", "vgb/data") })
 		stop()
