@@ -58,7 +58,7 @@ func Examine(c Config) []Check {
 		add("kernel", OK, release, "")
 	}
 	if os.Geteuid() == 0 {
-		add("root", OK, "", "")
+		add("root", OK, "root", "")
 	} else {
 		add("root", Missing, "not root", "run this as root")
 	}

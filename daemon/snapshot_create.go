@@ -15,7 +15,6 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/diffarea"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/sector"
-	"github.com/ublk-blksnap/ublk-blksnap/snapimage"
 	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 )
 
@@ -57,7 +56,7 @@ func (d *Daemon) create(ctx context.Context, r control.CreateRequest) (s *snapsh
 			attached = append(attached, dev)
 		}
 		if slices.Contains(devices, dev) {
-			return nil, fail(snapshotError(snapimage.ErrAdded, "%s", dev.Name), "add a device")
+			return nil, &control.Error{Code: control.Invalid, Errno: unix.EALREADY, Message: dev.Name + ": named twice"}
 		}
 		devices = append(devices, dev)
 	}
@@ -201,7 +200,7 @@ func (d *Daemon) addTo(ctx context.Context, s *snapshot, dev *device) error {
 		return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add " + dev.Name + ": it is being removed",
 			Fix: "end that first: ublk-blksnap remove " + dev.Name}
 	}
-	if s.note.Name != "" {
+	if s.note.Name != "" && s.taken == nil { // else the names are its own images'
 		if err := d.checkFreeName(ctx, s.imageName(dev.Name)); err != nil {
 			return err
 		}

@@ -75,7 +75,7 @@ func TestBlksnapCommands(t *testing.T) {
 		"blksnap markdirtyblock -f /no/such/file":            "blksnap: markdirtyblock: open /no/such/file",
 		"blksnap snapshot_info -d vdb -f size":               `blksnap: snapshot_info: no field "size"`,
 		"blksnap snapshot_appendstorage -i " + id1:           `blksnap: snapshot_appendstorage: required flag(s) "file" not set`,
-		"blksnap snapshot_appendstorage -i " + id1 + " /tmp": "blksnap: snapshot_appendstorage: 1 arguments given",
+		"blksnap snapshot_appendstorage -i " + id1 + " /tmp": "blksnap: snapshot_appendstorage: 1 argument given",
 	})
 }
 

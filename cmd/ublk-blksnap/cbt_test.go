@@ -44,7 +44,7 @@ func TestCBTCommands(t *testing.T) {
 		"ublk-blksnap cbt changes vdb --since 3": `ublk-blksnap: changes: --since: "3" names no take: ` +
 			`write GENERATION:N, as "snapshot info" and "cbt info" print it`,
 		"ublk-blksnap cbt changes vdb --since 3 --generation x": "ublk-blksnap: changes: unknown flag: --generation",
-		"ublk-blksnap cbt mark vdb":                             "ublk-blksnap: mark: 1 arguments given",
+		"ublk-blksnap cbt mark vdb":                             "ublk-blksnap: mark: 1 argument given",
 		"ublk-blksnap cbt mark vdb 0:1 8":                       `ublk-blksnap: mark vdb: "8" is not a range`,
 		"ublk-blksnap cbt mark vdb 0:0":                         `ublk-blksnap: mark vdb: range "0:0" is empty`,
 	})

@@ -116,7 +116,7 @@ func TestDaemonWithBadConfig(t *testing.T) {
 	}
 	runRefused(t, map[string]string{
 		"ublk-blksnap daemon --config " + bad: "ublk-blksnap: " + bad + ":1: queues: 0 is not within 1 to 256",
-		"ublk-blksnap daemon x":               "ublk-blksnap: daemon: 1 arguments given",
+		"ublk-blksnap daemon x":               "ublk-blksnap: daemon: 1 argument given",
 		"ublk-blksnap daemon --queues=none":   `ublk-blksnap: daemon: invalid argument "none" for "--queues"`,
 	})
 }

@@ -54,7 +54,7 @@ func writeOverview(w io.Writer, o overview, now time.Time) {
 	if info.Activity != "" {
 		fmt.Fprintf(w, "%-16s %s\n", "doing:", info.Activity)
 	}
-	writeBefore(w, info)
+	writeBefore(w, info, time.Time{})
 	for _, d := range o.Devices {
 		if text := uncleanEnd(d.History); text != "" {
 			fmt.Fprintf(w, "%-16s %s: %s\n", "before:", d.Name, text)
@@ -106,18 +106,18 @@ func snapshotTable(w io.Writer, snapshots []control.Snapshot) *table {
 	return t
 }
 
-// writeBefore tells what was before the daemon that runs.
-func writeBefore(w io.Writer, info control.Info) {
+// writeBefore tells what was before the daemon that runs, to those who have been there since.
+func writeBefore(w io.Writer, info control.Info, since time.Time) {
 	line := func(key, format string, args ...any) {
 		fmt.Fprintf(w, "%-16s %s\n", key+":", fmt.Sprintf(format, args...))
 	}
-	if r := info.Reloaded; r != nil {
+	if r := info.Reloaded; r != nil && r.At.After(since) {
 		what := "from " + r.From + " to " + r.To
 		if r.Error != "" {
 			what = "in vain: " + r.Error
 		}
 		line("reloaded", "%s, %s, I/O waited for %v", r.At.Format(time.RFC3339), what, r.Pause.Round(time.Millisecond))
-	} else if r := info.Recovered; r != nil {
+	} else if r := info.Recovered; r != nil && r.At.After(since) {
 		line("taken over", "%s, from a daemon that had died, %d devices, I/O waited for %v from the start of this one",
 			r.At.Format(time.RFC3339), r.Devices, r.Pause.Round(time.Millisecond))
 	}

@@ -231,3 +231,17 @@ func TestTop(t *testing.T) {
 		t.Errorf("the terminal is left as %+v, and was %+v, %v", after, before, err)
 	}
 }
+
+// TestBeforeTheFilter: what a daemon took over before a filter was added is no part of that filter's status.
+func TestBeforeTheFilter(t *testing.T) {
+	at := time.Date(2025, 1, 2, 3, 4, 5, 0, time.UTC)
+	for want, info := range map[string]control.Info{"reloaded:": {Reloaded: &control.Reloaded{At: at}}, "taken over:": {Recovered: &control.Recovered{At: at}}} {
+		for since, told := range map[time.Duration]bool{-time.Minute: true, time.Minute: false} {
+			var b bytes.Buffer
+			writeBefore(&b, info, at.Add(since))
+			if strings.HasPrefix(b.String(), want) != told || !told && b.Len() > 0 {
+				t.Errorf("%s added %v later: %q", want, since, &b)
+			}
+		}
+	}
+}

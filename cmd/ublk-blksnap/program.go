@@ -262,7 +262,11 @@ func flagError(err error) string {
 func args(least, most int) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
 		if len(args) < least || most >= 0 && len(args) > most {
-			return usage("%s: %d arguments given: use %s", c.Name(), len(args), c.UseLine())
+			given := fmt.Sprint(len(args), " arguments")
+			if len(args) == 1 {
+				given = "1 argument"
+			}
+			return usage("%s: %s given: use %s", c.Name(), given, c.UseLine())
 		}
 		return nil
 	}

@@ -89,7 +89,7 @@ func (f *fakeDaemon) AddToSnapshot(_ context.Context, r control.SnapshotDeviceRe
 	return control.Snapshot{}, f.ask(r)
 }
 func (f *fakeDaemon) AppendStorage(_ context.Context, r control.StorageRequest) (control.Snapshot, error) {
-	return control.Snapshot{}, f.ask(r)
+	return f.snapshots[0], f.ask(r)
 }
 func (f *fakeDaemon) TakeSnapshot(_ context.Context, r control.TakeRequest) (control.Snapshot, error) {
 	return f.snapshots[0], f.ask(r)
@@ -469,7 +469,7 @@ func TestUsage(t *testing.T) {
 		"ublk-blksnap add":                                   "ublk-blksnap: add: 0 arguments given: use ublk-blksnap add DEV [flags]",
 		"ublk-blksnap add a b":                               "ublk-blksnap: add: 2 arguments given: use ",
 		"ublk-blksnap add vdb --deep":                        "ublk-blksnap: add: unknown flag: --deep: see ublk-blksnap add --help",
-		"ublk-blksnap list x":                                "ublk-blksnap: list: 1 arguments given: use ",
+		"ublk-blksnap list x":                                "ublk-blksnap: list: 1 argument given: use ",
 		"blksnap add /dev/vdb":                               `blksnap: no command "add": see blksnap --help`,
 		"blksnap attach":                                     `blksnap: attach: required flag(s) "device" not set`,
 		"ublk-blksnap add vdb --queues=x":                    `ublk-blksnap: add: invalid argument "x" for "--queues" flag: not a whole number: see ublk-blksnap add --help`,

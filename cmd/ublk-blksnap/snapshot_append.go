@@ -12,8 +12,10 @@ func (p *program) snapshotAppend() *cobra.Command {
 	var limit sizeFlag
 	var overwrite bool
 	c := &cobra.Command{
-		Use:     "append SNAPSHOT STORAGE",
-		Short:   "Give a snapshot more difference storage, taken or not",
+		Use:   "append SNAPSHOT STORAGE",
+		Short: "Give a snapshot more difference storage, taken or not",
+		Long: `Give a snapshot more difference storage, taken or not: a file, which is made if it is
+not there, a directory, or a block device.`,
 		Example: "  ublk-blksnap snapshot append nightly /srv/more --limit 10G",
 		Args:    args(2, 2),
 		RunE: func(c *cobra.Command, args []string) error {

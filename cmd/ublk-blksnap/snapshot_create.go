@@ -204,9 +204,12 @@ func writeImages(w io.Writer, s control.Snapshot) {
 
 // warn says what is uncertain about storage that has just been given to a snapshot.
 func (p *program) warn(s control.Snapshot, given []control.Storage, say func(string)) {
+	var said []string // of storage that was given before by the same path
 	for _, st := range s.Storage {
-		if st.Warning != "" && slices.ContainsFunc(given, func(g control.Storage) bool { return g.Path == st.Path }) {
-			say("warning: storage " + st.Path + ": " + st.Warning)
+		text := "warning: storage " + st.Path + ": " + st.Warning
+		if st.Warning != "" && !slices.Contains(said, text) && slices.ContainsFunc(given, func(g control.Storage) bool { return g.Path == st.Path }) {
+			say(text)
+			said = append(said, text)
 		}
 	}
 }

@@ -52,7 +52,7 @@ that have each of these labels.`,
 							expires = s.Expires.Format(time.DateTime)
 						}
 						t.row(s.ID, cmp.Or(s.Name, "-"), s.State, s.Created.Format(time.DateTime), expires, control.FormatSize(s.ChunkSize),
-							control.HumanSize(s.Usage.Copied), strings.Join(names, " "), strings.TrimSpace(strings.Join(images, " ")))
+							control.HumanSize(s.Usage.Copied), cmp.Or(strings.Join(names, " "), "-"), cmp.Or(strings.TrimSpace(strings.Join(images, " ")), "-"))
 					}
 					p.flush(t, "no snapshots")
 				})

@@ -90,7 +90,7 @@ func TestSnapshotCommands(t *testing.T) {
 		"ublk-blksnap snapshot set nightly":                                "ublk-blksnap: set: nothing to change: give --ttl\n",
 		"ublk-blksnap snapshot set nightly --ttl -1h":                      `ublk-blksnap: set: --ttl: "-1h" is no time to live`,
 		"ublk-blksnap snapshot info nightly --field size":                  `ublk-blksnap: info: no field "size": use device, expires, image, name, state, take, uuid`,
-		"ublk-blksnap snapshot add " + id1:                                 "ublk-blksnap: add: 1 arguments given",
+		"ublk-blksnap snapshot add " + id1:                                 "ublk-blksnap: add: 1 argument given",
 		"ublk-blksnap snapshot take":                                       "ublk-blksnap: take: 0 arguments given",
 		"ublk-blksnap snapshot append " + id1 + " /s --limit -1":           `ublk-blksnap: append: invalid argument "-1" for "--limit"`,
 	})
@@ -155,5 +155,24 @@ func TestWarningsAreTold(t *testing.T) {
 		if status != 0 || !strings.HasPrefix(out, "/dev/") || errs != "ublk-blksnap: warning: hook db after the take: failed\n" {
 			t.Errorf("%s: status %d, printed %q, said %q", line, status, out, errs)
 		}
+	}
+}
+
+// TestStorageWarnings: what is wrong with storage that was given is said once, and nothing of storage from before.
+func TestStorageWarnings(t *testing.T) {
+	f := newFake()
+	f.snapshots[0].Storage = []control.Storage{{Path: "/a", Warning: "far away"}, {Path: "/b", Warning: "wet"}, {Path: "/a", Warning: "far away"}}
+	if _, _, errs := execute(f, "ublk-blksnap", "snapshot", "append", "nightly", "/a"); errs != "ublk-blksnap: warning: storage /a: far away\n" {
+		t.Errorf("said %q", errs)
+	}
+}
+
+// TestEmptyColumns: what there is not is a dash in a list, for people and for whoever counts columns.
+func TestEmptyColumns(t *testing.T) {
+	f := newFake()
+	f.snapshots = f.snapshots[1:]
+	f.snapshots[0].Images = nil
+	if _, out, _ := execute(f, "ublk-blksnap", "snapshot", "list"); !strings.HasSuffix(out, "  0       -        -\n") {
+		t.Errorf("printed\n%s", out)
 	}
 }

@@ -69,7 +69,7 @@ func (p *program) tellStatus(ctx context.Context, api control.API, name string) 
 	}
 	return p.print(s, func(w io.Writer) {
 		writeStatus(w, s)
-		writeBefore(w, info)
+		writeBefore(w, info, s.Added)
 	})
 }
 

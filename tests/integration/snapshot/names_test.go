@@ -52,6 +52,8 @@ func TestSnapshotNames(t *testing.T) {
 		t.Errorf("without a name the image is %s, not %s", plain.Images[0].Link, want)
 	}
 	d.Refused([]string{"the name nightly is taken by snapshot " + s.ID}, "snapshot", "create", dev.Name, "--name", "nightly")
+	d.Refused([]string{"has been taken already"}, "snapshot", "add", "nightly", dev.Name)
+	d.Refused([]string{dev.Name + ": named twice"}, "snapshot", "create", dev.Name, dev.Path)
 	d.Refused([]string{"beginning of a UUID"}, "snapshot", "create", dev.Name, "--name", "feed")
 	if a := d.Call("ublk-blksnap", "snapshot", "info", "weekly"); a.Status != 3 || !strings.Contains(a.Err, "no such snapshot") {
 		t.Errorf("a name that nobody has: %+v", a)
