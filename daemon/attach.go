@@ -154,7 +154,7 @@ func (d *Daemon) insert(ctx context.Context, dev *device) error {
 		err = d.swap(ctx, a)
 	}
 	if err != nil {
-		_, e := d.order(ctx, dm.Order{Step: dm.StepClear, Device: a.device})
+		_, e := d.clearTable(ctx, a, dev.ublk.Num)
 		return errors.Join(err, e)
 	}
 	if state, err := d.tableState(a, dev.ublk.Num); err != nil || state != tableOurs {
@@ -198,7 +198,7 @@ func (d *Daemon) giveBack(ctx context.Context, a *attachment, filter disk.Num) e
 		err = d.swap(ctx, a)
 	}
 	if err != nil {
-		_, e := d.order(ctx, dm.Order{Step: dm.StepClear, Device: a.device})
+		_, e := d.clearTable(ctx, a, filter)
 		if state, e2 := d.tableState(a, filter); e2 == nil && state != tableOurs {
 			return nil
 		}
@@ -250,6 +250,11 @@ func (d *Daemon) swap(ctx context.Context, a *attachment) error {
 	_, err := d.order(ctx, dm.Order{Step: dm.StepSwap, Device: a.device, Limit: d.opts.Config.FreezeTimeout})
 	deathpoint.Point()
 	return err
+}
+
+// clearTable takes back what this daemon, or one that died, has had wait in the public device.
+func (d *Daemon) clearTable(ctx context.Context, a *attachment, filter disk.Num) (dm.Info, error) {
+	return d.order(ctx, dm.Order{Step: dm.StepClear, Device: a.device, From: a.private, To: filter})
 }
 
 // dropPrivate removes the private device, if it is there.

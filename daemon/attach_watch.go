@@ -156,7 +156,10 @@ func (d *Daemon) finishChange(ctx context.Context, dev *device) {
 			return
 		}
 	}
-	i, err := d.order(ctx, dm.Order{Step: dm.StepClear, Device: a.device})
+	i, err := d.clearTable(ctx, a, dev.ublk.Num)
+	if errors.Is(err, unix.EBUSY) {
+		return // another program is not done with it: the watch tries it again
+	}
 	if err == nil && i.Suspended {
 		_, err = d.order(ctx, dm.Order{Step: dm.StepSwap, Device: a.device, Limit: d.opts.Config.FreezeTimeout})
 	}

@@ -35,7 +35,7 @@ const (
 	StepLoad   Step = "load"   // a table that maps Device to To waits in it, and its live one is that of From; see ErrChanging
 	StepCopy   Step = "copy"   // the table of From waits in Device, and its live one maps it to To; see ErrChanging
 	StepSwap   Step = "swap"   // the table that waits in Device becomes the live one
-	StepClear  Step = "clear"  // no table waits in Device any more
+	StepClear  Step = "clear"  // neither of these two waits in Device any more; see ErrChanging
 	StepRemove Step = "remove" // Device goes
 )
 
@@ -84,6 +84,19 @@ func (c *Control) stillLive(d Device, live Table) error {
 	return err
 }
 
+// clearOwn is Clear, if what waits is own, or maps all of the device to another one.
+func (c *Control) clearOwn(d Device, own Table, to blockdev.Num) error {
+	waits, err := c.Inactive(d)
+	defer waits.Wipe()
+	switch {
+	case err != nil || len(waits) == 0:
+		return err
+	case !waits.Is(own) && !waits.Is(Linear(waits.Size(), to)):
+		return fmt.Errorf("clear the table that waits in %s: %w", d, ErrChanging)
+	}
+	return c.Clear(d)
+}
+
 // swapAlike is Swap, after which the device reads ahead as far as before: with another table the
 // kernel forgets what somebody has set, who does not know of that table.
 func (c *Control) swapAlike(ctx context.Context, d Device) error {
@@ -124,7 +137,11 @@ func (o Order) Do() (i Info, err error) {
 		defer cancel()
 		err = c.swapAlike(ctx, o.Device)
 	case StepClear:
-		err = c.Clear(o.Device)
+		var own Table
+		if own, err = c.Live(o.From); err == nil || errors.Is(err, unix.ENXIO) { // it may have gone
+			err = c.clearOwn(o.Device, own, o.To)
+			own.Wipe()
+		}
 	case StepRemove:
 		return Info{}, c.Remove(o.Device)
 	default:

@@ -154,9 +154,20 @@ func TestDM(t *testing.T) {
 		t.Fatal(err)
 	}
 	left("a device with a table that waits")
+	back := dm.Order{Step: dm.StepClear, Device: dev.Device, From: own.Device, To: nums[0]}
+	if _, err := back.Do(); !errors.Is(err, dm.ErrChanging) {
+		t.Errorf("clear of a table of somebody else: %v", err)
+	}
 	tableIs("left alone", c.Inactive, two)
-	if err := c.Clear(dev.Device); err != nil {
-		t.Fatal(err)
+	for _, from := range []dm.Device{{UUID: "TEST-gone"}, own.Device} {
+		if err := c.Load(dev.Device, first); err != nil {
+			t.Fatal(err)
+		}
+		back.From = from
+		if _, err := back.Do(); err != nil {
+			t.Errorf("clear of the orders' own table: %v", err)
+		}
+		tableIs("cleared", c.Inactive, nil)
 	}
 	for _, live := range []dm.Table{first, two} {
 		if err := errors.Join(c.Load(dev.Device, live), c.Swap(guest.Context(t), dev.Device)); err != nil {
@@ -173,9 +184,10 @@ func TestDM(t *testing.T) {
 		if _, err := o.Do(); err != nil {
 			t.Errorf("%s of a device with the table that it should have: %v", o.Step, err)
 		}
-		if err := c.Clear(dev.Device); err != nil {
-			t.Error(err)
+		if _, err := back.Do(); err != nil {
+			t.Errorf("clear after %s: %v", o.Step, err)
 		}
+		tableIs("cleared after "+string(o.Step), c.Inactive, nil)
 	}
 	if i, err := c.Info(byNumber); err != nil || i.Device != dev.Device || i.Suspended {
 		t.Errorf("by its number: %+v, %v", i, err)
