@@ -150,7 +150,7 @@ func TestAttachAgain(t *testing.T) {
 	guest.NeedEither(t)
 	c := controlDM(t)
 	group(t, "vgs", guest.LoopDisk(t, 500<<20, 512))
-	volumes := []string{encrypted(t, "again", volume(t, "vgs/lower", 24))}
+	volumes := []string{encrypted(t, "again", volume(t, "vgs/lower", int(guest.Span(24, 48))))} // LUKS takes 16 MiB
 	kinds := []guest.Filesystem{guest.Ext4, guest.Ext4, guest.XFS}
 	if guest.Long() {
 		volumes = append(volumes, volume(t, "vgs/ext4", 24), encrypted(t, "xfs", volume(t, "vgs/xfs", 336)))
