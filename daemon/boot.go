@@ -44,8 +44,8 @@ type bootDisk struct {
 // Daemon.mu.
 type bootDisks struct {
 	disks []*bootDisk
-	// read is when the files were changed that they are from.
-	read []time.Time
+	// unread is why the files could not be read the last time.
+	unread string
 	// removed are the disks whose filters were removed on purpose: by their names, the
 	// sequence numbers that they had. They get no filter by themselves until they are
 	// plugged in anew, or the machine is started again. Under Daemon.opLock.
@@ -103,28 +103,17 @@ func (d *Daemon) startBoot(ctx context.Context) {
 	}()
 }
 
-// readBoot reads which disks are named, if that has changed.
+// readBoot reads which disks are named.
 func (d *Daemon) readBoot() {
-	root := configRoot(d.host)
-	var read []time.Time
-	dir := DropInDir(d.opts.ConfigPath)
-	files, _ := filepath.Glob(root + dir + "/*.conf")
-	for _, path := range append([]string{root + d.opts.ConfigPath, root + dir}, files...) {
-		if st, err := os.Stat(path); err == nil {
-			read = append(read, st.ModTime())
-		} else {
-			read = append(read, time.Time{})
-		}
-	}
-	if slices.Equal(read, d.boot.read) {
-		return
-	}
-	d.boot.read = read
-	all, err := readBootDevices(root, d.opts.ConfigPath)
+	all, err := readBootDevices(d.host, d.opts.ConfigPath)
 	if err != nil {
-		d.opts.Log.Error("cannot read which disks have filters at the boot: those known before count", "error", err)
+		if err.Error() != d.boot.unread {
+			d.opts.Log.Error("cannot read which disks have filters at the boot: those known before count", "error", err)
+		}
+		d.boot.unread = err.Error()
 		return
 	}
+	d.boot.unread = ""
 	disks := make([]*bootDisk, len(all))
 	for i, b := range all {
 		disks[i] = &bootDisk{BootDevice: b}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -13,6 +12,7 @@ import (
 	"github.com/BurntSushi/toml"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // BootDevice is a disk that gets its filter when the daemon starts: a [[device]] table
@@ -47,31 +47,31 @@ func DropInDir(config string) string { return strings.TrimSuffix(config, ".conf"
 
 // ReadBootDevices reads the [[device]] tables of a configuration, in the order of
 // files and lines. What is not there has none.
-func ReadBootDevices(config string) ([]BootDevice, error) { return readBootDevices("", config) }
+func ReadBootDevices(config string) ([]BootDevice, error) { return readBootDevices(host(0), config) }
 
-// readBootDevices is ReadBootDevices below another root directory.
-func readBootDevices(root, config string) ([]BootDevice, error) {
+// readBootDevices is ReadBootDevices of a machine.
+func readBootDevices(h *disk.Host, config string) ([]BootDevice, error) {
 	files := []string{config}
 	dir := DropInDir(config)
-	entries, err := os.ReadDir(root + dir)
+	names, err := readConfigDir(h, dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fail(err, "read configuration")
 	}
-	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), ".conf") && !strings.HasPrefix(e.Name(), ".") {
-			files = append(files, filepath.Join(dir, e.Name()))
+	for _, name := range names {
+		if strings.HasSuffix(name, ".conf") && !strings.HasPrefix(name, ".") {
+			files = append(files, filepath.Join(dir, name))
 		}
 	}
 	var all []BootDevice
 	for _, file := range files {
-		text, err := os.ReadFile(root + file)
+		text, err := readConfigFile(h, file)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
 			return nil, fail(err, "read configuration")
 		}
-		devices, err := parseBootDevices(file, string(text), file != config)
+		devices, err := parseBootDevices(file, text, file != config)
 		if err != nil {
 			return nil, err
 		}

@@ -337,18 +337,18 @@ func (e *paramError) Error() string { return e.key + ": " + e.what }
 // no error if it is the default one. Errors name the file and the line. The disks
 // that file and drop-in directory name are only checked: see ReadBootDevices.
 func (c *Config) ReadConfig(path string) error {
-	root := configRoot(host(0))
-	b, err := os.ReadFile(root + path)
+	h := host(0)
+	text, err := readConfigFile(h, path)
 	switch {
 	case errors.Is(err, os.ErrNotExist) && path == DefaultConfigPath:
 	case err != nil:
 		return fail(err, "read configuration")
 	default:
-		if err := c.parse(path, string(b)); err != nil {
+		if err := c.parse(path, text); err != nil {
 			return err
 		}
 	}
-	_, err = readBootDevices(root, path)
+	_, err = readBootDevices(h, path)
 	return err
 }
 

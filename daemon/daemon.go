@@ -90,7 +90,7 @@ var _ control.API = (*Daemon)(nil)
 // run directory is locked, with the state directory mounted.
 func New(o Options) (*Daemon, error) {
 	d := &Daemon{
-		opts: o, started: time.Now(), host: host(o.Config.DiskTimeout),
+		opts: o, started: time.Now(), host: o.host(),
 		opLock: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 		waiting: map[string]*survivor{},
 		cleared: map[string]bool{}, unnoted: map[uuid.UUID]bool{}, endsChanged: make(chan struct{}, 1),

@@ -251,7 +251,7 @@ type fingerprintOf func(ctx context.Context, r io.ReaderAt, size int64, block in
 
 // lookAt is what a disk is like now, which nobody may write to. fd is open on it.
 func (d *Daemon) lookAt(ctx context.Context, fd int, dev *device, id disk.Identity, look fingerprintOf) (now cbtstate.Disk, err error) {
-	now = cbtstate.Disk{Identity: id, Size: dev.geo.Size, Machine: disk.MachineID()}
+	now = cbtstate.Disk{Identity: id, Size: dev.geo.Size, Machine: d.host.MachineID()}
 	if now.Boot, err = disk.BootID(); err != nil {
 		return now, err
 	}

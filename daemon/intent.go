@@ -229,7 +229,7 @@ func (in *intent) beginAs(ctx context.Context, store *cbtstate.Store, id uuid.UU
 		return false, err
 	}
 	r := cbtstate.Record{ID: id, Name: in.name, Path: in.dev.disk.DisplayPath(), Program: control.Version, Saved: time.Now()}
-	r.Identity, r.Size, r.Machine = in.identity, in.dev.geo.Size, disk.MachineID()
+	r.Identity, r.Size, r.Machine = in.identity, in.dev.geo.Size, in.d.host.MachineID()
 	if r.Boot, err = disk.BootID(); err != nil {
 		return false, err
 	}

@@ -75,7 +75,7 @@ func (d *Daemon) lostBefore() (lost []*snapshots.Lost, err error) {
 			text, e := notes.Get(name)
 			var l *snapshots.Lost
 			if e == nil {
-				l, e = snapshots.ReadNote(filepath.Join(notesDir(d.opts.Config.StateDir), name), text)
+				l, e = snapshots.ReadNote(filepath.Join(notesDir(d.opts.Config.StateDir), name), text, d.host.MachineID())
 			}
 			if e != nil {
 				err = errors.Join(err, e)

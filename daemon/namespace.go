@@ -132,8 +132,12 @@ func host(patience time.Duration) *disk.Host {
 	return h
 }
 
-// configRoot is the directory below which the configuration lies, to be put before its path.
-func configRoot(h *disk.Host) string { return strings.TrimSuffix(h.Root, "/") }
+// host is the machine as a daemon sees it, which goes along no path itself.
+func (o *Options) host() *disk.Host {
+	h := host(o.Config.DiskTimeout)
+	h.Walker = o.Prober
+	return h
+}
 
 // sharesMountsWithInit says whether process 1 sees the same mounts.
 func sharesMountsWithInit() bool {

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/user"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // The members of a group may look. They have a socket of their own, beside that of root:
@@ -56,15 +56,20 @@ func (d RunDir) setMode(mode os.FileMode, gid int) error {
 
 // findGroup is the number of a group that is given by its name or number. It knows what
 // /etc/group has.
-func findGroup(name string) (gid int, err error) {
+func findGroup(h *disk.Host, name string) (gid int, err error) {
 	if gid, err := strconv.ParseUint(name, 10, 31); err == nil {
 		return int(gid), nil
 	}
-	g, err := user.LookupGroup(name)
+	text, err := h.ReadFile("/etc/group")
 	if err != nil {
-		return 0, fmt.Errorf("group %s: not in /etc/group", name)
+		return 0, fmt.Errorf("group %s: %w", name, err)
 	}
-	return strconv.Atoi(g.Gid)
+	for _, line := range strings.Split(text, "\n") { // group(5)
+		if f := strings.Split(line, ":"); len(f) == 4 && f[0] == name {
+			return strconv.Atoi(f[2])
+		}
+	}
+	return 0, fmt.Errorf("group %s: not in /etc/group", name)
 }
 
 // GroupNotes tell what is wrong with the group that may look.
@@ -72,18 +77,18 @@ func GroupNotes(c Config) []string {
 	if c.Group == "" {
 		return nil
 	}
-	if _, err := findGroup(c.Group); err != nil {
+	if _, err := findGroup(host(0), c.Group); err != nil {
 		return []string{err.Error() + ": until it is there, root alone may ask the daemon"}
 	}
 	return nil
 }
 
-// listenReaders makes the socket for the members of a group, or, without one, sees to that
+// listenReaders makes the socket for the members of a group of the machine, or, without one, sees to that
 // there is none. One that the program before has handed on stays, if it is for that group.
-func (d RunDir) listenReaders(group string, handed *net.UnixListener) (*net.UnixListener, error) {
+func (d RunDir) listenReaders(h *disk.Host, group string, handed *net.UnixListener) (*net.UnixListener, error) {
 	gid, err := -1, error(nil)
 	if group != "" {
-		gid, err = findGroup(group)
+		gid, err = findGroup(h, group)
 	}
 	if handed != nil {
 		var st unix.Stat_t
@@ -120,7 +125,7 @@ func (d RunDir) listenReaders(group string, handed *net.UnixListener) (*net.Unix
 func (o *Options) serveReaders(ctx context.Context, api control.API, handed *net.UnixListener) (*net.UnixListener, *http.Server) {
 	srv := serverOf(newReadHandler(api, o.Log.Logger, defaultTimeouts, o.Config.Group), o.Log.Logger, defaultTimeouts)
 	srv.BaseContext = func(net.Listener) context.Context { return ctx }
-	l, err := o.Dir.listenReaders(o.Config.Group, handed)
+	l, err := o.Dir.listenReaders(o.host(), o.Config.Group, handed)
 	if err != nil {
 		o.Log.Error("nobody but root can ask the daemon", "group", o.Config.Group, "error", err)
 	}

@@ -168,7 +168,7 @@ func TestReadersSocket(t *testing.T) {
 	}
 	open := func(group string) *net.UnixListener {
 		t.Helper()
-		l, err := dir.listenReaders(group, nil)
+		l, err := dir.listenReaders(host(0), group, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -204,10 +204,10 @@ func TestReadersSocket(t *testing.T) {
 	}
 	// One that is handed on stays, if it is for the group that is configured now.
 	first := open("4242")
-	if r, err := dir.listenReaders("4242", first); err != nil || r != first {
+	if r, err := dir.listenReaders(host(0), "4242", first); err != nil || r != first {
 		t.Errorf("handed on: %v, %v", r, err)
 	}
-	second, err := dir.listenReaders("4243", first)
+	second, err := dir.listenReaders(host(0), "4243", first)
 	if err != nil || second == first {
 		t.Fatalf("the socket of another group is kept: %v", err)
 	}
@@ -227,7 +227,7 @@ func TestReadersSocket(t *testing.T) {
 	if st, err := os.Stat(string(dir)); err != nil || st.Mode().Perm() != closedMode {
 		t.Errorf("%v, %v", st.Mode(), err)
 	}
-	if r, err := dir.listenReaders("no-such-group", nil); err == nil || r != nil {
+	if r, err := dir.listenReaders(host(0), "no-such-group", nil); err == nil || r != nil {
 		t.Errorf("a group that is not there: %v, %v", r, err)
 	}
 	if notes := GroupNotes(Config{Group: "no-such-group"}); len(notes) != 1 || !strings.Contains(notes[0], "no-such-group") {

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
@@ -21,15 +23,14 @@ import (
 // is missing that hides it, nor on a disk with a filter. dev is a device of which the
 // tables may not know yet, or nil. The error is a *cbtstate.Refusal.
 func (d *Daemon) openState(dev *device, create bool) (*cbtstate.Store, error) {
-	store, err := d.openDir(d.opts.Config.StateDir, create)
-	if err != nil {
+	others := d.sortedDevices()
+	if dev != nil {
+		others = append(others, dev)
+	}
+	if err := d.checkLiesOn(d.opts.Config.StateDir, others, create); err != nil {
 		return nil, err
 	}
-	if err := d.checkStateDir(dev); err != nil {
-		store.Close()
-		return nil, err
-	}
-	return store, nil
+	return d.openDir(d.opts.Config.StateDir, create)
 }
 
 // openNotes opens the directory of the notes there.
@@ -43,30 +44,56 @@ func (d *Daemon) openNotes(create bool) (*cbtstate.Notes, error) {
 }
 
 // openDir opens a state directory, wherever it lies, unless a filesystem is missing that
-// hides it.
+// hides it. What is attached may be the root filesystem, of which the daemon touches nothing.
 func (d *Daemon) openDir(dir string, create bool) (*cbtstate.Store, error) {
 	if point := d.missingMount(dir); point != "" {
 		return nil, unavailable("the state directory %s is not there: %s is not mounted", dir, point)
 	}
+	// state_dir lies on no such volume: see checkAttach. One of an earlier configuration may.
+	if name := d.attachedWaits(); name != "" && dir != d.opts.Config.StateDir {
+		return nil, unavailable("the state directory %s may lie on the volume of the filter %s, which waits", dir, name)
+	}
+	attached := slices.DeleteFunc(d.sortedDevices(), func(dev *device) bool { return dev.attached == nil })
+	if err := d.checkLiesOn(dir, attached, create); err != nil {
+		return nil, err
+	}
 	return cbtstate.Open(d.host.Root, dir, create)
 }
 
-// checkStateDir refuses a state directory on a disk with a filter.
-func (d *Daemon) checkStateDir(dev *device) error {
-	dir := d.opts.Config.StateDir
+// attachedWaits is a filter under a volume in use that is not served yet; empty if there is none.
+func (d *Daemon) attachedWaits() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for name, s := range d.waiting {
+		if s.record.Attached != nil {
+			return name
+		}
+	}
+	return ""
+}
+
+// checkLiesOn refuses a state directory that lies on one of the disks, or will when it is
+// made, and one that is not there if it is not to be made.
+func (d *Daemon) checkLiesOn(dir string, disks []*device, create bool) error {
+	if len(disks) == 0 {
+		return nil
+	}
 	place, err := d.host.OpenPlace(dir)
+	missing := err != nil || place.File == nil
+	for at := dir; errors.Is(err, fs.ErrNotExist) && at != "/"; place, err = d.host.OpenPlace(at) {
+		at = filepath.Dir(at)
+	}
 	if err != nil {
 		return unavailable("%v", err)
 	}
 	defer place.Close()
-	others := d.sortedDevices()
-	if dev != nil {
-		others = append(others, dev)
+	if missing && !create {
+		return &cbtstate.Refusal{Reason: cbtstate.NoState, Text: "nothing was kept: there is no " + dir}
 	}
-	for _, other := range others {
+	for _, dev := range disks {
 		// A doubt is no reason: it is for storage, which takes all writes.
-		if lies, _ := d.host.LiesOn(place, other.disk.Num, d.lowerDisks); lies {
-			return unavailable("the state directory %s lies on %s, which has a filter: choose another state_dir", dir, other.disk.DisplayPath())
+		if lies, _ := d.host.LiesOn(place, dev.disk.Num, d.lowerDisks); lies {
+			return unavailable("the state directory %s lies on %s, which has a filter: choose another state_dir", dir, dev.disk.DisplayPath())
 		}
 	}
 	return nil
@@ -109,12 +136,7 @@ func (d *Daemon) stateHangs() error { return errors.New(d.opts.Config.StateDir +
 
 // missingMount is a mount point of fstab on the way to path where nothing is mounted.
 func (d *Daemon) missingMount(path string) string {
-	f, err := d.host.Open("/etc/fstab", os.O_RDONLY, 0)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	table, err := io.ReadAll(io.LimitReader(f, 1<<20))
+	table, err := d.host.ReadFile("/etc/fstab")
 	if err != nil {
 		return ""
 	}
@@ -122,7 +144,7 @@ func (d *Daemon) missingMount(path string) string {
 	if err != nil {
 		return ""
 	}
-	return notMounted(path, string(table), string(mounts))
+	return notMounted(path, table, string(mounts))
 }
 
 // notMounted is missingMount of the texts of fstab and mountinfo.

@@ -72,7 +72,7 @@ func (d *Daemon) leftSnapshots() []*leftSnapshot {
 func (d *Daemon) snapshotConfig(events chan diffarea.Event) snapshots.Config {
 	return snapshots.Config{
 		StateDir: d.snapshotsDir(), Root: d.host.Root, StorageTimeout: d.opts.Config.StorageTimeout, Control: d.queue, Stores: d.stores,
-		Keep: d.keepNote,
+		Keep: d.keepNote, MachineID: d.host.MachineID,
 		OnEvent: func(e diffarea.Event) {
 			select {
 			case events <- e:

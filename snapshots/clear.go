@@ -38,7 +38,7 @@ func (l *Left) clear(c Config) error {
 	if l.rec == nil {
 		return st.clearUntrusted()
 	}
-	st.rec, st.keep = *l.rec, c.Keep
+	st.rec, st.keep, st.machine = *l.rec, c.Keep, c.MachineID
 	var errs []error
 	if !l.rec.Destroying && len(l.rec.Storage) > 0 {
 		errs = append(errs, st.update(func(r *record) { r.Destroying = true }))

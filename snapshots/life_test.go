@@ -82,7 +82,7 @@ func (l life) start() (d *daemon, err error) {
 func (d *daemon) config() Config {
 	return Config{
 		ID: uuid.MustParse(d.ID), ChunkSize: 4 << 10, PoolSize: 64 << 10, Portion: 256 << 10, StateDir: d.path("state"), Root: d.Root,
-		Encrypt: d.Encrypt, Stores: d.control, Keep: d.Keep,
+		Encrypt: d.Encrypt, Stores: d.control, Keep: d.Keep, MachineID: disk.Machine().MachineID,
 		StorageTimeout: 20 * time.Second, Control: d.control, OnEvent: func(e diffarea.Event) { d.events <- e },
 	}
 }

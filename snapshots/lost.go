@@ -41,9 +41,9 @@ type LostStorage struct {
 	Text string
 }
 
-// ReadNote reads a note; path names it in errors. It returns nil for one of this boot,
-// whose snapshot is not lost.
-func ReadNote(path string, text []byte) (*Lost, error) {
+// ReadNote reads a note; path names it in errors. machine is this one, as Config.MachineID
+// tells. It returns nil for a note of this boot, whose snapshot is not lost.
+func ReadNote(path string, text []byte, machine string) (*Lost, error) {
 	body, _, err := statefile.Decode(path, text, noteKind, noteVersion)
 	if err != nil {
 		return nil, err
@@ -59,7 +59,7 @@ func ReadNote(path string, text []byte) (*Lost, error) {
 	if l.note.Boot == boot {
 		return nil, nil
 	}
-	l.Foreign = disk.OtherMachine(l.note.Machine, disk.MachineID())
+	l.Foreign = disk.OtherMachine(l.note.Machine, machine)
 	l.ID, l.Created, l.Encrypted, l.Devices = l.note.ID, l.note.Created, l.note.Encrypted, l.note.Devices
 	for _, st := range l.note.Storage {
 		l.Storage = append(l.Storage, LostStorage{Path: st.Path})

@@ -36,11 +36,11 @@ func lostLife(t *testing.T, kind string, change func(l life)) (l life, lost *Los
 	if err := os.RemoveAll(p.dir); err != nil {
 		t.Fatal(err)
 	}
-	if lost, err := ReadNote("note", note); lost != nil || err != nil {
+	if lost, err := ReadNote("note", note, disk.Machine().MachineID()); lost != nil || err != nil {
 		t.Errorf("in the same boot: %+v, %v", lost, err)
 	}
 	c := readContent(t, note)
-	if c.Machine != disk.MachineID() {
+	if c.Machine != disk.Machine().MachineID() {
 		t.Errorf("the machine is %q on record", c.Machine)
 	}
 	for i := range c.Storage { // filesystems may have other numbers by then
@@ -50,7 +50,7 @@ func lostLife(t *testing.T, kind string, change func(l life)) (l life, lost *Los
 			}
 		}
 	}
-	lost, err := ReadNote("note", inAnotherBoot(t, c))
+	lost, err := ReadNote("note", inAnotherBoot(t, c), disk.Machine().MachineID())
 	if err != nil || lost == nil {
 		t.Fatalf("in another boot: %+v, %v", lost, err)
 	}
@@ -254,7 +254,7 @@ func TestLostForeign(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		foreign, err := ReadNote("note", text)
+		foreign, err := ReadNote("note", text, disk.Machine().MachineID())
 		if err != nil || !foreign.Foreign || lost.Foreign {
 			t.Fatalf("%+v, %v", foreign, err)
 		}
@@ -302,7 +302,7 @@ func TestStayNoted(t *testing.T) {
 		if c.ID != s.cfg.ID || len(c.Devices) != 1 || len(c.Storage) != 0 {
 			t.Errorf("%+v", c)
 		}
-		lost, err := ReadNote("note", inAnotherBoot(t, c))
+		lost, err := ReadNote("note", inAnotherBoot(t, c), disk.Machine().MachineID())
 		if err != nil || lost == nil || len(lost.Devices) != 1 || !lost.Clear(Machine{}) {
 			t.Errorf("in another boot: %+v, %v", lost, err)
 		}

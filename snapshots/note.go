@@ -35,7 +35,7 @@ import (
 type noteContent struct {
 	ID        uuid.UUID     `json:"id"`
 	Created   time.Time     `json:"created"`
-	Machine   string        `json:"machine,omitempty"` // see disk.MachineID
+	Machine   string        `json:"machine,omitempty"` // see disk.Host.MachineID
 	Boot      string        `json:"boot"`
 	Encrypted bool          `json:"encrypted,omitempty"`
 	Devices   []Device      `json:"devices"`
@@ -60,7 +60,10 @@ func (s *state) keepNote() bool {
 		return false
 	}
 	r := s.recorded()
-	n := noteContent{ID: r.ID, Created: r.Created, Machine: disk.MachineID(), Boot: boot, Encrypted: r.Encrypted}
+	n := noteContent{ID: r.ID, Created: r.Created, Boot: boot, Encrypted: r.Encrypted}
+	if s.machine != nil {
+		n.Machine = s.machine()
+	}
 	for _, d := range r.Devices {
 		n.Devices = append(n.Devices, d.Device)
 	}

@@ -57,7 +57,7 @@ func (l *Left) Claim(c Config) error {
 	if err != nil {
 		return fmt.Errorf("snapshot %s: %w", l.ID, err)
 	}
-	st.rec, st.keep = *l.rec, c.Keep
+	st.rec, st.keep, st.machine = *l.rec, c.Keep, c.MachineID
 	align := l.align()
 	ctx, cancel := context.WithTimeout(context.Background(), c.StorageTimeout)
 	defer cancel()

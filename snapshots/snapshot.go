@@ -51,6 +51,9 @@ type Config struct {
 	// it if it is nil: see Lost. If it fails, or is nil, a loss of power leaves what was
 	// stored.
 	Keep func(id uuid.UUID, note []byte) error
+	// MachineID is what the note says of the machine: see disk.Host.MachineID. If it is nil,
+	// it says nothing.
+	MachineID func() string
 	// OnEvent is called on queue threads and must not block.
 	OnEvent func(diffarea.Event)
 }
@@ -90,7 +93,7 @@ func New(c Config) (*Snapshot, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make state of snapshot %s: %w", c.ID, err)
 	}
-	st.keep = c.Keep
+	st.keep, st.machine = c.Keep, c.MachineID
 	s, err := beginSnapshot(c, st)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("make state of snapshot %s: %w", c.ID, err), st.close())

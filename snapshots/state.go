@@ -41,8 +41,9 @@ type state struct {
 	pool *os.File
 	page TakePage // of a take that was tried
 
-	keep   func(uuid.UUID, []byte) error // see Config.Keep
-	cipher *regionCipher                 // of what is stored, nil if that is not encrypted
+	keep    func(uuid.UUID, []byte) error // see Config.Keep
+	machine func() string                 // see Config.MachineID
+	cipher  *regionCipher                 // of what is stored, nil if that is not encrypted
 
 	mu  sync.Mutex
 	rec record // as it is on record

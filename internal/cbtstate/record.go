@@ -20,7 +20,7 @@ import (
 type Disk struct {
 	Identity    disk.Identity       `json:"identity"`
 	Size        int64               `json:"size"`              // bytes
-	Machine     string              `json:"machine,omitempty"` // see disk.MachineID
+	Machine     string              `json:"machine,omitempty"` // see disk.Host.MachineID
 	Boot        string              `json:"boot"`              // of the kernel
 	Writes      *disk.Writes        `json:"writes,omitempty"`
 	Fingerprint []fingerprint.Place `json:"fingerprint"`

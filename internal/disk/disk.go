@@ -136,6 +136,9 @@ type Host struct {
 	// Timeout is how long a path is looked up, and a loop device is asked, before
 	// that fails with ErrNoAnswer; 0: some seconds.
 	Timeout time.Duration
+	// Walker goes along paths in place of this process: see walk.go. If it is nil, or has
+	// ended, this process does.
+	Walker *Prober
 
 	// nil: the real ones
 	stat     func(path string) (status, error)
@@ -164,7 +167,7 @@ func (h *Host) Open(path string, flags int, mode os.FileMode) (*os.File, error) 
 		err error
 	}
 	o, err := askPath(h, "open", path, func() (o opened) {
-		o.f, o.err = h.open(path, flags, mode)
+		o.f, o.err = h.openWalking(path, flags, mode)
 		return o
 	}, func(o opened) {
 		if o.err == nil {
@@ -175,6 +178,16 @@ func (h *Host) Open(path string, flags int, mode os.FileMode) (*os.File, error) 
 		return nil, err
 	}
 	return o.f, o.err
+}
+
+// openWalking is open by the Walker, if there is one.
+func (h *Host) openWalking(path string, flags int, mode os.FileMode) (*os.File, error) {
+	if h.Walker != nil {
+		if f, err := h.openBy(h.Walker, path, flags, mode); !errors.Is(err, ErrGone) {
+			return f, err
+		}
+	}
+	return h.open(path, flags, mode)
 }
 
 func (h *Host) open(path string, flags int, mode os.FileMode) (*os.File, error) {
@@ -212,7 +225,7 @@ func (h *Host) statPath(path string) (status, error) {
 		err error
 	}
 	a, err := askPath(h, "status of", path, func() answer {
-		f, err := h.open(path, unix.O_PATH, 0)
+		f, err := h.openWalking(path, unix.O_PATH, 0)
 		if err != nil {
 			var pe *os.PathError
 			errors.As(err, &pe)

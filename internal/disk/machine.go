@@ -12,13 +12,19 @@ import (
 // each empty if it is not known: a hash of the machine-id(5), unless that is one for this
 // boot only, and one of what the firmware says. A copy of a virtual machine has the same
 // machine-id, but is told another by its firmware.
-func MachineID() string { return machineID("/etc/machine-id", "/sys/class/dmi/id/product_uuid") }
+func (h *Host) MachineID() string {
+	return h.machineID("/etc/machine-id", "/sys/class/dmi/id/product_uuid")
+}
 
-func machineID(file, firmware string) string {
+func (h *Host) machineID(file, firmware string) string {
 	id := ""
-	var fs unix.Statfs_t
-	if err := unix.Statfs(file, &fs); err == nil && fs.Type != unix.TMPFS_MAGIC {
-		id = readText(file)
+	if f, err := h.Open(file, unix.O_PATH, 0); err == nil {
+		defer f.Close()
+		var fs unix.Statfs_t
+		if unix.Fstatfs(int(f.Fd()), &fs) == nil && fs.Type != unix.TMPFS_MAGIC {
+			text, _ := h.ReadFile(file)
+			id = strings.TrimSpace(text)
+		}
 	}
 	return hashed(id) + "." + hashed(readText(firmware))
 }

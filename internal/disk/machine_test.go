@@ -35,7 +35,7 @@ func TestMachineID(t *testing.T) {
 		{[2]string{a, u}, [2]string{none, u}, false}, {[2]string{a, u}, [2]string{a, none}, false}, {[2]string{a, u}, [2]string{none, v}, true},
 		{[2]string{a, none}, [2]string{none, u}, false}, {[2]string{none, none}, [2]string{a, u}, false},
 	} {
-		one, other := machineID(c.one[0], c.one[1]), machineID(c.other[0], c.other[1])
+		one, other := Machine().machineID(c.one[0], c.one[1]), Machine().machineID(c.other[0], c.other[1])
 		if OtherMachine(one, other) != c.differ || OtherMachine(other, one) != c.differ {
 			t.Errorf("%q and %q of %v: differ should be %v", one, other, c, c.differ)
 		}
@@ -49,7 +49,7 @@ func TestMachineID(t *testing.T) {
 		if _, err := f.WriteString("c\n"); err != nil || f.Close() != nil {
 			t.Fatal(err)
 		}
-		if id := machineID(f.Name(), none); id != "." {
+		if id := Machine().machineID(f.Name(), none); id != "." {
 			t.Errorf("made up for this boot: %q", id)
 		}
 	}

@@ -60,7 +60,7 @@ func (h *Host) OpenPlace(path string) (*Place, error) {
 		err error
 	}
 	o, err := askPath(h, "place", path, func() (o opened) {
-		o.p, o.err = h.openPlace(path)
+		o.p, o.err = h.openPlaceWalking(path)
 		return o
 	}, func(o opened) {
 		if o.err == nil {
@@ -110,6 +110,16 @@ func (m *Mount) server() (uid int) {
 		}
 	}
 	return uid
+}
+
+// openPlaceWalking is openPlace by the Walker, if there is one.
+func (h *Host) openPlaceWalking(path string) (*Place, error) {
+	if h.Walker != nil {
+		if p, err := h.openPlaceBy(h.Walker, path); !errors.Is(err, ErrGone) {
+			return p, err
+		}
+	}
+	return h.openPlace(path)
 }
 
 func (h *Host) openPlace(path string) (*Place, error) {

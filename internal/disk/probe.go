@@ -65,6 +65,9 @@ type question struct {
 	Sequence  uint64      `json:"sequence,omitempty"`
 	Table     []Partition `json:"table,omitempty"`
 	DM        *dm.Order   `json:"dm,omitempty"`
+	// Walk is answered by a message with files, Read by the text: see walk.go.
+	Walk *way `json:"walk,omitempty"`
+	Read *way `json:"read,omitempty"`
 }
 
 // maxQuestion is how large a question is at most, in bytes.
@@ -85,6 +88,8 @@ type answer struct {
 
 	DM   *dm.Info `json:"dm,omitempty"`
 	Late bool     `json:"late,omitempty"` // the time for the DM order was over
+
+	Text string `json:"text,omitempty"` // of Read
 }
 
 // StartProber starts this program with args, to call ServeProbes with the file
@@ -120,7 +125,7 @@ func startSelf(file *os.File, args []string) (*os.Process, error) {
 	defer null.Close()
 	return os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
 		Dir:   "/",
-		Env:   []string{},
+		Env:   []string{"TZ=UTC"}, // or it would read /etc/localtime, which may have to wait for the daemon
 		Files: []*os.File{null, null, null, file},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
@@ -168,22 +173,28 @@ func (p *Prober) ask(ctx context.Context, q question, files ...*os.File) (answer
 }
 
 // put puts a question, and returns the pipe for the answer.
-func (p *Prober) put(q question, files ...*os.File) (_ *os.File, err error) {
-	text, err := json.Marshal(q)
-	if err != nil || len(text) > maxQuestion {
-		return nil, errors.Join(errors.New("a question that cannot be put"), err)
-	}
+func (p *Prober) put(q question, files ...*os.File) (*os.File, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			r.Close()
-		}
-	}()
+	err = p.send(q, append(files, w)...)
+	w.Close()
+	if err != nil {
+		r.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+// send puts a question with its files, the last of which is for the answer.
+func (p *Prober) send(q question, files ...*os.File) error {
+	text, err := json.Marshal(q)
+	if err != nil || len(text) > maxQuestion {
+		return errors.Join(errors.New("a question that cannot be put"), err)
+	}
 	var fds []int
-	for _, f := range append(files, w) {
+	for _, f := range files {
 		fds = append(fds, int(f.Fd()))
 	}
 	// Not by Fd: Close may come meanwhile, and the number may be another file's then.
@@ -195,14 +206,13 @@ func (p *Prober) put(q question, files ...*os.File) (_ *os.File, err error) {
 		})
 		err = errors.Join(err, sendErr)
 	}
-	w.Close()
 	switch {
 	case errors.Is(err, unix.EAGAIN):
-		return nil, fmt.Errorf("the process that asks blkid is asked too much: %w", err)
+		return fmt.Errorf("the process that asks blkid is asked too much: %w", err)
 	case err != nil:
-		return nil, fmt.Errorf("%w: %w", ErrGone, err)
+		return fmt.Errorf("%w: %w", ErrGone, err)
 	}
-	return r, nil
+	return nil
 }
 
 // hear waits for an answer.
@@ -240,13 +250,7 @@ func ServeProbes(fd int, root string) error {
 			ending.Wait() // so that all is thawed, and no hook runs any more
 			return err
 		}
-		var files []*os.File
-		if msgs, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil && len(msgs) == 1 {
-			fds, _ := unix.ParseUnixRights(&msgs[0])
-			for _, fd := range fds {
-				files = append(files, os.NewFile(uintptr(fd), "asked about"))
-			}
-		}
+		files := received(oob[:oobn], "asked about")
 		var q question
 		if err := json.Unmarshal(text[:n], &q); err != nil || len(files) == 0 || q.Freeze && len(files) != 3 || (q.Claim != "" || q.Hook != nil) && len(files) != 2 {
 			return errors.Join(errors.New("what came is no question, or came without its files"), err)
@@ -267,6 +271,11 @@ func ServeProbes(fd int, root string) error {
 			case q.Hook != nil:
 				defer ending.Done()
 				_ = answers.Encode(runHook(e.root, *q.Hook, files[0]))
+			case q.Walk != nil:
+				answerWalk(*q.Walk, files[last])
+			case q.Read != nil:
+				text, errno := q.Read.read()
+				_ = answers.Encode(answer{Text: text, Errno: errno})
 			default:
 				a := e.do(q, files[:last])
 				closeAll(files[:last]) // whoever hears the answer finds nothing open
