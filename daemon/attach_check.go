@@ -74,17 +74,22 @@ func (d *Daemon) checkAttach(ctx context.Context, bdev *disk.Disk) error {
 	if err := d.checkTargets(bdev, refuse); err != nil {
 		return err
 	}
-	for _, p := range []struct{ path, what string }{
-		{"/", "the root filesystem lies on it"},
-		{"/usr", "the system's programs lie on it"},
-		{"/etc", "the system's configuration lies on it"},
-		{d.opts.Program, "the program lies on it"},
-		{d.opts.ConfigPath, "the configuration lies on it"},
-		{d.opts.Config.StateDir, "state_dir lies on it"},
-		{string(d.opts.Dir), "the run directory lies on it"},
+	resident, elsewhere := d.checkResident(), errors.New("a daemon that takes over could not read it")
+	for _, p := range []struct {
+		path, what string
+		refused    error
+		fix        string
+	}{
+		{"/", "the root filesystem lies on it", resident, d.residentFix()},
+		{"/usr", "the system's programs lie on it", resident, d.residentFix()},
+		{"/etc", "the system's configuration lies on it", resident, d.residentFix()},
+		{d.opts.Program, "the program lies on it", resident, d.residentFix()},
+		{d.opts.ConfigPath, "the configuration lies on it", resident, d.residentFix()},
+		{d.opts.Config.StateDir, "state_dir lies on it", elsewhere, "have state_dir on another disk, or none (state_dir = \"\"), then: ublk-blksnap daemon reload"},
+		{string(d.opts.Dir), "the run directory lies on it", elsewhere, "have it on a tmpfs"},
 	} {
-		if lies, err := d.liesOn(p.path, bdev); err != nil || lies {
-			return errors.Join(refuse("have that elsewhere", "%s, and a daemon that takes over could not read it", p.what), err)
+		if lies, err := d.liesOn(p.path, bdev); err != nil || lies && p.refused != nil {
+			return errors.Join(refuse(p.fix, "%s: %v", p.what, p.refused), err)
 		}
 	}
 	if path := d.swapOn(bdev); path != "" {

@@ -60,6 +60,9 @@ type Config struct {
 	DiskTimeout time.Duration
 	// Guard: a process waits for the death of the daemon, to start the next.
 	Guard bool
+	// Resident: the program and its configuration are in memory, so that the volume which they
+	// lie on may have a filter while it is in use.
+	Resident bool
 	// HookDir holds programs that are run around each take; empty: none. Each has HookTimeout.
 	// HooksRequired: one that fails before a take cancels it.
 	HookDir       string
@@ -146,7 +149,8 @@ func (c *Config) Params() []Param {
 		{"freeze_timeout", "longest time a filesystem is frozen for a take", duration{&c.FreezeTimeout}},
 		{"storage_timeout", "longest time that writes wait for difference storage that does not answer, then the snapshot is given up; and that appending and destroying wait for it", duration{&c.StorageTimeout}},
 		{"disk_timeout", "longest time that adding and removing a device wait for a disk that does not answer, and any command for a path", duration{&c.DiskTimeout}},
-		{"guard", "a process of its own starts the next daemon if this one dies; not under systemd, which does that", boolean{&c.Guard}},
+		{"guard", "a process of its own starts the next daemon if this one dies; not under systemd, which does that, unless it is resident", boolean{&c.Guard}},
+		{"resident", "whether the daemon, what starts the next one, and the configuration are in memory only (some 30 MiB that are never swapped), so that a volume with the root filesystem, the program or its configuration may have a filter; it counts from the next start or reload on", boolean{&c.Resident}},
 		{"hook_dir", "directory of programs that are run before and after each take, as \"snapshot take --help\" tells; empty: none", path{&c.HookDir}},
 		{"hook_timeout", "longest time that one of them may take", duration{&c.HookTimeout}},
 		{"hooks_required", "whether one that fails or takes too long before a take cancels it", boolean{&c.HooksRequired}},

@@ -45,6 +45,10 @@ type startRecord struct {
 	By      starts   `json:"by"`
 	Program string   `json:"program"` // its path
 	Args    []string `json:"args"`    // without the program's name
+	// Of a resident daemon: the program of which Program is the copy, and what the next one
+	// has to have in its environment.
+	Installed string   `json:"installed,omitempty"`
+	Env       []string `json:"env,omitempty"`
 }
 
 // starts says who starts the next daemon.
@@ -78,8 +82,10 @@ func Supervised() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
 // setGuard puts on record who starts the next daemon if this one dies, and starts a
 // guard if that is one; needs the daemon's lock.
 func (o *Options) setGuard() error {
-	r := startRecord{byGuard, o.Program, o.Args}
+	r := startRecord{By: byGuard, Program: o.Program, Args: o.Args}
 	switch {
+	case o.Dir.Resident() && o.Prober != nil:
+		r.Program, r.Installed, r.Env = o.Dir.path(residentName), o.Program, residentEnvironment()
 	case Supervised():
 		r.By = bySystemd
 	case !o.Config.Guard || o.Prober == nil:
@@ -97,6 +103,9 @@ func (o *Options) setGuard() error {
 		return fail(err, "start the guard")
 	}
 	defer lock.Close()
+	if r.Installed != "" {
+		o.Dir.endOtherGuard()
+	}
 	namespace := sharedNamespace
 	if os.Getenv(namespaceEnv) == ownNamespace {
 		namespace = ownNamespace
@@ -166,6 +175,9 @@ func EnterGuard(namespace string) error {
 	return fail(unix.Exec("/proc/self/exe", args, os.Environ()), "start the guard anew")
 }
 
+// guardName is what a guard's process is called.
+const guardName = "ublk-guard"
+
 // guardLockFD is guard.lock, locked, as the Prober hands it on.
 const guardLockFD = 3
 
@@ -184,7 +196,7 @@ func Guard(dir RunDir, level slog.Level) error {
 	failed := ublk.PrepareProcess()
 	ignoreSignals()
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGQUIT)
-	_ = os.WriteFile("/proc/self/comm", []byte("ublk-guard"), 0)
+	_ = os.WriteFile("/proc/self/comm", []byte(guardName), 0)
 	out, err := dir.openLog()
 	if err != nil {
 		return err
@@ -212,7 +224,7 @@ func (d RunDir) guard(log *slog.Logger) error {
 		if pause == firstPause {
 			log.Warn("the daemon has died: the guard starts the next one")
 		}
-		err = launch(context.Background(), d, r.Program, r.Args)
+		err = launch(context.Background(), d, r.Program, r.Args, r.Env, true)
 		if err != nil && control.CodeOf(err) != control.Exists {
 			if err.Error() != said { // once, however often it is tried
 				said = err.Error()
@@ -220,7 +232,7 @@ func (d RunDir) guard(log *slog.Logger) error {
 			}
 			// The file may have been replaced by one that cannot serve what waits. This
 			// program could.
-			err = launch(context.Background(), d, "/proc/self/exe", r.Args)
+			err = launch(context.Background(), d, "/proc/self/exe", r.Args, r.Env, true)
 		}
 		if err == nil || control.CodeOf(err) == control.Exists {
 			pause, said = firstPause, ""

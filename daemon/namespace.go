@@ -40,11 +40,23 @@ const (
 // everything else through the root directory of process 1.
 //
 // If process 1 does not see the mounts that this process sees, the namespace stays.
-func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
+//
+// A daemon that shall be resident goes on as the copy of its program. config is the path of
+// its configuration.
+func Reexec(dir RunDir, c Config, config string, reportFD int, warn func(error)) error {
 	if os.Geteuid() != 0 {
 		return &control.Error{Code: control.Denied, Errno: unix.EPERM, Message: "start the daemon: not root", Fix: "run this as root"}
 	}
+	self, resident := ownProgram, c.Resident && !dir.Resident()
 	if os.Getenv(namespaceEnv) != "" {
+		if resident { // a program that a reload has begun
+			copied, err := dir.makeResident(host(c.DiskTimeout).CopyFile, self, config)
+			if err == nil {
+				beResident()
+				err = unix.Exec(copied, os.Args, os.Environ())
+			}
+			warn(fail(err, "be resident"))
+		}
 		// What the program before this one has handed on is for no other process: the
 		// lock of a daemon would be held beyond its death.
 		if err := closeOnExec(reportFD); err != nil {
@@ -60,7 +72,7 @@ func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 	// The thread that execs becomes the process, with all that is its own.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	program, err := os.Executable()
+	program, err := dir.installed()
 	if err != nil {
 		return fail(err, "find the program")
 	}
@@ -89,6 +101,14 @@ func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 	if err := dir.mountState(c.StateSize); err != nil {
 		return err
 	}
+	if resident {
+		if copied, err := dir.makeResident(copyFile, self, config); err == nil {
+			self = copied
+			beResident()
+		} else {
+			warn(fail(err, "be resident"))
+		}
+	}
 	namespace := sharedNamespace
 	if sharesMountsWithInit() {
 		namespace = ownNamespace
@@ -104,7 +124,17 @@ func Reexec(dir RunDir, c Config, reportFD int, warn func(error)) error {
 		return err
 	}
 	env := append(os.Environ(), namespaceEnv+"="+namespace, programEnv+"="+program, held)
-	return fail(unix.Exec("/proc/self/exe", os.Args, env), "start anew")
+	return fail(unix.Exec(self, os.Args, env), "start anew")
+}
+
+// installed is the path of the program, of which a resident one is a copy.
+func (d RunDir) installed() (string, error) {
+	if d.Resident() {
+		if r, err := d.startRecord(); err == nil && r.Installed != "" {
+			return r.Installed, nil
+		}
+	}
+	return os.Executable()
 }
 
 // Program is the path of the program, as whoever started the daemon sees it.

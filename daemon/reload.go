@@ -82,8 +82,10 @@ func (d *Daemon) planReload(ctx context.Context, r control.ReloadRequest) (contr
 		return plan, &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "storage " + publicPaths(strings.Join(hanging, ", ")) + " does not answer", Fix: "try again when it does, or when the snapshot has ended"}
 	}
 	if running(d.opts.Prober) {
-		if err := d.checkProgramPlace(plan.Program); err != nil {
-			return plan, err
+		if !d.opts.Dir.Resident() { // which copies it before
+			if err := d.checkProgramPlace(plan.Program); err != nil {
+				return plan, err
+			}
 		}
 		if err := checkProgram(ctx, d.opts.Prober, plan.Program, d.opts.Args); !errors.Is(err, disk.ErrGone) {
 			return plan, err
@@ -217,6 +219,15 @@ func (d *Daemon) GiveUp(ctx context.Context) (quiesced int, err error) {
 func (o *Options) exec(d stopper, lock, socket, reading *os.File, plan control.Reloaded, ending func() bool) error {
 	setWatchdog(o.Config.patience())
 	asked, prober := running(o.Prober), 0
+	// Now, because its path may lead through a filter.
+	path, err := plan.Program, error(nil)
+	if asked && o.Dir.Resident() {
+		path, err = o.Dir.makeResident(o.host().CopyFile, path, o.ConfigPath)
+	}
+	var program *os.File
+	if err == nil {
+		program, err = o.host().Open(path, unix.O_PATH, 0)
+	}
 	if asked {
 		limited, cancel := context.WithTimeout(context.Background(), giveUpTime)
 		_ = o.Prober.LetGo(limited) // the next program has a prober of its own
@@ -224,8 +235,6 @@ func (o *Options) exec(d stopper, lock, socket, reading *os.File, plan control.R
 		prober = o.Prober.PID()
 		o.Prober.Close()
 	}
-	// Now, because its path may lead through a filter.
-	program, err := host(o.Config.DiskTimeout).Open(plan.Program, unix.O_PATH, 0)
 	limited, cancel := context.WithTimeout(context.Background(), giveUpTime)
 	defer cancel()
 	plan.Began = time.Now().Round(0)

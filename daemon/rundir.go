@@ -307,7 +307,7 @@ func (d RunDir) mountState(bytes int64) error {
 	if err != nil {
 		return fail(err, "look at the state directory")
 	}
-	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC)
+	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV) // a resident daemon's program is there
 	if mounted {
 		err := unix.Mount("tmpfs", dir, "tmpfs", flags|unix.MS_REMOUNT, fmt.Sprintf("size=%d", bytes))
 		// EINVAL: it holds more than that already.

@@ -138,12 +138,13 @@ func (s Starter) start(ctx context.Context) error {
 	} else if err == nil && s.Dir.survivors() {
 		args = r.Args // as the one that died
 	}
-	return launch(ctx, s.Dir, program, args)
+	return launch(ctx, s.Dir, program, args, nil, false)
 }
 
 // launch starts a daemon on the directory and waits until it answers, or for the
-// error that keeps it from that.
-func launch(ctx context.Context, dir RunDir, program string, args []string) error {
+// error that keeps it from that. An orphan is no child of this process, but a sibling: so
+// that systemd hears of its death, if that is the parent.
+func launch(ctx context.Context, dir RunDir, program string, args, env []string, orphan bool) error {
 	log, err := dir.openLog()
 	if err != nil {
 		return fail(err, "start the daemon")
@@ -162,11 +163,15 @@ func launch(ctx context.Context, dir RunDir, program string, args []string) erro
 
 	// The daemon gets a session of its own, so that neither the terminal's signals nor
 	// its end reach it.
+	sys := &syscall.SysProcAttr{Setsid: true}
+	if orphan {
+		sys.Cloneflags = unix.CLONE_PARENT
+	}
 	p, err := os.StartProcess(program, slices.Concat([]string{"ublk-blksnap"}, args, []string{"--report-fd", "3"}), &os.ProcAttr{
 		Dir:   "/",
-		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
+		Env:   append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, env...),
 		Files: []*os.File{null, log, log, w},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
+		Sys:   sys,
 	})
 	w.Close()
 	if err != nil {

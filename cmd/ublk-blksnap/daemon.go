@@ -61,6 +61,10 @@ Parameters come from the configuration file, and from flags, which win:`,
 		if check {
 			return p.checkTakeover(c.Flags(), params)
 		}
+		// Before anything is read.
+		if err := p.dir().GoOnResident(); err != nil {
+			p.tell("start the daemon: " + err.Error())
+		}
 		if daemon.ToJournal(os.Stderr) {
 			p.err = prefixed{p.err, daemon.Priority(slog.LevelError)}
 		}
@@ -71,6 +75,9 @@ Parameters come from the configuration file, and from flags, which win:`,
 		status := p.exit(err)
 		switch control.CodeOf(err) {
 		case control.Exists:
+			if reportFD == 0 && daemon.HandOver(c.Context(), p.dir()) == nil {
+				return nil // the guard was first
+			}
 			// systemd shall not try again and again while another daemon runs
 			// (RestartPreventExitStatus).
 			status = statusBusy
@@ -113,7 +120,7 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportF
 		}
 	}()
 	path := p.configFile()
-	cfg, err := daemonConfig(path, given, params)
+	cfg, err := daemonConfig(p.dir().ConfigFile(path), given, params)
 	if err != nil {
 		return err
 	}
@@ -122,10 +129,13 @@ func (p *program) runDaemon(given *pflag.FlagSet, params []daemon.Param, reportF
 		return usage("log_level: %v", err)
 	}
 	warn := func(err error) { p.tell("start the daemon: " + err.Error()) } // there is no log yet
-	if err := daemon.PrepareBoot(p.dir(), path); err != nil {
-		warn(err)
+	// What a resident daemon would read for the rules of udev may have to wait for it.
+	if !p.dir().Resident() {
+		if err := daemon.PrepareBoot(p.dir(), path); err != nil {
+			warn(err)
+		}
 	}
-	if err := daemon.Reexec(p.dir(), cfg, reportFD, warn); err != nil {
+	if err := daemon.Reexec(p.dir(), cfg, path, reportFD, warn); err != nil {
 		return err
 	}
 	log := daemon.NewLog(daemon.Stderr(), level, daemon.ToJournal(os.Stderr))
