@@ -10,6 +10,7 @@
 #   make picture                       the README's picture, docs/session.svg, recorded anew
 #   make reboot [KERNEL=]              change tracking, and what is left of snapshots, over restarts and a power failure
 #   make boot [KERNEL=]                boots of a Debian whose filesystems lie on filters
+#   make root [KERNEL=] [LOAD=seconds]  a Debian whose root filesystem gets a filter while it runs, under load
 #   make powercut [KERNEL=] [CUTS=] [SEED=]  change tracking over power failures of a machine under load
 #   make sim [SEEDS=] [MINUTES=]       the simulator
 #   make bench [JSON=out.json] [BENCH=pattern] [KERNEL=]    figures, of both kernels unless one is named
@@ -61,7 +62,7 @@ override CMD := $(value CMD)
 export CMD
 
 .NOTPARALLEL:
-.PHONY: demo test check lint integration integration-run integration-binaries soak systemd docs picture reboot boot powercut sim overlay bench vm build build-next install uninstall deb rpm package test-packages clean setup-go setup bin/vm
+.PHONY: demo test check lint integration integration-run integration-binaries soak systemd docs picture reboot boot root powercut sim overlay bench vm build build-next install uninstall deb rpm package test-packages clean setup-go setup bin/vm
 
 demo: build bin/vm
 	@VM=$${VM:-auto} bin/vm tests/demo/demo.sh
@@ -71,13 +72,12 @@ test: check bin/vm overlay
 	$(MAKE) integration-binaries
 	$(MAKE) integration-binaries BUILD=giouring
 	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12 && $(MAKE) docs KERNEL=6.12 PAGE="(README|quick-start|lvm)"' \
-		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest' \
+		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest && $(MAKE) integration-run KERNEL=newest VM_CPUS=4 RUN="$(FOUR_QUEUES)"' \
 		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -short -count=1 -timeout 60m ./tests/vm/... && \
 		$(MAKE) package && $(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest && $(MAKE) boot KERNEL=6.12 && \
-		$(MAKE) systemd KERNEL=newest && $(MAKE) demo KERNEL=newest && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
+		$(MAKE) root KERNEL=6.12 && $(MAKE) systemd KERNEL=newest && $(MAKE) demo KERNEL=newest && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
 		$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk && \
-		$(MAKE) integration-run KERNEL=6.12 VM_CPUS=4 RUN="$(FOUR_QUEUES)" && \
-		$(MAKE) integration-run KERNEL=newest VM_CPUS=4 RUN="$(FOUR_QUEUES)"'
+		$(MAKE) integration-run KERNEL=6.12 VM_CPUS=4 RUN="$(FOUR_QUEUES)"'
 
 check: setup lint
 	go test ./...
@@ -125,6 +125,7 @@ soak: integration-binaries
 		KERNEL=$$kernel $(MAKE) systemd; \
 	done
 	$(MAKE) boot KERNEL=newest
+	$(MAKE) root LOAD=600
 	$(MAKE) docs
 	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...
 
@@ -150,6 +151,10 @@ reboot: build bin/vm
 boot: build bin/vm
 	$(MAKE) test-packages FORMAT=deb
 	tests/boot/run.sh
+
+root: build bin/vm
+	$(MAKE) test-packages FORMAT=deb
+	SECONDS_UNDER_LOAD=$(or $(LOAD),20) tests/root/run.sh
 
 powercut: build bin/vm
 	CGO_ENABLED=0 go build -o .cache/test/ ./tests/powercut

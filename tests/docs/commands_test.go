@@ -20,6 +20,8 @@ var notRun = []string{
 	"make deb                                        # or rpm; ARCH=arm64 for that processor",
 	"apt install ./bin/ublk-blksnap_*.deb",
 	"reboot",
+	"ublk-blksnap add /dev/vg0/root --name root", // make root
+	"ublk-blksnap snapshot create root --name nightly --storage /mnt/store --take",
 }
 
 // pages are the texts for people who use the program.

@@ -176,7 +176,7 @@ func (v *victim) clean() {
 // short form some of them, and others on a newer kernel.
 func everyStep(t *testing.T, offset int, part func(n int) (died bool)) {
 	t.Helper()
-	everyStepOf(t, 40, offset, part)
+	everyStepOf(t, 64, offset, part)
 }
 
 // everyStepOf is everyStep, each stride-th of them in the short form.

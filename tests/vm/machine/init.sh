@@ -24,8 +24,16 @@ while read -r module; do insmod "/vm/$module"; done </vm/modules
 mount -t virtiofs -o ro host /host
 if [ -e /vm/own-root ]; then
 	for disk in /sys/block/vd*; do
-		[ "$(cat "$disk/serial")" != root ] || mount -t ext4 "/dev/${disk##*/}" /root
+		[ "$(cat "$disk/serial")" != root ] || root=/dev/${disk##*/}
 	done
+	if ! mount -t ext4 "$root" /root; then
+		# A volume group, with the volume "root": the host's LVM finds it, as an initramfs would.
+		for dir in proc sys dev; do mount -o bind /$dir /host/$dir; done
+		mount -t tmpfs run /host/run
+		DM_DISABLE_UDEV=1 chroot /host lvm vgchange -q --nolocking --config 'devices{use_devicesfile=0}' -a y
+		for dir in run dev sys proc; do umount /host/$dir; done
+		mount -t ext4 /dev/*/root /root
+	fi
 	mount -t tmpfs -o mode=755 run /root/run
 	mkdir /root/run/host
 	for dir in proc sys dev; do mount -o move /$dir /root/$dir; done

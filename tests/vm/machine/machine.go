@@ -484,7 +484,7 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 		a.dir(dir)
 	}
 	a.file("bin/busybox", busybox)
-	for _, applet := range []string{"cat", "chmod", "cp", "insmod", "mkdir", "mount", "sleep", "switch_root"} {
+	for _, applet := range []string{"cat", "chmod", "chroot", "cp", "insmod", "mkdir", "mount", "sleep", "switch_root", "umount"} {
 		a.add("bin/"+applet, unix.S_IFLNK|0o777, []byte("busybox"))
 	}
 	a.file("init", initScript)
@@ -492,7 +492,7 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 	var modules bytes.Buffer
 	needed := []string{"virtio_pci", "virtio_console", "virtiofs", "overlay"}
 	if cfg.Root != "" {
-		needed = append(needed, "virtio_blk", "crc32c_generic", "ext4")
+		needed = append(needed, "virtio_blk", "crc32c_generic", "ext4", "dm-mod")
 		a.file("vm/own-root", nil)
 	}
 	files, err := kernel.moduleFiles(needed...)

@@ -2,6 +2,7 @@ package machine
 
 import (
 	"context"
+	"crypto/sha256"
 	_ "embed"
 	"fmt"
 	"os"
@@ -24,10 +25,11 @@ func MakeRoot(ctx context.Context, cache, file string) error {
 		return err
 	}
 	defer unlock()
-	image := filepath.Join(dir, "root.ext4")
+	// What is in it decides about its name.
+	image := filepath.Join(dir, fmt.Sprintf("root-%.6x.ext4", sha256.Sum256([]byte(rootScript))))
 	if !exists(image) {
 		script := aptScript + rootScript + "set -e -o pipefail\nmake_root \"$@\"\n"
-		if _, err := output(exec.CommandContext(ctx, "bash", "-c", script, "root", dir)); err != nil {
+		if _, err := output(exec.CommandContext(ctx, "bash", "-c", script, "root", dir, image)); err != nil {
 			return fmt.Errorf("make a Debian root: %w", err)
 		}
 	}
