@@ -46,6 +46,10 @@ type Daemon struct {
 	snapshots map[string]*snapshot
 	waiting   map[string]*survivor // by name: devices that could not be taken over yet
 	lost      *control.Lost        // see notTakenOver
+	// attachedFound are the filters under volumes in use that the daemon before has left;
+	// takingOver: not all are served yet, or wait.
+	attachedFound []string
+	takingOver    bool
 
 	// Under opLock: what is kept of disks that must not be believed any more, and
 	// could not be used up yet; see outdated.

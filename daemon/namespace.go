@@ -165,7 +165,7 @@ func host(patience time.Duration) *disk.Host {
 // host is the machine as a daemon sees it, which goes along no path itself.
 func (o *Options) host() *disk.Host {
 	h := host(o.Config.DiskTimeout)
-	h.Walker = o.Prober
+	h.Walker, h.WalkerOnly = o.Prober, o.Dir.Resident()
 	return h
 }
 

@@ -82,12 +82,16 @@ func (d *Daemon) planReload(ctx context.Context, r control.ReloadRequest) (contr
 		return plan, &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "storage " + publicPaths(strings.Join(hanging, ", ")) + " does not answer", Fix: "try again when it does, or when the snapshot has ended"}
 	}
 	if running(d.opts.Prober) {
-		if !d.opts.Dir.Resident() { // which copies it before
+		if !d.opts.Dir.Resident() { // which has it copied
 			if err := d.checkProgramPlace(plan.Program); err != nil {
 				return plan, err
 			}
 		}
-		if err := checkProgram(ctx, d.opts.Prober, plan.Program, d.opts.Args); !errors.Is(err, disk.ErrGone) {
+		err := checkProgram(ctx, d.opts.Prober, plan.Program, d.opts.Args)
+		if err == nil && d.opts.Dir.Resident() {
+			err = d.opts.Dir.copyToMemory(d.host.CopyFile, plan.Program, d.opts.ConfigPath)
+		}
+		if !errors.Is(err, disk.ErrGone) {
 			return plan, err
 		}
 	}
@@ -220,15 +224,16 @@ func (o *Options) exec(d stopper, lock, socket, reading *os.File, plan control.R
 	setWatchdog(o.Config.patience())
 	asked, prober := running(o.Prober), 0
 	// Now, because its path may lead through a filter.
-	path, err := plan.Program, error(nil)
-	if asked && o.Dir.Resident() {
-		path, err = o.Dir.makeResident(o.host().CopyFile, path, o.ConfigPath)
-	}
 	var program *os.File
-	if err == nil {
-		program, err = o.host().Open(path, unix.O_PATH, 0)
-	}
+	var err error
 	if asked {
+		path := plan.Program
+		if o.Dir.Resident() {
+			path, err = o.Dir.useCopies()
+		}
+		if err == nil {
+			program, err = o.host().Open(path, unix.O_PATH, 0)
+		}
 		limited, cancel := context.WithTimeout(context.Background(), giveUpTime)
 		_ = o.Prober.LetGo(limited) // the next program has a prober of its own
 		cancel()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
@@ -73,6 +74,13 @@ const ownProgram = "/proc/self/exe"
 
 // copyFile is disk.Host.CopyFile as this process sees the files.
 func copyFile(from, to string, mode os.FileMode) error {
+	st, err := os.Stat(from)
+	if err != nil {
+		return err
+	}
+	if !st.Mode().IsRegular() && from != os.DevNull {
+		return fmt.Errorf("%s is no file, which could be read again", from)
+	}
 	f, err := os.Open(from)
 	if err != nil {
 		return err
@@ -85,30 +93,52 @@ func copyFile(from, to string, mode os.FileMode) error {
 // zone that would read /etc/localtime before all else.
 func beResident() { _ = os.Setenv("TZ", "UTC") }
 
-// makeResident has a program, and the configuration that it is to have, copied to the state
-// directory. A configuration that is not there is an empty one.
-func (d RunDir) makeResident(byHost func(from, to string, mode os.FileMode) error, program, config string) (path string, err error) {
+// nextCopy is the end of the name of a copy that no daemon uses yet.
+const nextCopy = ".next"
+
+// copyToMemory has a program, and the configuration that it is to have, copied to the state
+// directory, beside those in use. A configuration that is not there is an empty one.
+func (d RunDir) copyToMemory(byHost func(from, to string, mode os.FileMode) error, program, config string) error {
 	for _, f := range []struct {
 		from, to string
 		mode     os.FileMode
-	}{{config, residentConfigName, 0o600}, {program, residentName, 0o700}} {
-		begun, _ := filepath.Glob(d.path(f.to) + ".*") // by one that has died meanwhile
+	}{{program, residentName, 0o700}, {config, residentConfigName, 0o600}} {
+		begun, _ := filepath.Glob(d.path(f.to) + nextCopy + "*") // by one that has died meanwhile
 		for _, path := range begun {
 			_ = os.Remove(path)
 		}
-		to := byHost
+		by := byHost
 		if f.from == ownProgram {
-			to = copyFile
+			by = copyFile
 		}
-		err := to(f.from, d.path(f.to), f.mode)
+		err := by(f.from, d.path(f.to)+nextCopy, f.mode)
 		if f.from == config && errors.Is(err, os.ErrNotExist) {
-			err = copyFile(os.DevNull, d.path(f.to), f.mode)
+			err = copyFile(os.DevNull, d.path(f.to)+nextCopy, f.mode)
 		}
 		if err != nil {
-			return "", fail(err, "copy %s to memory", f.from)
+			return fail(err, "copy %s to memory", f.from)
+		}
+	}
+	return nil
+}
+
+// useCopies puts the copies in the place of those in use, the program first: it may know
+// parameters that the one before does not.
+func (d RunDir) useCopies() (program string, err error) {
+	for _, name := range []string{residentName, residentConfigName} {
+		if err := os.Rename(d.path(name)+nextCopy, d.path(name)); err != nil {
+			return "", fail(err, "use what was copied to memory")
 		}
 	}
 	return d.path(residentName), nil
+}
+
+// makeResident is both.
+func (d RunDir) makeResident(byHost func(from, to string, mode os.FileMode) error, program, config string) (string, error) {
+	if err := d.copyToMemory(byHost, program, config); err != nil {
+		return "", err
+	}
+	return d.useCopies()
 }
 
 // endOtherGuard ends a guard that has its program from elsewhere, so that the prober starts a
@@ -123,6 +153,10 @@ func (d RunDir) endOtherGuard() {
 		pid, err := strconv.Atoi(filepath.Base(p))
 		if err != nil {
 			continue
+		}
+		var owner unix.Stat_t
+		if unix.Stat(p, &owner) != nil || owner.Uid != 0 {
+			continue // it may have its program on a filesystem that it serves itself
 		}
 		fd, err := unix.PidfdOpen(pid, 0) // first, so that it is the process that is looked at
 		if err != nil {
@@ -156,38 +190,63 @@ func residentEnvironment() []string {
 	return env
 }
 
+// ErrNoHandOver: the daemon that runs is none that the service's start could hand over to.
+var ErrNoHandOver = errors.New("the daemon that runs is no resident one of this service")
+
 // HandOver tells systemd, which has started this process as the unit's, that the resident
-// daemon that runs already is the unit's main process. It waits until that answers.
+// daemon that runs already is the unit's main process. It waits until that answers, for as
+// long as a process has the daemon's lock.
 func HandOver(ctx context.Context, dir RunDir) error {
 	r, err := dir.startRecord()
-	if err != nil || r.Installed == "" {
-		return errors.Join(errors.New("the daemon that runs is not resident"), err)
+	if err != nil || r.Installed == "" || !slices.Contains(r.Env, "NOTIFY_SOCKET="+os.Getenv("NOTIFY_SOCKET")) {
+		return errors.Join(ErrNoHandOver, err) // it would not tell systemd that it lives
 	}
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
 	c := control.NewClient(dir.Socket())
 	defer c.Close()
 	for {
-		info, err := c.Info(ctx)
+		if held, err := dir.holds(lockName); err != nil || !held {
+			return errors.Join(errors.New("the daemon that ran has died"), err)
+		}
+		limited, cancel := context.WithTimeout(ctx, time.Second)
+		info, err := c.Info(limited)
+		cancel()
 		if err == nil && info.PID > 0 {
 			notify(fmt.Sprintf("MAINPID=%d\nREADY=1", info.PID))
 			return nil
 		}
+		notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", startStep.Microseconds()))
 		select {
 		case <-ctx.Done():
-			return fail(errors.Join(ctx.Err(), err), "wait for the daemon that the guard has started")
+			return ctx.Err()
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }
 
+// holds says whether a process holds a lock of the run directory.
+func (d RunDir) holds(name string) (bool, error) {
+	lock, err := d.file(name, os.O_RDWR, 0)
+	if err != nil {
+		return false, err
+	}
+	defer lock.Close()
+	err = unix.Flock(int(lock.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return true, nil
+	}
+	return false, err
+}
+
 // checkResident says why no daemon could follow this one while the volume waited that its
 // program lies on.
 func (d *Daemon) checkResident() error {
-	if d.opts.Dir.Resident() && running(d.opts.Prober) {
-		return nil
+	if !d.opts.Dir.Resident() || !running(d.opts.Prober) {
+		return errors.New("a daemon that takes over could not read it")
 	}
-	return errors.New("a daemon that takes over could not read it")
+	if held, err := d.opts.Dir.holds(guardLockName); err != nil || !held {
+		return errors.Join(errors.New("the process that would start the next daemon does not run"), err)
+	}
+	return nil
 }
 
 // residentFix is the way out of that.

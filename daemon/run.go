@@ -116,7 +116,9 @@ func Run(o Options) error {
 	// The prober starts before there is anything that it must not inherit, and before
 	// there is a disk to serve.
 	var err error
-	if o.Prober, err = disk.StartProber("ublk-blksnap", ProbeCommand, host(0).Root); err != nil {
+	if o.Prober, err = disk.StartProber("ublk-blksnap", ProbeCommand, host(0).Root); err != nil && o.Dir.Resident() {
+		return fail(err, "start without the process that goes along paths") // whoever started this tries again
+	} else if err != nil {
 		o.Log.Warn("cannot start the process that asks blkid: a block device is storage only with --overwrite", "error", err)
 	} else {
 		defer o.Prober.Close()
@@ -155,7 +157,9 @@ func run(o Options, open func(Options) (stopper, error)) error {
 		return err
 	}
 	// Before there is anything that would have to wait for the next daemon.
-	if err := o.setGuard(); err != nil {
+	if err := o.setGuard(); err != nil && o.Dir.Resident() {
+		return err // because nobody else could start the next
+	} else if err != nil {
 		o.Log.Warn("nobody starts the next daemon if this one dies", "error", err)
 	}
 	o.progress = &progress{}

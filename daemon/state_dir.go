@@ -49,8 +49,7 @@ func (d *Daemon) openDir(dir string, create bool) (*cbtstate.Store, error) {
 	if point := d.missingMount(dir); point != "" {
 		return nil, unavailable("the state directory %s is not there: %s is not mounted", dir, point)
 	}
-	// state_dir lies on no such volume: see checkAttach. One of an earlier configuration may.
-	if name := d.attachedWaits(); name != "" && dir != d.opts.Config.StateDir {
+	if name := d.attachedWaits(); name != "" && d.opts.Dir.Resident() {
 		return nil, unavailable("the state directory %s may lie on the volume of the filter %s, which waits", dir, name)
 	}
 	attached := slices.DeleteFunc(d.sortedDevices(), func(dev *device) bool { return dev.attached == nil })
@@ -60,12 +59,13 @@ func (d *Daemon) openDir(dir string, create bool) (*cbtstate.Store, error) {
 	return cbtstate.Open(d.host.Root, dir, create)
 }
 
-// attachedWaits is a filter under a volume in use that is not served yet; empty if there is none.
+// attachedWaits is a filter under a volume in use that this daemon has found, and does not serve
+// yet; empty if there is none.
 func (d *Daemon) attachedWaits() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for name, s := range d.waiting {
-		if s.record.Attached != nil {
+	for _, name := range d.attachedFound {
+		if d.devices[name] == nil && (d.takingOver || d.waiting[name] != nil) {
 			return name
 		}
 	}

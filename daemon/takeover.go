@@ -79,6 +79,11 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	var devices []*survivor
 	for _, r := range records {
 		devices = append(devices, &survivor{record: r})
+		if r.Attached != nil {
+			d.mu.Lock()
+			d.attachedFound, d.takingOver = append(d.attachedFound, r.Name), true
+			d.mu.Unlock()
+		}
 	}
 	snaps := d.leftSnapshots()
 	ready := make(chan struct{})
@@ -136,6 +141,9 @@ func (d *Daemon) takeOver(ctx context.Context) {
 			d.wait(s)
 		}
 	}
+	d.mu.Lock()
+	d.takingOver = false
+	d.mu.Unlock()
 	d.locate(ctx)
 	d.gone = gone
 	d.removeLeftovers(ctx)

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -75,8 +76,14 @@ Parameters come from the configuration file, and from flags, which win:`,
 		status := p.exit(err)
 		switch control.CodeOf(err) {
 		case control.Exists:
-			if reportFD == 0 && daemon.HandOver(c.Context(), p.dir()) == nil {
-				return nil // the guard was first
+			if reportFD == 0 {
+				err := daemon.HandOver(c.Context(), p.dir())
+				if err == nil {
+					return nil // the guard was first
+				}
+				if !errors.Is(err, daemon.ErrNoHandOver) {
+					return silentError(status) // systemd tries again
+				}
 			}
 			// systemd shall not try again and again while another daemon runs
 			// (RestartPreventExitStatus).

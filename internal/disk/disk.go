@@ -139,6 +139,8 @@ type Host struct {
 	// Walker goes along paths in place of this process: see walk.go. If it is nil, or has
 	// ended, this process does.
 	Walker *Prober
+	// WalkerOnly: it does in no case, but below the directories that are not on a disk.
+	WalkerOnly bool
 
 	// nil: the real ones
 	stat     func(path string) (status, error)
@@ -186,6 +188,9 @@ func (h *Host) openWalking(path string, flags int, mode os.FileMode) (*os.File, 
 		if f, err := h.openBy(h.Walker, path, flags, mode); !errors.Is(err, ErrGone) {
 			return f, err
 		}
+	}
+	if !h.mayWalk(path) {
+		return nil, &os.PathError{Op: "open", Path: path, Err: ErrGone}
 	}
 	return h.open(path, flags, mode)
 }

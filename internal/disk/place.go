@@ -119,6 +119,9 @@ func (h *Host) openPlaceWalking(path string) (*Place, error) {
 			return p, err
 		}
 	}
+	if !h.mayWalk(path) {
+		return nil, &Error{ErrGone, path, ErrGone.Error(), ""}
+	}
 	return h.openPlace(path)
 }
 

@@ -234,6 +234,9 @@ func ServeProbes(fd int, root string) error {
 	// They are not ignored, because a hook would inherit that.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
 	_ = os.WriteFile("/proc/self/comm", []byte("ublk-probe"), 0)
+	// It changes the tables of volumes, which may hold swap in a file: nothing of it may be
+	// there meanwhile.
+	_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE)
 	// It is small, and starts anew what must not be missing.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 	e := errands{root: root, leaving: make(chan struct{})}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,6 +18,11 @@ import (
 // end: its thread waits for the disk, the disk for the next daemon, and that for the end of
 // this one. So a daemon has its Prober go along paths and read small files, and gets what was
 // found there as descriptors. What it does with those needs no name any more.
+
+// mayWalk says whether this process goes along a path if there is nobody to do it.
+func (h *Host) mayWalk(path string) bool {
+	return !h.WalkerOnly || slices.ContainsFunc([]string{"/dev/", "/proc/", "/sys/", "/run/"}, func(top string) bool { return strings.HasPrefix(filepath.Clean(path), top) })
+}
 
 // way is a path that the process of a Prober goes along for others.
 type way struct {
@@ -216,6 +222,9 @@ func askText(h *Host, what, path string, q question) (string, error) {
 			if !errors.Is(err, ErrGone) {
 				return read{a.Text, a.Errno, err}
 			}
+		}
+		if !h.mayWalk(path) {
+			return read{err: &os.PathError{Op: "read", Path: path, Err: ErrGone}}
 		}
 		text, errno := q.Read.read()
 		return read{text, errno, nil}

@@ -157,4 +157,19 @@ func TestWalkerGone(t *testing.T) {
 	if _, err := by.Open("/none", unix.O_PATH, 0); !errors.Is(err, fs.ErrNotExist) {
 		t.Error(err)
 	}
+	by.WalkerOnly = true
+	_, opens := by.Open("/file", unix.O_PATH, 0)
+	_, finds := by.OpenPlace("/file")
+	_, reads := by.ReadFile("/file")
+	for _, err := range []error{opens, finds, reads} {
+		if !errors.Is(err, ErrGone) {
+			t.Errorf("it goes itself: %v", err)
+		}
+	}
+	by.Root = "/"
+	if f, err := by.Open("/dev/null", unix.O_PATH, 0); err != nil {
+		t.Error(err)
+	} else {
+		f.Close()
+	}
 }
