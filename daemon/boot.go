@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -44,8 +45,8 @@ type bootDisk struct {
 // Daemon.mu.
 type bootDisks struct {
 	disks []*bootDisk
-	// unread is why the files could not be read the last time.
-	unread string
+	// read is the stamp of the files that they are from.
+	read string
 	// removed are the disks whose filters were removed on purpose: by their names, the
 	// sequence numbers that they had. They get no filter by themselves until they are
 	// plugged in anew, or the machine is started again. Under Daemon.opLock.
@@ -103,17 +104,20 @@ func (d *Daemon) startBoot(ctx context.Context) {
 	}()
 }
 
-// readBoot reads which disks are named.
+// readBoot reads which disks are named, if that has changed.
 func (d *Daemon) readBoot() {
-	all, err := readBootDevices(d.host, d.opts.ConfigPath)
-	if err != nil {
-		if err.Error() != d.boot.unread {
-			d.opts.Log.Error("cannot read which disks have filters at the boot: those known before count", "error", err)
-		}
-		d.boot.unread = err.Error()
+	file, err1 := d.host.Stamp(d.opts.ConfigPath)
+	dir, err2 := d.host.Stamp(DropInDir(d.opts.ConfigPath))
+	read := fmt.Sprintln(file, err1, dir, err2)
+	if read == d.boot.read {
 		return
 	}
-	d.boot.unread = ""
+	d.boot.read = read
+	all, err := readBootDevices(d.host, d.opts.ConfigPath)
+	if err != nil {
+		d.opts.Log.Error("cannot read which disks have filters at the boot: those known before count", "error", err)
+		return
+	}
 	disks := make([]*bootDisk, len(all))
 	for i, b := range all {
 		disks[i] = &bootDisk{BootDevice: b}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -31,7 +32,8 @@ type way struct {
 	Place bool        `json:"place,omitempty"` // for OpenPlace, else for Open with Flags and Mode
 	Flags int         `json:"flags,omitempty"`
 	Mode  os.FileMode `json:"mode,omitempty"`
-	To    string      `json:"to,omitempty"` // of CopyFile
+	To    string      `json:"to,omitempty"`    // of CopyFile
+	Stamp bool        `json:"stamp,omitempty"` // for Stamp
 }
 
 // walked is what was found. With it come the files: the one that was opened, or that of a
@@ -193,6 +195,12 @@ func (h *Host) ReadFile(path string) (string, error) {
 	return askText(h, "content of", path, question{Read: &way{Root: h.Root, Path: path}})
 }
 
+// Stamp is another text when a file is another, or when the files in a directory are. The errors
+// are those of Open.
+func (h *Host) Stamp(path string) (string, error) {
+	return askText(h, "times of", path, question{Read: &way{Root: h.Root, Path: path, Stamp: true}})
+}
+
 // CopyFile puts a copy of a file below Root in the place of one of this process's, which has
 // the copy or what it had.
 func (h *Host) CopyFile(path, to string, mode os.FileMode) error {
@@ -245,6 +253,8 @@ func (w way) read() (string, unix.Errno) {
 	var text []byte
 	switch {
 	case err != nil:
+	case w.Stamp:
+		text, err = stampOf(f)
 	case w.Flags&unix.O_DIRECTORY != 0:
 		var names []string
 		names, err = f.Readdirnames(-1)
@@ -266,6 +276,25 @@ func (w way) read() (string, unix.Errno) {
 		return "", errno
 	}
 	return string(text), 0
+}
+
+// stampOf is the Stamp of an open file or directory.
+func stampOf(f *os.File) ([]byte, error) {
+	line := func(text []byte, name string) []byte {
+		var st unix.Stat_t
+		_ = unix.Fstatat(int(f.Fd()), name, &st, unix.AT_EMPTY_PATH)
+		return fmt.Appendf(text, "%q %d %d %d\n", name, st.Ino, st.Size, st.Mtim.Nano())
+	}
+	text := line(nil, "")
+	if st, err := f.Stat(); err != nil || !st.IsDir() {
+		return text, err
+	}
+	names, err := f.Readdirnames(-1)
+	slices.Sort(names)
+	for _, name := range names {
+		text = line(text, name)
+	}
+	return text, err
 }
 
 // ReplaceFile puts a file with that content in the place of one, if there is one. The directory

@@ -95,6 +95,15 @@ func TestWalker(t *testing.T) {
 	if content, err := by.ReadFile("/link/file"); content != "text" || err != nil {
 		t.Errorf("%q, %v", content, err)
 	}
+	first, err := by.Stamp("/d")
+	again, err2 := by.Stamp("/d")
+	err3 := os.WriteFile(at("d/file"), []byte("other text"), 0o600)
+	if now, err4 := by.Stamp("/d"); first != again || now == first || errors.Join(err, err2, err3, err4) != nil {
+		t.Errorf("stamps %q, %q, and after a change %q, %v", first, again, now, errors.Join(err, err2, err3, err4))
+	}
+	if one, err := by.Stamp("/d/file"); one == "" || err != nil {
+		t.Errorf("stamp %q, %v", one, err)
+	}
 	if f, err := by.Open("/d/new", unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL, 0o640); err != nil {
 		t.Error(err)
 	} else {

@@ -210,7 +210,9 @@ func TestBadParameters(t *testing.T) {
 	d.Refused([]string{"--config /my/conf: a daemon runs that was started with "}, "list", "--config", "/my/conf")
 	d.Refused([]string{"chunk size 5120: not a power of two"}, "snapshot", "create", dev.Name, "--chunk-size", "5K")
 	d.Refused([]string{"no filter of this name"}, "snapshot", "create", "nothing")
-	d.Refused([]string{"already"}, "snapshot", "create", dev.Name, disk)
+	if a := d.Call("ublk-blksnap", "snapshot", "create", dev.Name, disk); a.Status != 2 || !strings.Contains(a.Err, dev.Name+": named twice") {
+		t.Errorf("one device by two names: %+v", a)
+	}
 	d.Refused([]string{"no take of that number"}, "cbt", "changes", dev.Name, "--since", d.CBT(dev).GenerationID+":9")
 	d.Refused([]string{"copy the whole device"}, "cbt", "changes", dev.Name, "--since", id+":0")
 	d.Refused([]string{"range outside the device"}, "cbt", "mark", dev.Name, "0:8", fmt.Sprintf("%d:1", dev.Size/512))
