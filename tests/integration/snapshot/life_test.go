@@ -29,7 +29,7 @@ func TestAddedTwiceAndDestroyedMounted(t *testing.T) {
 	guest.Ext4.Make(t, dev.Link)
 	for range 3 {
 		_, err := d.CreateSnapshot(guest.Context(t), control.CreateRequest{Devices: []string{dev.Name, dev.Path}})
-		program.WantError(t, err, control.Exists, dev.Name)
+		program.WantError(t, err, control.Invalid, dev.Name)
 		s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: "/dev/shm"}}})
 		for _, name := range []string{dev.Name, dev.Path, dev.Link, disk} {
 			_, err := d.AddToSnapshot(guest.Context(t), control.SnapshotDeviceRequest{ID: s.ID, Device: name})
