@@ -137,9 +137,9 @@ type Host struct {
 	// that fails with ErrNoAnswer; 0: some seconds.
 	Timeout time.Duration
 	// Walker goes along paths in place of this process: see walk.go. If it is nil, or has
-	// ended, this process does.
-	Walker *Prober
-	// WalkerOnly: it does in no case, but below the directories that are not on a disk.
+	// ended, this process does, unless it is to be the Walker only: then paths that may lead
+	// to a disk fail with ErrGone.
+	Walker     *Prober
 	WalkerOnly bool
 
 	// nil: the real ones
@@ -184,15 +184,12 @@ func (h *Host) Open(path string, flags int, mode os.FileMode) (*os.File, error) 
 
 // openWalking is open by the Walker, if there is one.
 func (h *Host) openWalking(path string, flags int, mode os.FileMode) (*os.File, error) {
-	if h.Walker != nil {
-		if f, err := h.openBy(h.Walker, path, flags, mode); !errors.Is(err, ErrGone) {
-			return f, err
-		}
+	f, err := goAlong(h, path, func(by *Prober) (*os.File, error) { return h.openBy(by, path, flags, mode) },
+		func() (*os.File, error) { return h.open(path, flags, mode) })
+	if errors.Is(err, ErrGone) {
+		err = &os.PathError{Op: "open", Path: path, Err: ErrGone}
 	}
-	if !h.mayWalk(path) {
-		return nil, &os.PathError{Op: "open", Path: path, Err: ErrGone}
-	}
-	return h.open(path, flags, mode)
+	return f, err
 }
 
 func (h *Host) open(path string, flags int, mode os.FileMode) (*os.File, error) {

@@ -134,6 +134,8 @@ func (e *errands) do(q question, files []*os.File) answer {
 			a.Error = err.Error()
 		}
 		return a
+	case q.Read != nil:
+		return q.Read.read()
 	case q.Thaw && len(files) == 1:
 		return request(files[0], uapi.FITHAW)
 	case q.Partition != "":

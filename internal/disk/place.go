@@ -114,15 +114,12 @@ func (m *Mount) server() (uid int) {
 
 // openPlaceWalking is openPlace by the Walker, if there is one.
 func (h *Host) openPlaceWalking(path string) (*Place, error) {
-	if h.Walker != nil {
-		if p, err := h.openPlaceBy(h.Walker, path); !errors.Is(err, ErrGone) {
-			return p, err
-		}
+	p, err := goAlong(h, path, func(by *Prober) (*Place, error) { return h.openPlaceBy(by, path) },
+		func() (*Place, error) { return h.openPlace(path) })
+	if errors.Is(err, ErrGone) {
+		err = &Error{ErrGone, path, ErrGone.Error(), ""}
 	}
-	if !h.mayWalk(path) {
-		return nil, &Error{ErrGone, path, ErrGone.Error(), ""}
-	}
-	return h.openPlace(path)
+	return p, err
 }
 
 func (h *Host) openPlace(path string) (*Place, error) {

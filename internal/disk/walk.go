@@ -25,6 +25,20 @@ func (h *Host) mayWalk(path string) bool {
 	return !h.WalkerOnly || slices.ContainsFunc([]string{"/dev/", "/proc/", "/sys/", "/run/"}, func(top string) bool { return strings.HasPrefix(filepath.Clean(path), top) })
 }
 
+// goAlong has the Walker go along a path, or this process if it may and there is none.
+func goAlong[T any](h *Host, path string, by func(*Prober) (T, error), self func() (T, error)) (T, error) {
+	if h.Walker != nil {
+		if found, err := by(h.Walker); !errors.Is(err, ErrGone) {
+			return found, err
+		}
+	}
+	if !h.mayWalk(path) {
+		var none T
+		return none, ErrGone
+	}
+	return self()
+}
+
 // way is a path that the process of a Prober goes along for others.
 type way struct {
 	Root  string      `json:"root"`
@@ -220,34 +234,29 @@ func (h *Host) ReadNames(path string) ([]string, error) {
 
 func askText(h *Host, what, path string, q question) (string, error) {
 	type read struct {
-		text  string
-		errno unix.Errno
-		err   error
+		text string
+		err  error
 	}
+	failed := func(err error) error { return &os.PathError{Op: "read", Path: path, Err: err} }
 	r, err := askPath(h, what, path, func() (r read) {
-		if h.Walker != nil {
-			a, err := h.Walker.ask(context.Background(), q)
-			if !errors.Is(err, ErrGone) {
-				return read{a.Text, a.Errno, err}
-			}
+		a, err := goAlong(h, path, func(by *Prober) (answer, error) { return by.ask(context.Background(), q) },
+			func() (answer, error) { return q.Read.read(), nil })
+		switch {
+		case errors.Is(err, ErrGone):
+			err = failed(ErrGone)
+		case err == nil && a.Errno != 0:
+			err = failed(a.Errno)
 		}
-		if !h.mayWalk(path) {
-			return read{err: &os.PathError{Op: "read", Path: path, Err: ErrGone}}
-		}
-		text, errno := q.Read.read()
-		return read{text, errno, nil}
+		return read{a.Text, err}
 	}, func(read) {})
-	if err == nil {
-		err = r.err
+	if err != nil {
+		return "", err
 	}
-	if err == nil && r.errno != 0 {
-		err = &os.PathError{Op: "read", Path: path, Err: r.errno}
-	}
-	return r.text, err
+	return r.text, r.err
 }
 
 // read is the content of what the way leads to: text, or the names in a directory as JSON.
-func (w way) read() (string, unix.Errno) {
+func (w way) read() answer {
 	h := Host{Root: w.Root}
 	f, err := h.open(w.Path, unix.O_RDONLY|unix.O_NONBLOCK|w.Flags, 0)
 	var text []byte
@@ -273,9 +282,9 @@ func (w way) read() (string, unix.Errno) {
 	if err != nil {
 		errno := unix.EIO
 		errors.As(err, &errno)
-		return "", errno
+		return answer{Errno: errno}
 	}
-	return string(text), 0
+	return answer{Text: string(text)}
 }
 
 // stampOf is the Stamp of an open file or directory.
