@@ -95,6 +95,25 @@ func TestWalker(t *testing.T) {
 	if content, err := by.ReadFile("/link/file"); content != "text" || err != nil {
 		t.Errorf("%q, %v", content, err)
 	}
+	if content, err := by.ReadFile("/large"); content != "" || !errors.Is(err, unix.EFBIG) {
+		t.Errorf("of a large file %d bytes, %v", len(content), err)
+	}
+	to := filepath.Join(t.TempDir(), "copy")
+	copied := func(want string) {
+		t.Helper()
+		st, err := os.Stat(to)
+		if content, e := os.ReadFile(to); err != nil || e != nil || string(content) != want || st.Mode() != 0o750 {
+			t.Errorf("the copy has %q, %v, %v %v", content, st, err, e)
+		}
+	}
+	if err := by.CopyFile("/link/file", to, 0o750); err != nil {
+		t.Error(err)
+	}
+	copied("text")
+	if err := by.CopyFile("/none", to, 0o700); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	copied("text")
 	first, err := by.Stamp("/d")
 	again, err2 := by.Stamp("/d")
 	err3 := os.WriteFile(at("d/file"), []byte("other text"), 0o600)
