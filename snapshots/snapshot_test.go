@@ -205,8 +205,8 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
-// TestTakeCancelled: a take that a write holds up beyond the limit is none, and
-// its cancelling does not reach the next one.
+// TestTakeCancelled: a take that a write holds up beyond the limit is none, nor is one that
+// nobody waits for any more when it begins, and the cancelling does not reach the next one.
 func TestTakeCancelled(t *testing.T) {
 	o := newOriginal(t, make([]byte, 64<<10))
 	s, state := newSnapshot(t)
@@ -217,9 +217,16 @@ func TestTakeCancelled(t *testing.T) {
 	o.keep(true)
 	b := bytes.Repeat([]byte{1}, 4<<10)
 	written := start(o.ring, o.queue, ublk.OpWrite, b)
-	for range 5 {
-		if _, err := s.Take(context.Background(), TakeOptions{Limit: time.Millisecond}); !errors.Is(err, snapimage.ErrCancelled) || s.Taken() {
-			t.Fatalf("%v, taken: %v", err, s.Taken())
+	over, end := context.WithCancel(context.Background())
+	end()
+	for _, c := range []struct {
+		ctx   context.Context
+		limit time.Duration
+	}{{context.Background(), time.Millisecond}, {over, time.Minute}} {
+		for range 200 {
+			if _, err := s.Take(c.ctx, TakeOptions{Limit: c.limit}); !errors.Is(err, snapimage.ErrCancelled) || s.Taken() {
+				t.Fatalf("%v, taken: %v", err, s.Taken())
+			}
 		}
 	}
 	if left, err := LeftBehind(state); err != nil || len(left) != 1 || left[0].Stage != Created {

@@ -59,11 +59,13 @@ func (s *Snapshot) cut(ctx context.Context, limit time.Duration) error {
 	ctx, end := context.WithTimeout(ctx, limit)
 	defer end()
 	cancelled := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		s.post(s.engine.Cancel)
-		close(cancelled)
-	})
+	var stop func() bool
 	err := s.call(func(done func(error)) {
+		// Not before: a Cancel that overtook the Take would leave it without a limit.
+		stop = context.AfterFunc(ctx, func() {
+			s.post(s.engine.Cancel)
+			close(cancelled)
+		})
 		s.engine.Take(func() {
 			deathpoint.Point()
 			s.state.page.Taken(len(s.filters), s.engine.TakeInfo)
