@@ -62,6 +62,7 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	if dev.disk, err = d.host.Lookup(r.Path); err != nil {
 		return nil, err
 	}
+	dev.autoclear = d.host.ToBeDetached(dev.disk)
 	if err := d.checkNotOurs(dev.disk); err != nil {
 		return nil, err
 	}

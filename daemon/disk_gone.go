@@ -21,10 +21,8 @@ const lookMissed = 2
 
 // watched is what watchDisks knows of a disk.
 type watched struct {
-	missed   int  // how often it was missing in a row
-	detached bool // its loop device was to be detached from the first
-	seen     bool
-	again    time.Time // when its filter may be tried to be removed again
+	missed int       // how often it was missing in a row
+	again  time.Time // when its filter may be tried to be removed again
 }
 
 // letGoOfGone takes a filter away whose disk is gone, unless somebody uses it.

@@ -41,11 +41,7 @@ func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
 		return
 	}
 	w.missed = 0
-	detached := d.host.ToBeDetached(now)
-	if !w.seen {
-		w.seen, w.detached = true, detached
-	}
-	if detached && !w.detached {
+	if !dev.autoclear && d.host.ToBeDetached(now) {
 		d.letGoOfDetached(ctx, dev, w)
 	}
 	shown := d.describe(dev)

@@ -251,14 +251,31 @@ func TestPulledOut(t *testing.T) {
 	before := d.CBT(dev)
 	guest.Run(t, "losetup", "-d", loop)
 	wantEvents(t, d, dev, control.EventRemoved)
-	guest.WaitFor(t, "the end of the loop device", func() bool {
-		_, err := os.Stat("/sys/block/" + filepath.Base(loop) + "/loop")
-		return err != nil
-	})
-	guest.Run(t, "losetup", "-b", "512", loop, strings.TrimSpace(string(file)))
-	if now := d.CBT(d.Add(loop)); !now.History.Continued || now.GenerationID != before.GenerationID {
+	again := func() {
+		guest.WaitFor(t, "the end of the loop device", func() bool {
+			_, err := os.Stat("/sys/block/" + filepath.Base(loop) + "/loop")
+			return err != nil
+		})
+		guest.Run(t, "losetup", "-b", "512", loop, strings.TrimSpace(string(file)))
+	}
+	again()
+	dev = d.Add(loop)
+	if now := d.CBT(dev); !now.History.Continued || now.GenerationID != before.GenerationID {
 		t.Errorf("attached again: %+v, was %+v", now, before)
 	}
+	d.Remove(dev)
+
+	// One that was to be detached before its filter came is there for the filter.
+	if user, err = os.Open(loop); err != nil {
+		t.Fatal(err)
+	}
+	defer user.Close()
+	guest.Run(t, "losetup", "-d", loop)
+	dev = d.Add(loop)
+	user.Close()
+	time.Sleep(5 * time.Second)
+	d.Remove(dev)
+	again()
 }
 
 // wantEvents waits for an event of a device.
