@@ -53,6 +53,7 @@ type Daemon struct {
 	args    []string
 	cmd     *exec.Cmd
 	Log     string        // file
+	hangs   bool          // it did not answer
 	threads []string      // that it began with, see namedThreads
 	end     chan struct{} // closed when the process has ended
 	Err     error         // of its end

@@ -1,6 +1,8 @@
 package program
 
 import (
+	"context"
+
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
 )
@@ -16,13 +18,26 @@ func (d *Daemon) Add(path string, change ...func(*control.AddRequest)) control.D
 	if err != nil {
 		d.t.Fatal(err)
 	}
+	d.cleanUp(func(ctx context.Context) error {
+		return d.RemoveDevice(ctx, control.RemoveRequest{Device: dev.Name, Force: true})
+	})
+	return dev
+}
+
+// cleanUp has the test's end take something away, if it is there still. It is not tried with
+// a daemon that hangs: that would take a test as long as everything that it made.
+func (d *Daemon) cleanUp(f func(ctx context.Context) error) {
 	d.t.Cleanup(func() {
-		err := d.RemoveDevice(guest.Context(d.t), control.RemoveRequest{Device: dev.Name, Force: true})
+		if d.hangs {
+			return
+		}
+		ctx := guest.Context(d.t)
+		err := f(ctx)
 		if err != nil && control.CodeOf(err) != control.NotFound && control.CodeOf(err) != control.Unavailable {
 			d.t.Errorf("clean up: %v", err)
 		}
+		d.hangs = ctx.Err() != nil
 	})
-	return dev
 }
 
 // Remove takes the filter away.

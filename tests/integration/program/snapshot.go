@@ -1,6 +1,7 @@
 package program
 
 import (
+	"context"
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -44,11 +45,8 @@ func (d *Daemon) Create(r control.CreateRequest) control.Snapshot {
 	if err != nil {
 		d.t.Fatal(err)
 	}
-	d.t.Cleanup(func() {
-		err := d.DestroySnapshot(guest.Context(d.t), control.DestroyRequest{ID: s.ID, Force: true})
-		if err != nil && control.CodeOf(err) != control.NotFound && control.CodeOf(err) != control.Unavailable {
-			d.t.Errorf("clean up: %v", err)
-		}
+	d.cleanUp(func(ctx context.Context) error {
+		return d.DestroySnapshot(ctx, control.DestroyRequest{ID: s.ID, Force: true})
 	})
 	return s
 }
