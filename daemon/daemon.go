@@ -18,6 +18,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/uring"
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
@@ -28,6 +29,7 @@ type Daemon struct {
 	started  time.Time
 	host     *disk.Host
 	ctl      *ublk.Control
+	canGrow  bool                // the driver can change the size of a disk
 	queue    *blockdev.RingQueue // control work of snapshots
 	stores   *blockdev.RingQueue // writes to their storages
 	logs     *blockdev.RingQueue // of write-intent logs
@@ -113,6 +115,7 @@ func New(o Options) (*Daemon, error) {
 	if d.ctl, err = ublk.OpenControl(); err != nil {
 		return nil, driverError(err, "start the daemon")
 	}
+	d.canGrow = d.ctl.Has(uapi.UBLK_F_UPDATE_SIZE)
 	if d.queue, err = blockdev.NewRingQueue(blockdev.RingConfig{Name: "snapshots", Depth: 64}); err != nil {
 		d.ctl.Close()
 		return nil, driverError(err, "start the daemon")

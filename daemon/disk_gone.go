@@ -23,6 +23,9 @@ const lookMissed = 2
 type watched struct {
 	missed int       // how often it was missing in a row
 	again  time.Time // when its filter may be tried to be removed again
+	// growAgain is when its filter may be tried to grow again, to the same size: each time
+	// writes wait until those in flight have ended, or do not in time.
+	growAgain time.Time
 }
 
 // letGoOfGone takes a filter away whose disk is gone, unless somebody uses it.

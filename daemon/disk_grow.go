@@ -155,8 +155,8 @@ func swapped(ok bool, failed error) error {
 }
 
 // followSize has a filter follow the size of its original: it grows, or what keeps it from
-// that is told, once; needs opLock.
-func (d *Daemon) followSize(ctx context.Context, dev *device, size int64) {
+// that is told, once. The error is why it could not, but might later; needs opLock.
+func (d *Daemon) followSize(ctx context.Context, dev *device, size int64) (failed error) {
 	var attention, event string
 	level := d.opts.Log.Warn
 	switch err := d.tryFollow(ctx, dev, size); {
@@ -168,7 +168,7 @@ func (d *Daemon) followSize(ctx context.Context, dev *device, size int64) {
 		event = control.EventGrown
 		attention = fmt.Sprintf("the disk has grown to %d bytes, and the filter cannot grow on this kernel (Linux 6.16 or newer can): to use the rest, remove the filter and add it again", size)
 	default:
-		level = d.opts.Log.Error
+		level, failed = d.opts.Log.Error, err
 		attention = fmt.Sprintf("the disk has grown to %d bytes, and the filter has not yet: %v", size, publicPaths(err.Error()))
 	}
 	known := size
@@ -180,12 +180,13 @@ func (d *Daemon) followSize(ctx context.Context, dev *device, size int64) {
 	dev.OriginalSize, dev.Attention = known, attention
 	d.mu.Unlock()
 	if again || attention == "" {
-		return
+		return failed
 	}
 	level("a disk has another size than its filter", "name", dev.Name, "disk", dev.Original, "filter", dev.geo.Size, "size", size, "attention", attention)
 	if event != "" {
 		d.events.notice(control.Event{Kind: event, Device: dev.OriginalNumber, Text: attention})
 	}
+	return failed
 }
 
 var (
@@ -199,7 +200,7 @@ func (d *Daemon) tryFollow(ctx context.Context, dev *device, size int64) error {
 		return errShrunk
 	case size == dev.geo.Size && !d.driverIsBehind(dev):
 		return nil
-	case !d.canGrow():
+	case !d.canGrow:
 		return errCannotGrow
 	}
 	return d.grow(ctx, dev, size)

@@ -3,8 +3,6 @@ package daemon
 import (
 	"context"
 	"time"
-
-	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
 )
 
 // diskWatchInterval is how often the daemon looks whether a disk with a filter is there, and
@@ -48,7 +46,7 @@ func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
 	switch {
 	case shown.OriginalSize == now.Size && shown.Size > now.Size: // shrunk, and told
 		return
-	case shown.OriginalSize == now.Size && !d.canGrow():
+	case shown.OriginalSize == now.Size && (!d.canGrow || time.Now().Before(w.growAgain)):
 		return
 	case shown.OriginalSize == 0 && shown.Size == now.Size && !d.driverIsBehind(dev):
 		return
@@ -59,12 +57,11 @@ func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
 	}
 	defer end()
 	if d.deviceNamed(dev.Name) == dev && !dev.removing {
-		d.followSize(ctx, dev, now.Size)
+		if d.followSize(ctx, dev, now.Size) != nil {
+			w.growAgain = time.Now().Add(10 * d.opts.Config.DiskTimeout)
+		}
 	}
 }
-
-// canGrow says whether the driver can change the size of a disk.
-func (d *Daemon) canGrow() bool { return d.ctl.Has(uapi.UBLK_F_UPDATE_SIZE) }
 
 // driverIsBehind says whether the driver has not been told yet that a filter has grown.
 func (d *Daemon) driverIsBehind(dev *device) bool {

@@ -1,0 +1,88 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+)
+
+// watchedDisk is a filter over a disk of a machine of which only sysfs is there.
+type watchedDisk struct {
+	*Daemon
+	dev *device
+	w   watched
+	sys string
+}
+
+func newWatchedDisk(t *testing.T) *watchedDisk {
+	d, dev, _ := measured(t)
+	clear(d.snapshots)
+	base := t.TempDir()
+	x := &watchedDisk{Daemon: d, dev: dev, sys: filepath.Join(base, "sys")}
+	d.host = &disk.Host{Root: base, Sys: x.sys, Proc: filepath.Join(base, "proc")}
+	d.events, d.opLock = newEventLog(), make(chan struct{}, 1)
+	d.opts.Dir, d.opts.Config = RunDir(base), DefaultConfig()
+	d.activity.Store(new(string))
+	dev.disk = &disk.Disk{Num: disk.Num{Major: 8}, Sequence: 7}
+	dev.geo.Size = dev.Size
+	x.put(t, dev.disk.Num, "sda", dev.Size)
+	return x
+}
+
+// put gives a disk of the machine a size.
+func (x *watchedDisk) put(t *testing.T, n disk.Num, name string, size int64) {
+	t.Helper()
+	dir, link := filepath.Join(x.sys, "devices", name), filepath.Join(x.sys, "dev/block", n.String())
+	for _, d := range []string{dir, filepath.Dir(link)} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for file, text := range map[string]string{"size": fmt.Sprint(size / 512), "diskseq": "7"} {
+		if err := os.WriteFile(filepath.Join(dir, file), []byte(text+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(dir, link); err != nil && !os.IsExist(err) {
+		t.Fatal(err)
+	}
+}
+
+// watch looks at the disk once, and says whether the daemon had something to do.
+func (x *watchedDisk) watch(ctx context.Context) bool {
+	before := x.activity.Load()
+	x.watchDisk(ctx, x.dev, &x.w)
+	return x.activity.Load() != before
+}
+
+// TestGrowInVain: a filter that could not grow is not tried again at once, because its writes
+// wait meanwhile.
+func TestGrowInVain(t *testing.T) {
+	x := newWatchedDisk(t)
+	x.canGrow = true
+	ctx := context.Background()
+	for size := int64(2 << 30); size <= 3<<30; size += 1 << 30 {
+		x.put(t, x.dev.disk.Num, "sda", size)
+		// It has no record, so that it cannot grow.
+		if !x.watch(ctx) || !strings.Contains(x.describe(x.dev).Attention, fmt.Sprintf("grown to %d bytes, and the filter has not yet", size)) {
+			t.Fatalf("%d bytes: %+v", size, x.describe(x.dev))
+		}
+		if x.watch(ctx) {
+			t.Errorf("%d bytes: tried again at once", size)
+		}
+	}
+	x.w.growAgain = time.Now()
+	if !x.watch(ctx) {
+		t.Error("not tried again")
+	}
+	x.put(t, x.dev.disk.Num, "sda", x.dev.Size)
+	if !x.watch(ctx) || x.describe(x.dev).Attention != "" || x.watch(ctx) {
+		t.Errorf("the disk has its size again: %+v", x.describe(x.dev))
+	}
+}
