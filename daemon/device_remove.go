@@ -118,6 +118,11 @@ func (d *Daemon) checkIdle(dev *device) error {
 	if dev.attached != nil {
 		return nil // whoever uses it goes on without the filter
 	}
+	return d.checkUsers(dev)
+}
+
+// checkUsers says who uses the filter device, if anybody does but snapshots.
+func (d *Daemon) checkUsers(dev *device) error {
 	if err := d.checkFree(dev); err != nil {
 		return err
 	}

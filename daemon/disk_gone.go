@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
 
@@ -38,10 +40,16 @@ func (d *Daemon) letGoOfGone(ctx context.Context, dev *device, w *watched) {
 		d.opts.Log.Error("the disk of a filter is gone", "name", dev.Name, "disk", dev.Original)
 		d.events.notice(control.Event{Kind: control.EventGone, Device: dev.OriginalNumber, Text: fmt.Sprintf("%s: %s", dev.Name, attention)})
 	}
-	if d.checkFree(dev) != nil || d.openedBy(dev.ublk.Num) != "" {
+	if d.checkUsers(dev) != nil {
 		return
 	}
 	d.letGo(ctx, dev, w, "its disk is gone", func() error {
+		if d.diskNow(dev) != nil {
+			return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "its disk is back"}
+		}
+		if err := d.checkUsers(dev); err != nil {
+			return err
+		}
 		for _, s := range d.sortedSnapshots() {
 			if d.holds(s, dev) {
 				if err := d.imageUser(ctx, s); err != nil {
@@ -56,7 +64,7 @@ func (d *Daemon) letGoOfGone(ctx context.Context, dev *device, w *watched) {
 // letGoOfDetached takes a filter away whose loop device is to be detached, unless somebody uses
 // it or a snapshot holds it.
 func (d *Daemon) letGoOfDetached(ctx context.Context, dev *device, w *watched) {
-	if len(d.holders(dev)) > 0 || d.checkFree(dev) != nil || d.openedBy(dev.ublk.Num) != "" {
+	if len(d.holders(dev)) > 0 || d.checkUsers(dev) != nil {
 		return
 	}
 	d.letGo(ctx, dev, w, "its loop device was to be detached", func() error {
@@ -67,7 +75,8 @@ func (d *Daemon) letGoOfDetached(ctx context.Context, dev *device, w *watched) {
 	})
 }
 
-// letGo removes a filter by itself. If that takes too long, it is left alone for a while, because
+// letGo removes a filter by itself. remove looks again at what made it go, because much may have
+// changed before its turn comes. If that takes too long, it is left alone for a while, because
 // everybody else waits meanwhile.
 func (d *Daemon) letGo(ctx context.Context, dev *device, w *watched, why string, remove func() error) {
 	if time.Now().Before(w.again) {

@@ -3,6 +3,8 @@ package daemon
 import (
 	"context"
 	"time"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // diskWatchInterval is how often the daemon looks whether a disk with a filter is there, and
@@ -31,8 +33,8 @@ func (d *Daemon) watchDisks(ctx context.Context) {
 }
 
 func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
-	now, err := d.host.ByNumber(dev.disk.Num)
-	if err != nil || now.Sequence != dev.disk.Sequence || now.Size == 0 {
+	now := d.diskNow(dev)
+	if now == nil {
 		if w.missed++; w.missed >= lookMissed {
 			d.letGoOfGone(ctx, dev, w)
 		}
@@ -56,11 +58,22 @@ func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
 		return
 	}
 	defer end()
-	if d.deviceNamed(dev.Name) == dev && !dev.removing {
-		if d.followSize(ctx, dev, now.Size) != nil {
-			w.growAgain = time.Now().Add(10 * d.opts.Config.DiskTimeout)
-		}
+	if d.deviceNamed(dev.Name) != dev || dev.removing {
+		return
 	}
+	// While this waited for its turn the disk may have got another size once more.
+	if now = d.diskNow(dev); now != nil && d.followSize(ctx, dev, now.Size) != nil {
+		w.growAgain = time.Now().Add(10 * d.opts.Config.DiskTimeout)
+	}
+}
+
+// diskNow is the disk of a filter as it is now, nil if it is gone.
+func (d *Daemon) diskNow(dev *device) *disk.Disk {
+	now, err := d.host.ByNumber(dev.disk.Num)
+	if err != nil || now.Sequence != dev.disk.Sequence || now.Size == 0 {
+		return nil
+	}
+	return now
 }
 
 // driverIsBehind says whether the driver has not been told yet that a filter has grown.

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -85,4 +86,54 @@ func TestGrowInVain(t *testing.T) {
 	if !x.watch(ctx) || x.describe(x.dev).Attention != "" || x.watch(ctx) {
 		t.Errorf("the disk has its size again: %+v", x.describe(x.dev))
 	}
+}
+
+// asked is a context that calls do once, when somebody begins to wait for its end.
+type asked struct {
+	context.Context
+	once sync.Once
+	do   func()
+}
+
+func (a *asked) Done() <-chan struct{} {
+	a.once.Do(a.do)
+	return nil
+}
+
+// TestTurnComesLate: what the daemon has seen of a disk may have changed before its turn comes.
+// It goes by what is then.
+func TestTurnComesLate(t *testing.T) {
+	t.Run("other size", func(t *testing.T) {
+		x := newWatchedDisk(t)
+		x.put(t, x.dev.disk.Num, "sda", 3<<30)
+		x.watch(&asked{Context: context.Background(), do: func() { x.put(t, x.dev.disk.Num, "sda", 2<<30) }})
+		if got := x.describe(x.dev); got.OriginalSize != 2<<30 {
+			t.Errorf("%+v", got)
+		}
+	})
+	// gone has the disk of a filter be gone, and late happen before the daemon's turn comes.
+	gone := func(t *testing.T, late func(x *watchedDisk)) {
+		t.Helper()
+		x := newWatchedDisk(t)
+		x.dev.ublk.Num = disk.Num{Major: 259}
+		x.put(t, x.dev.ublk.Num, "ublkb0", x.dev.Size)
+		x.put(t, x.dev.disk.Num, "sda", 0)
+		for range lookMissed - 1 {
+			x.watch(context.Background())
+		}
+		turned := x.watch(&asked{Context: context.Background(), do: func() { late(x) }})
+		if !turned || !x.w.again.IsZero() || x.dev.removing || x.deviceNamed(x.dev.Name) != x.dev {
+			t.Errorf("it had a turn: %v; again at %v; being removed: %v", turned, x.w.again, x.dev.removing)
+		}
+	}
+	t.Run("back", func(t *testing.T) {
+		gone(t, func(x *watchedDisk) { x.put(t, x.dev.disk.Num, "sda", x.dev.Size) })
+	})
+	t.Run("used", func(t *testing.T) {
+		gone(t, func(x *watchedDisk) {
+			if err := os.MkdirAll(filepath.Join(x.sys, "devices/ublkb0/holders/dm-0"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		})
+	})
 }
