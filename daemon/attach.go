@@ -64,6 +64,7 @@ type attachment struct {
 	// changing: this daemon is changing the table, or has to find out how far one that died
 	// came. Nothing can be said of the filter's map then.
 	changing atomic.Bool
+	orders   atomic.Int32 // to device-mapper, that are under way; see order
 	// bypassed is why requests do not come to the filter any more, once that is known.
 	bypassed atomic.Pointer[string]
 }
@@ -109,7 +110,7 @@ func (dev *device) shown() *disk.Disk {
 func (d *Daemon) attach(ctx context.Context, dev *device, r control.AddRequest) error {
 	a := d.newAttachment(dev.disk)
 	d.dropPrivate(a) // of a daemon that died
-	made, err := d.order(ctx, dm.Order{Step: dm.StepMake, Device: a.private, From: a.device})
+	made, err := d.order(ctx, a, dm.Order{Step: dm.StepMake, Device: a.private, From: a.device})
 	deathpoint.Point()
 	if err != nil {
 		return err
@@ -145,7 +146,7 @@ func (d *Daemon) privateDisk(a *attachment) (*disk.Disk, error) {
 func (d *Daemon) insert(ctx context.Context, dev *device) error {
 	a := dev.attached
 	d.step("attach %s: change its table", dev.Name)
-	_, err := d.order(ctx, dm.Order{Step: dm.StepLoad, Device: a.device, From: a.private, To: dev.ublk.Num})
+	_, err := d.order(ctx, a, dm.Order{Step: dm.StepLoad, Device: a.device, From: a.private, To: dev.ublk.Num})
 	deathpoint.Point()
 	if errors.Is(err, unix.EBUSY) {
 		return d.tablesError(dev, err)
@@ -170,7 +171,7 @@ func (d *Daemon) insert(ctx context.Context, dev *device) error {
 // withdraw takes a device away that could not be inserted because of err. If it is not known
 // how far that came, it stays until it is: then dev.ublk does.
 func (d *Daemon) withdraw(dev *device, err error) error {
-	if d.orders.Load() > 0 {
+	if dev.attached.orders.Load() > 0 {
 		return err
 	}
 	if e := d.giveBack(context.Background(), dev.attached, dev.ublk.Num); e != nil {
@@ -189,7 +190,7 @@ func (d *Daemon) giveBack(ctx context.Context, a *attachment, filter disk.Num) e
 	if err != nil || state != tableOurs {
 		return err
 	}
-	_, err = d.order(ctx, dm.Order{Step: dm.StepCopy, Device: a.device, From: a.private, To: filter})
+	_, err = d.order(ctx, a, dm.Order{Step: dm.StepCopy, Device: a.device, From: a.private, To: filter})
 	deathpoint.Point()
 	if errors.Is(err, unix.EBUSY) {
 		return err
@@ -218,7 +219,7 @@ func (d *Daemon) detachTables(ctx context.Context, dev *device) error {
 	}
 	err := d.giveBack(ctx, a, dev.ublk.Num)
 	if err != nil {
-		if d.orders.Load() == 0 { // else it is found out when what was begun has ended
+		if a.orders.Load() == 0 { // else it is found out when what was begun has ended
 			a.changing.Store(false)
 			_ = d.changeAttachRecord(dev, false)
 		}
@@ -247,20 +248,20 @@ func tableChanging(format string, args ...any) error {
 // swap makes the table that waits in the public device its live one. Its users wait
 // meanwhile, as for a frozen filesystem.
 func (d *Daemon) swap(ctx context.Context, a *attachment) error {
-	_, err := d.order(ctx, dm.Order{Step: dm.StepSwap, Device: a.device, Limit: d.opts.Config.FreezeTimeout})
+	_, err := d.order(ctx, a, dm.Order{Step: dm.StepSwap, Device: a.device, Limit: d.opts.Config.FreezeTimeout})
 	deathpoint.Point()
 	return err
 }
 
 // clearTable takes back what this daemon, or one that died, has had wait in the public device.
 func (d *Daemon) clearTable(ctx context.Context, a *attachment, filter disk.Num) (dm.Info, error) {
-	return d.order(ctx, dm.Order{Step: dm.StepClear, Device: a.device, From: a.private, To: filter})
+	return d.order(ctx, a, dm.Order{Step: dm.StepClear, Device: a.device, From: a.private, To: filter})
 }
 
 // dropPrivate removes the private device, if it is there.
 func (d *Daemon) dropPrivate(a *attachment) {
 	for until := time.Now().Add(settleLimit); ; time.Sleep(20 * time.Millisecond) {
-		_, err := d.order(context.Background(), dm.Order{Step: dm.StepRemove, Device: a.private})
+		_, err := d.order(context.Background(), a, dm.Order{Step: dm.StepRemove, Device: a.private})
 		deathpoint.Point()
 		switch {
 		case err == nil, errors.Is(err, unix.ENXIO):
@@ -273,19 +274,19 @@ func (d *Daemon) dropPrivate(a *attachment) {
 	}
 }
 
-// order has the prober change a device of device-mapper. If there is none, it is done here.
-// Whoever asked for it may go away, but not what was begun. While something is under way that
-// took too long, Daemon.orders is not 0.
-func (d *Daemon) order(ctx context.Context, o dm.Order) (dm.Info, error) {
+// order has the prober change one of the two devices of an attachment. Without a prober it is
+// done here. Whoever asked for it may go away, but not what was begun. While something is under
+// way that took too long, a.orders is not 0.
+func (d *Daemon) order(ctx context.Context, a *attachment, o dm.Order) (dm.Info, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), d.opts.Config.DiskTimeout+o.Limit)
 	defer cancel()
 	type done struct {
 		info dm.Info
 		err  error
 	}
-	d.orders.Add(1)
+	a.orders.Add(1)
 	r, err := bounded.Call(ctx, func() (r done) {
-		defer d.orders.Add(-1)
+		defer a.orders.Add(-1)
 		r.err = disk.ErrGone
 		if d.opts.Prober != nil {
 			r.info, r.err = d.opts.Prober.DM(context.Background(), o)

@@ -1,12 +1,20 @@
 package daemon
 
 import (
+	"context"
+	"errors"
+	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/dm"
+	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
 // TestPassedBy: once it is known that requests pass a filter by, its change map has another
@@ -50,6 +58,45 @@ func TestAttachMode(t *testing.T) {
 		err := d.applyDefaults(&control.AddRequest{Path: "/dev/none", Queues: 1, Depth: 1, Attach: mode})
 		if (err == nil) != good || err != nil && control.CodeOf(err) != control.Invalid {
 			t.Errorf("%q: %v", mode, err)
+		}
+	}
+}
+
+// TestOrderHangs: while a change of one device hangs, nobody knows how far that has come, but all
+// is known of another one whose change fails.
+func TestOrderHangs(t *testing.T) {
+	prober, err := disk.StartProber("ublk-blksnap", ProbeCommand, "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer prober.Close()
+	defer unix.Kill(prober.PID(), unix.SIGKILL)
+	unix.Kill(prober.PID(), unix.SIGSTOP)
+	d := &Daemon{opts: Options{Dir: RunDir(t.TempDir()), Log: quiet(), Prober: prober}} // nothing is waited for
+	d.activity.Store(new(string))
+	if err := os.MkdirAll(d.devicesDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	attached := func(name string) *device {
+		dev := &device{Device: control.Device{Name: name}, ublk: &ublk.Device{}, attached: &attachment{device: dm.Device{UUID: "none"}}}
+		r := deviceRecord{
+			Name: name, Tag: ublk.NewTag(filterKind), Original: originalRecord{Number: "8:0"}, Geometry: ublk.Geometry{Size: 1 << 20, LogicalBlock: 512},
+			Attached: &attachRecord{Public: originalRecord{Number: "8:16"}},
+		}
+		if err := d.writeDeviceRecord(r); err != nil {
+			t.Fatal(err)
+		}
+		return dev
+	}
+	a, b := attached("a"), attached("b")
+	if _, err := d.clearTable(context.Background(), a.attached, disk.Num{}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatal(err)
+	}
+	for dev, want := range map[*device]bool{a: true, b: false} {
+		err := d.detachTables(context.Background(), dev)
+		r, readErr := d.readDeviceRecord(dev.Name)
+		if err == nil || readErr != nil || dev.attached.changing.Load() != want || r.Attached.Changing != want {
+			t.Errorf("%s: %v; it is being changed: %v, on record: %+v, %v", dev.Name, err, dev.attached.changing.Load(), r.Attached, readErr)
 		}
 	}
 }

@@ -147,7 +147,7 @@ func (d *Daemon) finishChange(ctx context.Context, dev *device) {
 		return
 	}
 	// What is still under way could come after all. Then the watch tries it again.
-	if d.orders.Load() > 0 {
+	if a.orders.Load() > 0 {
 		return
 	}
 	ours := r.Attached.PID == os.Getpid() || d.opts.Prober != nil && r.Attached.PID == d.opts.Prober.PID()
@@ -161,7 +161,7 @@ func (d *Daemon) finishChange(ctx context.Context, dev *device) {
 		return // another program is not done with it: the watch tries it again
 	}
 	if err == nil && i.Suspended {
-		_, err = d.order(ctx, dm.Order{Step: dm.StepSwap, Device: a.device, Limit: d.opts.Config.FreezeTimeout})
+		_, err = d.order(ctx, a, dm.Order{Step: dm.StepSwap, Device: a.device, Limit: d.opts.Config.FreezeTimeout})
 	}
 	if err != nil && !errors.Is(err, unix.ENXIO) {
 		d.opts.Log.Error("a table that waits cannot be cleared", "name", dev.Name, "error", err)

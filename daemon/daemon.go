@@ -85,8 +85,6 @@ type Daemon struct {
 	thawed chan struct{} // closed when what a dead daemon froze is thawed
 	ending ending
 
-	orders atomic.Int32 // to device-mapper, that are under way; see order
-
 	stopRetry context.CancelFunc
 }
 
