@@ -100,3 +100,28 @@ func TestOrderHangs(t *testing.T) {
 		}
 	}
 }
+
+// TestStorageHangs: while the storage of a snapshot whose volume is passed by does not answer, the
+// daemon has time for others, and the filter stays.
+func TestStorageHangs(t *testing.T) {
+	d, dev, s := measured(t)
+	d.events, d.opLock, d.tablesTold = newEventLog(), make(chan struct{}, 1), make(chan struct{}, 1)
+	d.activity.Store(new(string))
+	d.opts.Config.StorageTimeout = time.Hour
+	s.destroyed = make(chan struct{})
+	dev.attached = &attachment{device: dm.Device{UUID: "none"}}
+	d.bypass(dev, tableOther)
+	s.use.RLock() // so that it does not come to its end
+	for range 2 {
+		d.careFor(context.Background(), dev)
+		if !s.releasing || !d.holds(s, dev) || dev.removing || d.deviceNamed(dev.Name) != dev {
+			t.Fatalf("it is being destroyed: %v, and held: %v; the filter is being removed: %v", s.releasing, d.holds(s, dev), dev.removing)
+		}
+	}
+	s.use.RUnlock()
+	<-d.tablesTold
+	if ended, err := d.endHolders(dev); !ended || err != nil {
+		t.Errorf("when it answers: %v, %v", ended, err)
+	}
+	<-s.destroyed
+}

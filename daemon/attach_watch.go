@@ -74,19 +74,23 @@ func (dev *device) whyBypassed() string {
 // tableInterval is how often tables are looked at, if the kernel tells nothing.
 const tableInterval = time.Second
 
+// lookAtTables has watchTables look now.
+func (d *Daemon) lookAtTables() {
+	select {
+	case d.tablesTold <- struct{}{}:
+	default:
+	}
+}
+
 // watchTables looks at the tables of attached devices until ctx ends.
 func (d *Daemon) watchTables(ctx context.Context) {
-	told := make(chan struct{}, 1)
 	if events, err := dm.Events(); err != nil {
 		d.opts.Log.Warn("the kernel does not tell of changed tables: the daemon looks once a second", "error", err)
 	} else {
 		context.AfterFunc(ctx, func() { events.Close() })
 		go func() {
 			for events.Next() == nil {
-				select {
-				case told <- struct{}{}:
-				default:
-				}
+				d.lookAtTables()
 			}
 		}()
 	}
@@ -96,7 +100,7 @@ func (d *Daemon) watchTables(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-told:
+		case <-d.tablesTold:
 		case <-tick.C:
 		}
 		for _, dev := range d.sortedDevices() {
@@ -127,7 +131,7 @@ func (d *Daemon) careFor(ctx context.Context, dev *device) {
 		return
 	}
 	defer end()
-	if d.deviceNamed(dev.Name) != dev {
+	if d.deviceNamed(dev.Name) != dev || time.Now().Before(dev.attached.again) {
 		return
 	}
 	switch {
@@ -139,7 +143,8 @@ func (d *Daemon) careFor(ctx context.Context, dev *device) {
 }
 
 // finishChange finds out how far a change of tables came that nobody has been told of, and
-// whether the filter stays; needs opLock.
+// whether the filter stays; needs opLock. If that is not known yet, or has not ended, the watch
+// comes again.
 func (d *Daemon) finishChange(ctx context.Context, dev *device) {
 	a := dev.attached
 	r, err := d.readDeviceRecord(dev.Name)
@@ -179,44 +184,57 @@ func (d *Daemon) finishChange(ctx context.Context, dev *device) {
 		}
 		return
 	}
-	d.opts.Log.Warn("what a dead daemon began to attach or to detach is removed", "name", dev.Name, "disk", dev.Original)
-	if err := d.endAttached(dev); err != nil {
+	ended, err := d.endHolders(dev)
+	if err == nil && !ended {
+		return
+	}
+	if err == nil {
+		d.opts.Log.Warn("what a dead daemon began to attach or to detach is removed", "name", dev.Name, "disk", dev.Original)
+		err = d.takeDown(dev, false)
+	}
+	if err != nil {
+		d.leaveAlone(dev)
 		d.opts.Log.Error("cannot remove it", "name", dev.Name, "error", err)
 	}
 }
 
-// endAttached removes a filter that no requests come to, and the snapshots that hold it; needs
-// opLock.
-func (d *Daemon) endAttached(dev *device) error {
-	if err := d.endHolders(dev); err != nil {
-		return err
-	}
-	return d.takeDown(dev, false)
-}
-
-// endHolders ends the snapshots that hold a device; needs opLock.
-func (d *Daemon) endHolders(dev *device) error {
-	for _, id := range d.holders(dev) {
-		if err := d.destroyBroken(id, dev); err != nil {
-			return snapshotError(err, "destroy snapshot %s", id)
+// endHolders ends the snapshots that hold a device, and says whether they have ended. It does not
+// wait for their storage, because everybody else would: when they have, the watch comes again;
+// needs opLock.
+func (d *Daemon) endHolders(dev *device) (ended bool, err error) {
+	for _, s := range d.sortedSnapshots() {
+		if !d.holds(s, dev) {
+			continue
+		}
+		d.tellBroken(s, dev)
+		if err := d.startDestroy(s); err != nil {
+			return false, snapshotError(err, "destroy snapshot %s", s.id)
 		}
 	}
-	return nil
+	return len(d.holders(dev)) == 0, nil
+}
+
+// leaveAlone keeps the watch from a device for a while of which something took too long, because
+// everybody else waits meanwhile; needs opLock.
+func (d *Daemon) leaveAlone(dev *device) {
+	dev.attached.again = time.Now().Add(10 * d.opts.Config.DiskTimeout)
 }
 
 // attachAnew removes a filter that is passed by, and attaches another if its device is there;
 // needs opLock. While another program has more to change, as LVM has in the midst of some
-// commands and for all of a pvmove, only the snapshots end: the watch comes again.
+// commands and for all of a pvmove, and until these have ended, only the snapshots end: the watch
+// comes again.
 func (d *Daemon) attachAnew(ctx context.Context, dev *device) {
 	why := *dev.attached.bypassed.Load()
-	err := d.endHolders(dev)
-	if err == nil && d.tableWaits(dev.attached) {
+	ended, err := d.endHolders(dev)
+	if err == nil && (!ended || d.tableWaits(dev.attached)) {
 		return
 	}
 	if err == nil {
 		err = d.takeDown(dev, false)
 	}
 	if err != nil {
+		d.leaveAlone(dev)
 		d.opts.Log.Error("a filter that is passed by cannot be removed yet", "name", dev.Name, "error", err)
 		return
 	}

@@ -75,6 +75,7 @@ type Daemon struct {
 	unnoted       map[uuid.UUID]bool // snapshots that have no note, under mu
 
 	endsChanged chan struct{} // see lookAtEnds
+	tablesTold  chan struct{} // see lookAtTables
 
 	boot  bootDisks
 	watch intentWatch
@@ -97,7 +98,7 @@ func New(o Options) (*Daemon, error) {
 		opts: o, started: time.Now(), host: o.host(),
 		opLock: make(chan struct{}, 1), devices: map[string]*device{}, snapshots: map[string]*snapshot{},
 		waiting: map[string]*survivor{},
-		cleared: map[string]bool{}, unnoted: map[uuid.UUID]bool{}, endsChanged: make(chan struct{}, 1),
+		cleared: map[string]bool{}, unnoted: map[uuid.UUID]bool{}, endsChanged: make(chan struct{}, 1), tablesTold: make(chan struct{}, 1),
 	}
 	d.activity.Store(new(string))
 	d.ending.untilEnd, d.ending.end = context.WithCancel(context.Background())

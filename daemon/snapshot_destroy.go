@@ -136,6 +136,7 @@ func (d *Daemon) release(s *snapshot, broken bool) {
 	s.gone = true
 	d.mu.Unlock()
 	s.use.Unlock()
+	d.lookAtTables() // a volume may wait for this
 	if err := s.snap.GiveBack(); err != nil {
 		// Nothing uses storage and state any more. What is left of them is only files.
 		d.opts.Log.Error("storage or state of a destroyed snapshot could not be given back", "snapshot", s.id, "error", publicPaths(err.Error()))
