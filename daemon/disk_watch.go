@@ -40,6 +40,7 @@ func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
 		}
 		return
 	}
+	back := w.missed >= lookMissed
 	w.missed = 0
 	if !dev.autoclear && d.host.ToBeDetached(now) {
 		d.letGoOfDetached(ctx, dev, w)
@@ -50,7 +51,7 @@ func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
 		return
 	case shown.OriginalSize == now.Size && (!d.canGrow || time.Now().Before(w.growAgain)):
 		return
-	case shown.OriginalSize == 0 && shown.Size == now.Size && !d.driverIsBehind(dev):
+	case shown.OriginalSize == 0 && shown.Size == now.Size && !back && !d.driverIsBehind(dev):
 		return
 	}
 	end, err := d.begin(ctx, "follow the size of %s", dev.Original)

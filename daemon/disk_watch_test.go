@@ -122,8 +122,16 @@ func TestTurnComesLate(t *testing.T) {
 			x.watch(context.Background())
 		}
 		turned := x.watch(&asked{Context: context.Background(), do: func() { late(x) }})
+		if !strings.Contains(x.describe(x.dev).Attention, "its disk is gone") {
+			t.Errorf("%+v", x.describe(x.dev))
+		}
 		if !turned || !x.w.again.IsZero() || x.dev.removing || x.deviceNamed(x.dev.Name) != x.dev {
 			t.Errorf("it had a turn: %v; again at %v; being removed: %v", turned, x.w.again, x.dev.removing)
+		}
+		x.put(t, x.dev.disk.Num, "sda", x.dev.Size)
+		x.watch(context.Background())
+		if got := x.describe(x.dev); got.Attention != "" || x.watch(context.Background()) {
+			t.Errorf("after the disk is back: %+v", got)
 		}
 	}
 	t.Run("back", func(t *testing.T) {
