@@ -33,8 +33,8 @@ type device struct {
 	// uncovered is why there is no intent.
 	uncovered string
 
-	// autoclear: when the filter came, or this daemon, its loop device was to be detached
-	// as soon as nobody has it open. So whoever set it up wants it for as long as the filter.
+	// autoclear: when the filter came, its loop device was to be detached as soon as nobody
+	// has it open. So whoever set it up wants it for as long as the filter.
 	autoclear bool
 
 	// use is read-locked by those who look into the above without holding

@@ -230,6 +230,11 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		return err
 	}
 	undo = append(undo, dev.closeCBT)
+	// Before the history, whose end ends who looks at them.
+	if dev.counters, err = openCounters(d.countersFile(r.Name), r.Queues); err != nil {
+		return err
+	}
+	undo = append(undo, dev.counters.remove)
 	var found foundHistory
 	if dev.attached == nil {
 		found = d.loadHistory(ctx, dev, r.Name)
@@ -245,10 +250,6 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 			d.stopHistory(dev)
 		}
 	})
-	if dev.counters, err = openCounters(d.countersFile(r.Name), r.Queues); err != nil {
-		return err
-	}
-	undo = append(undo, dev.counters.remove)
 	zone := int64(-1)
 	if *r.IntentLog && dev.attached == nil {
 		zone = r.IntentLogZone
@@ -263,7 +264,7 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		Files:      []*blockdev.OSFile{dev.orig},
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
 	}, func(id int, tag uint64) error {
-		record := deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History}
+		record := deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History, Autoclear: dev.autoclear}
 		if dev.attached != nil {
 			record.Attached = d.attachedRecord(dev.attached)
 		}

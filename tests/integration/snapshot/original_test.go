@@ -249,7 +249,15 @@ func TestPulledOut(t *testing.T) {
 	dev = d.Add(loop)
 	d.Destroy(d.Take(0, dev).ID)
 	before := d.CBT(dev)
+	if user, err = os.Open(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	defer user.Close()
 	guest.Run(t, "losetup", "-d", loop)
+	if a := d.Call("ublk-blksnap", "daemon", "reload"); a.Status != 0 {
+		t.Errorf("reload: %+v", a)
+	}
+	user.Close()
 	wantEvents(t, d, dev, control.EventRemoved)
 	again := func() {
 		guest.WaitFor(t, "the end of the loop device", func() bool {
