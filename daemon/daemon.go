@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/google/uuid"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
@@ -84,6 +86,14 @@ type Daemon struct {
 	attachedAnew  atomic.Uint64 // volumes
 
 	thawed chan struct{} // closed when what a dead daemon froze is thawed
+	frozen struct {
+		sync.Mutex
+		points []string // that are on record: see changeFrozen
+	}
+	// lateFreeze is closed when what the take under way could not wait for is thawed again;
+	// opLock guards it.
+	lateFreeze <-chan struct{}
+
 	ending ending
 
 	stopRetry context.CancelFunc
@@ -191,7 +201,7 @@ func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end fun
 	select {
 	case d.opLock <- struct{}{}:
 	case <-ctx.Done():
-		return nil, fail(ctx.Err(), format, args...)
+		return nil, notBegun(ctx, format, args...)
 	}
 	end = func() {
 		d.saveRecord()
@@ -201,10 +211,20 @@ func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end fun
 	}
 	if ctx.Err() != nil {
 		end()
-		return nil, fail(ctx.Err(), format, args...)
+		return nil, notBegun(ctx, format, args...)
 	}
 	d.step(format, args...)
 	return end, nil
+}
+
+// notBegun is why a change had not its turn before ctx ended. If that was because another
+// program takes over, a client may ask that one: see control.Client.
+func notBegun(ctx context.Context, format string, args ...any) error {
+	err := fail(context.Cause(ctx), format, args...)
+	if errors.Is(context.Cause(ctx), errTakenOver) {
+		err.Errno = unix.ERESTART
+	}
+	return err
 }
 
 // summary is what a daemon that does nothing in particular says of itself.

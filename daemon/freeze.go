@@ -22,7 +22,8 @@ import (
 // Around a take the prober freezes the filesystems, and thaws them if this daemon dies. If
 // it dies too, the next daemon thaws what is on record. The prober may have to write to a
 // filter before it can end, with the filesystem frozen. So that daemon thaws again until
-// the prober has ended.
+// the prober has ended. What has not been frozen in time for its take may be frozen later, and
+// is on record until it is thawed again.
 
 // frozenRecord is what a take is about to freeze, in state/frozen.
 type frozenRecord struct {
@@ -48,20 +49,75 @@ func (d *Daemon) rememberFrozen(mounts []*os.File) error {
 			return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "what a daemon that died was freezing has not been thawed yet", Fix: "try again when its disk answers, or take without freezing"}
 		}
 	}
-	r := frozenRecord{PID: os.Getpid()}
+	return d.changeFrozen(func(frozen []string) []string { return append(frozen, pointsOf(mounts)...) })
+}
+
+// afterFreeze takes off the record what a take has frozen and thawed again, or was late to
+// freeze; needs opLock.
+func (d *Daemon) afterFreeze(mounts []*os.File) {
+	late, points := d.lateFreeze, pointsOf(mounts)
+	d.lateFreeze = nil
+	if len(points) == 0 {
+		return
+	}
+	forget := func() {
+		if err := d.changeFrozen(func(frozen []string) []string { return without(frozen, points) }); err != nil {
+			d.opts.Log.Error("what is frozen is not on record", "error", err)
+		}
+	}
+	if late == nil {
+		forget()
+		return
+	}
+	go func() {
+		<-late
+		d.thawPoints(points, map[string]bool{}) // the prober has died if there is anything to do
+		forget()
+	}()
+}
+
+// changeFrozen puts on record what this daemon may have frozen.
+func (d *Daemon) changeFrozen(change func(points []string) []string) error {
+	d.frozen.Lock()
+	defer d.frozen.Unlock()
+	r := frozenRecord{Points: change(slices.Clone(d.frozen.points)), PID: os.Getpid()}
+	if len(r.Points) == 0 {
+		d.frozen.points = nil
+		d.forgetFrozen()
+		return nil
+	}
 	if d.opts.Prober != nil {
 		r.PID = d.opts.Prober.PID()
 	}
 	r.Process = processIdentity(r.PID)
-	for _, m := range mounts {
-		r.Points = append(r.Points, m.Name())
+	err := statefile.Write(d.frozenFile(), frozenKind, frozenFormat, r)
+	if err == nil {
+		d.frozen.points = r.Points
 	}
-	return statefile.Write(d.frozenFile(), frozenKind, frozenFormat, r)
+	return err
+}
+
+func pointsOf(mounts []*os.File) (points []string) {
+	for _, m := range mounts {
+		points = append(points, m.Name())
+	}
+	return points
+}
+
+// without is list without one of each of those in less.
+func without(list, less []string) []string {
+	for _, s := range less {
+		if i := slices.Index(list, s); i >= 0 {
+			list = slices.Delete(list, i, i+1)
+		}
+	}
+	return list
 }
 
 func (d *Daemon) forgetFrozen() { _ = os.Remove(d.frozenFile()) }
 
-// freeze is the snapshots.Freezer of a daemon. If there is no prober, it asks itself.
+// freeze is the snapshots.Freezer of a daemon; needs opLock. If there is no prober, it asks
+// itself.
 func (d *Daemon) freeze(ctx context.Context, dir *os.File) (thaw func(context.Context) error, err error) {
 	if d.opts.Prober == nil {
 		return snapshots.Freeze(ctx, dir)
@@ -71,6 +127,10 @@ func (d *Daemon) freeze(ctx context.Context, dir *os.File) (thaw func(context.Co
 		return snapshots.Freeze(ctx, dir)
 	}
 	if err != nil {
+		var late *disk.Late
+		if errors.As(err, &late) {
+			d.lateFreeze = late.Ended
+		}
 		return nil, err
 	}
 	return func(ctx context.Context) error {
@@ -128,23 +188,28 @@ func (d *Daemon) thawLeftover() {
 	told := map[string]bool{}
 	for last := false; !last; {
 		last = processEnded(r.PID, r.Process)
-		for _, point := range slices.Backward(r.Points) {
-			ctx, cancel := context.WithTimeout(context.Background(), d.opts.Config.FreezeTimeout)
-			err := d.thaw(ctx, point)
-			cancel()
-			switch {
-			case err == nil:
-				d.opts.Log.Warn("a filesystem that a dead daemon froze goes on", "filesystem", point)
-			case !errors.Is(err, unix.EINVAL) && !told[point]:
-				told[point] = true
-				d.opts.Log.Warn("cannot thaw what a dead daemon froze", "filesystem", point, "error", err)
-			}
-		}
+		d.thawPoints(r.Points, told)
 		if !last {
 			time.Sleep(20 * time.Millisecond)
 		}
 	}
 	d.forgetFrozen()
+}
+
+// thawPoints thaws what was left frozen, and tells once of what it cannot thaw.
+func (d *Daemon) thawPoints(points []string, told map[string]bool) {
+	for _, point := range slices.Backward(points) {
+		ctx, cancel := context.WithTimeout(context.Background(), d.opts.Config.FreezeTimeout)
+		err := d.thaw(ctx, point)
+		cancel()
+		switch {
+		case err == nil:
+			d.opts.Log.Warn("a filesystem that was left frozen goes on", "filesystem", point)
+		case !errors.Is(err, unix.EINVAL) && !told[point]:
+			told[point] = true
+			d.opts.Log.Warn("cannot thaw what was left frozen", "filesystem", point, "error", err)
+		}
+	}
 }
 
 // leftFrozen is what a dead daemon had on record.

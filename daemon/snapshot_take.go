@@ -73,7 +73,7 @@ func (d *Daemon) cut(ctx context.Context, s *snapshot, r control.TakeRequest) (f
 	}
 	before := mapsBefore(s)
 	frozen, err = s.snap.Take(ctx, o)
-	d.forgetFrozen()
+	d.afterFreeze(o.Freeze)
 	d.tellGenerations(s, before)
 	// Requests came to the filters at the cut if they still do.
 	for i := 0; err == nil && i < len(s.images); i++ {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 
@@ -29,8 +30,17 @@ type held struct {
 // Frozen is a filesystem that a Prober has frozen, until Thaw or this process's death.
 type Frozen struct{ held }
 
+// Late is the error of what had not begun when the time for it was over. It ends as soon as it
+// has begun: Ended is closed then, or when the Prober's process has died without ending it.
+type Late struct {
+	error
+	Ended <-chan struct{}
+}
+
+func (l *Late) Unwrap() error { return l.error }
+
 // Freeze freezes the filesystem that dir lies on. If ctx ends before that is done, the
-// filesystem is thawed as soon as it is frozen.
+// filesystem is thawed as soon as it is frozen, and the error is Late.
 func (p *Prober) Freeze(ctx context.Context, dir *os.File) (*Frozen, error) {
 	h, err := p.begin(ctx, question{Freeze: true}, dir)
 	if err != nil {
@@ -50,11 +60,21 @@ func (p *Prober) begin(ctx context.Context, q question, files ...*os.File) (held
 	if h.answers, err = p.put(q, append(files, theirs)...); err == nil {
 		err = h.answer(ctx)
 	}
-	if err != nil {
-		h.close()
-		return held{}, err
+	switch {
+	case err == nil:
+		return h, nil
+	case ctx.Err() != nil && h.answers != nil:
+		h.hold.Close()
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_, _ = io.Copy(io.Discard, h.answers)
+			h.answers.Close()
+		}()
+		return held{}, &Late{err, ended}
 	}
-	return h, nil
+	h.close()
+	return held{}, err
 }
 
 // end ends it, and waits for that.

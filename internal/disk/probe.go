@@ -215,13 +215,20 @@ func (p *Prober) send(q question, files ...*os.File) error {
 	return nil
 }
 
-// hear waits for an answer.
+// hear waits for an answer. If ctx ends before, what comes can be heard later.
 func hear(ctx context.Context, r *os.File) (a answer, err error) {
-	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	if err := json.NewDecoder(r).Decode(&a); ctx.Err() != nil {
+	late := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		_ = r.SetReadDeadline(time.Unix(1, 0))
+		close(late)
+	})
+	err = json.NewDecoder(r).Decode(&a)
+	if !stop() {
+		<-late
+		_ = r.SetReadDeadline(time.Time{})
 		return a, fmt.Errorf("wait for the prober: %w", ctx.Err())
-	} else if err != nil { // it has ended without an answer
+	}
+	if err != nil { // it has ended without an answer
 		return a, fmt.Errorf("%w: %w", ErrGone, err)
 	}
 	return a, nil

@@ -87,6 +87,47 @@ func TestProbe(t *testing.T) {
 
 // TestClaim: the prober has the disk open, and nobody else, until the release or the end of
 // who has asked for it.
+// TestLate: what did not begin in time ends as soon as it has begun, and that is told.
+func TestLate(t *testing.T) {
+	p, err := StartProber("ublk-blksnap", "probe", "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	late := func() <-chan struct{} {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+		defer cancel()
+		_, err := p.Claim(ctx, fifo) // there is no writer
+		var l *Late
+		if !errors.As(err, &l) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("not late: %v", err)
+		}
+		select {
+		case <-l.Ended:
+			t.Error("ended before it began")
+		case <-time.After(50 * time.Millisecond):
+		}
+		return l.Ended
+	}
+	ended := late()
+	writer, err := os.OpenFile(fifo, os.O_RDWR|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-ended
+	writer.Close()
+	ended = late()
+	if err := unix.Kill(p.PID(), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-ended
+}
+
 func TestClaim(t *testing.T) {
 	p, err := StartProber("ublk-blksnap", "probe", "/")
 	if err != nil {

@@ -167,14 +167,17 @@ func TestKilledWhileFreezing(t *testing.T) {
 	guest.Run(t, "modprobe", "dm-delay")
 	// Each write takes 0.4 s.
 	disk := guest.DMDisk(t, "slow", fmt.Sprintf("0 %[2]d delay %[1]s 0 0 %[1]s 0 400", ram, 64<<20>>9))
-	d := program.Start(t)
+	d := program.Start(t, "freeze_timeout=3s")
 	dev := d.Add(disk)
 	guest.Ext4.Make(t, dev.Link)
 	dir := guest.Mount(t, dev.Link)
-	for i := range 2 {
+	for i := range 3 {
 		s := d.Create(control.CreateRequest{Devices: []string{dev.Name}, Storage: []control.Storage{{Path: "/dev/shm"}}})
 		if err := os.WriteFile(filepath.Join(dir, "file"), make([]byte, 4<<20), 0o600); err != nil {
 			t.Fatal(err)
+		}
+		if i == 2 { // it does not answer at all, and the take is given up before the death
+			guest.Run(t, "dmsetup", "suspend", "--noflush", "--nolockfs", "slow")
 		}
 		taken := make(chan error, 1)
 		go func() {
@@ -186,7 +189,11 @@ func TestKilledWhileFreezing(t *testing.T) {
 			st, err := d.DeviceStatus(guest.Context(t), dev.Name)
 			return err == nil && begun == nil && st.InFlight > 0
 		})
-		if i == 1 { // all of ours at once
+		if i == 2 {
+			program.WantError(t, guest.Await(t, "the end of the take", taken), control.Timeout, "did not freeze in time")
+			taken <- nil
+		}
+		if i > 0 { // all of ours at once
 			for _, name := range []string{"ublk-probe", "ublk-freeze"} {
 				for _, pid := range program.Processes(name) {
 					_ = unix.Kill(pid, unix.SIGKILL)
@@ -194,6 +201,9 @@ func TestKilledWhileFreezing(t *testing.T) {
 			}
 		}
 		d.Kill()
+		if i == 2 {
+			guest.Run(t, "dmsetup", "resume", "slow")
+		}
 		d.Restart()
 		<-taken
 		written := make(chan error, 1)
