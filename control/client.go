@@ -43,7 +43,22 @@ func NewClient(socket string) *Client {
 // Close gives up idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
+// restart is the errno of a daemon that has done nothing, and the next one can be asked.
+var restart = errnoNamed("ERESTART")
+
+// send sends a request to the daemon. If the program that has it hands over to another before
+// it did anything, that one gets it.
 func (c *Client) send(ctx context.Context, path string, req any) (*http.Response, error) {
+	for {
+		resp, err := c.sendOnce(ctx, path, req)
+		if !errors.Is(err, restart) || ctx.Err() != nil {
+			return resp, err
+		}
+		c.http.CloseIdleConnections() // that of the program before
+	}
+}
+
+func (c *Client) sendOnce(ctx context.Context, path string, req any) (*http.Response, error) {
 	body, err := json.Marshal(req)
 	if err != nil {
 		return nil, fmt.Errorf("write request %s: %w", path, err)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net"
+	"net/http"
 	"path/filepath"
 	"testing"
 
@@ -53,6 +54,33 @@ func TestClientErrors(t *testing.T) {
 	cancel()
 	if _, err := c.Info(canceled); CodeOf(err) != Interrupted {
 		t.Errorf("interrupted: %v", err)
+	}
+}
+
+// TestClientAsksTheNext: what a program had not begun when another took over, that one does.
+func TestClientAsksTheNext(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := 0
+	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var got RemoveRequest
+		if err := json.NewDecoder(r.Body).Decode(&got); err != nil || got.Device != "data" {
+			t.Errorf("asked for %+v, %v", got, err)
+		}
+		if asked++; asked < 3 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			_ = json.NewEncoder(w).Encode(&Error{Code: Unavailable, Errno: unix.ERESTART, Message: "another program takes over"})
+			return
+		}
+		_ = json.NewEncoder(w).Encode(struct{}{})
+	})}
+	defer s.Close()
+	go func() { _ = s.Serve(l) }()
+	if err := NewClient(socket).RemoveDevice(context.Background(), RemoveRequest{Device: "data"}); err != nil || asked != 3 {
+		t.Errorf("asked %d times: %v", asked, err)
 	}
 }
 

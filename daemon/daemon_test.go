@@ -2,8 +2,11 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
@@ -48,5 +51,26 @@ func TestNoSnapshotOfALeavingDevice(t *testing.T) {
 	err := d.addTo(context.Background(), &snapshot{}, &device{Device: control.Device{Name: "data"}, removing: true})
 	if control.CodeOf(err) != control.Busy {
 		t.Errorf("added to a snapshot: %v", err)
+	}
+}
+
+// TestNotBegun: a change that had not its turn says whether another program may be asked for it.
+func TestNotBegun(t *testing.T) {
+	d := &Daemon{opLock: make(chan struct{}, 1)}
+	d.opLock <- struct{}{}
+	for cause, want := range map[error]control.Error{
+		nil:          {Code: control.Interrupted, Errno: unix.EINTR},
+		errTakenOver: {Code: control.Unavailable, Errno: unix.ERESTART},
+	} {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		cancel(cause)
+		_, err := d.begin(ctx, "add")
+		var e *control.Error
+		if !errors.As(err, &e) || e.Code != want.Code || e.Errno != want.Errno {
+			t.Errorf("by %v: %v", cause, err)
+		}
+	}
+	if errTakenOver.Errno != unix.ECONNRESET {
+		t.Error("what others are told has changed")
 	}
 }

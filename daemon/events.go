@@ -299,7 +299,7 @@ func (l *eventLog) wait(ctx context.Context, r control.WaitRequest) (control.Eve
 		select {
 		case <-more:
 		case <-ctx.Done():
-			return control.Event{}, fail(ctx.Err(), "wait for an event of snapshot %s", r.ID)
+			return control.Event{}, fail(context.Cause(ctx), "wait for an event of snapshot %s", r.ID)
 		}
 	}
 }

@@ -349,20 +349,29 @@ const renewInterval = 10 * time.Second
 
 // renewProber has this program begin anew in its process when its prober has been
 // killed: only before there is a disk to serve can it start one.
-func renewProber(ctx context.Context, o Options, api control.API) {
-	earliest := time.After(renewInterval)
+func renewProber(ctx context.Context, log *Log, ended <-chan struct{}, interval time.Duration, reload func() error) {
+	again := time.NewTicker(interval)
+	defer again.Stop()
 	select {
 	case <-ctx.Done():
 		return
-	case <-o.Prober.Ended():
+	case <-ended:
 	}
-	select {
-	case <-ctx.Done():
-		return
-	case <-earliest:
-	}
-	o.Log.Error("the process that asks blkid and keeps the guard has been killed: this program begins anew, to start another")
-	if _, err := api.Reload(ctx, control.ReloadRequest{}); err != nil && ctx.Err() == nil {
-		o.Log.Error("no reload", "error", err)
+	for told := false; ; told = true {
+		select {
+		case <-ctx.Done():
+			return
+		case <-again.C:
+		}
+		if !told {
+			log.Error("the process that asks blkid and keeps the guard has been killed: this program begins anew, to start another")
+		}
+		err := reload()
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		if !told {
+			log.Error("no reload, which is tried again and again", "error", err)
+		}
 	}
 }

@@ -234,3 +234,18 @@ func TestCheckProgram(t *testing.T) {
 		t.Errorf("a program that nobody has asked: %v", err)
 	}
 }
+
+// TestRenewProber: it is tried until there is a prober.
+func TestRenewProber(t *testing.T) {
+	ended, tries := make(chan struct{}), 0
+	close(ended)
+	renewProber(context.Background(), quiet(), ended, time.Millisecond, func() error {
+		if tries++; tries < 3 {
+			return errors.New("a storage does not answer")
+		}
+		return nil
+	})
+	if tries != 3 {
+		t.Errorf("%d tries", tries)
+	}
+}

@@ -214,7 +214,10 @@ func (o *Options) serve(api notifier, l, readers *net.UnixListener, lock *os.Fil
 	renewing, noProber := context.WithCancel(ctx)
 	defer noProber()
 	if o.Prober != nil {
-		go renewProber(renewing, *o, api)
+		go renewProber(renewing, o.Log, o.Prober.Ended(), renewInterval, func() error {
+			_, err := api.Reload(renewing, control.ReloadRequest{})
+			return err
+		})
 	}
 	// Watchers would never end by themselves. They are told why they do, and whoever asked
 	// for the end gets his answer.

@@ -53,11 +53,33 @@ func TestReload(t *testing.T) {
 	if guest.KernelAtLeast(t, 6, 16) {
 		quiesced = 2 // the filter and the image
 	}
+	// Who waits for his turn meanwhile has it with the next program.
+	end, changed := make(chan struct{}), make(chan error, 1)
+	go func() {
+		n := 0
+		for {
+			select {
+			case <-end:
+				changed <- nil
+				return
+			default:
+			}
+			n++
+			if _, err := d.SetSnapshot(guest.Context(t), control.SetRequest{ID: s.ID, TTL: time.Duration(n) * time.Hour}); control.CodeOf(err) == control.Interrupted {
+				changed <- err
+				return
+			}
+		}
+	}()
 	for range int(guest.Span(3, 20)) {
 		if done := reload(); done.Quiesced != quiesced || done.From != control.Version || done.To != control.Version || done.Program != program.Path(t) {
 			t.Errorf("reloaded: %+v", done)
 		}
 		time.Sleep(200 * time.Millisecond)
+	}
+	close(end)
+	if err := guest.Await(t, "the last change", changed); err != nil {
+		t.Errorf("during a reload: %v", err)
 	}
 
 	// The next format, and not back.
