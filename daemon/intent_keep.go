@@ -67,6 +67,9 @@ func (in *intent) stopRecord(ctx context.Context) error {
 	return in.d.callState(ctx, func() error {
 		in.state.Lock()
 		defer in.state.Unlock()
+		if err := ctx.Err(); err != nil { // there may be another record by now
+			return err
+		}
 		return in.stopLocked()
 	})
 }

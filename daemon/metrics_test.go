@@ -58,7 +58,7 @@ func measured(t *testing.T) (*Daemon, *device, *snapshot) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		snap.Destroy()
+		snap.Destroy()()
 		if err := snap.GiveBack(); err != nil {
 			t.Error(err)
 		}

@@ -122,15 +122,15 @@ func (d *Daemon) startDestroy(s *snapshot) error {
 	d.mu.Lock()
 	s.releasing = true
 	d.mu.Unlock()
-	go d.release(s, broken)
+	go d.release(s, s.snap.Destroy(), broken)
 	return nil
 }
 
 // release gives back the memory and the storage of a snapshot whose images are gone.
 // It runs beside all other work, because it waits without a limit for storage that
 // does not answer.
-func (d *Daemon) release(s *snapshot, broken bool) {
-	s.snap.Destroy()
+func (d *Daemon) release(s *snapshot, destroyed func(), broken bool) {
+	destroyed()
 	s.use.Lock()
 	d.mu.Lock()
 	s.gone = true
@@ -158,7 +158,7 @@ func (d *Daemon) awaitDestroyed(ctx context.Context, s *snapshot) error {
 	case <-s.destroyed:
 		return s.destroyErr
 	case <-ctx.Done():
-		return ctx.Err()
+		return context.Cause(ctx)
 	case <-time.After(d.opts.Config.StorageTimeout):
 	}
 	s.use.RLock()

@@ -23,7 +23,7 @@ func (l *Left) Clear(c Config) error {
 func (l *Left) clear(c Config) error {
 	if s := l.failed; s != nil {
 		_ = s.Abort()
-		s.Destroy()
+		s.Destroy()()
 		return s.GiveBack()
 	}
 	l.release()

@@ -167,7 +167,7 @@ func (d *daemon) destroy(s *Snapshot) error {
 	if err := s.SetImage(0, Image{Number: NoImage}); err != nil {
 		return err
 	}
-	s.Destroy()
+	s.Destroy()()
 	d.step("destroy")
 	if err := s.GiveBack(); err != nil {
 		return err
@@ -257,7 +257,7 @@ func (d *daemon) serve() error {
 		if err := s.Abort(); err != nil {
 			return err
 		}
-		s.Destroy()
+		s.Destroy()()
 		return s.GiveBack()
 	}
 	return d.destroy(s)

@@ -288,7 +288,7 @@ func TestStayNoted(t *testing.T) {
 		if stays {
 			s.StayNoted()
 		}
-		s.Destroy()
+		s.Destroy()()
 		if err := s.GiveBack(); err != nil {
 			t.Error(err)
 		}

@@ -234,10 +234,12 @@ func (s *Snapshot) Abort() error {
 	return s.state.update(func(r *record) { r.Destroying = true })
 }
 
-// Destroy takes the snapshot, whose image devices are gone, off its devices. It
-// waits until its storage has ended what is under way, for as long as that takes.
-func (s *Snapshot) Destroy() {
-	_ = s.call(func(done func(error)) { s.engine.Destroy(func() { done(nil) }) })
+// Destroy takes the snapshot, whose image devices are gone, off its devices before
+// anything that is called later. wait waits until its storage has ended what is under way,
+// for as long as that takes.
+func (s *Snapshot) Destroy() (wait func()) {
+	done := s.start(func(done func(error)) { s.engine.Destroy(func() { done(nil) }) })
+	return func() { <-done }
 }
 
 // GiveBack gives the memory and storage of a destroyed snapshot back, with nothing left

@@ -188,7 +188,7 @@ func TestSnapshot(t *testing.T) {
 	if s.Err() == 0 {
 		t.Error("given up, and whole")
 	}
-	s.Destroy()
+	s.Destroy()()
 	if o.filter.Held() {
 		t.Error("destroyed, and its filter holds it")
 	}
@@ -239,7 +239,7 @@ func TestTakeCancelled(t *testing.T) {
 	if _, err := s.Take(context.Background(), TakeOptions{Limit: time.Minute}); err != nil || !s.Taken() {
 		t.Errorf("without the write: %v, taken: %v", err, s.Taken())
 	}
-	s.Destroy()
+	s.Destroy()()
 	if err := s.GiveBack(); err != nil {
 		t.Error(err)
 	}
