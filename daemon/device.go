@@ -33,10 +33,6 @@ type device struct {
 	// uncovered is why there is no intent.
 	uncovered string
 
-	// autoclear: when the filter came, its loop device was to be detached as soon as nobody
-	// has it open. So whoever set it up wants it for as long as the filter.
-	autoclear bool
-
 	// use is read-locked by those who look into the above without holding
 	// Daemon.opLock. takeDown locks it while the device goes away.
 	use  sync.RWMutex

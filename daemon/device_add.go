@@ -62,13 +62,16 @@ func (d *Daemon) add(ctx context.Context, r control.AddRequest) (*device, error)
 	if dev.disk, err = d.host.Lookup(r.Path); err != nil {
 		return nil, err
 	}
-	dev.autoclear = d.host.ToBeDetached(dev.disk)
 	if err := d.checkNotOurs(dev.disk); err != nil {
 		return nil, err
 	}
 	attach, err := d.attaches(ctx, dev.disk, r.Attach, d.host.CheckUsable(dev.disk))
 	if err != nil {
 		return nil, d.explainUser(dev.disk, err)
+	}
+	if d.host.ToBeDetached(dev.disk) {
+		return nil, &control.Error{Code: control.Invalid, Errno: unix.EINVAL, Message: "it is to be detached as soon as nobody has it open, and would be when the daemon dies",
+			Fix: "set up another loop device, with losetup"}
 	}
 	if r.Name == "" {
 		r.Name = dev.disk.DisplayName()
@@ -264,7 +267,7 @@ func (d *Daemon) open(ctx context.Context, dev *device, r control.AddRequest) (e
 		Files:      []*blockdev.OSFile{dev.orig},
 		NewHandler: func(q int, bq blockdev.Queue) ublk.Handler { return dev.filter.NewQueue(q, bq) },
 	}, func(id int, tag uint64) error {
-		record := deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History, Autoclear: dev.autoclear}
+		record := deviceRecord{Name: r.Name, ID: id, Tag: tag, Original: originalOf(dev.disk), Geometry: dev.geo, Added: added, History: dev.History}
 		if dev.attached != nil {
 			record.Attached = d.attachedRecord(dev.attached)
 		}

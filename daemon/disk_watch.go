@@ -42,7 +42,7 @@ func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
 	}
 	back := w.missed >= lookMissed
 	w.missed = 0
-	if !dev.autoclear && d.host.ToBeDetached(now) {
+	if d.host.ToBeDetached(now) {
 		d.letGoOfDetached(ctx, dev, w)
 	}
 	shown := d.describe(dev)

@@ -370,7 +370,6 @@ func (d *Daemon) reopen(ctx context.Context, s *survivor) (_ *device, err error)
 	if dev.disk, err = r.Original.find(d.host); err != nil {
 		return nil, err
 	}
-	dev.autoclear = r.Autoclear
 	if r.Attached != nil {
 		dev.attached = d.attachmentOf(r.Attached)
 		dev.disk.DMName = r.Attached.Device.Name

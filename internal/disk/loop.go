@@ -82,6 +82,7 @@ func (h *Host) mountedDisks() []string {
 
 // ToBeDetached says whether a disk is a loop device that is detached when nobody has it open
 // any more: because it was set up so, or because somebody wanted it detached while it was open.
+// Then a daemon that is killed loses it.
 func (h *Host) ToBeDetached(d *Disk) bool {
 	return readText(filepath.Join(d.sys, "loop/autoclear")) == "1"
 }
