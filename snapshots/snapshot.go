@@ -238,7 +238,8 @@ func (s *Snapshot) Abort() error {
 // anything that is called later. wait waits until its storage has ended what is under way,
 // for as long as that takes.
 func (s *Snapshot) Destroy() (wait func()) {
-	done := s.start(func(done func(error)) { s.engine.Destroy(func() { done(nil) }) })
+	done := make(chan struct{})
+	s.post(func() { s.engine.Destroy(func() { close(done) }) })
 	return func() { <-done }
 }
 
