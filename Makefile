@@ -10,7 +10,7 @@
 #   make picture                       the README's picture, docs/session.svg, recorded anew
 #   make reboot [KERNEL=]              change tracking, and what is left of snapshots, over restarts and a power failure
 #   make boot [KERNEL=]                boots of a Debian whose filesystems lie on filters
-#   make root [KERNEL=] [LOAD=seconds]  a Debian whose root filesystem gets a filter while it runs, under load
+#   make root [KERNEL=] [LOAD=seconds] [TARGET=linear|crypt]  a Debian whose root filesystem gets a filter while it runs, under load
 #   make powercut [KERNEL=] [CUTS=] [SEED=]  change tracking over power failures of a machine under load
 #   make sim [SEEDS=] [MINUTES=]       the simulator
 #   make bench [JSON=out.json] [BENCH=pattern] [KERNEL=]    figures, of both kernels unless one is named
@@ -75,7 +75,7 @@ test: check bin/vm overlay
 		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest && $(MAKE) integration-run KERNEL=newest VM_CPUS=4 RUN="$(FOUR_QUEUES)"' \
 		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -short -count=1 -timeout 60m ./tests/vm/... && \
 		$(MAKE) package && $(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest && $(MAKE) boot KERNEL=6.12 && \
-		$(MAKE) root KERNEL=6.12 && $(MAKE) systemd KERNEL=newest && $(MAKE) demo KERNEL=newest && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
+		$(MAKE) root KERNEL=6.12 TARGET=crypt && $(MAKE) systemd KERNEL=newest && $(MAKE) demo KERNEL=newest && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
 		$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk && \
 		$(MAKE) integration-run KERNEL=6.12 VM_CPUS=4 RUN="$(FOUR_QUEUES)"'
 

@@ -1,9 +1,9 @@
 #!/bin/bash
-# root.sh runs in a Debian whose root filesystem is a logical volume, and puts a filter under it. Everybody goes on working,
-# with little memory, while the daemon is killed again and again. See run.sh.
+# root.sh TARGET runs in a Debian whose root filesystem is a volume with such a table, linear or crypt, and puts a filter under
+# it; then under the volume below, if there is one. Everybody goes on working, with little memory, while the daemon is killed
+# again and again. See run.sh.
 set -e -o pipefail
 PATH=/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin
-volume=/dev/machine/root
 
 fail() { echo "root: $*" >&2; exit 1; }
 at_end() {
@@ -13,7 +13,7 @@ at_end() {
 }
 trap at_end EXIT
 
-table() { dmsetup table machine-root; }
+table() { dmsetup table "$volume"; }
 through_filter() { [[ $(table) == "0 "*" linear "* && $(basename "$(readlink "/sys/dev/block/$(table | cut -d' ' -f4)")") == ublkb* ]]; }
 main_pid() { systemctl show -p MainPID --value ublk-blksnap; }
 
@@ -27,30 +27,7 @@ await() {
 	done
 }
 
-vgmknodes -q machine # whose initramfs had no udev
-mkfs.ext4 -q /dev/disk/by-id/virtio-store
-mkdir -p /mnt/store /mnt/image /var/tmp/load
-mount /dev/disk/by-id/virtio-store /mnt/store
-dpkg -i .cache/test/deb/now/*.deb >/dev/null
-systemctl start ublk-blksnap
-before=$(table)
-[[ -e /sys/dev/block/$(mountpoint -d /)/dm && $before == *" linear "* ]] || fail "/ is $(findmnt -n -o SOURCE /), $before"
-
-# Not by a daemon that nobody could start again.
-if said=$(ublk-blksnap add $volume 2>&1) || [[ $said != *"the root filesystem lies on it"*"resident = true"* ]]; then fail "add says: $said"; fi
-[ "$(table)" = "$before" ] || fail "a refusal has changed the table"
-sed -i 's/^resident = .*/resident = true/; s/^state_dir = .*/state_dir = ""/' /etc/ublk-blksnap.conf
-ublk-blksnap daemon reload >/dev/null
-[ "$(ublk-blksnap add $volume --name root)" = /dev/mapper/machine-root ] || fail "add names another path"
-through_filter || fail "the table is $(table)"
-
-# What a snapshot shows.
-dd if=/dev/urandom of=/root/file bs=1M count=8 conv=fsync status=none
-sum=$(sha256sum </root/file)
-image=$(ublk-blksnap snapshot create root --storage /mnt/store --take)
-dd if=/dev/urandom of=/root/file bs=1M count=8 conv=notrunc,fsync status=none
-
-# The load. Each writer reads back what it wrote, past the cache.
+# Each writer reads back what it wrote, past the cache.
 writer() {
 	local n=0
 	until [ -e /run/enough ]; do
@@ -62,6 +39,7 @@ writer() {
 	done
 	echo $n >/run/writes-$1
 }
+
 # Memory that is asked for again and again, so that nothing of a file stays that nobody has locked.
 pressure() {
 	until [ -e /run/enough ]; do
@@ -69,25 +47,62 @@ pressure() {
 		sleep 0.5
 	done
 }
-writer 1 & one=$!
-writer 2 & two=$!
-pressure & three=$!
-kills=0 end=$((SECONDS + SECONDS_UNDER_LOAD))
-while ((SECONDS < end)); do
-	pid=$(main_pid)
-	[ "$pid" != 0 ] && [[ $(stat -L -c %d "/proc/$pid/exe") == "$(stat -c %d /run/ublk-blksnap/state)" ]] || fail "process $pid is not resident"
-	echo 3 >/proc/sys/vm/drop_caches
-	kill -9 "$pid"
-	kills=$((kills + 1))
-	another() { local now; now=$(main_pid) && [ "$now" != 0 ] && [ "$now" != "$pid" ] && [ "$(systemctl is-active ublk-blksnap)" = active ]; }
-	await another
-	sleep 5
+
+# load SECONDS kills the daemon again and again under load.
+load() {
+	local pid one two three kills=0 end=$((SECONDS + $1))
+	rm -f /run/enough
+	writer 1 & one=$!
+	writer 2 & two=$!
+	pressure & three=$!
+	while ((SECONDS < end)); do
+		pid=$(main_pid)
+		[ "$pid" != 0 ] && [[ $(stat -L -c %d "/proc/$pid/exe") == "$(stat -c %d /run/ublk-blksnap/state)" ]] || fail "process $pid is not resident"
+		echo 3 >/proc/sys/vm/drop_caches
+		kill -9 "$pid"
+		kills=$((kills + 1))
+		another() { local now; now=$(main_pid) && [ "$now" != 0 ] && [ "$now" != "$pid" ] && [ "$(systemctl is-active ublk-blksnap)" = active ]; }
+		await another
+		sleep 5
+	done
+	touch /run/enough
+	wait $one && wait $two || fail "a write failed, or was lost"
+	wait $three
+	through_filter || fail "the table is $(table)"
+	[ "$(systemctl show -p NRestarts --value ublk-blksnap)" -ge "$kills" ] || fail "systemd has not noticed every death"
+	echo "# root, $volume: $(cat /run/writes-1) and $(cat /run/writes-2) files written, $kills daemons killed"
+}
+
+dmsetup mknodes # whose initramfs had no udev
+mkfs.ext4 -q /dev/disk/by-id/virtio-store
+mkdir -p /mnt/store /mnt/image /var/tmp/load
+mount /dev/disk/by-id/virtio-store /mnt/store
+dpkg -i .cache/test/deb/now/*.deb >/dev/null
+systemctl start ublk-blksnap
+root=/sys/dev/block/$(mountpoint -d /)
+volumes=$(cat "$root"/dm/name "$root"/slaves/*/dm/name 2>/dev/null || true)
+volume=${volumes%%$'\n'*}
+before=$(table)
+[[ $before == "0 "*" $1 "* ]] || fail "/ is $(findmnt -n -o SOURCE /), $before"
+
+# Not by a daemon that nobody could start again.
+for volume in $volumes; do
+	if said=$(ublk-blksnap add "/dev/mapper/$volume" 2>&1) || [[ $said != *"the root filesystem lies on it"*"resident = true"* ]]; then fail "add says: $said"; fi
 done
-touch /run/enough
-wait $one && wait $two || fail "a write failed, or was lost"
-wait $three
+volume=${volumes%%$'\n'*}
+[ "$(table)" = "$before" ] || fail "a refusal has changed the table"
+sed -i 's/^resident = .*/resident = true/; s/^state_dir = .*/state_dir = ""/' /etc/ublk-blksnap.conf
+ublk-blksnap daemon reload >/dev/null
+[ "$(ublk-blksnap add "/dev/mapper/$volume" --name root)" = "/dev/mapper/$volume" ] || fail "add names another path"
 through_filter || fail "the table is $(table)"
-[ "$(systemctl show -p NRestarts --value ublk-blksnap)" -ge "$kills" ] || fail "systemd has not noticed every death"
+
+# What a snapshot shows.
+dd if=/dev/urandom of=/root/file bs=1M count=8 conv=fsync status=none
+sum=$(sha256sum </root/file)
+image=$(ublk-blksnap snapshot create root --storage /mnt/store --take)
+dd if=/dev/urandom of=/root/file bs=1M count=8 conv=notrunc,fsync status=none
+
+load "$SECONDS_UNDER_LOAD"
 ublk-blksnap status >&2
 
 mount -o ro,noload "$image" /mnt/image
@@ -103,9 +118,12 @@ dpkg -i .cache/test/deb/next/*.deb >/dev/null 2>&1 || fail "no upgrade"
 ublk-blksnap remove root
 [ "$(table)" = "$before" ] || fail "the table was $before and is $(table)"
 # It comes once more, and the machine's end takes it away.
-ublk-blksnap add $volume --name root >/dev/null
-through_filter || fail "the table is $(table)"
+for volume in $volumes; do
+	ublk-blksnap add "/dev/mapper/$volume" --name root >/dev/null
+	through_filter || fail "the table is $(table)"
+	load 10
+	[ "$volume" = "${volumes##*$'\n'}" ] || ublk-blksnap remove root
+done
 cat >/run/vm/last <<-END
 	if ls /dev/ublkb* >&2; then exit 1; fi
 END
-echo "# root: $(cat /run/writes-1) and $(cat /run/writes-2) files written, $kills daemons killed"

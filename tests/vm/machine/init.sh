@@ -27,10 +27,14 @@ if [ -e /vm/own-root ]; then
 		[ "$(cat "$disk/serial")" != root ] || root=/dev/${disk##*/}
 	done
 	if ! mount -t ext4 "$root" /root; then
-		# A volume group, with the volume "root": the host's LVM finds it, as an initramfs would.
+		# A volume group, with the volume "root", or "locked" that is LUKS with the passphrase "vm": the host's LVM finds
+		# it, as an initramfs would.
 		for dir in proc sys dev; do mount -o bind /$dir /host/$dir; done
 		mount -t tmpfs run /host/run
 		DM_DISABLE_UDEV=1 chroot /host lvm vgchange -q --nolocking --config 'devices{use_devicesfile=0}' -a y
+		for locked in /dev/*/locked; do
+			[ ! -e "$locked" ] || echo -n vm | DM_DISABLE_UDEV=1 chroot /host cryptsetup open --disable-keyring --key-file - "$locked" root
+		done
 		for dir in run dev sys proc; do umount /host/$dir; done
 		mount -t ext4 /dev/*/root /root
 	fi

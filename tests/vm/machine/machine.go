@@ -493,6 +493,7 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 	needed := []string{"virtio_pci", "virtio_console", "virtiofs", "overlay"}
 	if cfg.Root != "" {
 		needed = append(needed, "virtio_blk", "crc32c_generic", "ext4", "dm-mod")
+		needed = append(needed, "dm-crypt", "xts", "aesni-intel", "algif_skcipher")
 		a.file("vm/own-root", nil)
 	}
 	files, err := kernel.moduleFiles(needed...)
