@@ -71,13 +71,13 @@ test: check bin/vm overlay
 	go test -race -short $(GIOURING) ./internal/uring ./internal/blockdev/...
 	$(MAKE) integration-binaries
 	$(MAKE) integration-binaries BUILD=giouring
-	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12 && $(MAKE) docs KERNEL=6.12 PAGE="(README|quick-start|lvm)"' \
+	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12 && $(MAKE) docs KERNEL=6.12 PAGE="(README|quick-start|lvm)" && \
+		$(MAKE) integration-run KERNEL=6.12 VM_CPUS=4 RUN="$(FOUR_QUEUES)"' \
 		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest && $(MAKE) integration-run KERNEL=newest VM_CPUS=4 RUN="$(FOUR_QUEUES)"' \
 		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -short -count=1 -timeout 60m ./tests/vm/... && \
 		$(MAKE) package && $(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest && $(MAKE) boot KERNEL=6.12 && \
 		$(MAKE) root KERNEL=6.12 TARGET=crypt && $(MAKE) systemd KERNEL=newest && $(MAKE) demo KERNEL=newest && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
-		$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk && \
-		$(MAKE) integration-run KERNEL=6.12 VM_CPUS=4 RUN="$(FOUR_QUEUES)"'
+		$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk'
 
 check: setup lint
 	go test ./...

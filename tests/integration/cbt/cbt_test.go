@@ -177,7 +177,7 @@ func TestChangesExact(t *testing.T) {
 // TestChangesUnderLoad is I3 where it is not exact: whatever differs between two
 // images that were cut in the midst of writes is marked.
 func TestChangesUnderLoad(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 24 << 20
 	disk := guest.RAMDisks(t, 1, size)[0]
 	d := program.Start(t, "tracking_block_minimum_shift=12")

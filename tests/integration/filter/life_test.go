@@ -150,7 +150,7 @@ func TestRemoveUnwritten(t *testing.T) {
 
 // TestRemoveForced removes a filter under fio: it gets I/O errors and ends.
 func TestRemoveForced(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	ram := guest.RAMDisks(t, 1, 64<<20)[0]
 	d := program.Start(t)
 	round := func() {

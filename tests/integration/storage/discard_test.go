@@ -21,7 +21,7 @@ import (
 // TestDiscardNotCopied: what is discarded is not copied. The kernel module did so
 // until the storage overflowed. TestTrim does it with a filesystem.
 func TestDiscardNotCopied(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 64 << 20
 	disk := guest.LoopDisk(t, size, 512)
 	d := program.Start(t)
@@ -139,7 +139,7 @@ func blocksOf(t testing.TB, loop string) int64 {
 // TestDiscardHeld discards pieces of the original in random order while it is
 // held, between writes: the image does not change.
 func TestDiscardHeld(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 16 << 20
 	disk := guest.LoopDisk(t, size, 512)
 	d := program.Start(t)

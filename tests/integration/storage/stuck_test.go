@@ -234,7 +234,7 @@ func TestDestroyStuckStorage(t *testing.T) {
 // storage does not answer. To take the storage over it need not answer. If it does not
 // even when the snapshot is destroyed, what is left of it goes when it answers.
 func TestKilledStuckStorage(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	guest.Run(t, "modprobe", "dm-mod")
 	files := guest.DMDisk(t, "files", guest.LinearTable(t, guest.LoopDisk(t, guest.Ext4.Minimum, 512)))
 	guest.Ext4.Make(t, files)
@@ -291,7 +291,7 @@ func TestKilledStuckStorage(t *testing.T) {
 // TestKilledWhileStoring: the daemon is killed while stores are under way to a device that
 // does not answer. Neither its disk nor another waits for that.
 func TestKilledWhileStoring(t *testing.T) {
-	guest.Need(t)
+	guest.NeedEither(t)
 	const size = 24 << 20
 	ram := guest.RAMDisks(t, 3, size)
 	guest.Run(t, "modprobe", "dm-mod")
