@@ -26,7 +26,7 @@ var writers = map[string]string{
 	"daemon.saveLocked":        "events",
 	"daemon.countRecovery":     "recoveries",
 	"daemon.noteRemoved":       "removed",
-	"daemon.rememberFrozen":    "frozen",
+	"daemon.changeFrozen":      "frozen",
 	"daemon.beforeTakeOf":      "hooks",
 	"daemon.saveOutdated":      "outdated",
 	"daemon.saveRecord":        "daemon",
