@@ -153,10 +153,11 @@ func TestWatchGoesOn(t *testing.T) {
 	}
 	// An error of the watcher's own is no daemon's, whatever it says.
 	own := &Error{Code: Unavailable, Message: "own"}
-	if err := NewClient(socket).Watch(ctx, WatchRequest{}, func(Event) error { go func() { end <- "ends it" }(); return own }); !errors.Is(err, own) {
+	if err := NewClient(socket).Watch(ctx, WatchRequest{}, func(Event) error { return own }); !errors.Is(err, own) {
 		t.Errorf("the watcher's own error: %v", err)
 	}
 	<-asked
+	end <- "ends it" // before another waits for his end
 	_, done = watch()
 	since(0)
 	end <- "dies"
