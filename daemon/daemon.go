@@ -88,11 +88,9 @@ type Daemon struct {
 	thawed chan struct{} // closed when what a dead daemon froze is thawed
 	frozen struct {
 		sync.Mutex
-		points []string // that are on record: see changeFrozen
+		points []frozenPoint // that are on record: see changeFrozen
 	}
-	// lateFreeze is closed when what the take under way could not wait for is thawed again;
-	// opLock guards it.
-	lateFreeze <-chan struct{}
+	lateFreeze *lateFreeze // of the take under way; opLock guards it
 
 	ending ending
 

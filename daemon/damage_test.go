@@ -85,7 +85,7 @@ func TestDamage(t *testing.T) {
 		}
 		return err
 	})
-	try("frozen", d.frozenFile(), frozenKind, frozenFormat, frozenRecord{Points: []string{"/srv"}}, func() error {
+	try("frozen", d.frozenFile(), frozenKind, frozenFormat, frozenRecord{[]frozenPoint{{Point: "/srv"}}}, func() error {
 		_, err := d.leftFrozen()
 		return err
 	})

@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,96 +27,102 @@ import (
 // the prober has ended. What has not been frozen in time for its take may be frozen later, and
 // is on record until it is thawed again.
 
-// frozenRecord is what a take is about to freeze, in state/frozen.
-type frozenRecord struct {
-	Points []string `json:"points"` // mount points
+// frozenPoint is the mount point of a filesystem that may be frozen.
+type frozenPoint struct {
+	Point string `json:"point"`
 	// PID and Process are who freezes.
 	PID     int    `json:"pid"`
 	Process string `json:"process"` // see processIdentity
 }
 
-const frozenKind, frozenFormat = "frozen", 2 // format 1 had the points alone
+// frozenRecord is in state/frozen.
+type frozenRecord struct {
+	Frozen []frozenPoint `json:"frozen"`
+}
+
+// Format 1 had the names of the points alone, format 2 one process for all of them.
+const frozenKind, frozenFormat = "frozen", 3
 
 func (d *Daemon) frozenFile() string { return filepath.Join(d.opts.Dir.State(), frozenKind) }
+
+// lateFreeze is a freeze that a take could not wait for.
+type lateFreeze struct {
+	point string
+	ended <-chan struct{} // when closed, it is thawed, unless its prober has died
+	died  func() bool
+}
 
 // rememberFrozen puts on record what is about to be frozen; needs opLock.
 func (d *Daemon) rememberFrozen(mounts []*os.File) error {
 	if len(mounts) == 0 {
 		return nil
 	}
-	if d.thawed != nil {
-		select {
-		case <-d.thawed:
-		default:
-			return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "what a daemon that died was freezing has not been thawed yet", Fix: "try again when its disk answers, or take without freezing"}
-		}
+	pid := os.Getpid()
+	if d.opts.Prober != nil {
+		pid = d.opts.Prober.PID()
 	}
-	return d.changeFrozen(func(frozen []string) []string { return append(frozen, pointsOf(mounts)...) })
+	process := processIdentity(pid)
+	return d.changeFrozen(func(frozen []frozenPoint) ([]frozenPoint, error) {
+		for _, m := range mounts {
+			if slices.ContainsFunc(frozen, func(f frozenPoint) bool { return f.Point == m.Name() }) {
+				return nil, &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: m.Name() + ": an earlier take had it frozen, or was about to, and it has not been thawed yet",
+					Fix: "try again when its disk answers, or take without freezing"}
+			}
+			frozen = append(frozen, frozenPoint{m.Name(), pid, process})
+		}
+		return frozen, nil
+	})
 }
 
-// afterFreeze takes off the record what a take has frozen and thawed again, or was late to
-// freeze; needs opLock.
+// afterFreeze takes off the record what a take has frozen and thawed again; needs opLock. What
+// it was late to freeze goes when that has been thawed.
 func (d *Daemon) afterFreeze(mounts []*os.File) {
-	late, points := d.lateFreeze, pointsOf(mounts)
+	late := d.lateFreeze
 	d.lateFreeze = nil
-	if len(points) == 0 {
-		return
-	}
-	forget := func() {
-		if err := d.changeFrozen(func(frozen []string) []string { return without(frozen, points) }); err != nil {
-			d.opts.Log.Error("what is frozen is not on record", "error", err)
+	for _, m := range mounts {
+		if late == nil || m.Name() != late.point {
+			d.forgetFrozen(m.Name())
 		}
 	}
 	if late == nil {
-		forget()
 		return
 	}
 	go func() {
-		<-late
-		d.thawPoints(points, map[string]bool{}) // the prober has died if there is anything to do
-		forget()
+		<-late.ended
+		if late.died() {
+			d.thawUntil(late.point, func() bool { return true })
+		}
+		d.forgetFrozen(late.point)
 	}()
 }
 
-// changeFrozen puts on record what this daemon may have frozen.
-func (d *Daemon) changeFrozen(change func(points []string) []string) error {
+func (d *Daemon) forgetFrozen(point string) {
+	err := d.changeFrozen(func(frozen []frozenPoint) ([]frozenPoint, error) {
+		return slices.DeleteFunc(frozen, func(f frozenPoint) bool { return f.Point == point }), nil
+	})
+	if err != nil {
+		d.opts.Log.Error("it is on record that a filesystem may be frozen, which is not so any more", "filesystem", point, "error", err)
+	}
+}
+
+// changeFrozen changes what is on record.
+func (d *Daemon) changeFrozen(change func([]frozenPoint) ([]frozenPoint, error)) error {
 	d.frozen.Lock()
 	defer d.frozen.Unlock()
-	r := frozenRecord{Points: change(slices.Clone(d.frozen.points)), PID: os.Getpid()}
-	if len(r.Points) == 0 {
-		d.frozen.points = nil
-		d.forgetFrozen()
-		return nil
+	points, err := change(slices.Clone(d.frozen.points))
+	if err != nil {
+		return err
 	}
-	if d.opts.Prober != nil {
-		r.PID = d.opts.Prober.PID()
+	if len(points) > 0 {
+		err = statefile.Write(d.frozenFile(), frozenKind, frozenFormat, frozenRecord{points})
+	} else if err = os.Remove(d.frozenFile()); errors.Is(err, os.ErrNotExist) {
+		err = nil
 	}
-	r.Process = processIdentity(r.PID)
-	err := statefile.Write(d.frozenFile(), frozenKind, frozenFormat, r)
 	if err == nil {
-		d.frozen.points = r.Points
+		d.frozen.points = points
 	}
 	return err
 }
-
-func pointsOf(mounts []*os.File) (points []string) {
-	for _, m := range mounts {
-		points = append(points, m.Name())
-	}
-	return points
-}
-
-// without is list without one of each of those in less.
-func without(list, less []string) []string {
-	for _, s := range less {
-		if i := slices.Index(list, s); i >= 0 {
-			list = slices.Delete(list, i, i+1)
-		}
-	}
-	return list
-}
-
-func (d *Daemon) forgetFrozen() { _ = os.Remove(d.frozenFile()) }
 
 // freeze is the snapshots.Freezer of a daemon; needs opLock. If there is no prober, it asks
 // itself.
@@ -123,14 +131,20 @@ func (d *Daemon) freeze(ctx context.Context, dir *os.File) (thaw func(context.Co
 		return snapshots.Freeze(ctx, dir)
 	}
 	frozen, err := d.opts.Prober.Freeze(ctx, dir)
-	if errors.Is(err, disk.ErrGone) {
-		return snapshots.Freeze(ctx, dir)
-	}
-	if err != nil {
-		var late *disk.Late
-		if errors.As(err, &late) {
-			d.lateFreeze = late.Ended
+	var late *disk.Late
+	switch {
+	case errors.As(err, &late):
+		d.lateFreeze = &lateFreeze{dir.Name(), late.Ended, late.Died}
+		return nil, err
+	case errors.Is(err, disk.ErrGone):
+		thaw, itself := snapshots.Freeze(ctx, dir)
+		if errors.Is(itself, unix.EBUSY) && errors.Is(err, io.EOF) { // it died when it had frozen it
+			ended := make(chan struct{})
+			close(ended)
+			d.lateFreeze = &lateFreeze{dir.Name(), ended, func() bool { return true }}
 		}
+		return thaw, itself
+	case err != nil:
 		return nil, err
 	}
 	return func(ctx context.Context) error {
@@ -174,53 +188,80 @@ func (d *Daemon) thaw(ctx context.Context, point string) error {
 	return snapshots.Thaw(ctx, f)
 }
 
-// thawLeftover thaws what a dead daemon had frozen or was about to freeze. That may take
-// until its filters are served.
-func (d *Daemon) thawLeftover() {
-	r, err := d.leftFrozen()
-	if errors.Is(err, os.ErrNotExist) {
-		return
-	}
-	if err != nil {
+// readFrozen reads what a dead daemon had frozen or was about to freeze.
+func (d *Daemon) readFrozen() {
+	points, err := d.leftFrozen()
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		d.opts.Log.Error("what a dead daemon has frozen is not known", "error", err)
-		return
 	}
-	told := map[string]bool{}
-	for last := false; !last; {
-		last = processEnded(r.PID, r.Process)
-		d.thawPoints(r.Points, told)
-		if !last {
-			time.Sleep(20 * time.Millisecond)
-		}
-	}
-	d.forgetFrozen()
+	d.frozen.points = points
 }
 
-// thawPoints thaws what was left frozen, and tells once of what it cannot thaw.
-func (d *Daemon) thawPoints(points []string, told map[string]bool) {
-	for _, point := range slices.Backward(points) {
-		ctx, cancel := context.WithTimeout(context.Background(), d.opts.Config.FreezeTimeout)
-		err := d.thaw(ctx, point)
-		cancel()
+// thawLeftover thaws all that is on record, which a dead daemon had frozen. That may take until
+// the filters are served, and as long as a disk does not answer.
+func (d *Daemon) thawLeftover() {
+	d.frozen.Lock()
+	left := slices.Clone(d.frozen.points)
+	d.frozen.Unlock()
+	var all sync.WaitGroup
+	for _, f := range slices.Backward(left) {
+		all.Add(1)
+		go func() {
+			defer all.Done()
+			d.thawUntil(f.Point, func() bool { return processEnded(f.PID, f.Process) })
+			d.forgetFrozen(f.Point)
+		}()
+	}
+	all.Wait()
+}
+
+// thawUntil thaws a filesystem whenever it is frozen, until whoever froze it has ended. It waits
+// as long as the disk does not answer, because to ask once more would be one more who waits.
+func (d *Daemon) thawUntil(point string, ended func() bool) {
+	told := false
+	for last := false; !last; {
+		last = ended()
+		err := d.thaw(context.Background(), point)
 		switch {
 		case err == nil:
 			d.opts.Log.Warn("a filesystem that was left frozen goes on", "filesystem", point)
-		case !errors.Is(err, unix.EINVAL) && !told[point]:
-			told[point] = true
+		case errors.Is(err, unix.EINVAL): // it is not frozen
+		case errors.Is(err, disk.ErrGone):
+			last = false // to the next daemon, which comes soon because there is no prober
+		case !told:
+			told = true
 			d.opts.Log.Warn("cannot thaw what was left frozen", "filesystem", point, "error", err)
+		}
+		if !last {
+			time.Sleep(20 * time.Millisecond)
 		}
 	}
 }
 
 // leftFrozen is what a dead daemon had on record.
-func (d *Daemon) leftFrozen() (r frozenRecord, err error) {
+func (d *Daemon) leftFrozen() ([]frozenPoint, error) {
 	text, format, err := statefile.Read(d.frozenFile(), frozenKind, frozenFormat)
-	if err == nil && format == 1 {
-		err = statefile.Unmarshal(d.frozenFile(), text, &r.Points)
-	} else if err == nil {
+	if err != nil {
+		return nil, err
+	}
+	var r frozenRecord
+	var old struct {
+		Points  []string `json:"points"`
+		PID     int      `json:"pid"`
+		Process string   `json:"process"`
+	}
+	switch format {
+	case 1:
+		err = statefile.Unmarshal(d.frozenFile(), text, &old.Points)
+	case 2:
+		err = statefile.Unmarshal(d.frozenFile(), text, &old)
+	default:
 		err = statefile.Unmarshal(d.frozenFile(), text, &r)
 	}
-	return r, err
+	for _, point := range old.Points {
+		r.Frozen = append(r.Frozen, frozenPoint{point, old.PID, old.Process})
+	}
+	return r.Frozen, err
 }
 
 // processEnded says whether a process, by its identity, has ended with all its threads. One

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -133,9 +134,10 @@ func TestSpoiltFrozen(t *testing.T) {
 	var said strings.Builder
 	log := NewLog(&said, 0, false)
 	d := &Daemon{events: newEventLog(), opts: Options{Dir: dir, Log: log, Config: DefaultConfig()}, host: disk.Machine()}
-	if err := errors.Join(os.MkdirAll(dir.State(), 0o700), statefile.Write(d.frozenFile(), frozenKind, frozenFormat, frozenRecord{Points: []string{t.TempDir()}}), os.Chmod(d.frozenFile(), 0o666)); err != nil {
+	if err := errors.Join(os.MkdirAll(dir.State(), 0o700), statefile.Write(d.frozenFile(), frozenKind, frozenFormat, frozenRecord{[]frozenPoint{{Point: t.TempDir()}}}), os.Chmod(d.frozenFile(), 0o666)); err != nil {
 		t.Fatal(err)
 	}
+	d.readFrozen()
 	d.thawLeftover()
 	log.Flush(time.Minute)
 	if text := said.String(); !strings.Contains(text, d.frozenFile()) || strings.Contains(text, "thaw") || strings.Contains(text, "goes on") {
@@ -144,4 +146,76 @@ func TestSpoiltFrozen(t *testing.T) {
 	if _, err := os.Stat(d.frozenFile()); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestFrozenFormats: what programs of before have put on record is known.
+func TestFrozenFormats(t *testing.T) {
+	d := &Daemon{opts: Options{Dir: RunDir(t.TempDir())}}
+	if err := os.MkdirAll(d.opts.Dir.State(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for format, c := range map[int]struct {
+		record any
+		want   []frozenPoint
+	}{
+		1: {[]string{"/a", "/b"}, []frozenPoint{{Point: "/a"}, {Point: "/b"}}},
+		2: {map[string]any{"points": []string{"/a"}, "pid": 7, "process": "p"}, []frozenPoint{{"/a", 7, "p"}}},
+		3: {frozenRecord{[]frozenPoint{{"/a", 7, "p"}, {"/b", 8, "q"}}}, []frozenPoint{{"/a", 7, "p"}, {"/b", 8, "q"}}},
+	} {
+		if err := statefile.Write(d.frozenFile(), frozenKind, format, c.record); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := d.leftFrozen(); err != nil || !slices.Equal(got, c.want) {
+			t.Errorf("format %d: %+v, %v", format, got, err)
+		}
+	}
+}
+
+// TestLateFreeze: a filesystem that may be frozen later stays on record, alone, and is not frozen
+// by another take.
+func TestLateFreeze(t *testing.T) {
+	d := &Daemon{opts: Options{Dir: RunDir(t.TempDir()), Log: quiet()}}
+	if err := os.MkdirAll(d.opts.Dir.State(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	open := func() *os.File {
+		f, err := os.Open(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	onRecord := func(want ...*os.File) {
+		t.Helper()
+		left, err := d.leftFrozen()
+		if err != nil && !(len(want) == 0 && errors.Is(err, os.ErrNotExist)) || !slices.EqualFunc(left, want, func(f frozenPoint, m *os.File) bool { return f.Point == m.Name() }) {
+			t.Errorf("on record: %+v, %v", left, err)
+		}
+	}
+	a, b, ended := open(), open(), make(chan struct{})
+	if err := d.rememberFrozen([]*os.File{a, b}); err != nil {
+		t.Fatal(err)
+	}
+	onRecord(a, b)
+	d.afterFreeze(nil)
+	onRecord(a, b)
+	d.lateFreeze = &lateFreeze{b.Name(), ended, func() bool { return false }}
+	d.afterFreeze([]*os.File{a, b})
+	onRecord(b)
+	if err := d.rememberFrozen([]*os.File{a, b}); control.CodeOf(err) != control.Busy {
+		t.Errorf("frozen twice: %v", err)
+	}
+	if err := d.rememberFrozen([]*os.File{a}); err != nil {
+		t.Error(err)
+	}
+	d.afterFreeze([]*os.File{a})
+	onRecord(b)
+	close(ended)
+	for until := time.Now().Add(time.Minute); time.Now().Before(until); time.Sleep(time.Millisecond) {
+		if _, err := os.Stat(d.frozenFile()); err != nil {
+			break
+		}
+	}
+	onRecord()
 }

@@ -67,6 +67,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	}
 	// Beside all else: a filesystem that goes on writes to its filter, which has to be
 	// served for that.
+	d.readFrozen()
 	d.thawed = make(chan struct{})
 	go func() {
 		defer close(d.thawed)

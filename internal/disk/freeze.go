@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 
@@ -31,13 +30,27 @@ type held struct {
 type Frozen struct{ held }
 
 // Late is the error of what had not begun when the time for it was over. It ends as soon as it
-// has begun: Ended is closed then, or when the Prober's process has died without ending it.
+// has begun, and Ended is closed then.
 type Late struct {
 	error
 	Ended <-chan struct{}
+	died  bool
 }
 
 func (l *Late) Unwrap() error { return l.error }
+
+// Died says, after Ended, whether the Prober's process has died instead. It may have begun what
+// nobody has ended.
+func (l *Late) Died() bool { return l.died }
+
+// await waits for the end: of two answers if the first is that it has begun.
+func (l *Late) await(answers *os.File, ended chan struct{}) {
+	defer close(ended)
+	defer answers.Close()
+	heard := json.NewDecoder(answers)
+	var begun, done answer
+	l.died = heard.Decode(&begun) != nil || begun.Errno == 0 && heard.Decode(&done) != nil
+}
 
 // Freeze freezes the filesystem that dir lies on. If ctx ends before that is done, the
 // filesystem is thawed as soon as it is frozen, and the error is Late.
@@ -66,12 +79,9 @@ func (p *Prober) begin(ctx context.Context, q question, files ...*os.File) (held
 	case ctx.Err() != nil && h.answers != nil:
 		h.hold.Close()
 		ended := make(chan struct{})
-		go func() {
-			defer close(ended)
-			_, _ = io.Copy(io.Discard, h.answers)
-			h.answers.Close()
-		}()
-		return held{}, &Late{err, ended}
+		late := &Late{error: err, Ended: ended}
+		go late.await(h.answers, ended)
+		return held{}, late
 	}
 	h.close()
 	return held{}, err

@@ -226,9 +226,11 @@ func hear(ctx context.Context, r *os.File) (a answer, err error) {
 	if !stop() {
 		<-late
 		_ = r.SetReadDeadline(time.Time{})
-		return a, fmt.Errorf("wait for the prober: %w", ctx.Err())
 	}
-	if err != nil { // it has ended without an answer
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return a, fmt.Errorf("wait for the prober: %w", ctx.Err())
+	case err != nil: // it has ended without an answer
 		return a, fmt.Errorf("%w: %w", ErrGone, err)
 	}
 	return a, nil

@@ -85,8 +85,6 @@ func TestProbe(t *testing.T) {
 	}
 }
 
-// TestClaim: the prober has the disk open, and nobody else, until the release or the end of
-// who has asked for it.
 // TestLate: what did not begin in time ends as soon as it has begun, and that is told.
 func TestLate(t *testing.T) {
 	p, err := StartProber("ublk-blksnap", "probe", "/")
@@ -128,6 +126,8 @@ func TestLate(t *testing.T) {
 	<-ended
 }
 
+// TestClaim: the prober has the disk open, and nobody else, until the release or the end of
+// who has asked for it.
 func TestClaim(t *testing.T) {
 	p, err := StartProber("ublk-blksnap", "probe", "/")
 	if err != nil {
