@@ -67,8 +67,8 @@ type attachment struct {
 	orders   atomic.Int32 // to device-mapper, that are under way; see order
 	// bypassed is why requests do not come to the filter any more, once that is known.
 	bypassed atomic.Pointer[string]
-	// again is when the watch may try again what it could not; under Daemon.opLock.
-	again time.Time
+	// again is when the watch may try again what it could not, in nanoseconds since 1970.
+	again atomic.Int64
 }
 
 // attachRecord is what the next daemon has to know of it.

@@ -111,13 +111,17 @@ func (d *Daemon) watchTables(ctx context.Context) {
 	}
 }
 
-// needsCare says whether requests pass a device by, or it is not known whether they do.
+// needsCare says whether requests pass a device by, or it is not known whether they do, and
+// something may be done about it now.
 func (d *Daemon) needsCare(dev *device) bool {
 	release, err := dev.hold()
 	if err != nil {
 		return false
 	}
 	defer release()
+	if time.Now().UnixNano() < dev.attached.again.Load() {
+		return false
+	}
 	if dev.attached.changing.Load() {
 		return true
 	}
@@ -131,7 +135,7 @@ func (d *Daemon) careFor(ctx context.Context, dev *device) {
 		return
 	}
 	defer end()
-	if d.deviceNamed(dev.Name) != dev || time.Now().Before(dev.attached.again) {
+	if d.deviceNamed(dev.Name) != dev {
 		return
 	}
 	switch {
@@ -215,9 +219,9 @@ func (d *Daemon) endHolders(dev *device) (ended bool, err error) {
 }
 
 // leaveAlone keeps the watch from a device for a while of which something took too long, because
-// everybody else waits meanwhile; needs opLock.
+// everybody else waits meanwhile.
 func (d *Daemon) leaveAlone(dev *device) {
-	dev.attached.again = time.Now().Add(10 * d.opts.Config.DiskTimeout)
+	dev.attached.again.Store(time.Now().Add(10 * d.opts.Config.DiskTimeout).UnixNano())
 }
 
 // attachAnew removes a filter that is passed by, and attaches another if its device is there;

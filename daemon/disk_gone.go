@@ -30,15 +30,17 @@ type watched struct {
 	growAgain time.Time
 }
 
+// attentionGone is what is said of the filter of a disk that is gone.
+const attentionGone = "its disk is gone: all I/O that needs the disk fails; the filter goes when nobody uses it"
+
 // letGoOfGone takes a filter away whose disk is gone, unless somebody uses it.
 func (d *Daemon) letGoOfGone(ctx context.Context, dev *device, w *watched) {
-	const attention = "its disk is gone: all I/O that needs the disk fails; the filter goes when nobody uses it"
-	if d.describe(dev).Attention != attention {
+	if d.describe(dev).Attention != attentionGone {
 		d.mu.Lock()
-		dev.Attention, dev.OriginalSize = attention, 0
+		dev.Attention, dev.OriginalSize = attentionGone, 0
 		d.mu.Unlock()
 		d.opts.Log.Error("the disk of a filter is gone", "name", dev.Name, "disk", dev.Original)
-		d.events.notice(control.Event{Kind: control.EventGone, Device: dev.OriginalNumber, Text: fmt.Sprintf("%s: %s", dev.Name, attention)})
+		d.events.notice(control.Event{Kind: control.EventGone, Device: dev.OriginalNumber, Text: fmt.Sprintf("%s: %s", dev.Name, attentionGone)})
 	}
 	if d.checkUsers(dev) != nil {
 		return
@@ -68,6 +70,9 @@ func (d *Daemon) letGoOfDetached(ctx context.Context, dev *device, w *watched) {
 		return
 	}
 	d.letGo(ctx, dev, w, "its loop device was to be detached", func() error {
+		if now := d.diskNow(dev); now == nil || !d.host.ToBeDetached(now) {
+			return &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "it is not to be detached any more"}
+		}
 		if err := d.checkIdle(dev); err != nil {
 			return err
 		}

@@ -40,7 +40,6 @@ func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
 		}
 		return
 	}
-	back := w.missed >= lookMissed
 	w.missed = 0
 	if d.host.ToBeDetached(now) {
 		d.letGoOfDetached(ctx, dev, w)
@@ -51,7 +50,7 @@ func (d *Daemon) watchDisk(ctx context.Context, dev *device, w *watched) {
 		return
 	case shown.OriginalSize == now.Size && (!d.canGrow || time.Now().Before(w.growAgain)):
 		return
-	case shown.OriginalSize == 0 && shown.Size == now.Size && !back && !d.driverIsBehind(dev):
+	case shown.OriginalSize == 0 && shown.Size == now.Size && shown.Attention != attentionGone && !d.driverIsBehind(dev):
 		return
 	}
 	end, err := d.begin(ctx, "follow the size of %s", dev.Original)

@@ -84,5 +84,9 @@ func (h *Host) mountedDisks() []string {
 // any more: because it was set up so, or because somebody wanted it detached while it was open.
 // Then a daemon that is killed loses it.
 func (h *Host) ToBeDetached(d *Disk) bool {
-	return readText(filepath.Join(d.sys, "loop/autoclear")) == "1"
+	whole := d.sys
+	if d.Parent != "" {
+		whole = filepath.Dir(whole)
+	}
+	return readText(filepath.Join(whole, "loop/autoclear")) == "1"
 }
