@@ -17,6 +17,8 @@ table() { dmsetup table "$volume"; }
 through_filter() { [[ $(table) == "0 "*" linear "* && $(basename "$(readlink "/sys/dev/block/$(table | cut -d' ' -f4)")") == ublkb* ]]; }
 main_pid() { systemctl show -p MainPID --value ublk-blksnap; }
 
+restarts() { systemctl show -p NRestarts --value ublk-blksnap; }
+
 # await COMMAND… waits until it succeeds.
 await() {
 	local n=0
@@ -50,7 +52,7 @@ pressure() {
 
 # load SECONDS kills the daemon again and again under load.
 load() {
-	local pid one two three kills=0 end=$((SECONDS + $1))
+	local pid one two three end=$((SECONDS + $1)) kills=$(restarts)
 	rm -f /run/enough
 	writer 1 & one=$!
 	writer 2 & two=$!
@@ -69,8 +71,8 @@ load() {
 	wait $one && wait $two || fail "a write failed, or was lost"
 	wait $three
 	through_filter || fail "the table is $(table)"
-	[ "$(systemctl show -p NRestarts --value ublk-blksnap)" -ge "$kills" ] || fail "systemd has not noticed every death"
-	echo "# root, $volume: $(cat /run/writes-1) and $(cat /run/writes-2) files written, $kills daemons killed"
+	[ "$(restarts)" -ge "$kills" ] || fail "systemd has not noticed every death"
+	echo "# root, $volume: $(cat /run/writes-1) and $(cat /run/writes-2) files written, $kills daemons killed by now"
 }
 
 dmsetup mknodes # whose initramfs had no udev

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -65,7 +66,7 @@ func TestReload(t *testing.T) {
 			default:
 			}
 			n++
-			if _, err := d.SetSnapshot(guest.Context(t), control.SetRequest{ID: s.ID, TTL: time.Duration(n) * time.Hour}); control.CodeOf(err) == control.Interrupted {
+			if _, err := d.SetSnapshot(guest.Context(t), control.SetRequest{ID: s.ID, TTL: time.Duration(n) * time.Hour}); control.CodeOf(err) == control.Interrupted || errors.Is(err, unix.ERESTART) {
 				changed <- err
 				return
 			}
