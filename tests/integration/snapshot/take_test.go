@@ -167,7 +167,7 @@ func TestKilledWhileFreezing(t *testing.T) {
 	guest.Run(t, "modprobe", "dm-delay")
 	// Each write takes 0.4 s.
 	disk := guest.DMDisk(t, "slow", fmt.Sprintf("0 %[2]d delay %[1]s 0 0 %[1]s 0 400", ram, 64<<20>>9))
-	d := program.Start(t, "freeze_timeout=3s")
+	d := program.Start(t)
 	dev := d.Add(disk)
 	guest.Ext4.Make(t, dev.Link)
 	dir := guest.Mount(t, dev.Link)
