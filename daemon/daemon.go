@@ -12,9 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
@@ -85,7 +84,6 @@ type Daemon struct {
 	eventsDropped atomic.Uint64 // of snapshots: queue threads do not wait
 	attachedAnew  atomic.Uint64 // volumes
 
-	thawed chan struct{} // closed when what a dead daemon froze is thawed
 	frozen struct {
 		sync.Mutex
 		points []frozenPoint // that are on record: see changeFrozen
@@ -218,8 +216,9 @@ func (d *Daemon) begin(ctx context.Context, format string, args ...any) (end fun
 // notBegun is why a change had not its turn before ctx ended. If that was because another
 // program takes over, a client may ask that one: see control.Client.
 func notBegun(ctx context.Context, format string, args ...any) error {
-	err := fail(context.Cause(ctx), format, args...)
-	if errors.Is(context.Cause(ctx), errTakenOver) {
+	why := context.Cause(ctx)
+	err := fail(why, format, args...)
+	if errors.Is(why, errTakenOver) {
 		err.Errno = unix.ERESTART
 	}
 	return err

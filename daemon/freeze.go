@@ -30,6 +30,8 @@ import (
 // frozenPoint is the mount point of a filesystem that may be frozen.
 type frozenPoint struct {
 	Point string `json:"point"`
+	// Device tells filesystems apart that have the same point in several mount namespaces.
+	Device uint64 `json:"device,omitempty"`
 	// PID and Process are who freezes.
 	PID     int    `json:"pid"`
 	Process string `json:"process"` // see processIdentity
@@ -47,61 +49,64 @@ func (d *Daemon) frozenFile() string { return filepath.Join(d.opts.Dir.State(), 
 
 // lateFreeze is a freeze that a take could not wait for.
 type lateFreeze struct {
-	point string
-	ended <-chan struct{} // when closed, it is thawed, unless its prober has died
-	died  func() bool
+	dir  *os.File
+	died func() bool // of disk.Late
 }
 
 // rememberFrozen puts on record what is about to be frozen; needs opLock.
-func (d *Daemon) rememberFrozen(mounts []*os.File) error {
+// Of each there is one point, in their order.
+func (d *Daemon) rememberFrozen(mounts []*os.File) (points []frozenPoint, err error) {
 	if len(mounts) == 0 {
-		return nil
+		return nil, nil
 	}
 	pid := os.Getpid()
 	if d.opts.Prober != nil {
 		pid = d.opts.Prober.PID()
 	}
 	process := processIdentity(pid)
-	return d.changeFrozen(func(frozen []frozenPoint) ([]frozenPoint, error) {
-		for _, m := range mounts {
-			if slices.ContainsFunc(frozen, func(f frozenPoint) bool { return f.Point == m.Name() }) {
-				return nil, &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: m.Name() + ": an earlier take had it frozen, or was about to, and it has not been thawed yet",
+	for _, m := range mounts {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(m.Fd()), &st); err != nil {
+			return nil, fmt.Errorf("look at %s: %w", m.Name(), err)
+		}
+		points = append(points, frozenPoint{m.Name(), st.Dev, pid, process})
+	}
+	return points, d.changeFrozen(func(frozen []frozenPoint) ([]frozenPoint, error) {
+		for _, p := range points {
+			if slices.ContainsFunc(frozen, func(f frozenPoint) bool { return f.Point == p.Point && f.Device == p.Device }) {
+				return nil, &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: p.Point + ": an earlier take had it frozen, or was about to, and it has not been thawed yet",
 					Fix: "try again when its disk answers, or take without freezing"}
 			}
-			frozen = append(frozen, frozenPoint{m.Name(), pid, process})
 		}
-		return frozen, nil
+		return append(frozen, points...), nil
 	})
 }
 
 // afterFreeze takes off the record what a take has frozen and thawed again; needs opLock. What
 // it was late to freeze goes when that has been thawed.
-func (d *Daemon) afterFreeze(mounts []*os.File) {
+func (d *Daemon) afterFreeze(mounts []*os.File, points []frozenPoint) {
 	late := d.lateFreeze
 	d.lateFreeze = nil
-	for _, m := range mounts {
-		if late == nil || m.Name() != late.point {
-			d.forgetFrozen(m.Name())
+	for i, p := range points {
+		if late == nil || mounts[i] != late.dir {
+			d.forgetFrozen(p)
+			continue
 		}
+		go func() {
+			if late.died() {
+				d.thawUntil(p.Point, func() bool { return true })
+			}
+			d.forgetFrozen(p)
+		}()
 	}
-	if late == nil {
-		return
-	}
-	go func() {
-		<-late.ended
-		if late.died() {
-			d.thawUntil(late.point, func() bool { return true })
-		}
-		d.forgetFrozen(late.point)
-	}()
 }
 
-func (d *Daemon) forgetFrozen(point string) {
+func (d *Daemon) forgetFrozen(p frozenPoint) {
 	err := d.changeFrozen(func(frozen []frozenPoint) ([]frozenPoint, error) {
-		return slices.DeleteFunc(frozen, func(f frozenPoint) bool { return f.Point == point }), nil
+		return slices.DeleteFunc(frozen, func(f frozenPoint) bool { return f == p }), nil
 	})
 	if err != nil {
-		d.opts.Log.Error("it is on record that a filesystem may be frozen, which is not so any more", "filesystem", point, "error", err)
+		d.opts.Log.Error("it is on record that a filesystem may be frozen, which is not so any more", "filesystem", p.Point, "error", err)
 	}
 }
 
@@ -134,14 +139,12 @@ func (d *Daemon) freeze(ctx context.Context, dir *os.File) (thaw func(context.Co
 	var late *disk.Late
 	switch {
 	case errors.As(err, &late):
-		d.lateFreeze = &lateFreeze{dir.Name(), late.Ended, late.Died}
+		d.lateFreeze = &lateFreeze{dir, late.Died}
 		return nil, err
 	case errors.Is(err, disk.ErrGone):
 		thaw, itself := snapshots.Freeze(ctx, dir)
 		if errors.Is(itself, unix.EBUSY) && errors.Is(err, io.EOF) { // it died when it had frozen it
-			ended := make(chan struct{})
-			close(ended)
-			d.lateFreeze = &lateFreeze{dir.Name(), ended, func() bool { return true }}
+			d.lateFreeze = &lateFreeze{dir, func() bool { return true }}
 		}
 		return thaw, itself
 	case err != nil:
@@ -209,7 +212,7 @@ func (d *Daemon) thawLeftover() {
 		go func() {
 			defer all.Done()
 			d.thawUntil(f.Point, func() bool { return processEnded(f.PID, f.Process) })
-			d.forgetFrozen(f.Point)
+			d.forgetFrozen(f)
 		}()
 	}
 	all.Wait()
@@ -259,7 +262,7 @@ func (d *Daemon) leftFrozen() ([]frozenPoint, error) {
 		err = statefile.Unmarshal(d.frozenFile(), text, &r)
 	}
 	for _, point := range old.Points {
-		r.Frozen = append(r.Frozen, frozenPoint{point, old.PID, old.Process})
+		r.Frozen = append(r.Frozen, frozenPoint{point, 0, old.PID, old.Process})
 	}
 	return r.Frozen, err
 }

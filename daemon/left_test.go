@@ -159,8 +159,8 @@ func TestFrozenFormats(t *testing.T) {
 		want   []frozenPoint
 	}{
 		1: {[]string{"/a", "/b"}, []frozenPoint{{Point: "/a"}, {Point: "/b"}}},
-		2: {map[string]any{"points": []string{"/a"}, "pid": 7, "process": "p"}, []frozenPoint{{"/a", 7, "p"}}},
-		3: {frozenRecord{[]frozenPoint{{"/a", 7, "p"}, {"/b", 8, "q"}}}, []frozenPoint{{"/a", 7, "p"}, {"/b", 8, "q"}}},
+		2: {map[string]any{"points": []string{"/a"}, "pid": 7, "process": "p"}, []frozenPoint{{"/a", 0, 7, "p"}}},
+		3: {frozenRecord{[]frozenPoint{{"/a", 3, 7, "p"}, {"/b", 4, 8, "q"}}}, []frozenPoint{{"/a", 3, 7, "p"}, {"/b", 4, 8, "q"}}},
 	} {
 		if err := statefile.Write(d.frozenFile(), frozenKind, format, c.record); err != nil {
 			t.Fatal(err)
@@ -194,22 +194,36 @@ func TestLateFreeze(t *testing.T) {
 		}
 	}
 	a, b, ended := open(), open(), make(chan struct{})
-	if err := d.rememberFrozen([]*os.File{a, b}); err != nil {
+	points, err := d.rememberFrozen([]*os.File{a, b})
+	if err != nil {
 		t.Fatal(err)
 	}
 	onRecord(a, b)
-	d.afterFreeze(nil)
+	d.afterFreeze(nil, nil)
 	onRecord(a, b)
-	d.lateFreeze = &lateFreeze{b.Name(), ended, func() bool { return false }}
-	d.afterFreeze([]*os.File{a, b})
+	d.lateFreeze = &lateFreeze{b, func() bool { <-ended; return false }}
+	d.afterFreeze([]*os.File{a, b}, points)
 	onRecord(b)
-	if err := d.rememberFrozen([]*os.File{a, b}); control.CodeOf(err) != control.Busy {
+	if _, err := d.rememberFrozen([]*os.File{a, b}); control.CodeOf(err) != control.Busy {
 		t.Errorf("frozen twice: %v", err)
 	}
-	if err := d.rememberFrozen([]*os.File{a}); err != nil {
+	if points, err = d.rememberFrozen([]*os.File{a}); err != nil {
 		t.Error(err)
 	}
-	d.afterFreeze([]*os.File{a})
+	d.afterFreeze([]*os.File{a}, points)
+	onRecord(b)
+	// In another mount namespace another filesystem may have the same point.
+	fd, err := unix.Open("/proc", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	elsewhere := os.NewFile(uintptr(fd), b.Name())
+	defer elsewhere.Close()
+	if points, err = d.rememberFrozen([]*os.File{elsewhere}); err != nil {
+		t.Error(err)
+	}
+	onRecord(b, elsewhere)
+	d.afterFreeze([]*os.File{elsewhere}, points)
 	onRecord(b)
 	close(ended)
 	for until := time.Now().Add(time.Minute); time.Now().Before(until); time.Sleep(time.Millisecond) {

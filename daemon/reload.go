@@ -348,7 +348,8 @@ func takeSocket(fd int) (*net.UnixListener, error) {
 const renewInterval = 10 * time.Second
 
 // renewProber has this program begin anew in its process when its prober has been
-// killed: only before there is a disk to serve can it start one.
+// killed: only before there is a disk to serve can it start one. While it cannot, it is tried
+// again, at an interval.
 func renewProber(ctx context.Context, log *Log, ended <-chan struct{}, interval time.Duration, reload func() error) {
 	again := time.NewTicker(interval)
 	defer again.Stop()

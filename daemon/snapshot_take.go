@@ -68,12 +68,13 @@ func (d *Daemon) cut(ctx context.Context, s *snapshot, r control.TakeRequest) (f
 		}
 	}
 	d.step("take snapshot %s: %d filesystems to freeze, writes to wait for", s.id, len(o.Freeze))
-	if err := d.rememberFrozen(o.Freeze); err != nil {
+	points, err := d.rememberFrozen(o.Freeze)
+	if err != nil {
 		return 0, err
 	}
 	before := mapsBefore(s)
 	frozen, err = s.snap.Take(ctx, o)
-	d.afterFreeze(o.Freeze)
+	d.afterFreeze(o.Freeze, points)
 	d.tellGenerations(s, before)
 	// Requests came to the filters at the cut if they still do.
 	for i := 0; err == nil && i < len(s.images); i++ {

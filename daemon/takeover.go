@@ -68,9 +68,9 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	// Beside all else: a filesystem that goes on writes to its filter, which has to be
 	// served for that.
 	d.readFrozen()
-	d.thawed = make(chan struct{})
+	thawed := make(chan struct{})
 	go func() {
-		defer close(d.thawed)
+		defer close(thawed)
 		d.thawLeftover()
 	}()
 	d.openEvents()
@@ -151,7 +151,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	d.endSnapshots(ctx, snaps, reopened, reasons)
 	d.forgetEvents(snaps)
 	select {
-	case <-d.thawed:
+	case <-thawed:
 	case <-time.After(d.opts.Config.FreezeTimeout): // some disk does not answer
 	}
 }

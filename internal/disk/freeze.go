@@ -30,22 +30,25 @@ type held struct {
 type Frozen struct{ held }
 
 // Late is the error of what had not begun when the time for it was over. It ends as soon as it
-// has begun, and Ended is closed then.
+// has begun.
 type Late struct {
 	error
-	Ended <-chan struct{}
-	died  bool
+	ended chan struct{}
+	died  bool // guarded by ended
 }
 
 func (l *Late) Unwrap() error { return l.error }
 
-// Died says, after Ended, whether the Prober's process has died instead. It may have begun what
-// nobody has ended.
-func (l *Late) Died() bool { return l.died }
+// Died waits for the end, and says whether the Prober's process has died instead. It may have
+// begun what nobody has ended.
+func (l *Late) Died() bool {
+	<-l.ended
+	return l.died
+}
 
-// await waits for the end: of two answers if the first is that it has begun.
-func (l *Late) await(answers *os.File, ended chan struct{}) {
-	defer close(ended)
+// await waits for the answers: two if the first is that it has begun.
+func (l *Late) await(answers *os.File) {
+	defer close(l.ended)
 	defer answers.Close()
 	heard := json.NewDecoder(answers)
 	var begun, done answer
@@ -78,9 +81,8 @@ func (p *Prober) begin(ctx context.Context, q question, files ...*os.File) (held
 		return h, nil
 	case ctx.Err() != nil && h.answers != nil:
 		h.hold.Close()
-		ended := make(chan struct{})
-		late := &Late{error: err, Ended: ended}
-		go late.await(h.answers, ended)
+		late := &Late{error: err, ended: make(chan struct{})}
+		go late.await(h.answers)
 		return held{}, late
 	}
 	h.close()

@@ -85,7 +85,8 @@ func TestProbe(t *testing.T) {
 	}
 }
 
-// TestLate: what did not begin in time ends as soon as it has begun, and that is told.
+// TestLate: what did not begin in time ends as soon as it has begun, and it is told if instead its
+// prober has died.
 func TestLate(t *testing.T) {
 	p, err := StartProber("ublk-blksnap", "probe", "/")
 	if err != nil {
@@ -96,7 +97,7 @@ func TestLate(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	late := func() <-chan struct{} {
+	late := func() *Late {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 		defer cancel()
@@ -106,24 +107,28 @@ func TestLate(t *testing.T) {
 			t.Fatalf("not late: %v", err)
 		}
 		select {
-		case <-l.Ended:
+		case <-l.ended:
 			t.Error("ended before it began")
 		case <-time.After(50 * time.Millisecond):
 		}
-		return l.Ended
+		return l
 	}
-	ended := late()
+	first := late()
 	writer, err := os.OpenFile(fifo, os.O_RDWR|unix.O_NONBLOCK, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	<-ended
+	if first.Died() {
+		t.Error("it has ended, and the prober is said to have died")
+	}
 	writer.Close()
-	ended = late()
+	second := late()
 	if err := unix.Kill(p.PID(), unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	<-ended
+	if !second.Died() {
+		t.Error("the prober has died")
+	}
 }
 
 // TestClaim: the prober has the disk open, and nobody else, until the release or the end of
