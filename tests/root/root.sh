@@ -16,7 +16,6 @@ trap at_end EXIT
 table() { dmsetup table "$volume"; }
 through_filter() { [[ $(table) == "0 "*" linear "* && $(basename "$(readlink "/sys/dev/block/$(table | cut -d' ' -f4)")") == ublkb* ]]; }
 main_pid() { systemctl show -p MainPID --value ublk-blksnap; }
-
 restarts() { systemctl show -p NRestarts --value ublk-blksnap; }
 
 # await COMMAND… waits until it succeeds.

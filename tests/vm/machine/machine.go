@@ -492,8 +492,7 @@ func orders(cfg Config, kernel *Kernel) (*os.File, error) {
 	var modules bytes.Buffer
 	needed := []string{"virtio_pci", "virtio_console", "virtiofs", "overlay"}
 	if cfg.Root != "" {
-		needed = append(needed, "virtio_blk", "crc32c_generic", "ext4", "dm-mod")
-		needed = append(needed, "dm-crypt", "xts", "aesni-intel", "algif_skcipher")
+		needed = append(needed, "virtio_blk", "crc32c_generic", "ext4", "dm-mod", "dm-crypt", "xts", "aesni-intel", "algif_skcipher")
 		a.file("vm/own-root", nil)
 	}
 	files, err := kernel.moduleFiles(needed...)
