@@ -161,7 +161,7 @@ powercut: build bin/vm
 	tests/powercut/run.sh $(or $(CUTS),3)
 
 sim: overlay
-	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test $(OVERLAY) ./tests/sim -v -count=1 -timeout 0
+	SEEDS="$(SEEDS)" MINUTES="$(MINUTES)" go test $(OVERLAY) ./tests/sim -v -count=1 -timeout 0 -args -sim.search
 
 overlay: setup-go
 	@go run ./tests/sim/overlay
