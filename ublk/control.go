@@ -22,6 +22,10 @@ import (
 // given up: the next one starts while the kernel still works on it. While a command
 // that was given up hangs, the same command for the same device waits in the queue. So
 // a device that hangs takes one of the kernel's workers, not all.
+//
+// The kernel may also forget a command, rarely, or its own duty to wake the thread: the
+// command has not begun and nothing begins it until something else comes along. So whoever
+// waits for long has the thread woken, and the kernel reminded.
 type Control struct {
 	dev      int // /dev/ublk-control
 	wake     int // eventfd
@@ -33,6 +37,7 @@ type Control struct {
 	mu      sync.Mutex // guards the fields below
 	queue   []*command
 	givenUp map[commandKey]*command // nobody waits for them, the kernel still has them
+	overdue bool                    // the kernel is to be reminded of the command that runs
 	closed  bool
 }
 
@@ -58,7 +63,12 @@ const (
 	wakeTag   = 1 << 32
 	cancelTag = 2 << 32
 	pauseTag  = 3 << 32 // and the slot
+	remindTag = 4 << 32
 )
+
+// remindAfter is how long somebody waits for a command before the kernel is reminded of it,
+// again and again. Few commands take so long, and to those it does no harm.
+const remindAfter = time.Second
 
 // OpenControl opens the driver, and loads it if need be. The errors are
 // ErrNoDriver, ErrTooOld, ErrPermission, uring.ErrDisabled,
@@ -139,18 +149,36 @@ func (c *Control) doOrUndo(ctx context.Context, op uint32, arg uapi.UblksrvCtrlC
 	c.queue = append(c.queue, cmd)
 	c.mu.Unlock()
 	c.notify()
-	select {
-	case <-cmd.done:
-	case <-ctx.Done():
-		if c.giveUp(cmd) {
-			return commandError(op, arg.DevID, ctx.Err())
-		}
+	if err := c.wait(ctx, cmd); err != nil {
+		return commandError(op, arg.DevID, err)
 	}
 	if err := cmd.err(); err != nil {
 		return commandError(op, arg.DevID, err)
 	}
 	copy(buf, cmd.buf)
 	return nil
+}
+
+// wait returns when cmd has ended, or with the error of ctx when it was given up.
+func (c *Control) wait(ctx context.Context, cmd *command) error {
+	remind := time.NewTicker(remindAfter)
+	defer remind.Stop()
+	for {
+		select {
+		case <-cmd.done:
+			return nil
+		case <-remind.C:
+			c.mu.Lock()
+			c.overdue = true
+			c.mu.Unlock()
+			c.notify()
+		case <-ctx.Done():
+			if c.giveUp(cmd) {
+				return ctx.Err()
+			}
+			return nil
+		}
+	}
 }
 
 // giveUp marks a command that nobody waits for any more. It returns false if the

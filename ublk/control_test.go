@@ -3,8 +3,10 @@ package ublk
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -233,6 +235,38 @@ func TestControlNoWorker(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Fatalf("with a worker: %v", err)
 		}
+	}
+}
+
+// TestControlReminds: while somebody waits for long, the kernel is reminded of its workers,
+// and the command ends as it would have.
+func TestControlReminds(t *testing.T) {
+	r, w := testPipe(t)
+	thread := make(chan int, 1)
+	c := pretend(t, func(sqe *uring.SQE, _ int, _ *command) {
+		thread <- unix.Gettid()
+		sqe.PrepPollAdd(r, unix.POLLIN) // needs no worker
+	})
+	ended := make(chan error, 1)
+	go func() { ended <- c.command(context.Background(), uapi.UBLK_U_CMD_STOP_DEV, 3, 0) }()
+	worker := fmt.Sprintf("iou-wrk-%d\n", <-thread)
+	for found := false; !found; {
+		select {
+		case err := <-ended:
+			t.Fatal("ended before its time:", err)
+		case <-time.After(10 * time.Millisecond):
+		}
+		tasks, _ := filepath.Glob("/proc/self/task/*/comm")
+		found = slices.ContainsFunc(tasks, func(path string) bool {
+			comm, _ := os.ReadFile(path)
+			return string(comm) == worker
+		})
+	}
+	if _, err := unix.Write(w, []byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -120,6 +120,10 @@ func (t *controlThread) startNext() (end bool) {
 		sqe.UserData = cancelTag
 		t.current = -1
 	}
+	if t.overdue {
+		t.overdue = false
+		t.remind()
+	}
 	if t.closed {
 		return t.current < 0
 	}
@@ -159,6 +163,18 @@ func (t *controlThread) start(cmd *command) {
 	t.current = slot
 	t.inFlight++
 	t.issue(slot)
+}
+
+// remind gives the kernel's workers something to do, so that one of them wakes, or is made,
+// and finds what was forgotten.
+func (t *controlThread) remind() {
+	if t.inFlight == 0 {
+		return
+	}
+	sqe := t.ring.SQE()
+	sqe.PrepNop()
+	sqe.Flags |= uring.IOSQE_ASYNC
+	sqe.UserData = remindTag
 }
 
 // issue makes the entry of the command in slot.

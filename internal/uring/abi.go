@@ -6,6 +6,7 @@ package uring
 
 // Opcodes of entries, enum io_uring_op.
 const (
+	IORING_OP_NOP          = 0
 	IORING_OP_FSYNC        = 3
 	IORING_OP_READ_FIXED   = 4
 	IORING_OP_WRITE_FIXED  = 5

@@ -20,6 +20,7 @@ type fact struct {
 }
 
 var constants = []fact{
+	{"IORING_OP_NOP", IORING_OP_NOP, 0},
 	{"IORING_OP_FSYNC", IORING_OP_FSYNC, 3},
 	{"IORING_OP_READ_FIXED", IORING_OP_READ_FIXED, 4},
 	{"IORING_OP_WRITE_FIXED", IORING_OP_WRITE_FIXED, 5},

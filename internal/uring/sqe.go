@@ -77,6 +77,9 @@ func (s *SQE) PrepFallocate(fd int, mode uint32, off, length uint64) {
 	s.prep(IORING_OP_FALLOCATE, fd, length, mode, off)
 }
 
+// PrepNop does nothing. With IOSQE_ASYNC a kernel worker does it.
+func (s *SQE) PrepNop() { s.prep(IORING_OP_NOP, -1, 0, 0, 0) }
+
 // PrepCommand passes driver command op to the file behind fd. Its argument
 // goes into Cmd or, on a ring with 128-byte entries, Cmd80.
 func (s *SQE) PrepCommand(fd int, op uint32) {
