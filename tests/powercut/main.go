@@ -19,6 +19,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -144,15 +145,39 @@ func (m *machine) disks(fresh bool) {
 		note("free", fmt.Sprint(free()))
 		return
 	}
-	// The snapshots that were held are gone, with all that they had stored.
-	for _, e := range must(os.ReadDir(storage)) {
-		if e.Name() != "lost+found" {
-			fail("the power failure has left %s on the storage", e.Name())
+	// The snapshots that were held are gone, with all that they had stored. At most there is a
+	// file that was being made when the power failed: nothing is stored there yet.
+	for _, name := range left() {
+		info := must(os.Stat(storage + "/" + name))
+		if blocks := info.Sys().(*syscall.Stat_t).Blocks; info.Size() > 0 || blocks > 0 {
+			fail("the power failure has left %s on the storage, with %d bytes in %d blocks", name, info.Size(), blocks)
 		}
+		fmt.Printf("# the power failed while %s was made\n", name)
 	}
 	if was, is := readNote("free"), fmt.Sprint(free()); was != is {
 		fail("the storage had %s free blocks, and has %s after the power failure", was, is)
 	}
+}
+
+// left is what is on the storage.
+func left() (names []string) {
+	for _, e := range must(os.ReadDir(storage)) {
+		if e.Name() != "lost+found" {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+// clears waits until the daemon has cleared what the power failure has left.
+func clears() {
+	for range 60 {
+		if len(left()) == 0 {
+			return
+		}
+		time.Sleep(time.Second)
+	}
+	fail("the daemon leaves %v on the storage", left())
 }
 
 func free() uint64 {
@@ -202,6 +227,7 @@ func (m *machine) goesOn() {
 	ctx := context.Background()
 	k := readKept()
 	said := m.add()
+	clears()
 	i := must(m.CBTInfo(ctx, "data"))
 	lost := !i.History.Continued
 	switch {
