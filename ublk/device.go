@@ -44,8 +44,7 @@ type Device struct {
 	claimDisk  func(path string) (Claimant, error) // see Config.Claim
 	cdev       *blockdev.OSFile                    // nil when closed
 	queues     []*queue
-	procs      int  // queues told to addProcs
-	cutShort   bool // see Claimed.begun
+	procs      int // queues told to addProcs
 
 	mu      sync.Mutex // serializes TryStop, Sync, Quiesce and Delete
 	ending  bool       // the driver was told to take the disk away

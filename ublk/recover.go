@@ -25,8 +25,7 @@ import (
 // Claimed is a device that waits for its next server, which is to be this process.
 type Claimed struct {
 	Info
-	ctl   *Control
-	begun bool // an earlier attempt may have got as far as fetching
+	ctl *Control
 }
 
 // Claim waits until the kernel has seen the last of the old server of device id, or
@@ -40,11 +39,13 @@ func Claim(ctx context.Context, ctl *Control, id int) (*Claimed, error) {
 	if info.Flags&uapi.UBLK_F_USER_RECOVERY == 0 {
 		return nil, fmt.Errorf("recover ublk device %d: it was made without recovery", id)
 	}
-	begun, err := ctl.beginRecovery(ctx, id)
-	if err != nil {
+	if info.State == Dead {
+		return nil, fmt.Errorf("recover ublk device %d: %w", id, ErrDead)
+	}
+	if err := ctl.beginRecovery(ctx, info); err != nil {
 		return nil, err
 	}
-	return &Claimed{Info: info, ctl: ctl, begun: begun}, nil
+	return &Claimed{Info: info, ctl: ctl}, nil
 }
 
 // Prepare makes all that serving the device needs. Nothing is served yet: the
@@ -55,7 +56,6 @@ func (c *Claimed) Prepare(ctx context.Context, cfg Config) (*Device, error) {
 		return nil, errors.New("recover ublk device: no handler")
 	}
 	d := newDevice(c.ctl, &cfg, c.Info)
-	d.cutShort = c.begun
 	err := d.readNumber(ctx)
 	if err == nil {
 		err = d.prepare(ctx)
@@ -68,63 +68,59 @@ func (c *Claimed) Prepare(ctx context.Context, cfg Config) (*Device, error) {
 }
 
 // Resume serves a prepared device: the requests that wait come first. An error
-// leaves the device to a further attempt, which begins with Claim.
-//
-// Before Linux 6.15 the driver does not clean up after a server that dies in
-// the middle of this (a millisecond): such a device can only be deleted.
-// So once begun, it is not given up when ctx ends.
+// leaves the device to a further attempt, which begins with Claim. Once begun, it is not
+// given up when ctx ends, because nothing in it waits for a disk.
 //
 // After an error the queues' threads still run, so that whoever waits for a task of
 // theirs gets it done; the device is to be abandoned, or deleted.
 func (d *Device) Resume(ctx context.Context) error {
 	started, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTimeout)
 	defer cancel()
-	err := d.begin(started, uapi.UBLK_U_CMD_END_USER_RECOVERY)
-	if err == nil {
-		return nil
-	}
-	if d.cutShort && errors.Is(err, unix.EINVAL) {
-		err = fmt.Errorf("%w: %w, and this kernel cannot go on with it: delete the device", err, ErrCutShort)
-	}
-	return err
+	return d.begin(started, uapi.UBLK_U_CMD_END_USER_RECOVERY)
 }
 
-var (
-	// ErrCutShort: a server died while it took the device over, and the driver cannot
-	// give the device to another one.
-	ErrCutShort = errors.New("an earlier recovery was cut short")
-	// ErrDead: the device has been stopped, or was never started.
-	ErrDead = errors.New("it has no disk")
-)
+// ErrDead: the device has been stopped, or was never started.
+var ErrDead = errors.New("it has no disk")
 
-// beginRecovery makes the driver ready for a new server. begun says whether an
-// earlier recovery had come this far already.
-func (c *Control) beginRecovery(ctx context.Context, id int) (begun bool, err error) {
+// beginRecovery makes the driver ready for a new server.
+//
+// Before Linux 6.15 the driver takes only queues from a dead server that he had fetched as a
+// whole. A server that dies while he takes a device over has fetched some of its queues. Then
+// the driver refuses (EINVAL) if these are none, and the kernel crashes if these are not all.
+// So they are all fetched before.
+func (c *Control) beginRecovery(ctx context.Context, info Info) error {
+	old := !c.Has(uapi.UBLK_F_AUTO_BUF_REG)
+	fetched, fetch := false, old && info.Queues > 1
 	for {
-		err := c.command(ctx, uapi.UBLK_U_CMD_START_USER_RECOVERY, id, 0)
-		if err == nil {
-			return false, nil
+		var err error
+		if fetch {
+			if err = fetchRest(ctx, info); err == nil {
+				fetched, fetch = true, false
+			}
 		}
-		old := errors.Is(err, unix.EINVAL) && !c.Has(uapi.UBLK_F_AUTO_BUF_REG)
-		if !old && !errors.Is(err, unix.EBUSY) {
-			return false, err
+		if !fetch {
+			err = c.command(ctx, uapi.UBLK_U_CMD_START_USER_RECOVERY, info.ID, 0)
+		}
+		if err == nil {
+			return nil
+		}
+		refused := old && !fetched && errors.Is(err, unix.EINVAL)
+		if !refused && !errors.Is(err, unix.EBUSY) {
+			return err
 		}
 		// The old server may have been stopping it, which the kernel goes on with; or it
 		// died before the disk was there.
-		info, infoErr := c.Info(ctx, id)
+		now, infoErr := c.Info(ctx, info.ID)
 		if infoErr != nil {
-			return false, infoErr
+			return infoErr
 		}
-		if info.State == Dead {
-			return false, fmt.Errorf("recover ublk device %d: %w", id, ErrDead)
+		if now.State == Dead {
+			return fmt.Errorf("recover ublk device %d: %w", info.ID, ErrDead)
 		}
-		// An old driver has no queue to take from the dead server. An earlier recovery did
-		// that, and no queue has been fetched since.
-		if old {
-			return true, nil
-		}
-		if sleep(ctx, pollInterval) != nil {
-			return false, err
+		if refused {
+			fetch = true
+		} else if sleep(ctx, pollInterval) != nil {
+			return err
 		}
 	}
 }

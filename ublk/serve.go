@@ -14,8 +14,7 @@ import (
 // A device is served in two steps. prepare does all that can fail or take time: it
 // opens the device's node, and gives each queue its ring and its handler. begin does
 // the rest as fast as it can: it maps the queues' descriptors, fetches every tag of
-// every queue, and tells the driver to start. A process that dies in the middle of
-// begin leaves a device that drivers before Linux 6.15 cannot give to anybody else.
+// every queue, and tells the driver to start.
 
 // prepare opens the device and makes its queues. The kernel does not know of them yet.
 func (d *Device) prepare(ctx context.Context) error {

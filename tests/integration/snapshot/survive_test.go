@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -45,29 +44,6 @@ type survival struct {
 	cut    int // of them, in whose midst it was killed
 
 	creating sync.Mutex // held by who creates what keepBusy must not destroy
-}
-
-// remade says whether one of the images was made anew, so that its users had errors: before Linux
-// 6.15 the driver does not give a device to the next daemon if one dies in the millisecond in
-// which it takes the device over (docs/daemon.md).
-func (s *survival) remade(images ...control.SnapshotImage) bool {
-	if guest.KernelAtLeast(s.t, 6, 15) {
-		return false
-	}
-	log, err := os.ReadFile(s.Log)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	for _, line := range strings.Split(string(log), "\n") {
-		for _, im := range images {
-			device := " device=" + strings.TrimPrefix(im.Path, "/dev/ublkb") + " "
-			if strings.Contains(line, "an image is not taken over") && strings.Contains(line, device) && strings.Contains(line, "cut short") {
-				s.t.Logf("%s was made anew: %s", im.Path, line)
-				return true
-			}
-		}
-	}
-	return false
 }
 
 // interrupted says whether a call that began at kills may have failed for a kill.
@@ -280,10 +256,10 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 	}
 	close(end)
 	<-done
-	if err := guest.Await(t, "the end of the reader", reads); err != nil && !s.remade(plain.Images[1]) {
+	if err := guest.Await(t, "the end of the reader", reads); err != nil {
 		t.Errorf("reads of an image: %v", err)
 	}
-	if err := user.check(); err != nil && !s.remade(written.Images[0]) {
+	if err := user.check(); err != nil {
 		t.Errorf("I1: the image that was written: %v", err)
 	}
 	var err error

@@ -36,9 +36,13 @@ func fileConfig(t testing.TB, path string, mode ublk.Mode) ublk.Config {
 	t.Cleanup(func() { file.Close() })
 	const depth = 32
 	counts := &requestCounts{}
+	queues := min(2, ublk.MaxQueues())
+	if n, err := strconv.Atoi(os.Getenv("UBLK_TEST_QUEUES")); err == nil {
+		queues = n
+	}
 	return ublk.Config{
 		Name: "child", Tag: ublk.NewTag('r'), ID: ublk.AnyID,
-		Queues: min(2, ublk.MaxQueues()), Depth: depth, MaxIO: 128 << 10, Mode: mode,
+		Queues: queues, Depth: depth, MaxIO: 128 << 10, Mode: mode,
 		Geometry: geometry(diskSize),
 		Recovery: os.Getenv("UBLK_TEST_NO_RECOVERY") == "",
 		Files:    []*blockdev.OSFile{file},

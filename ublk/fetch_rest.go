@@ -1,0 +1,77 @@
+package ublk
+
+import (
+	"context"
+	"fmt"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ublk-blksnap/ublk-blksnap/internal/blockdev"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/uapi"
+)
+
+// fetchRest fetches all tags of the queues that no server has fetched, as one that dies at
+// once. Requests cannot come meanwhile: the kernel holds them back until a recovery ends.
+// EBUSY while the kernel has not seen the last of the old server.
+//
+// Whoever fetches a queue gives all its tags to the kernel with one system call, which a
+// death does not cut short. So a queue is fetched, or it is not.
+func fetchRest(ctx context.Context, info Info) error {
+	path := fmt.Sprintf("/dev/ublkc%d", info.ID)
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", path, err)
+	}
+	cdev := blockdev.NewOSFile(fd, path)
+	defer cdev.Close()
+	for q := range info.Queues {
+		if err := fetchAndLeave(ctx, cdev, q, info.Depth); err != nil {
+			return fmt.Errorf("fetch queue %d of %s: %w", q, path, err)
+		}
+	}
+	return nil
+}
+
+// fetchAndLeave fetches one queue, unless a dead server has it, on a thread that ends then.
+func fetchAndLeave(ctx context.Context, cdev *blockdev.OSFile, id, depth int) error {
+	refused, thread := 0, 0
+	ring, err := blockdev.NewRingQueue(blockdev.RingConfig{
+		Name: "fetch", Depth: 1, Commands: depth, Files: []*blockdev.OSFile{cdev},
+		OnCommand: func(_ uint32, res int32) {
+			if res < 0 && res != uapi.UBLK_IO_RES_ABORT {
+				refused++
+			}
+		},
+	})
+	if err != nil {
+		return err
+	}
+	ring.Post(&blockdev.Task{Run: func() {
+		thread = unix.Gettid()
+		q := queue{id: uint16(id), payload: unsafe.Pointer(unsafe.SliceData(blockdev.Zeroes())), ring: ring}
+		for tag := range depth {
+			q.issue(uapi.UBLK_U_IO_FETCH_REQ, uint32(tag), 0)
+		}
+	}})
+	// The thread has given them to the kernel before it answers for the second time.
+	for range 2 {
+		if err = ring.Answers(ctx); err != nil {
+			break
+		}
+	}
+	ring.Abandon()
+	if err != nil {
+		return err
+	}
+	if refused > 0 && refused < depth {
+		return fmt.Errorf("the driver refuses %d of %d tags", refused, depth)
+	}
+	// The driver counts on that a server whose device is closed is dead.
+	for task := fmt.Sprintf("/proc/self/task/%d", thread); unix.Access(task, unix.F_OK) == nil; {
+		if err := sleep(ctx, pollInterval); err != nil {
+			return err
+		}
+	}
+	return nil
+}
