@@ -115,7 +115,6 @@ integration-binaries: build build-next bin/vm
 	CGO_ENABLED=0 go test -c -o .cache/test/snapshots.test ./snapshots
 
 soak: export UBLK_BLKSNAP_LONG = 1
-soak: RUN := $(if $(filter .,$(RUN)),TestKilled|TestGuard|TestDeathIn|TestAttach|TestUblkRecovery|TestStorageOutlives|TestStorageGone|TestUpgradedUnderLoad|TestReload|TestLowMemory|TestNumberWraps|TestClaimedWhileDead|TestPowerFailureDoubts|TestWrittenBehindOurBack|TestBlockSizes|TestChangesUnderLoad|TestEncrypted|TestFioVerify|TestImage|TestMalformedRequests|TestManyReaders|TestRandomWriter|TestSlowOriginal|TestSnapshotRounds|TestSteadyState|TestStorageBlocks|TestStuckFile|TestThreeDevices|TestWriterKilled,$(RUN))
 soak: integration-binaries
 	@for kernel in $(or $(KERNEL),6.12 newest); do \
 		VM_CPUS=$${VM_CPUS:-4} bin/vm -kernel $$kernel -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG -e UBLK_BLKSNAP_KILLS=$(KILLS) \

@@ -269,7 +269,7 @@ func TestDifferenceNamesThePlace(t *testing.T) {
 	}
 }
 
-// TestWhatIsNotLookedAt is in the README: a write to the middle of a file.
+// TestWhatIsNotLookedAt is in README and docs/change-tracking.md: a write to the middle of a file.
 func TestWhatIsNotLookedAt(t *testing.T) {
 	f := image(t, 1<<30, "mkfs.ext4 -q -F %s")
 	before := read(t, f)

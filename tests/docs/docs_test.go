@@ -193,29 +193,3 @@ func TestSetupElsewhere(t *testing.T) {
 		}
 	}
 }
-
-// TestSoak: make soak runs each test that has a long form.
-func TestSoak(t *testing.T) {
-	list := regexp.MustCompile(`(?m)^soak: RUN := \$\(if \$\(filter \.,\$\(RUN\)\),([^,]+),`).FindStringSubmatch(text(t, "Makefile"))
-	if list == nil {
-		t.Fatal("the Makefile has no list of tests for soak")
-	}
-	runs := regexp.MustCompile(list[1])
-	files, err := filepath.Glob(filepath.Join(root, "tests/integration/*/*_test.go"))
-	if err != nil || len(files) == 0 {
-		t.Fatal(files, err)
-	}
-	long := regexp.MustCompile(`guest\.(Long|Span)\(`)
-	for _, file := range files {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, f := range strings.Split(string(b), "\nfunc ")[1:] {
-			name, body, _ := strings.Cut(f, "(")
-			if strings.HasPrefix(name, "Test") && long.MatchString(body) && !runs.MatchString(name) {
-				t.Errorf("%s: make soak does not run %s, which has a long form", file, name)
-			}
-		}
-	}
-}

@@ -83,7 +83,7 @@ func (v *victim) try(f func() error) (died bool) {
 		}
 		v.t.Fatalf("a daemon that lives says %v", err)
 	}
-	if v.Ended(100 * time.Millisecond) {
+	if v.Ended(guest.Span(100*time.Millisecond, time.Second)) {
 		v.Restart()
 		if i, err := v.Info(guest.Context(v.t)); err != nil || i.Lost != nil {
 			v.t.Errorf("after the death: %+v, %v", i.Lost, err)
@@ -172,8 +172,9 @@ func (v *victim) clean() {
 	v.StopAndWait()
 }
 
-// everyStep runs a part for n = 1, 2, ... until it says that nothing died; in the
-// short form some of them, and others on a newer kernel.
+// everyStep runs a part for n = 1, 2, ... until it says that nothing died, and in the long form
+// twice more, so that no step was passed over; in the short form some of them, and others on a
+// newer kernel.
 func everyStep(t *testing.T, offset int, part func(n int) (died bool)) {
 	t.Helper()
 	everyStepOf(t, 64, offset, part)
@@ -186,11 +187,16 @@ func everyStepOf(t *testing.T, stride, offset int, part func(n int) (died bool))
 	if guest.KernelAtLeast(t, 7, 0) {
 		offset += stride / 2
 	}
-	for n := 1 + offset%stride; ; n += stride {
+	lives := 0
+	for n := 1 + offset%stride; lives < int(guest.Span(1, 3)) && !t.Failed(); n += stride {
 		t.Logf("n = %d", n)
-		if !part(n) || t.Failed() {
+		died := part(n)
+		switch {
+		case !died:
 			t.Logf("lives through it at n = %d", n)
-			return
+			lives++
+		case lives > 0:
+			t.Errorf("dies at n = %d, and lived through it at n = %d", n, n-stride)
 		}
 	}
 }
@@ -366,11 +372,12 @@ func TestDeathInSnapshot(t *testing.T) {
 	})
 	// The storages of which there are notes in the state directory, all their life.
 	t.Run("note", func(t *testing.T) {
-		raw := guest.LoopDisk(t, 32<<20, 512)
+		raw, encrypted := guest.LoopDisk(t, 32<<20, 512), true
 		everyStep(t, 2, func(n int) bool {
 			v.dies(n)
 			v.write(uint64(n))
 			noted := request(true)
+			noted.Encrypt = &encrypted // with a key that is made, and wiped
 			noted.Storage = []control.Storage{{Path: filepath.Join(v.store, "named")}, {Path: raw}}
 			died := v.try(call(func(ctx context.Context) error {
 				s, err := v.CreateSnapshot(ctx, noted)
