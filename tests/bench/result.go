@@ -119,6 +119,12 @@ func targets(zeroCopy bool, chunks []int64) []target {
 		target{"first-randwrite-4k-qd32", "snapshot", 4, "dm-snapshot", 4, 1.5},
 		target{"first-randwrite-4k-qd32", "snapshot", 256, "dm-snapshot", 256, 2.5},
 		target{"first-randwrite-4k-qd32", "snapshot", 64, "dm-snapshot", 256, 5})
+	// What the write-intent log costs once a zone has been written to, and what it costs to
+	// encrypt.
+	ts = append(ts,
+		target{"zones-later-randwrite-4k-qd32", "logged", 0, "unlogged", 0, 0.95},
+		target{"first-randwrite-4k-qd32", "encrypted", 64, "snapshot", 64, 0.7},
+		target{"second-randwrite-4k-qd32", "encrypted", 64, "snapshot", 64, 0.95})
 	for _, c := range chunks {
 		ts = append(ts, target{"second-randwrite-4k-qd32", "snapshot", c >> 10, "filter", 0, 0.9})
 	}

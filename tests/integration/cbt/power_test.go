@@ -304,8 +304,8 @@ func TestIntentLogOff(t *testing.T) {
 	}
 }
 
-// TestIntentLogFails: whatever happens to the state directory, the disk's I/O goes on; it
-// is said that a power failure would cost the history, and a power failure does cost it.
+// TestIntentLogFails: whatever happens to the state directory, the disk's I/O goes on, and it
+// is said that a power failure would cost the history.
 func TestIntentLogFails(t *testing.T) {
 	guest.NeedEither(t)
 	t.Run("errors", func(t *testing.T) { intentLogFails(t, "errors") })
