@@ -111,7 +111,7 @@ func TestTargets(t *testing.T) {
 	}
 	for _, zeroCopy := range []bool{false, true} {
 		ts := targets(zeroCopy, chunks)
-		if len(ts) != 8+3+3*len(chunks) {
+		if len(ts) != 8+6+3*len(chunks) {
 			t.Errorf("%d targets", len(ts))
 		}
 		for _, g := range ts {

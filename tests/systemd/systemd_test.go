@@ -28,6 +28,23 @@ const (
 	device = `dev-ublk\x2dblksnap-data.device`
 )
 
+// reloaded is when the daemon's process was last taken over by another program.
+func reloaded(t *testing.T) time.Time {
+	t.Helper()
+	var status struct {
+		Daemon struct {
+			Reloaded *struct{ At time.Time }
+		}
+	}
+	if err := json.Unmarshal([]byte(run(t, "ublk-blksnap", "status", "--json")), &status); err != nil {
+		t.Fatal(err)
+	}
+	if status.Daemon.Reloaded == nil {
+		return time.Time{}
+	}
+	return status.Daemon.Reloaded.At
+}
+
 // try runs a command and returns what it printed, on both outputs, and its status.
 func try(t *testing.T, name string, args ...string) (said string, status int) {
 	t.Helper()
@@ -228,8 +245,12 @@ func TestUnit(t *testing.T) {
 		t.Errorf("the upgrade says %q", out)
 	}
 	stays()
+	before := reloaded(t)
 	run(t, "systemctl", "reload", unit)
 	stays()
+	if now := reloaded(t); now == before {
+		t.Errorf("systemctl reload: the last reload is that of %s still", now)
+	}
 	if text := run(t, "ublk-blksnap", "daemon", "reload"); !strings.Contains(text, "has taken over") {
 		t.Errorf("daemon reload says %q", text)
 	}
