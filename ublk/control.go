@@ -38,6 +38,7 @@ type Control struct {
 	queue   []*command
 	givenUp map[commandKey]*command // nobody waits for them, the kernel still has them
 	overdue bool                    // the kernel is to be reminded of the command that runs
+	begun   map[int]bool            // devices of which this process may have fetched queues, and not all
 	closed  bool
 }
 
@@ -93,7 +94,7 @@ func OpenControl() (*Control, error) {
 
 // newControl starts the thread for dev, which is the Control's from then on.
 func newControl(dev int, prep func(*uring.SQE, int, *command)) (*Control, error) {
-	c := &Control{dev: dev, prep: prep, wake: -1, ended: make(chan struct{}), givenUp: map[commandKey]*command{}}
+	c := &Control{dev: dev, prep: prep, wake: -1, ended: make(chan struct{}), givenUp: map[commandKey]*command{}, begun: map[int]bool{}}
 	started := make(chan error)
 	go c.thread(started)
 	if err := <-started; err != nil {
@@ -110,6 +111,22 @@ func (c *Control) Close() {
 	c.mu.Unlock()
 	c.notify()
 	<-c.ended
+}
+
+func (c *Control) setBegun(id int, begun bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if begun {
+		c.begun[id] = true
+	} else {
+		delete(c.begun, id)
+	}
+}
+
+func (c *Control) hasBegun(id int) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.begun[id]
 }
 
 // notify wakes the thread.

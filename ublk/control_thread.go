@@ -23,6 +23,7 @@ type controlThread struct {
 	current  int                    // slot of the one that is waited for, -1 if none
 	inFlight int
 	polling  bool // the eventfd is being watched
+	reminded bool // the kernel is being reminded
 }
 
 func (c *Control) thread(started chan<- error) {
@@ -168,9 +169,10 @@ func (t *controlThread) start(cmd *command) {
 // remind gives the kernel's workers something to do, so that one of them wakes, or is made,
 // and finds what was forgotten.
 func (t *controlThread) remind() {
-	if t.inFlight == 0 {
+	if t.inFlight == 0 || t.reminded {
 		return
 	}
+	t.reminded = true
 	sqe := t.ring.SQE()
 	sqe.PrepNop()
 	sqe.Flags |= uring.IOSQE_ASYNC
@@ -203,6 +205,8 @@ func (t *controlThread) complete(cqe uring.CQE) {
 		var n [8]byte
 		_, _ = unix.Read(t.wake, n[:]) // to zero; it was readable
 		t.polling = false
+	case cqe.UserData == remindTag:
+		t.reminded = false
 	case cqe.UserData&^(commandSlots-1) == pauseTag:
 		slot := int(cqe.UserData & (commandSlots - 1))
 		if t.wanted(slot) {

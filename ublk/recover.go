@@ -84,42 +84,44 @@ var ErrDead = errors.New("it has no disk")
 
 // beginRecovery makes the driver ready for a new server.
 //
-// Before Linux 6.15 the driver takes only queues from a dead server that he had fetched as a
-// whole. A server that dies while he takes a device over has fetched some of its queues. Then
-// the driver refuses (EINVAL) if these are none, and the kernel crashes if these are not all.
-// So they are all fetched before.
+// Drivers that do not clean up after a dead server by themselves, those before Linux 6.15,
+// count on that he had fetched every queue. If he died while he took the device over himself,
+// that is not so: they refuse (EINVAL) if no queue is fetched, and crash if some are. See
+// fetchRest.
 func (c *Control) beginRecovery(ctx context.Context, info Info) error {
 	old := !c.Has(uapi.UBLK_F_AUTO_BUF_REG)
-	fetched, fetch := false, old && info.Queues > 1
+	fetch, fetched := old && info.Queues > 1 && cancelsFetches(), false
 	for {
 		var err error
-		if fetch {
-			if err = fetchRest(ctx, info); err == nil {
-				fetched, fetch = true, false
-			}
+		if fetch && !fetched {
+			err = fetchRest(ctx, info, c.hasBegun(info.ID))
+			fetched = err == nil
 		}
-		if !fetch {
+		refused := false
+		if err == nil {
 			err = c.command(ctx, uapi.UBLK_U_CMD_START_USER_RECOVERY, info.ID, 0)
+			refused = old && errors.Is(err, unix.EINVAL)
 		}
 		if err == nil {
+			c.setBegun(info.ID, false)
 			return nil
 		}
-		refused := old && !fetched && errors.Is(err, unix.EINVAL)
 		if !refused && !errors.Is(err, unix.EBUSY) {
 			return err
 		}
 		// The old server may have been stopping it, which the kernel goes on with; or it
 		// died before the disk was there.
 		now, infoErr := c.Info(ctx, info.ID)
-		if infoErr != nil {
+		switch {
+		case infoErr != nil:
 			return infoErr
-		}
-		if now.State == Dead {
+		case now.State == Dead:
 			return fmt.Errorf("recover ublk device %d: %w", info.ID, ErrDead)
-		}
-		if refused {
+		case refused && (fetched || !cancelsFetches()):
+			return nil // nothing is fetched, and nothing is in the way of whoever does
+		case refused:
 			fetch = true
-		} else if sleep(ctx, pollInterval) != nil {
+		case sleep(ctx, pollInterval) != nil:
 			return err
 		}
 	}

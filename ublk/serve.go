@@ -46,6 +46,7 @@ func (d *Device) begin(ctx context.Context, start uint32) error {
 		q.describe(desc)
 		q.fetchFailed = cancel
 	}
+	d.ctl.setBegun(d.ID, true)
 	for _, q := range d.queues {
 		q.ring.Post(&q.fetchTask)
 	}
@@ -57,6 +58,7 @@ func (d *Device) begin(ctx context.Context, start uint32) error {
 		}
 		return err
 	}
+	d.ctl.setBegun(d.ID, false)
 	if err := d.readNumber(ctx); err != nil {
 		return err
 	}

@@ -29,9 +29,6 @@ type foundCases struct{ cases map[string]Case }
 func readFound(t *testing.T) *foundCases {
 	t.Helper()
 	f := &foundCases{make(map[string]Case)}
-	if *flagSearch {
-		return f
-	}
 	text, err := os.ReadFile(foundPath)
 	if err != nil {
 		t.Fatal(err)

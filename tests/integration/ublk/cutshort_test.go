@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"testing"
 	"time"
 	"unsafe"
@@ -18,13 +19,13 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/ublk"
 )
 
-// TestUblkCutShort: a server dies while it takes a device over, when it has fetched none, some
-// or all of the queues. The next one goes on. Linux 6.12 crashes if it is told so of a device
+// TestUblkCutShort: a server dies while it takes a device over, when it has only claimed it (-1),
+// and when it has fetched none, some or all of the queues. The next one goes on. Linux 6.12 crashes if it is told so of a device
 // of which some queues were fetched.
 func TestUblkCutShort(t *testing.T) {
 	ctl := openControl(t)
 	const path = "/dev/shm/cutshort"
-	for _, queues := range []int{1, min(2, ublk.MaxQueues())} {
+	for _, queues := range slices.Compact([]int{1, min(2, ublk.MaxQueues())}) {
 		t.Run(fmt.Sprint(queues, "queues"), func(t *testing.T) {
 			if err := os.WriteFile(path, nil, 0o600); err != nil {
 				t.Fatal(err)
@@ -39,14 +40,14 @@ func TestUblkCutShort(t *testing.T) {
 			defer f.Close()
 			s.kill()
 			buf, back := direct.Pages(t, 4096), direct.Pages(t, 4096)
-			for mask := range 1 << queues {
+			for mask := -1; mask < 1<<queues; mask++ {
 				// Each round a request waits.
 				written := make(chan error, 1)
 				for i := range buf {
-					buf[i] = byte(mask + 1)
+					buf[i] = byte(mask + 2)
 				}
 				go func() {
-					_, err := f.WriteAt(buf, int64(mask)*4096)
+					_, err := f.WriteAt(buf, int64(mask+1)*4096)
 					written <- err
 				}()
 				for range 2 { // and it may happen again
@@ -58,7 +59,7 @@ func TestUblkCutShort(t *testing.T) {
 				if err := guest.Await(t, "a write that waited", written); err != nil {
 					t.Fatalf("fetched %b: %v", mask, err)
 				}
-				if _, err := f.ReadAt(back, int64(mask)*4096); err != nil || !bytes.Equal(back, buf) {
+				if _, err := f.ReadAt(back, int64(mask+1)*4096); err != nil || !bytes.Equal(back, buf) {
 					t.Fatalf("fetched %b: read back %v, %v", mask, back[:8], err)
 				}
 				s.kill()
@@ -85,6 +86,9 @@ func TestUblkHalfServer(t *testing.T) {
 	ctx := guest.Context(t)
 	if _, err := ublk.Claim(ctx, openControl(t), id); err != nil {
 		t.Fatal(err)
+	}
+	if mask < 0 {
+		halfServes()
 	}
 	path := fmt.Sprintf("/dev/ublkc%d", id)
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
@@ -124,6 +128,13 @@ func TestUblkHalfServer(t *testing.T) {
 			}
 		}
 	}
+	if t.Failed() {
+		return
+	}
+	halfServes()
+}
+
+func halfServes() {
 	fmt.Print("\nhalf serving\n")
 	time.Sleep(time.Hour)
 }
