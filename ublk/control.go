@@ -38,7 +38,7 @@ type Control struct {
 	queue   []*command
 	givenUp map[commandKey]*command // nobody waits for them, the kernel still has them
 	overdue bool                    // the kernel is to be reminded of the command that runs
-	begun   map[int]bool            // devices of which this process may have fetched queues, and not all
+	begun   map[int]bool            // devices that this process took over as far as to fetch some queues, perhaps
 	closed  bool
 }
 

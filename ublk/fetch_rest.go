@@ -31,7 +31,7 @@ func cancelsFetches() bool { return !OlderThan(KernelRelease(), "6.7") }
 func fetchRest(ctx context.Context, info Info, begun bool) error {
 	path := fmt.Sprintf("/dev/ublkc%d", info.ID)
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINTR) {
+	if err != nil && mayOpen(err) {
 		err = fmt.Errorf("%w (%w)", unix.EBUSY, err) // whether it is there, the next look tells
 	}
 	if err != nil {
@@ -54,11 +54,11 @@ func fetchRest(ctx context.Context, info Info, begun bool) error {
 		cdev.Close()
 		return fmt.Errorf("fetch the queues of %s: %w", path, err)
 	}
-	any := false
+	some := false
 	for id := 0; id < info.Queues && err == nil; id++ {
-		var done bool
-		done, err = r.fetch(ctx, id)
-		any = any || done
+		var fetched bool
+		fetched, err = r.fetch(ctx, id)
+		some = some || fetched
 	}
 	ended := make(chan struct{})
 	go func() { // a thread that hangs in the driver ends late, or never
@@ -73,7 +73,7 @@ func fetchRest(ctx context.Context, info Info, begun bool) error {
 			err = ctx.Err()
 		}
 	}
-	if err == nil && any {
+	if err == nil && some {
 		// The driver counts on that a server whose device is closed is dead; and what it
 		// does at a server's death, it is to have done before there is the next one.
 		err = sleep(ctx, settlePause)

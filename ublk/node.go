@@ -3,6 +3,7 @@ package ublk
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,17 +19,18 @@ func openNode(ctx context.Context, path string) (int, error) {
 	defer cancel()
 	for {
 		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
-		switch err {
-		case nil:
+		if err == nil {
 			return fd, nil
-		case unix.ENOENT, unix.EBUSY, unix.ENXIO, unix.ENODEV, unix.EINTR:
-		default:
-			return -1, fmt.Errorf("open %s: %w", path, err)
 		}
-		if sleep(ctx, pollInterval) != nil {
+		if !mayOpen(err) || sleep(ctx, pollInterval) != nil {
 			return -1, fmt.Errorf("open %s: %w", path, err)
 		}
 	}
+}
+
+// mayOpen says whether the node may be opened a little later.
+func mayOpen(err error) bool {
+	return slices.Contains([]error{unix.ENOENT, unix.EBUSY, unix.ENXIO, unix.ENODEV, unix.EINTR}, err)
 }
 
 func waitNode(ctx context.Context, path string) error {

@@ -76,7 +76,12 @@ func (c *Claimed) Prepare(ctx context.Context, cfg Config) (*Device, error) {
 func (d *Device) Resume(ctx context.Context) error {
 	started, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTimeout)
 	defer cancel()
-	return d.begin(started, uapi.UBLK_U_CMD_END_USER_RECOVERY)
+	d.ctl.setBegun(d.ID, true)
+	err := d.begin(started, uapi.UBLK_U_CMD_END_USER_RECOVERY)
+	if err == nil {
+		d.ctl.setBegun(d.ID, false)
+	}
+	return err
 }
 
 // ErrDead: the device has been stopped, or was never started.
@@ -90,7 +95,8 @@ var ErrDead = errors.New("it has no disk")
 // fetchRest.
 func (c *Control) beginRecovery(ctx context.Context, info Info) error {
 	old := !c.Has(uapi.UBLK_F_AUTO_BUF_REG)
-	fetch, fetched := old && info.Queues > 1 && cancelsFetches(), false
+	fetched := !old || !cancelsFetches() // what there is to fetch
+	fetch := info.Queues > 1             // before the driver has refused
 	for {
 		var err error
 		if fetch && !fetched {
@@ -117,7 +123,7 @@ func (c *Control) beginRecovery(ctx context.Context, info Info) error {
 			return infoErr
 		case now.State == Dead:
 			return fmt.Errorf("recover ublk device %d: %w", info.ID, ErrDead)
-		case refused && (fetched || !cancelsFetches()):
+		case refused && fetched:
 			return nil // nothing is fetched, and nothing is in the way of whoever does
 		case refused:
 			fetch = true

@@ -46,7 +46,6 @@ func (d *Device) begin(ctx context.Context, start uint32) error {
 		q.describe(desc)
 		q.fetchFailed = cancel
 	}
-	d.ctl.setBegun(d.ID, true)
 	for _, q := range d.queues {
 		q.ring.Post(&q.fetchTask)
 	}
@@ -58,7 +57,6 @@ func (d *Device) begin(ctx context.Context, start uint32) error {
 		}
 		return err
 	}
-	d.ctl.setBegun(d.ID, false)
 	if err := d.readNumber(ctx); err != nil {
 		return err
 	}

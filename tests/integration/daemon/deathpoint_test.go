@@ -190,14 +190,12 @@ func everyStepOf(t *testing.T, stride, offset int, part func(n int) (died bool))
 	lives := 0
 	for n := 1 + offset%stride; lives < int(guest.Span(1, 3)) && !t.Failed(); n += stride {
 		t.Logf("n = %d", n)
-		died := part(n)
-		switch {
-		case !died:
-			t.Logf("lives through it at n = %d", n)
-			lives++
-		default:
+		if part(n) {
 			lives = 0 // what runs beside it may have fewer steps at times
+			continue
 		}
+		t.Logf("lives through it at n = %d", n)
+		lives++
 	}
 }
 

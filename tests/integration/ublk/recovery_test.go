@@ -120,6 +120,31 @@ func startServer(t testing.TB, id int, path string, mode ublk.Mode) *server {
 	return s
 }
 
+// makeDisk makes the file behind a server's disk, for the time of the test.
+func makeDisk(t *testing.T, path string) {
+	t.Helper()
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(path) })
+	if err := os.Truncate(path, diskSize); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// deleteLeft deletes the device that a dead server has left.
+func deleteLeft(t *testing.T, ctl *ublk.Control, id int) {
+	t.Helper()
+	ctx := guest.Context(t)
+	guest.WaitFor(t, "the deletion", func() bool {
+		err := ctl.DeleteDevice(ctx, id)
+		if err != nil && !errors.Is(err, ublk.ErrBusy) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+}
+
 // TestUblkRecovery kills the server again and again under I/O: no request
 // fails, and nothing that was acknowledged is lost.
 func TestUblkRecovery(t *testing.T) {
@@ -127,13 +152,7 @@ func TestUblkRecovery(t *testing.T) {
 	for _, mode := range payloadModes(ctl) {
 		t.Run(mode.String(), func(t *testing.T) {
 			path := filepath.Join("/dev/shm", t.Name()[len("TestUblkRecovery/"):])
-			if err := os.WriteFile(path, nil, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			defer os.Remove(path)
-			if err := os.Truncate(path, diskSize); err != nil {
-				t.Fatal(err)
-			}
+			makeDisk(t, path)
 			s := startServer(t, -1, path, mode)
 			id := s.id
 			defer func() {
@@ -252,13 +271,7 @@ func TestUblkServerDeath(t *testing.T) {
 		for _, recovery := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/recovery=%v", mode, recovery), func(t *testing.T) {
 				path := "/dev/shm/death"
-				if err := os.WriteFile(path, nil, 0o600); err != nil {
-					t.Fatal(err)
-				}
-				defer os.Remove(path)
-				if err := os.Truncate(path, diskSize); err != nil {
-					t.Fatal(err)
-				}
+				makeDisk(t, path)
 				if !recovery {
 					t.Setenv("UBLK_TEST_NO_RECOVERY", "1")
 				}
@@ -285,18 +298,11 @@ func TestUblkServerDeath(t *testing.T) {
 					case <-time.After(100 * time.Millisecond):
 					}
 				}
-				ctx := guest.Context(t)
-				guest.WaitFor(t, "the deletion", func() bool {
-					err := ctl.DeleteDevice(ctx, s.id)
-					if err != nil && !errors.Is(err, ublk.ErrBusy) {
-						t.Fatal(err)
-					}
-					return err == nil
-				})
+				deleteLeft(t, ctl, s.id)
 				t.Log(guest.Await(t, "the end of the writer", failed))
 				f.Close()
 				guest.WaitFor(t, "the end of the device", func() bool {
-					_, err := ctl.Info(ctx, s.id)
+					_, err := ctl.Info(guest.Context(t), s.id)
 					return errors.Is(err, unix.ENODEV)
 				})
 			})
