@@ -74,7 +74,9 @@ load() {
 	echo "# root, $volume: $(cat /run/writes-1) and $(cat /run/writes-2) files written, $kills daemons killed by now"
 }
 
-dmsetup mknodes # whose initramfs had no udev
+# The initramfs had no udev: this one takes the nodes of its volumes away when it comes to them, and that may be only now.
+udevadm settle
+dmsetup mknodes
 mkfs.ext4 -q /dev/disk/by-id/virtio-store
 mkdir -p /mnt/store /mnt/image /var/tmp/load
 mount /dev/disk/by-id/virtio-store /mnt/store
