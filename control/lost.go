@@ -28,7 +28,7 @@ type LostDevice struct {
 type LostSnapshot struct {
 	ID      string   `json:"id"`
 	Name    string   `json:"name,omitempty"` // if it is known and has one
-	Devices []string `json:"devices"`        // names
+	Devices []string `json:"devices"`        // names; none if its record cannot be trusted
 	Storage []string `json:"storage"`        // paths
 	// Reason is why it has ended; empty if no daemon has tried to take it over.
 	Reason string `json:"reason,omitempty"`
@@ -59,7 +59,9 @@ func (l *Lost) String() string {
 		if s.Name != "" {
 			what += " (" + s.Name + ")"
 		}
-		what += " of " + strings.Join(s.Devices, " ")
+		if len(s.Devices) > 0 {
+			what += " of " + strings.Join(s.Devices, " ")
+		}
 		if len(s.Storage) > 0 {
 			what += " with differences in " + strings.Join(s.Storage, " ")
 		}

@@ -311,7 +311,7 @@ func (d *Daemon) endSnapshot(ctx context.Context, s *leftSnapshot, reason error)
 			continue
 		}
 		d.unlink(s.Images[i].Link, diskName(claimed.ID))
-		if err := d.ctl.DeleteDevice(ctx, claimed.ID); err != nil {
+		if err := d.ctl.DeleteDevice(ctx, claimed.ID); err != nil && !errors.Is(err, unix.ENODEV) {
 			d.opts.Log.Warn("cannot remove the image of a snapshot that ends", "snapshot", s.id(), "device", claimed.ID, "error", err)
 		}
 		deathpoint.Point()
