@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -84,7 +87,7 @@ its own beside the configuration. "remove --boot" ends that.`,
 				}
 			}
 			return p.start(c, func(ctx context.Context, api control.API) error {
-				d, err := api.AddDevice(ctx, r)
+				d, err := addDevice(ctx, api, r)
 				if boot && errno(err, unix.EALREADY) {
 					d, err = addedBefore(ctx, api, r, err)
 				}
@@ -166,6 +169,24 @@ func (p *program) rememberer(r control.AddRequest) (func(context.Context, contro
 		}
 		return nil
 	}, nil
+}
+
+// addDevice adds a disk. If no disk has the name that is given, the daemon is asked for what
+// has it in the working directory: it knows what to do with a file.
+func addDevice(ctx context.Context, api control.API, r control.AddRequest) (control.Device, error) {
+	d, err := api.AddDevice(ctx, r)
+	if control.CodeOf(err) != control.NotFound || strings.Contains(r.Path, "/") {
+		return d, err
+	}
+	path, e := filepath.Abs(r.Path)
+	if e == nil {
+		_, e = os.Lstat(path)
+	}
+	if e != nil {
+		return d, err
+	}
+	r.Path = path
+	return api.AddDevice(ctx, r)
 }
 
 // addedBefore is the filter that a disk has already, if it is the one that is asked

@@ -23,7 +23,7 @@ func (p *program) blksnapAttach() *cobra.Command {
 				return err
 			}
 			return p.start(c, func(ctx context.Context, api control.API) error {
-				d, err := api.AddDevice(ctx, control.AddRequest{Path: path, Attach: control.AttachPossible})
+				d, err := addDevice(ctx, api, control.AddRequest{Path: path, Attach: control.AttachPossible})
 				text := "Attached successfully"
 				if errno(err, unix.EALREADY) {
 					text = "Already was attached"

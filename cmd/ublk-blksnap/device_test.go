@@ -64,6 +64,88 @@ change tracking: 16384 blocks of 64K, take ` + id2 + ":3\n"},
 	})
 }
 
+func TestDevicePath(t *testing.T) {
+	dir := t.TempDir()
+	inDirectory(t, dir)
+	for _, err := range []error{
+		os.WriteFile("file", nil, 0o600), os.Mkdir("folder", 0o700), os.Symlink("nothing", "dangling"), os.Symlink("/dev/null", "character"),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	wants := map[string]string{
+		"vdb": "vdb", "/dev/vdb": "/dev/vdb", "./vdb": dir + "/vdb", "": "", "/dev/../dev/vdb": "/dev/vdb",
+		"file": "file", "folder": "folder", "dangling": "dangling", "character": "character", "./file": dir + "/file",
+	}
+	if node := blockDevice(t); node != "" {
+		if err := os.Symlink(node, "disk"); err != nil {
+			t.Fatal(err)
+		}
+		wants["disk"] = dir + "/disk"
+	}
+	for s, want := range wants {
+		if got, err := devicePath(s); err != nil || got != want {
+			t.Errorf("devicePath(%q) = %q, %v; want %q", s, got, err, want)
+		}
+	}
+}
+
+// inDirectory has the rest of the test work in a directory.
+func inDirectory(t *testing.T, dir string) {
+	t.Helper()
+	old, err := os.Getwd()
+	if err == nil {
+		err = os.Chdir(dir)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Chdir(old) })
+}
+
+// blockDevice is the node of one, empty if this machine shows none.
+func blockDevice(t *testing.T) string {
+	nodes, err := os.ReadDir("/dev")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes {
+		if n.Type()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice {
+			return "/dev/" + n.Name()
+		}
+	}
+	return ""
+}
+
+// TestAddFileHere: what lies in the working directory is asked for only if no disk has its
+// name, so that its owner hears that it is no disk.
+func TestAddFileHere(t *testing.T) {
+	inDirectory(t, t.TempDir())
+	if err := os.WriteFile("disk.img", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	here, err := filepath.Abs("disk.img")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"ublk-blksnap add disk.img", "blksnap attach -d disk.img"} {
+		f := newFake()
+		if status, _, errs := execute(f, strings.Fields(line)...); status != 0 || len(f.asked) != 1 || f.asked[0].(control.AddRequest).Path != "disk.img" {
+			t.Errorf("%s: status %d, said %q, asked %v", line, status, errs, f.asked)
+		}
+		f = newFake()
+		f.err = &control.Error{Code: control.NotFound, Message: "no such device"}
+		if execute(f, strings.Fields(line)...); len(f.asked) != 2 || f.asked[1].(control.AddRequest).Path != here {
+			t.Errorf("%s, which no disk is called: asked %v", line, f.asked)
+		}
+		f.asked = nil
+		if execute(f, strings.Fields(strings.ReplaceAll(line, "disk.img", "nothing"))...); len(f.asked) != 1 {
+			t.Errorf("%s, of what is not here: asked %v", line, f.asked)
+		}
+	}
+}
+
 func TestEmptyList(t *testing.T) {
 	f := newFake()
 	f.device = control.Device{}

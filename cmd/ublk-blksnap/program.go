@@ -417,10 +417,12 @@ func (p *program) printJSON(w io.Writer, v any) error {
 }
 
 // devicePath makes a device named by a person fit for the daemon, whose working
-// directory is another: paths become absolute, bare names stay.
+// directory is another: paths become absolute, bare names stay. What happens to lie in
+// the working directory hides no name, unless it is a block device: somebody may work
+// in /dev.
 func devicePath(s string) (string, error) {
 	if !strings.Contains(s, "/") {
-		if info, _ := os.Lstat(s); info == nil {
+		if info, _ := os.Stat(s); info == nil || info.Mode()&(os.ModeDevice|os.ModeCharDevice) != os.ModeDevice {
 			return s, nil
 		}
 	}

@@ -516,28 +516,6 @@ func TestSlowIsExplained(t *testing.T) {
 	}
 }
 
-func TestDevicePath(t *testing.T) {
-	dir := t.TempDir()
-	old, err := os.Getwd()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chdir(dir); err != nil {
-		t.Fatal(err)
-	}
-	defer os.Chdir(old)
-	if err := os.WriteFile("here", nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for s, want := range map[string]string{
-		"vdb": "vdb", "/dev/vdb": "/dev/vdb", "here": dir + "/here", "./vdb": dir + "/vdb", "": "", "/dev/../dev/vdb": "/dev/vdb",
-	} {
-		if got, err := devicePath(s); err != nil || got != want {
-			t.Errorf("devicePath(%q) = %q, %v; want %q", s, got, err, want)
-		}
-	}
-}
-
 func TestVersion(t *testing.T) {
 	runGolden(t, []golden{
 		{"ublk-blksnap version", nil, "ublk-blksnap " + longVersion() + "\n"},

@@ -288,7 +288,7 @@ func (h *Host) number(path string) (Num, error) {
 		return Num{}, &Error{ErrNotFound, `""`, "no such device", ""}
 	}
 	st, err := h.statPath(path)
-	if err != nil && !strings.Contains(path, "/") {
+	if (err != nil || st.mode != unix.S_IFBLK) && !strings.Contains(path, "/") {
 		if name := h.named(path); name != "" {
 			return ParseNum(h.sysText("class/block", name, "dev"))
 		}

@@ -127,6 +127,7 @@ func TestLookup(t *testing.T) {
 	m.nodes["/tmp/file"] = status{mode: unix.S_IFREG}
 	m.nodes["/tmp"] = status{mode: unix.S_IFDIR}
 	m.nodes["/dev/null"] = status{mode: unix.S_IFCHR}
+	m.nodes["vg-data"], m.nodes["vdb1"] = m.nodes["/tmp"], m.nodes["/tmp/file"] // they hide nothing
 	m.nodes["/dev/gone"] = status{mode: unix.S_IFBLK, rdev: Num{Major: 9, Minor: 9}}
 
 	for _, c := range []struct{ path, name, parent, title string }{
@@ -135,6 +136,7 @@ func TestLookup(t *testing.T) {
 		{"vdb", "vdb", "", "vdb"},
 		{"/dev/vdb1", "vdb1", "vdb", "vdb1"},
 		{"vg-data", "dm-0", "", "vg-data"},
+		{"vdb1", "vdb1", "vdb", "vdb1"},
 	} {
 		d, err := m.Lookup(c.path)
 		if err != nil {
