@@ -287,6 +287,9 @@ type History struct {
 	Text   string `json:"text,omitempty"` // the same for people
 	// AfterPowerFailure: it goes on after the last filter had no clean end.
 	AfterPowerFailure bool `json:"after_power_failure,omitempty"`
+	// Unclean: what was kept of the disk is of a filter that had no clean end, whether it
+	// is believed or not.
+	Unclean bool `json:"unclean,omitempty"`
 }
 
 // The reasons of a History that is not continued.

@@ -38,15 +38,11 @@ func (d *Daemon) plan(ctx context.Context, dev *device, r control.AddRequest, at
 	if mode == ublk.ModeCopy {
 		memory += int64(r.Queues) * int64(r.Depth) * ublk.DefaultMaxIO
 	}
-	history := control.History{Continued: true}
+	history := control.History{Reason: control.HistoryAttached, Text: attachedNoHistory}
 	failure := control.PowerFailure{Reason: attachedUncovered}
-	if attach {
-		history = control.History{Reason: control.HistoryAttached, Text: attachedNoHistory}
-	} else {
+	if !attach {
 		failure = d.planLog(dev, r)
-		if no := d.askHistory(ctx, dev, r.Name).refusal; no != nil {
-			history = control.History{Reason: no.Reason, Text: no.Text}
-		}
+		history = d.askHistory(ctx, dev, r.Name).told()
 	}
 	dev.Device = control.Device{
 		Name: r.Name, Original: dev.disk.DisplayPath(), OriginalNumber: dev.disk.Num.String(),

@@ -32,6 +32,7 @@ type foundHistory struct {
 	running  *cbtmap.History   // the map, after a power failure
 	refusal  *cbtstate.Refusal // nil if it is believed
 	now      *cbtstate.Disk    // what the disk is like, if it is believed; may be nil
+	unclean  bool              // there is a running record
 	// unanswered: the disk or the state directory did not answer in time.
 	unanswered bool
 }
@@ -72,24 +73,31 @@ func (d *Daemon) noHistory(dev *device, name string) (found foundHistory) {
 }
 
 func (d *Daemon) tellHistory(dev *device, name string, found foundHistory) {
+	dev.History = found.told()
 	no := found.refusal
 	if no == nil {
-		from := found.record.Saved.Format(time.RFC3339)
-		dev.History = control.History{Continued: true, Text: "goes on from " + from}
-		if found.running != nil {
-			dev.History.AfterPowerFailure = true
-			dev.History.Text = "goes on after a power failure, from a filter added or taken over at " + from
-		}
 		d.opts.Log.Info("change tracking goes on", "name", name, "disk", dev.disk.DisplayPath(), "kept", found.record.Saved, "power failure", found.running != nil)
 		return
 	}
-	dev.History = control.History{Reason: no.Reason, Text: no.Text}
 	if no.Reason == cbtstate.NoState {
 		d.opts.Log.Info("change tracking begins", "name", name, "disk", dev.disk.DisplayPath(), "reason", no.Text)
 		return
 	}
 	d.opts.Log.Warn("change tracking begins anew", "name", name, "disk", dev.disk.DisplayPath(), "reason", no.Text)
 	d.events.notice(control.Event{Kind: control.EventNewGeneration, Device: dev.shown().Num.String(), Text: no.Text})
+}
+
+// told is what people are told of what was found.
+func (f foundHistory) told() control.History {
+	if no := f.refusal; no != nil {
+		return control.History{Reason: no.Reason, Text: no.Text, Unclean: f.unclean}
+	}
+	from := f.record.Saved.Format(time.RFC3339)
+	if f.running == nil {
+		return control.History{Continued: true, Text: "goes on from " + from}
+	}
+	return control.History{Continued: true, AfterPowerFailure: true, Unclean: f.unclean,
+		Text: "goes on after a power failure, from a filter added or taken over at " + from}
 }
 
 // useHistory sees to that what was found is not used again, believed or not: from now on
@@ -217,6 +225,10 @@ func (d *Daemon) findRunning(ctx context.Context, fd int, dev *device, store *cb
 	if nothingKept(e) {
 		return
 	}
+	// Damaged or not, a running record says it. Only a directory that cannot be read says nothing.
+	no := (*cbtstate.Refusal)(nil)
+	errors.As(e, &no)
+	found.unclean = no == nil || no.Record != nil || no.Reason != cbtstate.NoPlace
 	if *err = e; e != nil {
 		return
 	}

@@ -132,18 +132,7 @@ func TestKeptOfOneOfTwo(t *testing.T) {
 // that would be believed if it lies on the first disks again one day.
 func TestKeptUnderAnotherIdentity(t *testing.T) {
 	dir := t.TempDir()
-	d := &Daemon{opts: Options{Dir: RunDir(filepath.Join(dir, "run")), Log: quiet(), Config: DefaultConfig()}, host: disk.Machine()}
-	d.opts.Config.StateDir = filepath.Join(dir, "state")
-	d.host.Sys = filepath.Join(dir, "sys")
-	sysfsDisk(t, d.host.Sys, "vda", "4000:0")
-	bdev, err := d.host.ByNumber(disk.Num{Major: 4000})
-	if err != nil {
-		t.Fatal(err)
-	}
-	now, err := d.host.Identify(bdev)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d, bdev, now := ofOneDisk(t, dir)
 	then := disk.Identity{"serial=another"}
 	store, err := cbtstate.Open("/", d.opts.Config.StateDir, true)
 	if err != nil {
@@ -176,6 +165,81 @@ func TestKeptUnderAnotherIdentity(t *testing.T) {
 	if left, err := filepath.Glob(filepath.Join(d.opts.Config.StateDir, "*.running")); err != nil || len(left) > 0 {
 		t.Errorf("what the log counted under is there: %v, %v", left, err)
 	}
+}
+
+// TestUncleanIsTold: that the last filter had no clean end is known by its running record, and is
+// told with whatever reason that record is not believed, by the next daemon too.
+func TestUncleanIsTold(t *testing.T) {
+	dir := t.TempDir()
+	d, bdev, id := ofOneDisk(t, dir)
+	file, err := os.Create(filepath.Join(dir, "disk"))
+	if err := errors.Join(err, file.Truncate(bdev.Size), os.MkdirAll(d.devicesDir(), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	store, err := cbtstate.Open("/", d.opts.Config.StateDir, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	dev := &device{disk: bdev, geo: ublk.Geometry{Size: bdev.Size, LogicalBlock: 512}}
+	found := func(reason string, unclean bool) {
+		t.Helper()
+		told := d.findHistory(context.Background(), int(file.Fd()), dev, "data", 1<<20).told()
+		if told.Reason != reason || told.Unclean != unclean || told.Continued {
+			t.Errorf("%+v, want the reason %s, unclean %v", told, reason, unclean)
+		}
+		r := deviceRecord{Name: "data", Tag: ublk.NewTag(filterKind), Original: originalRecord{Number: "8:0"}, Geometry: dev.geo, History: told}
+		if err := d.writeDeviceRecord(r); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := d.readDeviceRecord("data"); err != nil || r.History != told {
+			t.Errorf("the next daemon reads %+v, %v", r.History, err)
+		}
+	}
+	found(cbtstate.NoState, false)
+	r := cbtstate.Record{ID: uuid.New(), Name: "data", Disk: cbtstate.Disk{Identity: id, Size: bdev.Size, Boot: "another", Machine: d.host.MachineID()}}
+	if err := store.Run(r); err != nil {
+		t.Fatal(err)
+	}
+	found(cbtstate.Damaged, true) // it has no log
+	log, err := store.NewLog(id, r.ID, 4096)
+	if err := errors.Join(err, log.Close(), store.WriteBase(id, r.ID, make([]byte, 512))); err != nil {
+		t.Fatal(err)
+	}
+	found(cbtstate.Unknown, true) // nobody counts what is written to this disk
+	dev.geo.Size /= 2
+	found(cbtstate.OtherSize, true)
+	running, err := filepath.Glob(filepath.Join(d.opts.Config.StateDir, "*.running"))
+	if err != nil || len(running) != 1 {
+		t.Fatal(running, err)
+	}
+	if err := os.WriteFile(running[0], []byte("spoilt"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	found(cbtstate.Damaged, true)
+	if err := store.Stop(id); err != nil {
+		t.Fatal(err)
+	}
+	found(cbtstate.Unclean, false) // as its reason says
+}
+
+// ofOneDisk is a daemon that has all it has in dir, on a machine with one disk.
+func ofOneDisk(t *testing.T, dir string) (*Daemon, *disk.Disk, disk.Identity) {
+	t.Helper()
+	d := &Daemon{opts: Options{Dir: RunDir(filepath.Join(dir, "run")), Log: quiet(), Config: DefaultConfig()}, host: disk.Machine()}
+	d.opts.Config.StateDir = filepath.Join(dir, "state")
+	d.host.Sys = filepath.Join(dir, "sys")
+	sysfsDisk(t, d.host.Sys, "vda", "4000:0")
+	bdev, err := d.host.ByNumber(disk.Num{Major: 4000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := d.host.Identify(bdev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d, bdev, id
 }
 
 // sysfsDisk makes a disk in a sysfs of the test's own.

@@ -98,7 +98,7 @@ its own beside the configuration. "remove --boot" ends that.`,
 					return p.print(d, func(w io.Writer) { writePlan(w, d) })
 				}
 				// A disk that cannot be known again begins anew each time: "cbt info" says so.
-				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone && h.Reason != control.HistoryUnknown {
+				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone && (h.Reason != control.HistoryUnknown || h.Unclean) {
 					p.tell(fmt.Sprintf("%s: change tracking begins anew, the next backup copies everything: %s", d.Name, h.Text))
 				}
 				if err := p.print(d, func(w io.Writer) { fmt.Fprintln(w, d.Link) }); err != nil {

@@ -129,11 +129,14 @@ func writeBefore(w io.Writer, info control.Info, since time.Time) {
 // uncleanEnd says of a filter that the last one over its disk had no clean end, and what
 // became of the change tracking; empty if it had, or if nobody knows.
 func uncleanEnd(h control.History) string {
+	anew := "change tracking began anew: " + h.Text + ": that costs a full backup"
 	switch {
 	case h.AfterPowerFailure:
 		return "change tracking " + h.Text
-	case h.Reason == control.HistoryUnclean:
-		return "change tracking began anew: " + h.Text
+	case h.Reason == control.HistoryUnclean: // which the text says
+		return anew
+	case h.Unclean:
+		return "the last filter over the disk had no clean end, and " + anew
 	}
 	return ""
 }

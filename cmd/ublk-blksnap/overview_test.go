@@ -47,18 +47,26 @@ nightly                               taken      vdb      1M    1G  0%       3M/
 	}
 }
 
-// TestUncleanEnd: list and status say that the last filter over a disk had no clean end.
+// TestUncleanEnd: list and status say that the last filter over a disk had no clean end,
+// whatever became of the change tracking.
 func TestUncleanEnd(t *testing.T) {
 	f := newFake()
-	f.device.History = control.History{Reason: control.HistoryUnclean, Text: "nobody kept the map"}
-	f.status.Device = f.device
-	const want = "change tracking began anew: nobody kept the map"
-	if _, _, errs := execute(f, "ublk-blksnap", "list"); errs != "ublk-blksnap: vdb: "+want+"\n" {
-		t.Errorf("list says %q", errs)
-	}
-	for _, line := range []string{"ublk-blksnap status", "ublk-blksnap status vdb"} {
-		if _, out, _ := execute(f, strings.Fields(line)...); !strings.Contains(out, want) {
-			t.Errorf("%s: %s", line, out)
+	for want, h := range map[string]control.History{
+		"change tracking goes on after a power failure": {Continued: true, AfterPowerFailure: true, Unclean: true, Text: "goes on after a power failure"},
+		"change tracking began anew: nobody kept the map: that costs a full backup": {
+			Reason: control.HistoryUnclean, Text: "nobody kept the map"},
+		"the last filter over the disk had no clean end, and change tracking began anew: the disk was written to: that costs a full backup": {
+			Reason: control.HistoryWritten, Unclean: true, Text: "the disk was written to"},
+	} {
+		f.device.History = h
+		f.status.Device = f.device
+		if _, _, errs := execute(f, "ublk-blksnap", "list"); errs != "ublk-blksnap: vdb: "+want+"\n" {
+			t.Errorf("list says %q, want %q", errs, want)
+		}
+		for _, line := range []string{"ublk-blksnap status", "ublk-blksnap status vdb"} {
+			if _, out, _ := execute(f, strings.Fields(line)...); !strings.Contains(out, want) {
+				t.Errorf("%s: want %q: %s", line, want, out)
+			}
 		}
 	}
 	f.device.History = control.History{Reason: control.HistoryNone, Text: "nothing was kept"}

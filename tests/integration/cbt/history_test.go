@@ -138,7 +138,7 @@ func TestHistoryGoesOn(t *testing.T) {
 	if _, err := d.Changed(dev, since); control.CodeOf(err) != control.GenerationEnded {
 		t.Errorf("after a removal by force: %v", err)
 	}
-	told := "data: change tracking began anew: " + dev.History.Text
+	told := "data: change tracking began anew: " + dev.History.Text + ": that costs a full backup"
 	if a := d.Call("ublk-blksnap", "list"); !strings.Contains(a.Err, told+"\n") {
 		t.Errorf("list: %+v, want %q", a, told)
 	}

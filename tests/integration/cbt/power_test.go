@@ -212,7 +212,10 @@ func TestPowerFailure(t *testing.T) {
 	dev = p.add()
 	wants(t, "after another power failure", dev, "", "goes on after a power failure")
 	p.d.Remove(dev)
-	wants(t, "after a clean end", p.add(), "", "goes on from")
+	dev = p.add()
+	if wants(t, "after a clean end", dev, "", "goes on from"); dev.History.Unclean {
+		t.Errorf("after a clean end: %+v", dev.History)
+	}
 }
 
 // TestPowerFailureDoubts: whatever is not as it was is not believed.
@@ -250,6 +253,9 @@ func TestPowerFailureDoubts(t *testing.T) {
 		p.restore()
 		dev := p.add()
 		wants(t, what, dev, reason, text)
+		if !dev.History.Unclean {
+			t.Errorf("%s: nobody is told that the last filter had no clean end: %+v", what, dev.History)
+		}
 		if err := p.d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: true}); err != nil {
 			t.Fatal(err)
 		}
