@@ -131,15 +131,9 @@ func writeRules(config string, all []BootDevice) error {
 
 // AddBootDevice writes the table of a disk, and its rule.
 func AddBootDevice(config string, b BootDevice) error {
-	b.File, b.Line = filepath.Join(DropInDir(config), b.Name+".conf"), 1
+	b = b.in(config)
 	err := changeBoot(config, func(all []BootDevice) error {
-		// Again is no error: the options may be others.
-		for _, other := range all {
-			if other.Name == b.Name && other.Path == b.Path && other.File != b.File {
-				return &control.Error{Code: control.Exists, Errno: unix.EEXIST, Message: fmt.Sprintf("%s names the disk already", other.where()), Fix: "change it there"}
-			}
-		}
-		if err := checkBootDevices(append(notIn(b.File, all), b)); err != nil {
+		if err := b.fits(all); err != nil {
 			return err
 		}
 		if err := writeDurably(b.File, b.text()); err != nil {
@@ -156,6 +150,33 @@ func AddBootDevice(config string, b BootDevice) error {
 		lookAgain(b.Path)
 	}
 	return err
+}
+
+// CheckBootDevice says which file AddBootDevice would write, or why it would not.
+func CheckBootDevice(config string, b BootDevice) (file string, err error) {
+	b = b.in(config)
+	all, err := ReadBootDevices(config)
+	if err == nil {
+		err = b.fits(all)
+	}
+	return b.File, err
+}
+
+// in is the disk with its table where AddBootDevice writes it.
+func (b BootDevice) in(config string) BootDevice {
+	b.File, b.Line = filepath.Join(DropInDir(config), b.Name+".conf"), 1
+	return b
+}
+
+// fits refuses a disk that cannot be named beside these. Again is no error: the options may
+// be others.
+func (b BootDevice) fits(all []BootDevice) error {
+	for _, other := range all {
+		if other.Name == b.Name && other.Path == b.Path && other.File != b.File {
+			return &control.Error{Code: control.Exists, Errno: unix.EEXIST, Message: fmt.Sprintf("%s names the disk already", other.where()), Fix: "change it there"}
+		}
+	}
+	return checkBootDevices(append(notIn(b.File, all), b))
 }
 
 // notIn are the disks whose tables are in other files.

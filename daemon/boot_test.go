@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -89,8 +90,19 @@ func TestBootFiles(t *testing.T) {
 	if err := os.WriteFile(config, []byte(mine), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// A dry run says the same, and writes nothing.
 	add := func(name, path string) error {
-		return AddBootDevice(config, BootDevice{Name: name, Path: path, Queues: 2})
+		b := BootDevice{Name: name, Path: path, Queues: 2}
+		before, _ := os.ReadDir(DropInDir(config))
+		file, checked := CheckBootDevice(config, b)
+		if after, _ := os.ReadDir(DropInDir(config)); len(after) != len(before) || file != filepath.Join(DropInDir(config), name+".conf") {
+			t.Errorf("a check of %s names %s, and has made %v of %v", name, file, after, before)
+		}
+		err := AddBootDevice(config, b)
+		if fmt.Sprint(checked) != fmt.Sprint(err) {
+			t.Errorf("%s: the check said %v, and then came %v", name, checked, err)
+		}
+		return err
 	}
 	if err := add("data", "/dev/disk/by-id/data"); err != nil {
 		t.Fatal(err)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -38,7 +39,8 @@ filter away in the same way. That does not outlive a restart of the machine. Wit
 With --dry-run everything is checked as it would be, and nothing is done: the filter
 that would be made is told, what it would take, and whether change tracking would go
 on. The disk is claimed for a moment. "add" may fail all the same if something has
-changed by then.
+changed by then. The daemon has to look at it, and is not started for that: if none
+runs the command ends with status 4.
 
 The content stays where it is: after "remove" the disk is used directly again.
 
@@ -71,8 +73,6 @@ its own beside the configuration. "remove --boot" ends that.`,
 				}
 			}
 			switch {
-			case r.DryRun && boot:
-				return usage("add %s: --boot is not for a --dry-run", args[0])
 			case attach && boot:
 				return usage("add %s: --attach --boot: a disk that has its filter at the boot has it before it is in use", args[0])
 			case attach:
@@ -86,7 +86,11 @@ its own beside the configuration. "remove --boot" ends that.`,
 					return err
 				}
 			}
-			return p.start(c, func(ctx context.Context, api control.API) error {
+			start := startFirst
+			if r.DryRun {
+				start = startNone // it would put filters over the disks that the configuration names
+			}
+			err = p.withDaemon(c, start, func(ctx context.Context, api control.API) error {
 				d, err := addDevice(ctx, api, r)
 				if boot && errno(err, unix.EALREADY) {
 					d, err = addedBefore(ctx, api, r, err)
@@ -95,7 +99,10 @@ its own beside the configuration. "remove --boot" ends that.`,
 					return err
 				}
 				if r.DryRun {
-					return p.print(d, func(w io.Writer) { writePlan(w, d) })
+					if err := p.print(d, func(w io.Writer) { writePlan(w, d) }); err != nil {
+						return err
+					}
+					return remember(ctx, d)
 				}
 				// A disk that cannot be known again begins anew each time: "cbt info" says so.
 				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone && (h.Reason != control.HistoryUnknown || h.Unclean) {
@@ -106,6 +113,10 @@ its own beside the configuration. "remove --boot" ends that.`,
 				}
 				return remember(ctx, d)
 			})
+			if r.DryRun && errno(err, unix.ECONNREFUSED) {
+				err = p.notLookedAt(args[0], err)
+			}
+			return err
 		},
 	}
 	f := c.Flags()
@@ -121,8 +132,32 @@ its own beside the configuration. "remove --boot" ends that.`,
 	return c
 }
 
+// notLookedAt is the error of a dry run without a daemon: err says that none runs.
+func (p *program) notLookedAt(disk string, err error) error {
+	e := &control.Error{Code: control.Unavailable, Errno: unix.ECONNREFUSED, Fix: "start it first: systemctl start ublk-blksnap, or ublk-blksnap daemon"}
+	why := err.Error()
+	if within := new(control.Error); errors.As(err, &within) {
+		why = within.Message
+	}
+	e.Message = fmt.Sprintf("add %s: nothing was looked at: %s, and --dry-run starts none", disk, why)
+	var names []string
+	if boot, err := daemon.ReadBootDevices(p.configFile()); err == nil {
+		for _, b := range boot {
+			names = append(names, b.Name)
+		}
+	}
+	if len(names) > 0 {
+		e.Fix += "; that gives the disks that the configuration names their filters: " + strings.Join(names, ", ")
+	}
+	return e
+}
+
 // writePlan tells what would be made.
 func writePlan(w io.Writer, d control.Device) {
+	if d.Plan == nil {
+		fmt.Fprintf(w, "%s has its filter already, %s\n", d.Original, d.Name)
+		return
+	}
 	line := func(key string, v any) { fmt.Fprintf(w, "%-16s %v\n", key+":", v) }
 	line("name", d.Name)
 	line("original", d.Original+" ("+d.OriginalNumber+")")
@@ -145,7 +180,8 @@ func writePlan(w io.Writer, d control.Device) {
 	line("power failure", failure)
 }
 
-// rememberer gives what writes down that a disk has its filter at every boot.
+// rememberer gives what writes down that a disk has its filter at every boot, or with
+// DryRun says so.
 func (p *program) rememberer(r control.AddRequest) (func(context.Context, control.Device) error, error) {
 	config := p.configFile()
 	cfg, err := readConfig(config)
@@ -158,7 +194,13 @@ func (p *program) rememberer(r control.AddRequest) (func(context.Context, contro
 	}
 	return func(ctx context.Context, d control.Device) error {
 		b := daemon.BootDevice{Name: d.Name, Path: path, Queues: r.Queues, Depth: r.Depth, Mode: r.Mode, IntentLog: r.IntentLog, IntentLogZone: r.IntentLogZone}
-		if err := daemon.AddBootDevice(config, b); err != nil {
+		if r.DryRun {
+			file, err := daemon.CheckBootDevice(config, b)
+			if err != nil {
+				return fmt.Errorf("%s would get its filter, but not at the next boot: %w", d.Name, err)
+			}
+			p.tell(fmt.Sprintf("%s: %s would have it for the boot", d.Name, file))
+		} else if err := daemon.AddBootDevice(config, b); err != nil {
 			return fmt.Errorf("%s has its filter, but not at the next boot: %w", d.Name, err)
 		}
 		if path != r.Path {

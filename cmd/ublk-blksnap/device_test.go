@@ -1,10 +1,14 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
@@ -47,8 +51,9 @@ change tracking: 16384 blocks of 64K, take ` + id2 + ":3\n"},
 		t.Fatal(err)
 	}
 	runFailing(t, statusNotFound, map[string]string{
-		"ublk-blksnap remove vdb --boot --config " + config:    "ublk-blksnap: remove vdb: the configuration names no such disk",
-		"ublk-blksnap add /dev/none --boot --config " + config: "ublk-blksnap: add /dev/none: no such device",
+		"ublk-blksnap remove vdb --boot --config " + config:              "ublk-blksnap: remove vdb: the configuration names no such disk",
+		"ublk-blksnap add /dev/none --boot --config " + config:           "ublk-blksnap: add /dev/none: no such device",
+		"ublk-blksnap add /dev/none --boot --dry-run --config " + config: "ublk-blksnap: add /dev/none: no such device",
 	})
 	runRefused(t, map[string]string{
 		"ublk-blksnap add vdb --mode fast":         `ublk-blksnap: add vdb: "fast" is not a mode`,
@@ -169,7 +174,32 @@ func TestDryRun(t *testing.T) {
 	if status != 0 || out != want || errs != "" || len(f.asked) != 1 || f.asked[0] != (control.AddRequest{Path: "/dev/vdb", Queues: 2, DryRun: true}) {
 		t.Errorf("status %d, printed\n%swant\n%ssaid %q, asked %v", status, out, want, errs, f.asked)
 	}
-	if status, _, errs := execute(f, "ublk-blksnap", "add", "/dev/vdb", "--dry-run", "--boot"); status != statusUsage || !strings.Contains(errs, "--boot is not for a --dry-run") {
-		t.Errorf("status %d, said %q", status, errs)
+	// Of a disk that has its filter already there is no plan.
+	f.device.Plan = nil
+	if status, out, _ := execute(f, "ublk-blksnap", "add", "/dev/vdb", "--dry-run"); status != 0 || out != "/dev/vdb has its filter already, vdb\n" {
+		t.Errorf("status %d, printed %q", status, out)
+	}
+}
+
+// TestDryRunWithoutDaemon: no daemon is started, because that would put filters over the disks
+// that the configuration names; which those are is told.
+func TestDryRunWithoutDaemon(t *testing.T) {
+	config := filepath.Join(t.TempDir(), "x.conf")
+	for text, want := range map[string]string{
+		"": "ublk-blksnap: add vdb: nothing was looked at: no daemon runs on /run/x, and --dry-run starts none: start it first: systemctl start ublk-blksnap, or ublk-blksnap daemon\n",
+		"[[device]]\nname = \"a\"\npath = \"/dev/vg/a\"\n[[device]]\nname = \"b\"\npath = \"/dev/vg/b\"\n": "ublk-blksnap: add vdb: nothing was looked at: no daemon runs on /run/x, and --dry-run starts none: " +
+			"start it first: systemctl start ublk-blksnap, or ublk-blksnap daemon; that gives the disks that the configuration names their filters: a, b\n",
+	} {
+		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var o, e bytes.Buffer
+		p := &program{out: &o, err: &e, connect: func(context.Context, starts) (control.API, error) {
+			return nil, &control.Error{Code: control.Unavailable, Errno: unix.ECONNREFUSED, Message: "no daemon runs on /run/x", Fix: "start it with add"}
+		}}
+		status := p.run(context.Background(), []string{"ublk-blksnap", "add", "vdb", "--dry-run", "--config", config})
+		if status != statusNoDaemon || o.Len() > 0 || e.String() != want {
+			t.Errorf("status %d, printed %q, said %q; want %q", status, &o, &e, want)
+		}
 	}
 }

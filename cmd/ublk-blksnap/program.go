@@ -47,7 +47,7 @@ type starts int
 const (
 	startNext  starts = iota // the one after a daemon that has died, if something waits for it
 	startFirst               // any
-	startNone                // none: it is to stop
+	startNone                // none: it is to stop, or nothing is to be done
 )
 
 // run executes a command line and returns the exit status; an error has been

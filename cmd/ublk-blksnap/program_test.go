@@ -383,7 +383,7 @@ func TestExitStatuses(t *testing.T) {
 // waits for it. A stop starts none.
 func TestWhatStartsADaemon(t *testing.T) {
 	for line, want := range map[string]starts{
-		"ublk-blksnap add vdb": startFirst, "ublk-blksnap remove vdb": startNext, "ublk-blksnap snapshot create vdb --storage /s": startFirst,
+		"ublk-blksnap add vdb": startFirst, "ublk-blksnap add vdb --dry-run": startNone, "ublk-blksnap remove vdb": startNext, "ublk-blksnap snapshot create vdb --storage /s": startFirst,
 		"blksnap attach -d vdb": startFirst, "blksnap detach -d vdb": startNext, "blksnap snapshot_create -d vdb": startFirst,
 		"ublk-blksnap list": startNext, "ublk-blksnap status vdb": startNext, "ublk-blksnap status": startNext, "ublk-blksnap status --watch": startNext, "ublk-blksnap cbt info vdb": startNext, "ublk-blksnap cbt map vdb": startNext,
 		"ublk-blksnap cbt changes vdb --since " + take(1).String(): startNext, "ublk-blksnap cbt mark vdb 0:1": startNext,

@@ -190,6 +190,15 @@ func TestBadParameters(t *testing.T) {
 	if now, err := d.Devices(guest.Context(t)); err != nil || len(now) > 0 || len(guest.UblkDevices()) != len(devices) {
 		t.Errorf("a dry run has made %v, %v", now, err)
 	}
+	t.Run("dry run for the boot", func(t *testing.T) {
+		d := d.In(t)
+		stays := guest.DMDisk(t, "stays", guest.LinearTable(t, disk))
+		const table = "/etc/ublk-blksnap.d/stays.conf"
+		a := d.Call("ublk-blksnap", "add", stays, "--dry-run", "--boot")
+		if _, err := os.Stat(table); a.Status != 0 || !strings.Contains(a.Out, "power failure:") || !strings.Contains(a.Err, "stays: "+table+" would have it for the boot\n") || err == nil {
+			t.Errorf("%+v; its table: %v", a, err)
+		}
+	})
 	dev := d.Add(disk)
 	d.Refused([]string{"already added as " + dev.Name}, "add", disk, "--dry-run")
 	id := "6b1f2c9e-0a4e-4a57-8b7e-c3d2e1f0a9b8"
