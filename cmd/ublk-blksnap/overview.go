@@ -59,22 +59,47 @@ func writeOverview(w io.Writer, o overview, now time.Time) {
 		if text := uncleanEnd(d.History); text != "" {
 			fmt.Fprintf(w, "%-16s %s: %s\n", "before:", d.Name, text)
 		}
-		if d.Attention != "" {
-			fmt.Fprintf(w, "%-16s %s: %s\n", "attention:", d.Name, d.Attention)
-		}
 	}
-	if info.Lost != nil {
-		fmt.Fprintf(w, "%-16s %s\n", "waits:", info.Lost)
-	}
-	for _, u := range info.Unfiltered {
-		fmt.Fprintf(w, "%-16s %s: %s has no filter yet: %s\n", "waits:", u.Name, u.Path, u.Reason)
-	}
+	writeAttention(w, o)
 	for _, t := range []*table{filterTable(w, o.Devices), snapshotTable(w, o.Snapshots)} {
 		if t.head == nil {
 			fmt.Fprintln(w)
 			_ = t.w.Flush()
 		}
 	}
+}
+
+// writeAttention tells what is not as it should be, and what waits.
+func writeAttention(w io.Writer, o overview) {
+	for _, d := range o.Devices {
+		if d.Attention != "" {
+			fmt.Fprintf(w, "%-16s %s: %s\n", "attention:", d.Name, d.Attention)
+		}
+	}
+	for _, s := range o.Snapshots {
+		if text := overdue(s); text != "" {
+			fmt.Fprintf(w, "%-16s %s\n", "attention:", text)
+		}
+	}
+	if o.Daemon.Lost != nil {
+		fmt.Fprintf(w, "%-16s %s\n", "waits:", o.Daemon.Lost)
+	}
+	for _, u := range o.Daemon.Unfiltered {
+		fmt.Fprintf(w, "%-16s %s\n", "waits:", unfiltered(u))
+	}
+}
+
+// overdue says of a snapshot that somebody keeps it from its end; empty if nobody does.
+func overdue(s control.Snapshot) string {
+	if s.Overdue == "" {
+		return ""
+	}
+	return fmt.Sprintf("snapshot %s: its time is over, and it is destroyed when nobody uses it: %s", cmp.Or(s.Name, s.ID), s.Overdue)
+}
+
+// unfiltered says of a disk that it shall have a filter and has none.
+func unfiltered(u control.Unfiltered) string {
+	return fmt.Sprintf("%s: %s has no filter yet: %s", u.Name, u.Path, u.Reason)
 }
 
 func filterTable(w io.Writer, devices []control.DeviceStatus) *table {

@@ -141,9 +141,32 @@ func (r *roundsUntil) Write(b []byte) (int, error) {
 	return n, err
 }
 
+// TestNeedsAttention: status and top say alike what is not as it should be, and top does while
+// no daemon answers too.
+func TestNeedsAttention(t *testing.T) {
+	f := newFake()
+	f.status.Attention, f.snapshots[0].Overdue = "the disk has shrunk", "mounted on /mnt"
+	o, now := overviewOf(f)
+	o.Daemon.Lost = &control.Lost{PID: 7, Devices: []control.LostDevice{{Name: "old", Original: "/dev/vdc", Path: "/dev/ublkb4", Waits: true, Reason: "no such device"}}}
+	want := "attention:       vdb: the disk has shrunk\n" +
+		"attention:       snapshot nightly: its time is over, and it is destroyed when nobody uses it: mounted on /mnt\n" +
+		"waits:           " + o.Daemon.Lost.String() + "\n" +
+		"waits:           x: /dev/vdx has no filter yet: no such device\n\nFILTER"
+	var b bytes.Buffer
+	writeOverview(&b, o, now)
+	for what, text := range map[string]string{
+		"status": b.String(), "top": strings.Join(topLines(o, overview{}, nil), "\n"), "top without an answer": strings.Join(topLines(overview{}, o, os.ErrDeadlineExceeded), "\n"),
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%s has no\n%s:\n%s", what, want, text)
+		}
+	}
+}
+
 // TestTopLines: rates, and the order by them.
 func TestTopLines(t *testing.T) {
 	now, _ := overviewOf(newFake())
+	now.Daemon.Unfiltered = nil
 	before := now
 	before.Time = now.Time.Add(-2 * time.Second)
 	busy := now.Devices[0]

@@ -322,7 +322,7 @@ func (p *program) tellUnfiltered(ctx context.Context, api control.API) {
 		return
 	}
 	for _, u := range info.Unfiltered {
-		p.tell(fmt.Sprintf("%s: %s has no filter yet: %s", u.Name, u.Path, u.Reason))
+		p.tell(unfiltered(u))
 	}
 }
 

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -36,8 +35,8 @@ that have each of these labels.`,
 				ss = slices.DeleteFunc(ss, func(s control.Snapshot) bool { return !hasLabels(s, wanted) })
 				p.tellLost(ctx, api)
 				for _, s := range ss {
-					if s.Overdue != "" {
-						p.tell(fmt.Sprintf("snapshot %s: its time is over, and it is destroyed when nobody uses it: %s", cmp.Or(s.Name, s.ID), s.Overdue))
+					if text := overdue(s); text != "" {
+						p.tell(text)
 					}
 				}
 				return p.print(ss, func(w io.Writer) {

@@ -31,9 +31,9 @@ func (p *program) top() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "top",
 		Short: "Show live what filters and snapshots do",
-		Long: `Show on the terminal what each filter does, those with the most writing first, and how
-full each snapshot is. The key q ends it. Where there is no terminal, "status --watch"
-tells as much.`,
+		Long: `Show on the terminal what each filter does, those with the most writing first, how full
+each snapshot is, and above that what needs attention. The key q ends it. Where there
+is no terminal, "status --watch" tells as much.`,
 		Example: "  ublk-blksnap top\n  ublk-blksnap top --interval 10s",
 		Args:    args(0, 0),
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -149,9 +149,7 @@ func topLines(now, before overview, err error) []string {
 		fmt.Fprintf(&b, "%s: ublk-blksnap %s, process %d, up %s   q: quit\n", now.Time.Format(time.TimeOnly), now.Daemon.Version,
 			now.Daemon.PID, now.Time.Sub(now.Daemon.Started).Round(time.Second))
 	}
-	if now.Daemon.Lost != nil {
-		fmt.Fprintln(&b, now.Daemon.Lost)
-	}
+	writeAttention(&b, now)
 	was := map[string]control.DeviceStatus{}
 	for _, d := range before.Devices {
 		was[d.Name] = d
