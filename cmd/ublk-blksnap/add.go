@@ -34,7 +34,9 @@ If DEV is a device-mapper device that is in use, as a logical or an encrypted vo
 is when it is mounted, the filter comes under it: its users notice no more than a
 pause, and its own path, which is printed, is used as before. "remove" takes the
 filter away in the same way. That does not outlive a restart of the machine. With
---attach it is so also for a device that is not in use.
+--attach it is so also for a device that is not in use. A program that gives the
+device another table later, as lvextend does, ends its snapshots. The filter then
+comes under it anew, with a new generation of changes.
 
 With --dry-run everything is checked as it would be, and nothing is done: the filter
 that would be made is told, what it would take, and whether change tracking would go

@@ -115,9 +115,12 @@ func (p *program) blksnapSnapshotTake() *cobra.Command {
 }
 
 func (p *program) blksnapSnapshotDestroy() *cobra.Command {
-	return p.blksnapWithID("snapshot_destroy", "Destroy a snapshot (blksnap)", func(ctx context.Context, api control.API, id string) error {
+	c := p.blksnapWithID("snapshot_destroy", "Destroy a snapshot (blksnap)", func(ctx context.Context, api control.API, id string) error {
 		return api.DestroySnapshot(ctx, control.DestroyRequest{ID: id, Force: true}) // as blksnap does
 	})
+	c.Long = `Destroy a snapshot, under the users of its images too, whose I/O fails from then on:
+blksnap does so. "ublk-blksnap snapshot destroy" names the users and destroys nothing.`
+	return c
 }
 
 // blksnapWithID is a command that only needs a UUID and prints nothing.

@@ -33,7 +33,8 @@ func (p *program) daemon() *cobra.Command {
 
 "daemon stop", SIGTERM and SIGINT stop it if no filter is mounted, open or held
 by a snapshot: the filters are synced and removed. Otherwise it tells which one is
-used by whom, removes nothing and keeps running. SIGQUIT has it log what each of
+used by whom, removes nothing and keeps running. Filters under device-mapper devices
+count as used only by snapshots. SIGQUIT has it log what each of
 its goroutines is doing. Under systemd SIGPWR says that the machine ends: snapshots
 are destroyed, each filter is removed as soon as nobody uses it, and the daemon
 ends with the last one.
@@ -257,8 +258,9 @@ func (p *program) daemonStop() *cobra.Command {
 		Use:   "stop",
 		Short: "Remove all filters and end the daemon, unless one is in use",
 		Long: `Remove all filters and end the daemon, unless one is mounted, open or held by a
-snapshot: then nothing changes, and the status is 5. It returns when the daemon
-has ended. This is the way under systemd too. "systemctl stop" is refused, because
+snapshot: then nothing changes, and the status is 5. Filters under device-mapper
+devices are removed whoever uses these, if no snapshot holds them. It returns when
+the daemon has ended. This is the way under systemd too. "systemctl stop" is refused, because
 systemd would lose hold of a daemon that has to stay for its users.`,
 		Example: "  ublk-blksnap daemon stop",
 		Args:    args(0, 0),

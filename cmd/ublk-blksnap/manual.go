@@ -116,7 +116,9 @@ func rootPage(root *cobra.Command) string {
 		{daemon.DefaultConfigPath, "the configuration: see ublk-blksnap.conf(5)"},
 		{daemon.DropInDir(daemon.DefaultConfigPath) + "/NAME.conf", "disks that have their filters at every boot, as \"add --boot\" writes them"},
 		{daemon.RulesPath, "the rules of udev for these disks, which the program writes"},
+		{daemon.DefaultConfig().HookDir, "programs that are run before and after each take: see ublk-blksnap-snapshot-take(8)"},
 		{daemon.RunDir(daemon.DefaultRunDir).Socket(), "the daemon's socket"},
+		{daemon.RunDir(daemon.DefaultRunDir).ReadSocket(), "the same for the group that may look, if the configuration names one"},
 		{daemon.DefaultConfig().StateDir, "what is kept of change maps and snapshots over a restart of the machine"},
 	} {
 		r.item(italic(f[0]), f[1])
@@ -202,7 +204,8 @@ other disk must not be in use then, and is used as /dev/ublk-blksnap/NAME from t
 		r.options(c.LocalNonPersistentFlags())
 	}
 	r.section("EXAMPLES")
-	r.text("  blksnap attach -d /dev/vdb\n  blksnap snapshot_create -d /dev/vdb -f /var/tmp\n  blksnap snapshot_info -d /dev/vdb -f image\n  blksnap detach -d /dev/vdb")
+	r.text("  blksnap attach -d /dev/vdb\n  id=$(blksnap snapshot_create -d /dev/vdb -f /var/tmp)\n  blksnap snapshot_take -i $id\n" +
+		"  mount -o ro $(blksnap snapshot_info -d /dev/vdb -f image) /mnt\n  umount /mnt\n  blksnap snapshot_destroy -i $id\n  blksnap detach -d /dev/vdb")
 	r.section("EXIT STATUS")
 	r.item(bold("0"), "done")
 	r.item(bold("1"), "failed")

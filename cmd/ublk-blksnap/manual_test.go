@@ -89,6 +89,14 @@ func TestManualPages(t *testing.T) {
 	for _, c := range (&program{name: "blksnap"}).blksnapCommands() {
 		has("blksnap.8", ".SS "+c.Name()+"\n")
 	}
+	has("ublk-blksnap.8", "/etc/ublk-blksnap.hooks", "/run/ublk-blksnap/control.sock", "/run/ublk-blksnap/read.sock")
+	// Under that name it is the driver's.
+	has("blksnap.8", "Print the version as four numbers")
+	// No image is there before the take.
+	_, examples, _ := strings.Cut(pages["blksnap.8"], ".SH EXAMPLES\n")
+	if take, image := strings.Index(examples, "snapshot_take -i"), strings.Index(examples, "snapshot_info"); take < 0 || image < take {
+		t.Errorf("the examples of blksnap.8 take the snapshot at %d and want its image at %d", take, image)
+	}
 	cfg := daemon.DefaultConfig()
 	for _, q := range cfg.Params() {
 		has("ublk-blksnap.conf.5", "\\fB"+q.Key+"\\fR")

@@ -18,9 +18,12 @@ func (p *program) remove() *cobra.Command {
 		Short: "Sync and remove a filter",
 		Long: `Write back what is cached, remove the filter and give the disk free. A filter
 that is mounted, open or held by a snapshot is not removed, and the user is named.
+One that "add" has put under a device-mapper device is removed whoever uses that, if
+no snapshot holds it: the users go on without it.
 
 With --force it is removed under its users: their I/O fails from then on, and what
-they wrote but did not sync is lost. Snapshots that hold it are destroyed.
+they wrote but did not sync is lost. Users of a device-mapper device go on, and only
+requests that do not end otherwise fail. Snapshots that hold the filter are destroyed.
 
 A disk that the configuration names gets its filter again at the next boot, and may
 not be used without it, unless --boot is given. That works without a daemon too, and

@@ -10,9 +10,13 @@ import (
 )
 
 func (p *program) version() *cobra.Command {
+	short := "Print the version, and the commit it was built from"
+	if p.name == "blksnap" {
+		short = "Print the version as four numbers, as blksnap's driver has it, if the driver is there"
+	}
 	return &cobra.Command{
 		Use:     "version",
-		Short:   "Print the version, and the commit it was built from",
+		Short:   short,
 		Example: "  ublk-blksnap version",
 		Args:    args(0, 0),
 		RunE: func(*cobra.Command, []string) error {
