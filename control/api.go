@@ -33,8 +33,8 @@ type API interface {
 	// AddDevice puts a filter over a disk. [Exists] if there is one.
 	AddDevice(ctx context.Context, r AddRequest) (Device, error)
 	// RemoveDevice syncs and removes a filter. [Busy] if it is mounted, open or
-	// held by a snapshot, unless forced.
-	RemoveDevice(ctx context.Context, r RemoveRequest) error
+	// held by a snapshot, unless forced: then the answer is what that broke.
+	RemoveDevice(ctx context.Context, r RemoveRequest) (CutOff, error)
 	Devices(ctx context.Context) ([]Device, error)
 	DeviceStatus(ctx context.Context, device string) (DeviceStatus, error)
 
@@ -62,9 +62,9 @@ type API interface {
 	// their images: all or nothing.
 	TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, error)
 	// DestroySnapshot removes images and differences. [Busy] if an image is mounted or
-	// open, unless forced. With [Timeout] because the storage does not answer, the
-	// rest goes by itself when it does.
-	DestroySnapshot(ctx context.Context, r DestroyRequest) error
+	// open, unless forced: then the answer is who was cut off. With [Timeout] because
+	// the storage does not answer, the rest goes by itself when it does.
+	DestroySnapshot(ctx context.Context, r DestroyRequest) (CutOff, error)
 	// SetSnapshot changes when a snapshot ends.
 	SetSnapshot(ctx context.Context, r SetRequest) (Snapshot, error)
 	Snapshots(ctx context.Context) ([]Snapshot, error)
@@ -186,6 +186,14 @@ type RemoveRequest struct {
 	// Force removes it under its users, whose I/O fails; what was not yet
 	// written is lost.
 	Force bool `json:"force,omitempty"`
+}
+
+// CutOff is what was broken by force, for people. It is empty if nobody was there.
+type CutOff struct {
+	// Users are those of the filter and of images: their I/O fails from then on.
+	Users []string `json:"users,omitempty"`
+	// Snapshots held the filter, and are destroyed. They are given by name, or by UUID.
+	Snapshots []string `json:"snapshots,omitempty"`
 }
 
 // Device is a filter over a disk.

@@ -79,7 +79,7 @@ func TestClientAsksTheNext(t *testing.T) {
 	})}
 	defer s.Close()
 	go func() { _ = s.Serve(l) }()
-	if err := NewClient(socket).RemoveDevice(context.Background(), RemoveRequest{Device: "data"}); err != nil || asked != 3 {
+	if _, err := NewClient(socket).RemoveDevice(context.Background(), RemoveRequest{Device: "data"}); err != nil || asked != 3 {
 		t.Errorf("asked %d times: %v", asked, err)
 	}
 }

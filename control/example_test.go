@@ -51,7 +51,7 @@ func Example() {
 	}
 	fmt.Println("next time since", image.Take)
 
-	err = client.RemoveDevice(ctx, control.RemoveRequest{Device: "vdb"})
+	_, err = client.RemoveDevice(ctx, control.RemoveRequest{Device: "vdb"})
 	var failed *control.Error
 	if errors.As(err, &failed) {
 		fmt.Println(failed.Code, "-", failed)

@@ -45,9 +45,9 @@ func (f *fakeAPI) AddDevice(_ context.Context, r control.AddRequest) (control.De
 	f.asked = r
 	return control.Device{Name: "vdb", Path: "/dev/ublkb0", Added: time.Unix(5, 0).UTC(), Snapshots: []string{}}, f.err
 }
-func (f *fakeAPI) RemoveDevice(_ context.Context, r control.RemoveRequest) error {
+func (f *fakeAPI) RemoveDevice(_ context.Context, r control.RemoveRequest) (control.CutOff, error) {
 	f.asked = r
-	return f.err
+	return control.CutOff{Users: []string{"somebody"}, Snapshots: []string{"u"}}, f.err
 }
 func (f *fakeAPI) Devices(context.Context) ([]control.Device, error) {
 	return []control.Device{{Name: "a"}}, f.err
@@ -99,9 +99,9 @@ func (f *fakeAPI) SetSnapshot(_ context.Context, r control.SetRequest) (control.
 	f.asked = r
 	return control.Snapshot{ID: "u"}, f.err
 }
-func (f *fakeAPI) DestroySnapshot(_ context.Context, r control.DestroyRequest) error {
+func (f *fakeAPI) DestroySnapshot(_ context.Context, r control.DestroyRequest) (control.CutOff, error) {
 	f.asked = r
-	return f.err
+	return control.CutOff{Users: []string{"somebody"}}, f.err
 }
 func (f *fakeAPI) Snapshots(context.Context) ([]control.Snapshot, error) {
 	return []control.Snapshot{{ID: "u"}}, f.err
@@ -230,7 +230,7 @@ func calls(ctx context.Context, a control.API) map[string]struct {
 	return map[string]call{
 		"info":     {nil, func() (any, error) { return a.Info(ctx) }},
 		"add":      {add, func() (any, error) { return a.AddDevice(ctx, add) }},
-		"remove":   {remove, func() (any, error) { return nil, a.RemoveDevice(ctx, remove) }},
+		"remove":   {remove, func() (any, error) { return a.RemoveDevice(ctx, remove) }},
 		"list":     {nil, func() (any, error) { return a.Devices(ctx) }},
 		"status":   {"n", func() (any, error) { return a.DeviceStatus(ctx, "n") }},
 		"cbt info": {"n", func() (any, error) { return a.CBTInfo(ctx, "n") }},
@@ -250,7 +250,7 @@ func calls(ctx context.Context, a control.API) map[string]struct {
 		"append":   {storage, func() (any, error) { return a.AppendStorage(ctx, storage) }},
 		"take":     {take, func() (any, error) { return a.TakeSnapshot(ctx, take) }},
 		"set":      {set, func() (any, error) { return a.SetSnapshot(ctx, set) }},
-		"destroy":  {destroy, func() (any, error) { return nil, a.DestroySnapshot(ctx, destroy) }},
+		"destroy":  {destroy, func() (any, error) { return a.DestroySnapshot(ctx, destroy) }},
 		"list s":   {nil, func() (any, error) { return a.Snapshots(ctx) }},
 		"snapshot": {"u", func() (any, error) { return a.Snapshot(ctx, "u") }},
 		"wait":     {wait, func() (any, error) { return a.WaitEvent(ctx, wait) }},

@@ -18,24 +18,25 @@ import (
 )
 
 // RemoveDevice implements control.API.
-func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) error {
+func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) (c control.CutOff, err error) {
 	end, err := d.begin(ctx, "remove %s", r.Device)
 	if err != nil {
-		return err
+		return c, err
 	}
 	defer end()
 	if w := d.findWaiting(r.Device); w != nil {
 		if !r.Force {
-			return w.waitingError("remove " + r.Device)
+			return c, w.waitingError("remove " + r.Device)
 		}
+		c = d.cutOff("remove "+r.Device, control.CutOff{Users: d.usersOfLeft(w.record.ID)})
 		ctx, cancel := d.withDiskTimeout(context.Background())
 		defer cancel()
 		if err := d.removeWaiting(ctx, w); err != nil {
-			return fail(err, "remove %s", r.Device)
+			return c, fail(err, "remove %s", r.Device)
 		}
 		d.noteRemoved(w.record.Name, w.record.Original.Sequence)
 		d.opts.Log.Info("a device that waited is removed", "name", w.record.Name)
-		return nil
+		return c, nil
 	}
 	dev, err := d.findDevice(r.Device)
 	if err != nil {
@@ -43,22 +44,26 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) erro
 		// path.
 		for _, path := range []string{filepath.Join(linkDir, r.Device), r.Device} {
 			if id, ok := d.orphan(ctx, path); ok {
-				return d.removeOrphan(r, id)
+				if r.Force {
+					c = d.cutOff("remove "+r.Device, control.CutOff{Users: d.usersOfLeft(id)})
+				}
+				return c, d.removeOrphan(r, id)
 			}
 		}
-		return fail(err, "remove %s", r.Device)
+		return c, fail(err, "remove %s", r.Device)
 	}
 	if r.Force {
+		c = d.cutOff("remove "+r.Device, d.usersAndHolders(dev))
 		err = d.removeForced(dev)
 	} else {
 		err = d.removeIdle(ctx, dev)
 	}
 	if err != nil {
-		return fail(err, "remove %s", r.Device)
+		return c, fail(err, "remove %s", r.Device)
 	}
 	d.noteRemoved(dev.Name, dev.disk.Sequence)
 	d.opts.Log.Info("removed", "name", dev.Name, "disk", dev.Original, "forced", r.Force)
-	return nil
+	return c, nil
 }
 
 // settleLimit is how long a removal or stop waits for a passer-by that has the device

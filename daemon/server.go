@@ -110,14 +110,14 @@ func newHandler(api control.API, log *slog.Logger, p timeouts) http.Handler {
 	handle(s, turns, "reload", api.Reload)
 
 	handle(s, turns, "device/add", api.AddDevice)
-	handle(s, turns, "device/remove", answerless(api.RemoveDevice))
+	handle(s, turns, "device/remove", api.RemoveDevice)
 	s.serve(marks, "cbt/mark", p.ranges, s.mark)
 
 	handle(s, turns, "snapshot/create", api.CreateSnapshot)
 	handle(s, turns, "snapshot/add", api.AddToSnapshot)
 	handle(s, turns, "snapshot/append", api.AppendStorage)
 	handle(s, turns, "snapshot/take", api.TakeSnapshot)
-	handle(s, turns, "snapshot/destroy", answerless(api.DestroySnapshot))
+	handle(s, turns, "snapshot/destroy", api.DestroySnapshot)
 	handle(s, turns, "snapshot/set", api.SetSnapshot)
 	handle(s, watchers, "snapshot/wait", api.WaitEvent) // which takes the event away from others
 
@@ -160,10 +160,6 @@ func (s *server) handler(log *slog.Logger, refusal func(r *http.Request) error) 
 		log.Debug("call", "path", r.URL.Path)
 		s.mux.ServeHTTP(w, r)
 	})
-}
-
-func answerless[Req any](f func(context.Context, Req) error) func(context.Context, Req) (none, error) {
-	return func(ctx context.Context, r Req) (none, error) { return none{}, f(ctx, r) }
 }
 
 // serve calls f for each call of a path, once the call has its place. body is how

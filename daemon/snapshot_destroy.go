@@ -14,40 +14,42 @@ import (
 )
 
 // DestroySnapshot implements control.API.
-func (d *Daemon) DestroySnapshot(ctx context.Context, r control.DestroyRequest) error {
-	s, err := d.beginDestroy(ctx, r)
+func (d *Daemon) DestroySnapshot(ctx context.Context, r control.DestroyRequest) (control.CutOff, error) {
+	s, c, err := d.beginDestroy(ctx, r)
 	if err != nil {
-		return err
+		return c, err
 	}
 	// Here opLock is free again, so that nobody else has to wait for the storage.
 	if err := d.awaitDestroyed(ctx, s); err != nil {
-		return snapshotError(err, "destroy snapshot %s", s.id)
+		return c, snapshotError(err, "destroy snapshot %s", s.id)
 	}
-	return nil
+	return c, nil
 }
 
-func (d *Daemon) beginDestroy(ctx context.Context, r control.DestroyRequest) (*snapshot, error) {
+func (d *Daemon) beginDestroy(ctx context.Context, r control.DestroyRequest) (s *snapshot, c control.CutOff, err error) {
 	end, err := d.begin(ctx, "destroy snapshot %s", r.ID)
 	if err != nil {
-		return nil, err
+		return nil, c, err
 	}
 	defer end()
-	s, err := d.findSnapshot(r.ID)
-	if err != nil {
-		return nil, err
+	if s, err = d.findSnapshot(r.ID); err != nil {
+		return nil, c, err
 	}
-	if !r.Force && !s.destroying {
+	switch {
+	case r.Force:
+		c = d.cutOff("destroy snapshot "+s.id, control.CutOff{Users: d.imageUsers(s)})
+	case !s.destroying:
 		if err := d.checkUnused(ctx, s); err != nil {
-			return nil, fail(err, "destroy snapshot %s", s.id)
+			return nil, c, fail(err, "destroy snapshot %s", s.id)
 		}
 	}
 	if dev := d.passedBy(s); dev != nil {
 		d.tellBroken(s, dev)
 	}
 	if err := d.startDestroy(s); err != nil {
-		return nil, snapshotError(err, "destroy snapshot %s", s.id)
+		return nil, c, snapshotError(err, "destroy snapshot %s", s.id)
 	}
-	return s, nil
+	return s, c, nil
 }
 
 // destroyBroken destroys a snapshot because its device dev is removed by force.

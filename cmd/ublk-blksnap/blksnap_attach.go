@@ -54,7 +54,8 @@ func (p *program) blksnapDetach() *cobra.Command {
 				return err
 			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
-				return api.RemoveDevice(ctx, control.RemoveRequest{Device: path})
+				_, err := api.RemoveDevice(ctx, control.RemoveRequest{Device: path})
+				return err
 			})
 		},
 	}

@@ -116,7 +116,8 @@ func (p *program) blksnapSnapshotTake() *cobra.Command {
 
 func (p *program) blksnapSnapshotDestroy() *cobra.Command {
 	c := p.blksnapWithID("snapshot_destroy", "Destroy a snapshot (blksnap)", func(ctx context.Context, api control.API, id string) error {
-		return api.DestroySnapshot(ctx, control.DestroyRequest{ID: id, Force: true}) // as blksnap does
+		_, err := api.DestroySnapshot(ctx, control.DestroyRequest{ID: id, Force: true}) // as blksnap does, without a word
+		return err
 	})
 	c.Long = `Destroy a snapshot, under the users of its images too, whose I/O fails from then on:
 blksnap does so. "ublk-blksnap snapshot destroy" names the users and destroys nothing.`

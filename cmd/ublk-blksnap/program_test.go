@@ -36,6 +36,7 @@ type fakeDaemon struct {
 	lost      *control.Lost
 	config    string
 	delay     time.Duration
+	cutOff    control.CutOff
 }
 
 func (f *fakeDaemon) ask(r any) error {
@@ -50,8 +51,8 @@ func (f *fakeDaemon) Info(context.Context) (control.Info, error) {
 func (f *fakeDaemon) AddDevice(_ context.Context, r control.AddRequest) (control.Device, error) {
 	return f.device, f.ask(r)
 }
-func (f *fakeDaemon) RemoveDevice(_ context.Context, r control.RemoveRequest) error {
-	return f.ask(r)
+func (f *fakeDaemon) RemoveDevice(_ context.Context, r control.RemoveRequest) (control.CutOff, error) {
+	return f.cutOff, f.ask(r)
 }
 func (f *fakeDaemon) Devices(context.Context) ([]control.Device, error) {
 	if f.device.Name == "" {
@@ -97,8 +98,8 @@ func (f *fakeDaemon) TakeSnapshot(_ context.Context, r control.TakeRequest) (con
 func (f *fakeDaemon) SetSnapshot(_ context.Context, r control.SetRequest) (control.Snapshot, error) {
 	return f.snapshots[0], f.ask(r)
 }
-func (f *fakeDaemon) DestroySnapshot(_ context.Context, r control.DestroyRequest) error {
-	return f.ask(r)
+func (f *fakeDaemon) DestroySnapshot(_ context.Context, r control.DestroyRequest) (control.CutOff, error) {
+	return f.cutOff, f.ask(r)
 }
 func (f *fakeDaemon) Snapshots(context.Context) ([]control.Snapshot, error) {
 	return f.snapshots, f.ask("snapshots")

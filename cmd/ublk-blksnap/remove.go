@@ -24,6 +24,7 @@ no snapshot holds it: the users go on without it.
 With --force it is removed under its users: their I/O fails from then on, and what
 they wrote but did not sync is lost. Users of a device-mapper device go on, and only
 requests that do not end otherwise fail. Snapshots that hold the filter are destroyed.
+Each user and snapshot is named, on standard error.
 
 A disk that the configuration names gets its filter again at the next boot, and may
 not be used without it, unless --boot is given. That works without a daemon too, and
@@ -37,14 +38,30 @@ holds for the next boot even if the filter cannot be removed now.`,
 			if boot {
 				return p.removeBoot(c, r)
 			}
-			return p.with(c, func(ctx context.Context, api control.API) error {
-				return api.RemoveDevice(ctx, r)
-			})
+			return p.removeNow(c, r)
 		},
 	}
 	c.Flags().BoolVar(&boot, "boot", false, "at the next boot too")
 	c.Flags().BoolVar(&r.Force, "force", false, "remove it under its users")
 	return c
+}
+
+func (p *program) removeNow(c *cobra.Command, r control.RemoveRequest) error {
+	return p.with(c, func(ctx context.Context, api control.API) error {
+		cut, err := api.RemoveDevice(ctx, r)
+		p.tellCutOff("remove "+r.Device, cut)
+		return err
+	})
+}
+
+// tellCutOff says what was broken by force.
+func (p *program) tellCutOff(what string, c control.CutOff) {
+	for _, who := range c.Users {
+		p.tell(what + ": I/O fails from now on: " + who)
+	}
+	for _, s := range c.Snapshots {
+		p.tell(what + ": snapshot " + s + " is destroyed")
+	}
 }
 
 // removeBoot takes a disk out of the configuration, and its filter away if there is
@@ -61,7 +78,7 @@ func (p *program) removeBoot(c *cobra.Command, r control.RemoveRequest) error {
 		return fmt.Errorf("remove %s: %w", r.Device, err)
 	}
 	r.Device = b.Name
-	err = p.with(c, func(ctx context.Context, api control.API) error { return api.RemoveDevice(ctx, r) })
+	err = p.removeNow(c, r)
 	if code := control.CodeOf(err); err != nil && code != control.NotFound && code != control.Unavailable {
 		return fmt.Errorf("%s has no filter from the next boot on, but now: %w", b.Name, err)
 	}

@@ -176,3 +176,24 @@ func TestEmptyColumns(t *testing.T) {
 		t.Errorf("printed\n%s", out)
 	}
 }
+
+// TestCutOff: who uses force reads what that broke, and scripts find nothing more in the output. blksnap's own verb, which
+// always forces, is as silent as blksnap is.
+func TestCutOff(t *testing.T) {
+	cut := control.CutOff{Users: []string{"mounted on /srv", "the image of vdb: opened by cp (process 7)"}, Snapshots: []string{"nightly"}}
+	for line, want := range map[string]string{
+		"remove --force vdb": "ublk-blksnap: remove vdb: I/O fails from now on: mounted on /srv\n" +
+			"ublk-blksnap: remove vdb: I/O fails from now on: the image of vdb: opened by cp (process 7)\n" +
+			"ublk-blksnap: remove vdb: snapshot nightly is destroyed\n",
+		"snapshot destroy --force " + id1: "ublk-blksnap: destroy snapshot " + id1 + ": I/O fails from now on: mounted on /srv\n" +
+			"ublk-blksnap: destroy snapshot " + id1 + ": I/O fails from now on: the image of vdb: opened by cp (process 7)\n" +
+			"ublk-blksnap: destroy snapshot " + id1 + ": snapshot nightly is destroyed\n",
+		"snapshot_destroy -i " + id1: "",
+	} {
+		f := newFake()
+		f.cutOff = cut
+		if status, out, errs := execute(f, strings.Fields("ublk-blksnap "+line)...); status != 0 || out != "" || errs != want {
+			t.Errorf("%s: status %d, printed %q, said %q, want %q", line, status, out, errs, want)
+		}
+	}
+}

@@ -92,7 +92,8 @@ func startFilter(ctx context.Context, e *env, _ int64) (*instance, error) {
 		return nil, err
 	}
 	return &instance{disk: d.Path, stop: func(ctx context.Context) error {
-		return c.RemoveDevice(ctx, control.RemoveRequest{Device: d.Name})
+		_, err := c.RemoveDevice(ctx, control.RemoveRequest{Device: d.Name})
+		return err
 	}}, nil
 }
 
@@ -119,7 +120,8 @@ func startIntent(ctx context.Context, e *env, logged bool) (*instance, error) {
 		return nil, errors.Join(err, loop.stop(ctx))
 	}
 	stop := func(ctx context.Context) error {
-		return errors.Join(c.RemoveDevice(ctx, control.RemoveRequest{Device: d.Name}), loop.stop(ctx))
+		_, err := c.RemoveDevice(ctx, control.RemoveRequest{Device: d.Name})
+		return errors.Join(err, loop.stop(ctx))
 	}
 	i, err := c.CBTInfo(ctx, d.Name)
 	if err == nil && i.PowerFailure.Covered != logged {
@@ -155,7 +157,8 @@ func startSnapshotOf(ctx context.Context, e *env, chunk int64, encrypt bool) (*i
 		return nil, errors.Join(err, f.stop(ctx))
 	}
 	stop := func(ctx context.Context) error {
-		return errors.Join(c.DestroySnapshot(ctx, control.DestroyRequest{ID: s.ID}), f.stop(ctx))
+		_, err := c.DestroySnapshot(ctx, control.DestroyRequest{ID: s.ID})
+		return errors.Join(err, f.stop(ctx))
 	}
 	taken, err := c.TakeSnapshot(ctx, control.TakeRequest{ID: s.ID})
 	if err == nil && (len(taken.Images) != 1 || taken.ChunkSize != chunk) {

@@ -30,6 +30,11 @@ func (m *machine) prepare() {
 
 func file(n int) string { return filepath.Join(mounted, fmt.Sprint("file", n)) }
 
+func (m *machine) destroy(ctx context.Context, id string) error {
+	_, err := m.DestroySnapshot(ctx, control.DestroyRequest{ID: id})
+	return err
+}
+
 // load does everything that the map must know of until the power fails.
 func (m *machine) load(ctx context.Context) {
 	note("lose", fmt.Sprint(m.mayLose))
@@ -63,7 +68,7 @@ func (m *machine) load(ctx context.Context) {
 func (m *machine) noteNow(ctx context.Context) {
 	s := m.take()
 	m.noteTake(s)
-	try(m.DestroySnapshot(ctx, control.DestroyRequest{ID: s.ID}))
+	try(m.destroy(ctx, s.ID))
 }
 
 // writeDirect writes to a place in one half of the files.
@@ -126,7 +131,7 @@ func (m *machine) takes(ctx context.Context, rnd *rand.Rand) {
 			m.increment(s)
 		}
 		if len(held) > 2 || rnd.Intn(2) == 0 {
-			try(m.DestroySnapshot(ctx, control.DestroyRequest{ID: held[0].ID}))
+			try(m.destroy(ctx, held[0].ID))
 			held = held[1:]
 		}
 		time.Sleep(time.Duration(rnd.Intn(2000)) * time.Millisecond)

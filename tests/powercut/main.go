@@ -219,7 +219,7 @@ func (m *machine) backUp(s control.Snapshot) {
 	copyAll(s.Images[0].Path)
 	m.noteTake(s)
 	note("backup", s.Images[0].Take.String())
-	try(m.DestroySnapshot(context.Background(), control.DestroyRequest{ID: s.ID}))
+	try(m.destroy(context.Background(), s.ID))
 }
 
 // goesOn is any other boot.
@@ -278,7 +278,7 @@ func (m *machine) restores(i control.CBTInfo, s control.Snapshot) {
 	}
 	fmt.Printf("# the increment of %d KiB of %d restores the disk\n", bytes>>10, i.DeviceCapacity>>10)
 	m.noteTake(s)
-	try(m.DestroySnapshot(context.Background(), control.DestroyRequest{ID: s.ID}))
+	try(m.destroy(context.Background(), s.ID))
 }
 
 // end ends it all as it should.

@@ -395,8 +395,9 @@ func destroyInUse(t *testing.T, d *program.Daemon, dev control.Device) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if a := d.Call("ublk-blksnap", "snapshot", "destroy", "--force", s.ID); a.Status != 0 || a.Err != "" {
-		t.Errorf("by force: %+v", a)
+	want := fmt.Sprintf("ublk-blksnap: destroy snapshot %s: I/O fails from now on: the image of %s: opened by %s (process %d)\n", s.ID, dev.Name, ownName(t), os.Getpid())
+	if a := d.Call("ublk-blksnap", "snapshot", "destroy", "--force", s.ID); a.Status != 0 || a.Out != "" || a.Err != want {
+		t.Errorf("by force: %+v, want %q", a, want)
 	}
 	s = d.Take(0, dev)
 	if a := d.Call("ublk-blksnap", "snapshot", "destroy", s.ID); a.Status != 0 {

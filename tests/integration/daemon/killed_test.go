@@ -314,8 +314,18 @@ func named(name string) func(*control.AddRequest) {
 	return func(r *control.AddRequest) { r.Name = name }
 }
 
+// ownName is what the kernel calls this process.
+func ownName(t *testing.T) string {
+	t.Helper()
+	name, err := os.ReadFile("/proc/self/comm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(name))
+}
+
 // TestRemovedByForce: the users of a filter get errors, those of its images too,
-// and the snapshot breaks aloud.
+// and the snapshot breaks aloud. The one who used force reads who they are.
 func TestRemovedByForce(t *testing.T) {
 	guest.Need(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
@@ -332,8 +342,10 @@ func TestRemovedByForce(t *testing.T) {
 	go func() {
 		watched <- d.Watch(context.Background(), control.WatchRequest{ID: s.ID}, func(e control.Event) error { kinds = append(kinds, e.Kind); return nil })
 	}()
-	if a := d.Call("ublk-blksnap", "remove", "--force", dev.Name); a.Status != 0 || a.Err != "" {
-		t.Fatalf("%+v", a)
+	what := "ublk-blksnap: remove " + dev.Name + ": "
+	want := fmt.Sprintf("%sI/O fails from now on: the image of %s: opened by %s (process %d)\n%ssnapshot %s is destroyed\n", what, dev.Name, ownName(t), os.Getpid(), what, s.ID)
+	if a := d.Call("ublk-blksnap", "remove", "--force", dev.Name); a.Status != 0 || a.Out != "" || a.Err != want {
+		t.Fatalf("%+v, want %q", a, want)
 	}
 	if err := <-watched; err != nil && control.CodeOf(err) != control.NotFound {
 		t.Error(err)

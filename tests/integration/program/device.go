@@ -52,3 +52,9 @@ func (d *Daemon) Remove(dev control.Device) {
 func Queues(queues, depth int) func(*control.AddRequest) {
 	return func(r *control.AddRequest) { r.Queues, r.Depth = queues, depth }
 }
+
+// RemoveDevice is the client's, without the answer: who is cut off is for people.
+func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) error {
+	_, err := d.Client.RemoveDevice(ctx, r)
+	return err
+}

@@ -69,6 +69,12 @@ func (d *Daemon) Taken(id string) control.Snapshot {
 	return s
 }
 
+// DestroySnapshot is the client's, without the answer: who is cut off is for people.
+func (d *Daemon) DestroySnapshot(ctx context.Context, r control.DestroyRequest) error {
+	_, err := d.Client.DestroySnapshot(ctx, r)
+	return err
+}
+
 // Destroy destroys a snapshot, whoever uses its images.
 func (d *Daemon) Destroy(id string) {
 	d.t.Helper()
