@@ -20,8 +20,20 @@ import (
 // completionLimit is how long a person who has pressed a key waits for a daemon that does not answer.
 const completionLimit = 2 * time.Second
 
-// completer gives the words for the next argument.
-type completer func(ctx context.Context, api control.API) ([]cobra.Completion, error)
+// completer gives the words for the next argument: words that are always the same, or what the daemon is asked for.
+type completer struct {
+	fixed []cobra.Completion
+	ask   func(ctx context.Context, api control.API) ([]cobra.Completion, error)
+}
+
+var (
+	filterNames   = completer{ask: askFilterNames}
+	originals     = completer{ask: askOriginals}
+	snapshotNames = completer{ask: askSnapshotNames}
+	snapshotIDs   = completer{ask: askSnapshotIDs}
+	nothing       = completer{fixed: []cobra.Completion{}}
+	files         = completer{}
+)
 
 // completedArgs are the commands' arguments, one after the other. A last one that is repeated stands for all that follow.
 // Others are completed with files.
@@ -34,7 +46,7 @@ var completedArgs = map[string][]completer{
 	"cbt mark":         {filterNames, nothing},
 	"snapshot create":  {filterNames, filterNames},
 	"snapshot add":     {snapshotNames, filterNames},
-	"snapshot append":  {snapshotNames, nil},
+	"snapshot append":  {snapshotNames, files},
 	"snapshot take":    {snapshotNames},
 	"snapshot info":    {snapshotNames},
 	"snapshot watch":   {snapshotNames},
@@ -103,11 +115,11 @@ func (p *program) complete(c *cobra.Command) {
 		}
 	}
 	c.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
-		completer := completedFlags["--"+f.Name]
-		if own := completedFlags[path+" --"+f.Name]; own != nil {
-			completer = own
+		completer, ok := completedFlags[path+" --"+f.Name]
+		if !ok {
+			completer, ok = completedFlags["--"+f.Name]
 		}
-		if completer == nil {
+		if !ok {
 			return
 		}
 		err := c.RegisterFlagCompletionFunc(f.Name, func(c *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
@@ -123,21 +135,24 @@ func (p *program) complete(c *cobra.Command) {
 	})
 }
 
-// words are those of a completer, or files if it is nil.
+// words are those of a completer.
 func (p *program) words(c *cobra.Command, from completer) ([]cobra.Completion, cobra.ShellCompDirective) {
-	if from == nil {
+	switch {
+	case from.fixed != nil:
+		return slices.Clone(from.fixed), cobra.ShellCompDirectiveNoFileComp
+	case from.ask == nil:
 		return nil, cobra.ShellCompDirectiveDefault
 	}
 	ctx, cancel := context.WithTimeout(c.Context(), completionLimit)
 	defer cancel()
 	var found []cobra.Completion
 	if api, err := p.connect(ctx, startNone); err == nil { // no daemon, no names
-		found, _ = from(ctx, api)
+		found, _ = from.ask(ctx, api)
 	}
 	return found, cobra.ShellCompDirectiveNoFileComp
 }
 
-func filterNames(ctx context.Context, api control.API) (names []cobra.Completion, err error) {
+func askFilterNames(ctx context.Context, api control.API) (names []cobra.Completion, err error) {
 	all, err := api.Devices(ctx)
 	for _, d := range all {
 		names = append(names, cobra.CompletionWithDesc(d.Name, d.Original))
@@ -146,7 +161,7 @@ func filterNames(ctx context.Context, api control.API) (names []cobra.Completion
 }
 
 // originals are what blksnap's commands take.
-func originals(ctx context.Context, api control.API) (paths []cobra.Completion, err error) {
+func askOriginals(ctx context.Context, api control.API) (paths []cobra.Completion, err error) {
 	all, err := api.Devices(ctx)
 	for _, d := range all {
 		paths = append(paths, cobra.CompletionWithDesc(d.Original, d.Name))
@@ -155,7 +170,7 @@ func originals(ctx context.Context, api control.API) (paths []cobra.Completion, 
 }
 
 // snapshotNames are all by which a snapshot may be called.
-func snapshotNames(ctx context.Context, api control.API) (names []cobra.Completion, err error) {
+func askSnapshotNames(ctx context.Context, api control.API) (names []cobra.Completion, err error) {
 	all, err := api.Snapshots(ctx)
 	if len(all) > 0 {
 		names = append(names, control.Latest)
@@ -170,7 +185,7 @@ func snapshotNames(ctx context.Context, api control.API) (names []cobra.Completi
 }
 
 // snapshotIDs are what blksnap's commands take.
-func snapshotIDs(ctx context.Context, api control.API) (ids []cobra.Completion, err error) {
+func askSnapshotIDs(ctx context.Context, api control.API) (ids []cobra.Completion, err error) {
 	all, err := api.Snapshots(ctx)
 	for _, s := range all {
 		ids = append(ids, described(s.ID, s))
@@ -187,8 +202,4 @@ func described(name string, s control.Snapshot) cobra.Completion {
 	return cobra.CompletionWithDesc(name, text)
 }
 
-func words(all ...cobra.Completion) completer {
-	return func(context.Context, control.API) ([]cobra.Completion, error) { return all, nil }
-}
-
-func nothing(context.Context, control.API) ([]cobra.Completion, error) { return nil, nil }
+func words(all ...cobra.Completion) completer { return completer{fixed: all} }

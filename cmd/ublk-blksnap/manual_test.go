@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/daemon"
 )
 
@@ -155,6 +158,22 @@ func TestCompletion(t *testing.T) {
 		_, out, _ := execute(newFake(), append([]string{"ublk-blksnap", cobra.ShellCompRequestCmd}, strings.Split(line, " ")...)...)
 		if got := strings.Split(strings.TrimSpace(out), "\n"); !slices.Equal(got, want) {
 			t.Errorf("%q completes %q, want %q", line, got, want)
+		}
+	}
+	// Words that are always the same need no daemon.
+	for line, want := range map[string][]string{
+		"add /dev/vdb --mode ":           {"auto", "copy", "zerocopy", ":4"},
+		"daemon --log-level ":            {"debug", "info", "warn", "error", ":4"},
+		"snapshot info nightly --field ": {"device", "expires", "image", "name", "state", "take", "uuid", ":4"},
+		"remove ":                        {":4"},
+	} {
+		var out bytes.Buffer
+		p := &program{out: &out, err: io.Discard, connect: func(context.Context, starts) (control.API, error) {
+			return nil, &control.Error{Code: control.Unavailable, Message: "no daemon runs"}
+		}}
+		p.run(context.Background(), append([]string{"ublk-blksnap", cobra.ShellCompRequestCmd}, strings.Split(line, " ")...))
+		if got := strings.Split(strings.TrimSpace(out.String()), "\n"); !slices.Equal(got, want) {
+			t.Errorf("without a daemon %q completes %q, want %q", line, got, want)
 		}
 	}
 	root := (&program{name: "ublk-blksnap"}).root()
