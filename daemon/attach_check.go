@@ -131,7 +131,7 @@ func (d *Daemon) checkTargets(bdev *disk.Disk, refuse func(fix, format string, a
 	}
 	for _, x := range t {
 		if x.Type == "multipath" {
-			return refuse("name the volume that lies on it", "the kernel does not let a multipath device have another table than one of paths")
+			return refuse(d.multipathFix(bdev), "the kernel does not let a multipath device have another table than one of paths")
 		}
 		if !slices.Contains(attachable, x.Type) {
 			return refuse("unmount it first", "its table has a target that two devices may not have at the same time (%s)", x.Type)
@@ -140,14 +140,33 @@ func (d *Daemon) checkTargets(bdev *disk.Disk, refuse func(fix, format string, a
 			continue
 		}
 		if words := bytes.Fields(x.Args); len(words) > 1 && bytes.HasPrefix(words[1], []byte(":")) {
-			return refuse("name the volume below it, or have its key in its table (it asks for the passphrase): cryptsetup refresh --disable-keyring "+bdev.DMName,
-				"its key is in the kernel's keyring, where nobody can have it for a second table")
+			return refuse(d.keyringFix(bdev), "its key is in the kernel's keyring, where nobody can have it for a second table")
 		}
 		if bytes.Contains(x.Args, []byte("integrity:")) {
 			return refuse("unmount it first", "it has integrity tags")
 		}
 	}
 	return nil
+}
+
+// unusedFix is the way for a device under which no filter can come, and which no other device
+// stands in for.
+const unusedFix = "unmount it and add it, without --attach; with --boot it has its filter at every boot, before it is mounted"
+
+func (d *Daemon) multipathFix(bdev *disk.Disk) string {
+	if len(d.host.Holders(bdev)) > 0 {
+		return "name the volume that lies on it"
+	}
+	return unusedFix
+}
+
+// keyringFix is for an encrypted volume, of which a second table cannot have the key.
+func (d *Daemon) keyringFix(bdev *disk.Disk) string {
+	fix := "have its key in its table (it asks for the passphrase): cryptsetup refresh --disable-keyring " + bdev.DMName
+	if slices.ContainsFunc(d.host.Slaves(bdev), func(below *disk.Disk) bool { return below.DMName != "" }) {
+		return "name the volume below it, or " + fix
+	}
+	return fix + "; or " + unusedFix
 }
 
 // changing is what another program is doing with a device, which goes on from there; "" if it

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -58,6 +59,50 @@ func TestAttachMode(t *testing.T) {
 		err := d.applyDefaults(&control.AddRequest{Path: "/dev/none", Queues: 1, Depth: 1, Attach: mode})
 		if (err == nil) != good || err != nil && control.CodeOf(err) != control.Invalid {
 			t.Errorf("%q: %v", mode, err)
+		}
+	}
+}
+
+// TestFixes: the way out that a refusal names is there: another volume only if there is one.
+func TestFixes(t *testing.T) {
+	x := newWatchedDisk(t)
+	class := filepath.Join(x.sys, "class", "block")
+	put := func(minor uint32, name, dmName string) *disk.Disk {
+		n := disk.Num{Major: 253, Minor: minor}
+		x.put(t, n, name, 1<<20)
+		dir := filepath.Join(x.sys, "devices", name)
+		for _, err := range []error{
+			os.MkdirAll(class, 0o755), os.Symlink(dir, filepath.Join(class, name)), os.WriteFile(filepath.Join(dir, "dev"), []byte(n.String()+"\n"), 0o644),
+			os.MkdirAll(filepath.Join(dir, "dm"), 0o755), os.WriteFile(filepath.Join(dir, "dm", "name"), []byte(dmName), 0o644),
+		} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		d, err := x.host.ByNumber(n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	link := func(name, kind, other string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Join(x.sys, "devices", name, kind, other), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(1, "sdb1", "")
+	put(2, "dm-2", "vg0-data")
+	bare, safe, above := put(3, "dm-3", "bare"), put(4, "dm-4", "safe"), put(5, "dm-5", "multi")
+	link("dm-3", "slaves", "sdb1")
+	link("dm-4", "slaves", "dm-2")
+	link("dm-5", "holders", "dm-2")
+	const key, unused = "cryptsetup refresh --disable-keyring", "unmount it and add it"
+	for got, want := range map[string][3]bool{ // another volume, the key, the filter in its place
+		x.keyringFix(bare): {false, true, true}, x.keyringFix(safe): {true, true, false}, x.multipathFix(above): {true, false, false}, x.multipathFix(bare): {false, false, true},
+	} {
+		if has := [3]bool{strings.Contains(got, "name the volume"), strings.Contains(got, key), strings.Contains(got, unused)}; has != want {
+			t.Errorf("%q: %v, want %v", got, has, want)
 		}
 	}
 }

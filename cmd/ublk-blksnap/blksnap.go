@@ -11,7 +11,6 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
-	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 // blksnapCommands are blksnap's own commands with its options and output, for
@@ -102,21 +101,6 @@ func checkID(c *cobra.Command, id string) error {
 	return nil
 }
 
-// twoWays adds to the refusal of a mounted disk what blksnap's users need to
-// know: here a filter cannot be slid under a mounted filesystem.
-func twoWays(err error, device string) error {
-	var e *control.Error
-	if !errors.As(err, &e) || e.Code != control.Busy || !strings.Contains(e.Message, "mounted on ") {
-		return err
-	}
-	c := *e
-	c.Fix = "unmount it, attach it and mount the filter device in its place"
-	if d, err := disk.Machine().Lookup(device); err != nil || d.DMName == "" {
-		c.Fix += ", or put the disk under device-mapper"
-	}
-	return &c
-}
-
 // inBlksnapsWords has an error of the daemon's name the commands that blksnap's
 // users have.
 func inBlksnapsWords(e *control.Error) {
@@ -137,6 +121,8 @@ var blksnapsWords = []struct {
 	{regexp.MustCompile(`\bublk-blksnap add or `), "blksnap attach or "},
 	{regexp.MustCompile(`\bublk-blksnap remove ([^-\s]\S*)`), "blksnap detach -d $1"},
 	{regexp.MustCompile(`\bublk-blksnap snapshot destroy (\S+)`), "blksnap snapshot_destroy -i $1"},
-	// blksnap has no names and no force.
+	// blksnap has no names, no force, and nothing for the boot.
+	{regexp.MustCompile(`\badd it with --boot\b`), "add it with ublk-blksnap add --boot"},
+	{regexp.MustCompile(`\badd it, without --attach; with --boot\b`), "attach it; with ublk-blksnap add --boot"},
 	{regexp.MustCompile(`choose another with --name`), "choose another, with ublk-blksnap add --name"},
 }

@@ -32,7 +32,7 @@ func (p *program) blksnapAttach() *cobra.Command {
 					d = s.Device
 				}
 				if err != nil {
-					return twoWays(err, path)
+					return err
 				}
 				return p.print(d, func(w io.Writer) { fmt.Fprintln(w, text) })
 			})

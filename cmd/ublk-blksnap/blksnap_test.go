@@ -90,12 +90,16 @@ func TestAttachAgain(t *testing.T) {
 	if status, out, errs := execute(f, "blksnap", "attach", "-d", "/dev/vdb"); status != 1 || out != "" || errs != "blksnap: name taken\n" {
 		t.Errorf("status %d, %q, %q", status, out, errs)
 	}
-	f.err = &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add /dev/vdb: mounted on /mnt", Fix: "unmount it first"}
-	_, _, errs := execute(f, "blksnap", "attach", "-d", "/dev/vdb")
-	if !strings.Contains(errs, "mounted on /mnt: unmount it") || !strings.Contains(errs, "device-mapper") {
-		t.Errorf("not both ways out: %q", errs)
+	// The ways out are the daemon's own, in words that blksnap's users can follow.
+	for fix, want := range map[string]string{
+		"unmount it, add it with --boot, and mount it again; or put it under LVM once": "unmount it, add it with ublk-blksnap add --boot, and mount it again; or put it under LVM once",
+		"unmount it and add it, without --attach; with --boot it has its filter":       "unmount it and attach it; with ublk-blksnap add --boot it has its filter",
+	} {
+		f.err = &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add /dev/vdb: mounted on /mnt", Fix: fix}
+		if _, _, errs := execute(f, "blksnap", "attach", "-d", "/dev/vdb"); errs != "blksnap: attach /dev/vdb: mounted on /mnt: "+want+"\n" {
+			t.Errorf("%q, want %q", errs, want)
+		}
 	}
-	// That is no way out of another use.
 	f.err = &control.Error{Code: control.Busy, Errno: unix.EBUSY, Message: "add /dev/vdb: used as swap space", Fix: "swapoff /dev/vdb first"}
 	if _, _, errs := execute(f, "blksnap", "attach", "-d", "/dev/vdb"); errs != "blksnap: attach /dev/vdb: used as swap space: swapoff /dev/vdb first\n" {
 		t.Errorf("%q", errs)

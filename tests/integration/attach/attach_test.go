@@ -327,7 +327,7 @@ func TestAttachRefused(t *testing.T) {
 		guest.Run(t, "modprobe", "dm-round-robin")
 		path := guest.LoopDisk(t, 16<<20, 512)
 		multi := guest.DMDisk(t, "multi", "0 32768 multipath 0 0 1 1 round-robin 0 1 1 "+path+" 1000")
-		d.In(t).Refused([]string{"multipath device", "name the volume that lies on it"}, "add", "--attach", multi)
+		d.In(t).Refused([]string{"multipath device", "unmount it and add it", "with --boot"}, "add", "--attach", multi)
 		nothingLeft(t, c)
 		if !guest.Long() {
 			return

@@ -296,7 +296,8 @@ func TestBlksnapScript(t *testing.T) {
 	// A mounted disk cannot be attached, and both ways out are named; under device-mapper it can.
 	dir = guest.Mount(t, disks[0])
 	fails("mounted on "+dir+": unmount it", "attach", "-d", disks[0])
-	fails("put the disk under device-mapper", "attach", "-d", disks[0])
+	fails("add it with ublk-blksnap add --boot", "attach", "-d", disks[0])
+	fails("put it under LVM once", "attach", "-d", disks[0])
 	guest.Unmount(t, dir)
 	dm := guest.DMDisk(t, "there", guest.LinearTable(t, disks[0]))
 	dir = guest.Mount(t, dm)
