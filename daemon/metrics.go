@@ -65,9 +65,10 @@ var (
 	metricBlocks    = gauge("cbt_blocks", "Blocks of a change map.", "device")
 	metricBlockSize = gauge("cbt_block_size_bytes", "Size of a block.", "device")
 
-	metricSnapshot = gauge("snapshot_info", "A snapshot and one of its devices.", "snapshot", "device")
+	metricSnapshot = gauge("snapshot_info", "A snapshot, by its UUID and by its name if it has one, and one of its devices.", "snapshot", "name", "device")
 	metricState    = gauge("snapshot_state", "1 for the state that the snapshot is in.", "snapshot", "state")
 	metricCreated  = gauge("snapshot_created_time_seconds", "When the snapshot was created, since the epoch.", "snapshot")
+	metricExpires  = gauge("snapshot_expires_time_seconds", "When the snapshot ends by itself, since the epoch, if it does.", "snapshot")
 	metricFailed   = gauge("snapshot_failed", "Whether the snapshot is broken.", "snapshot")
 	metricCopied   = gauge("snapshot_copied_chunks", "Chunks of old data that were copied.", "snapshot")
 	metricStored   = gauge("snapshot_stored_chunks", "Chunks of them in the storage.", "snapshot")
@@ -191,7 +192,7 @@ func (d *Daemon) measureSnapshot(s *snapshot, put put) {
 	}
 	broken := s.snap.Err() != 0
 	d.mu.Lock()
-	state := s.stateLocked(broken)
+	state, name, ends := s.stateLocked(broken), s.note.Name, s.note.Ends
 	var devices []string
 	for _, im := range s.images {
 		devices = append(devices, im.device.Name)
@@ -200,10 +201,13 @@ func (d *Daemon) measureSnapshot(s *snapshot, put put) {
 	for _, one := range []string{control.SnapshotCreated, control.SnapshotTaken, control.SnapshotCorrupted, control.SnapshotDestroying} {
 		put(metricState, boolean01(one == state), s.id, one)
 	}
-	for _, name := range devices {
-		put(metricSnapshot, 1, s.id, name)
+	for _, device := range devices {
+		put(metricSnapshot, 1, s.id, name, device)
 	}
 	put(metricCreated, since(s.created), s.id)
+	if ends != 0 {
+		put(metricExpires, since(ends.wall()), s.id)
+	}
 	put(metricFailed, boolean01(broken), s.id)
 	u := s.usage()
 	put(metricCopied, float64(u.Copied/s.chunk), s.id)

@@ -5,6 +5,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -125,6 +127,57 @@ ublk_blksnap_snapshot_state{snapshot="UUID",state="taken"} 0
 	}
 	if err := testutil.GatherAndCompare(d, strings.NewReader(want), names...); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestMetricsOfASnapshot: a query can go by the name of a snapshot, and see its end coming.
+func TestMetricsOfASnapshot(t *testing.T) {
+	d, _, s := measured(t)
+	const expires = "ublk_blksnap_snapshot_expires_time_seconds"
+	if n, err := testutil.GatherAndCount(d, expires); n != 0 || err != nil {
+		t.Errorf("%d ends of a snapshot that stays, %v", n, err)
+	}
+	s.note.Name, s.note.Ends = "nightly", endAfter(time.Hour)
+	want := strings.ReplaceAll(`
+# HELP ublk_blksnap_snapshot_info A snapshot, by its UUID and by its name if it has one, and one of its devices.
+# TYPE ublk_blksnap_snapshot_info gauge
+ublk_blksnap_snapshot_info{device="data",name="nightly",snapshot="ID"} 1
+`, `"ID"`, `"`+s.id+`"`)
+	if err := testutil.GatherAndCompare(d, strings.NewReader(want), "ublk_blksnap_snapshot_info"); err != nil {
+		t.Error(err)
+	}
+	all, err := d.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(all, func(f *dto.MetricFamily) bool { return f.GetName() == expires })
+	if i < 0 {
+		t.Fatal("no end")
+	}
+	if at := all[i].GetMetric()[0].GetGauge().GetValue(); at < since(time.Now()) || at > since(time.Now().Add(time.Hour+time.Second)) {
+		t.Errorf("it ends at %f", at)
+	}
+}
+
+// TestMetricsInTheManual: the page of the daemon has a row for each metric, in their order, and no other.
+func TestMetricsInTheManual(t *testing.T) {
+	page, err := os.ReadFile("../docs/daemon.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := regexp.MustCompile("(?m)^\\| `ublk_blksnap_.*$").FindAllString(string(page), -1)
+	var want []string
+	parts := regexp.MustCompile(`fqName: "(.*)", help: "(.*)", constLabels: {}, variableLabels: {(.*)}}$`)
+	for _, m := range allMetrics {
+		part := parts.FindStringSubmatch(m.desc.String())
+		if part == nil {
+			t.Fatalf("%s", m.desc)
+		}
+		labels := strings.ReplaceAll(part[3], ",", ", ")
+		want = append(want, strings.Join([]string{"| `" + part[1] + "`", labels, part[2] + " |"}, " | "))
+	}
+	if !slices.Equal(rows, want) {
+		t.Errorf("docs/daemon.md has\n%s\nwant\n%s", strings.Join(rows, "\n"), strings.Join(want, "\n"))
 	}
 }
 
