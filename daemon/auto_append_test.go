@@ -1,8 +1,11 @@
 package daemon
 
 import (
+	"bytes"
 	"errors"
+	"log/slog"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -19,6 +22,8 @@ func TestAutoAppend(t *testing.T) {
 	d.host = host(time.Minute)
 	d.opLock = make(chan struct{}, 1)
 	d.events = newEventLog()
+	var log bytes.Buffer
+	d.opts.Log = NewLog(&log, slog.LevelInfo, false)
 	d.activity.Store(new(string))
 	d.devices = map[string]*device{} // none that the storage could lie on
 	d.opts.Config = DefaultConfig()
@@ -65,6 +70,10 @@ func TestAutoAppend(t *testing.T) {
 	}
 	if st := s.storage; len(st) != 1 || !st[0].Auto || st[0].Path != dir || st[0].Reserve != 1 {
 		t.Errorf("storage %+v", st)
+	}
+	d.opts.Log.Flush(time.Minute)
+	if got := log.String(); !regexp.MustCompile(`a snapshot has storage.* storage=` + regexp.QuoteMeta(dir) + ` at_most=\S+.* leaves_free=`).MatchString(got) {
+		t.Errorf("the log does not say how far the storage grows: %s", got)
 	}
 	now = now.Add(autoRetry)
 	try(false) // it has it

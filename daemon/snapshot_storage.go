@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -78,7 +79,24 @@ func (d *Daemon) appendTo(s *snapshot, st control.Storage) error {
 	d.mu.Lock()
 	s.storage = append(s.storage, st)
 	d.mu.Unlock()
+	d.logStorage(s, st)
 	return nil
+}
+
+// logStorage says how far the storage that was appended last can grow, above all if nobody has
+// given it a limit.
+func (d *Daemon) logStorage(s *snapshot, st control.Storage) {
+	about := []any{"snapshot", s.called(), "storage", st.Path}
+	if spaces := s.snap.Spaces(); len(spaces) > 0 {
+		last := spaces[len(spaces)-1]
+		if most := cmp.Or(last.Most, st.Limit); most != 0 {
+			about = append(about, "at_most", control.HumanSize(most))
+		}
+		if last.Spare != 0 {
+			about = append(about, "leaves_free", control.HumanSize(last.Spare))
+		}
+	}
+	d.opts.Log.Info("a snapshot has storage", about...)
 }
 
 // probe says what a block device holds. It waits within the limit for storage,

@@ -25,8 +25,14 @@ not there, a directory, or a block device.`,
 			}
 			return p.with(c, func(ctx context.Context, api control.API) error {
 				s, err := api.AppendStorage(ctx, control.StorageRequest{ID: snapshotRef(args[0]), Storage: st[0]})
+				if err != nil {
+					return err
+				}
 				p.warn(s, st, p.tell)
-				return err
+				if n := len(s.Storage); n > 0 {
+					p.say("storage " + storageText(s.Storage[n-1])) // the one that is new
+				}
+				return nil
 			})
 		},
 	}

@@ -1,7 +1,10 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
+	"io"
 	"os"
 	"strings"
 	"testing"
@@ -194,6 +197,29 @@ func TestCutOff(t *testing.T) {
 		f.cutOff = cut
 		if status, out, errs := execute(f, strings.Fields("ublk-blksnap "+line)...); status != 0 || out != "" || errs != want {
 			t.Errorf("%s: status %d, printed %q, said %q, want %q", line, status, out, errs, want)
+		}
+	}
+}
+
+// TestStorageIsSaid: a person reads how far new storage grows, of whichever command; a script does not.
+func TestStorageIsSaid(t *testing.T) {
+	for line, want := range map[string]string{
+		"snapshot append nightly /srv/more": "ublk-blksnap: storage /srv/more, at most 5G, leaves 1G of its filesystem free\n",
+		"snapshot create vdb --storage /srv/more": "ublk-blksnap: storage /var/tmp, at most 1G\n" +
+			"ublk-blksnap: storage /srv/more, at most 5G, leaves 1G of its filesystem free\n",
+	} {
+		for _, person := range []bool{true, false} {
+			f := newFake()
+			f.snapshots[0].Storage = []control.Storage{{Path: "/var/tmp", Limit: 1 << 30}, {Path: "/srv/more", Most: 5 << 30, Spare: 1 << 30}}
+			var o, e bytes.Buffer
+			p := &program{out: &o, err: &e, connect: func(context.Context, starts) (control.API, error) { return f, nil }, terminal: func(io.Writer) bool { return person }}
+			said := want
+			if !person {
+				said = ""
+			}
+			if status := p.run(context.Background(), strings.Fields("ublk-blksnap "+line)); status != 0 || e.String() != said {
+				t.Errorf("%s, person %v: status %d, said %q, want %q", line, person, status, e.String(), said)
+			}
 		}
 	}
 }
