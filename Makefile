@@ -71,9 +71,9 @@ test: check bin/vm overlay
 	go test -race -short $(GIOURING) ./internal/uring ./internal/blockdev/...
 	$(MAKE) integration-binaries
 	$(MAKE) integration-binaries BUILD=giouring
-	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12 && $(MAKE) docs KERNEL=6.12 PAGE="(README|quick-start|lvm)" && \
-		$(MAKE) integration-run KERNEL=6.12 VM_CPUS=4 RUN="$(FOUR_QUEUES)"' \
-		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest && $(MAKE) integration-run KERNEL=newest VM_CPUS=4 RUN="$(FOUR_QUEUES)"' \
+	tests/together.sh 'UBLK_BLKSNAP_SHARE=0 $(MAKE) integration-run KERNEL=6.12 && $(MAKE) integration-run KERNEL=6.12 VM_CPUS=4 RUN="$(FOUR_QUEUES)"' \
+		'UBLK_BLKSNAP_SHARE=1 $(MAKE) integration-run KERNEL=newest && $(MAKE) integration-run KERNEL=newest VM_CPUS=4 RUN="$(FOUR_QUEUES)" && \
+		$(MAKE) docs KERNEL=newest PAGE="(README|quick-start|lvm)"' \
 		'go test $(OVERLAY) -timeout 60m ./tests/sim && VM_TEST=1 go test -short -count=1 -timeout 60m ./tests/vm/... && \
 		$(MAKE) package && $(MAKE) reboot KERNEL=newest && $(MAKE) powercut KERNEL=newest && $(MAKE) boot KERNEL=6.12 && \
 		$(MAKE) root KERNEL=6.12 TARGET=crypt && $(MAKE) systemd KERNEL=newest && $(MAKE) demo KERNEL=newest && $(MAKE) integration-run KERNEL=6.1 RUN=OldKernel && \
@@ -116,17 +116,14 @@ integration-binaries: build build-next bin/vm
 
 soak: export UBLK_BLKSNAP_LONG = 1
 soak: integration-binaries
-	@for kernel in $(or $(KERNEL),6.12 newest); do \
-		VM_CPUS=$${VM_CPUS:-4} bin/vm -kernel $$kernel -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG -e UBLK_BLKSNAP_KILLS=$(KILLS) \
-			'exec tests/integration/run.sh 355 .cache/test/integration "$(RUN)"'; \
-		KERNEL=$$kernel CUTS=$${CUTS:-30} VM_CPUS=$${VM_CPUS:-4} $(MAKE) powercut; \
-		KERNEL=$$kernel $(MAKE) reboot; \
-		KERNEL=$$kernel $(MAKE) systemd; \
-	done
-	$(MAKE) boot KERNEL=newest
-	$(MAKE) root LOAD=600
-	$(MAKE) docs
-	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/...
+	@failed=; for kernel in $(or $(KERNEL),6.12 newest); do \
+		cpus=VM_CPUS=$${VM_CPUS:-4}; export KERNEL=$$kernel; \
+		env $$cpus bin/vm -no-skips -timeout 6h -e UBLK_BLKSNAP_LONG -e UBLK_BLKSNAP_KILLS=$(KILLS) \
+			'exec tests/integration/run.sh 355 .cache/test/integration "$(RUN)"' || failed="$$failed integration:$$kernel"; \
+		for target in "powercut CUTS=$(or $(CUTS),30) $$cpus" reboot systemd boot "root LOAD=600" docs; do $(MAKE) $$target || failed="$$failed $${target%% *}:$$kernel"; done; \
+	done; \
+	VM_TEST=1 go test -count=1 -timeout 60m ./tests/vm/... || failed="$$failed vm"; \
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 systemd: build bin/vm
 	tests/setup.sh package

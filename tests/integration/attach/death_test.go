@@ -2,6 +2,7 @@ package attach
 
 import (
 	"fmt"
+	"math/rand"
 	"os"
 	"path/filepath"
 	"testing"
@@ -144,17 +145,14 @@ func TestDeathInAttach(t *testing.T) {
 }
 
 // TestAttachAgain: attached and detached again and again while fio writes and verifies, with a
-// death of the daemon in a tenth of the rounds. LVM and everybody else find the tables as they
-// were, and the group in order.
+// death of the daemon in a tenth of the rounds: somewhere in an attachment, in a detachment, or
+// between. LVM and everybody else find the tables as they were, and the group in order.
 func TestAttachAgain(t *testing.T) {
 	guest.NeedEither(t)
 	c := controlDM(t)
-	group(t, "vgs", guest.LoopDisk(t, 500<<20, 512))
-	volumes := []string{encrypted(t, "again", volume(t, "vgs/lower", int(guest.Span(24, 48))))} // LUKS takes 16 MiB
-	kinds := []guest.Filesystem{guest.Ext4, guest.Ext4, guest.XFS}
-	if guest.Long() {
-		volumes = append(volumes, volume(t, "vgs/ext4", 24), encrypted(t, "xfs", volume(t, "vgs/xfs", 336)))
-	}
+	group(t, "vgs", guest.LoopDisk(t, 130<<20, 512))
+	volumes := []string{volume(t, "vgs/ext4", 24), encrypted(t, "xfs", volume(t, "vgs/xfs", 80))}
+	kinds := []guest.Filesystem{guest.Ext4, guest.XFS}
 	d := program.Start(t)
 	var before, dirs []string
 	var stops []func()
@@ -164,26 +162,62 @@ func TestAttachAgain(t *testing.T) {
 		dirs = append(dirs, guest.Mount(t, path))
 		stops = append(stops, guest.Verified(t, dirs[i]))
 	}
+	add := func(path string) error {
+		_, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: path})
+		return err
+	}
+	remove := func(path string) error {
+		return d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: path})
+	}
+	seed := time.Now().UnixNano()
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewSource(seed))
+	// dying does it with a daemon that dies somewhere in it, and whatever comes of it, once more.
+	dying := func(do func(string) error, path string, done bool) error {
+		asked := make(chan error, 1)
+		go func() { asked <- do(path) }()
+		time.Sleep(time.Duration(rnd.Int63n(int64(time.Second))))
+		d.Kill()
+		err := guest.Await(t, "an answer", asked)
+		d.Restart()
+		if goesThroughFilter(t, path) == done {
+			return nil
+		}
+		t.Logf("%s: died in it: %v", path, err)
+		return do(path)
+	}
 	rounds := int(guest.Span(10, 100))
 	for n := range rounds {
 		began := time.Now()
-		for _, path := range volumes {
-			if _, err := d.AddDevice(guest.Context(t), control.AddRequest{Path: path}); err != nil {
+		dies := -1 // which volume's attachment, and after that, which volume's detachment
+		if n%10 == 1 {
+			dies = rnd.Intn(2 * len(volumes))
+		}
+		for i, path := range volumes {
+			var err error
+			if dies == i {
+				err = dying(add, path, true)
+			} else {
+				err = add(path)
+			}
+			if err != nil {
 				t.Fatalf("round %d: %v", n, err)
 			}
 			if !goesThroughFilter(t, path) {
 				t.Fatalf("round %d: table %s", n, tableOf(t, path))
 			}
 		}
-		if n%10 == 1 {
-			d.Kill()
-			d.Restart()
-		}
 		if n%10 == 5 {
 			lvm(t, "vgck", "vgs")
 		}
 		for i, path := range volumes {
-			if err := d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: path}); err != nil {
+			var err error
+			if dies == len(volumes)+i {
+				err = dying(remove, path, false)
+			} else {
+				err = remove(path)
+			}
+			if err != nil {
 				t.Fatalf("round %d: %v", n, err)
 			}
 			if after := tableOf(t, path); after != before[i] {

@@ -83,6 +83,7 @@ func TestFioVerify(t *testing.T) {
 	} {
 		name := fmt.Sprintf("%dx%d/%d/%s", c.queues, c.depth, c.block, strings.ReplaceAll(strings.ReplaceAll(c.how, "--", ""), " ", ","))
 		t.Run(name, func(t *testing.T) {
+			guest.NeedEither(t)
 			d := d.In(t)
 			dev := d.Add(c.disk, program.Queues(c.queues, c.depth))
 			if dev.Queues != c.queues || dev.Depth != c.depth || dev.LogicalBlockSize != c.block {
@@ -131,6 +132,7 @@ func TestBlockSizes(t *testing.T) {
 		{"scsi/4096", 4096, func(t *testing.T) string { return guest.SCSIDisk(t, 12, 4096) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			guest.NeedEither(t)
 			disk := c.disk(t)
 			d := program.Start(t)
 			dev := d.Add(disk)

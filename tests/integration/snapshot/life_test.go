@@ -153,7 +153,7 @@ func TestSnapshotRounds(t *testing.T) {
 		round()
 	}
 	before, memory := d.Held(), d.Memory()
-	rounds := int(guest.Span(30, 300))
+	rounds := int(guest.Span(15, 300))
 	for range rounds {
 		round()
 	}
