@@ -80,10 +80,8 @@ test: check bin/vm overlay
 		$(MAKE) integration-run KERNEL=newest BUILD=giouring RUN=Ublk'
 
 check: setup lint
-	go test ./...
-	go test -race -short ./...
-	go test -tags deathpoints ./internal/deathpoint ./snapshots
-	go test -tags nextformat,deathpoints -run Format ./daemon
+	tests/together.sh 'go test ./...' 'go test -race -short ./...' \
+		'go test -tags deathpoints ./internal/deathpoint ./snapshots && go test -tags nextformat,deathpoints -run Format ./daemon'
 
 lint: setup overlay $(LINT)
 	@files=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$files" ] || { echo "gofmt would change: $$files"; exit 1; }
