@@ -233,9 +233,11 @@ deb rpm: setup-go $(NFPM)
 	@gzip -9n $(STAGE)/usr/share/man/*/*
 	@cd $(STAGE) && rm usr/sbin/blksnap && find usr -name 'blksnap*' -o -name _blksnap | \
 		while read -r file; do install -D -m 644 -t compat/$${file%/*} $$file && rm $$file; done
+	@GOARCH=$(ARCH) CGO_ENABLED=0 dist/package/copyright.sh >$(STAGE)/copyright
 	@for config in nfpm compat; do ARCH=$(ARCH) $(NFPM) package -f dist/package/$$config.yaml -p $@ -t $(PACKAGES)/; done
 
-# What Debian's and Fedora's own checks say of the packages, and that what is installed can be taken away again.
+# What Debian's and Fedora's own checks say of the packages, that their copyright names every module in the program, and that
+# what is installed can be taken away again.
 package: PACKAGES = .cache/package/checked
 package: build
 	tests/setup.sh package
@@ -244,6 +246,7 @@ package: build
 	$(MAKE) deb rpm ARCH=amd64 PACKAGES=$(PACKAGES)
 	lintian --fail-on error $(PACKAGES)/*.deb
 	rpmlint -c dist/package/rpmlint.toml $(PACKAGES)/*.rpm
+	tests/copyright.sh $(PACKAGES)/ublk-blksnap_*.deb
 	$(MAKE) -o build install uninstall DESTDIR=$(CURDIR)/.cache/test/tree
 	@left=$$(find .cache/test/tree -not -type d); [ -z "$$left" ] || { echo "left by make uninstall: $$left"; exit 1; }
 
