@@ -8,12 +8,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Program in the search path (or file), and its package.
+# Program in the search path (or file, or the certificates below), and its package.
 test_needs="
 	gcc                           gcc
 	/usr/include/stdio.h          libc6-dev
 	/usr/include/linux/types.h    linux-libc-dev
-	/etc/ssl/certs/ca-certificates.crt ca-certificates
+	certificates                  ca-certificates
 	qemu-system-x86_64            qemu-system-x86
 	/usr/lib/qemu/virtiofsd       qemu-system-common
 	busybox                       busybox-static
@@ -44,16 +44,34 @@ package_needs="
 	rpm                           rpm
 "
 go_needs="
-	/etc/ssl/certs/ca-certificates.crt ca-certificates
+	certificates                  ca-certificates
 "
 
+# Where Go looks for the authorities whose certificates it believes: the file differs with the system.
+certificates=(
+	/etc/ssl/certs/ca-certificates.crt
+	/etc/pki/tls/certs/ca-bundle.crt
+	/etc/ssl/ca-bundle.pem
+	/etc/pki/tls/cacert.pem
+	/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem
+	/etc/ssl/cert.pem
+)
+
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+# any_of says whether one of the files is there.
+any_of() {
+	local file
+	for file; do [ ! -e "$file" ] || return 0; done
+	return 1
+}
 
 # missing prints a line for each thing of the list $1 that is not there: the package first, then what is missing.
 missing() {
 	while read -r what package; do
 		case $what in
 		"") ;;
+		certificates) any_of "${certificates[@]}" || echo "$package ${certificates[0]}" ;;
 		/*) [ -e "$what" ] || echo "$package $what" ;;
 		*) command -v "$what" >/dev/null || echo "$package $what" ;;
 		esac

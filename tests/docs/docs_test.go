@@ -164,8 +164,9 @@ func headings(text string) (all []string) {
 	return all
 }
 
-// TestSetupElsewhere: on a system without apt, setup.sh says what it wants, and does nothing.
-func TestSetupElsewhere(t *testing.T) {
+// setupTools is a folder with all that setup.sh calls on a system without apt and without Go.
+func setupTools(t *testing.T) string {
+	t.Helper()
 	bin := t.TempDir()
 	for _, name := range []string{"dirname", "cut", "sort", "sed", "head"} {
 		path, err := exec.LookPath(name)
@@ -176,6 +177,12 @@ func TestSetupElsewhere(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	return bin
+}
+
+// TestSetupElsewhere: on a system without apt, setup.sh says what it wants, and does nothing.
+func TestSetupElsewhere(t *testing.T) {
+	bin := setupTools(t)
 	for group, wants := range map[string][]string{
 		"go":   {"not Debian", "nothing is installed", "go, 1.21 or newer"},
 		"test": {"not Debian", "nothing is installed", "qemu-system-x86_64 ", " qemu-system-x86\n", "fio "},
@@ -190,6 +197,46 @@ func TestSetupElsewhere(t *testing.T) {
 			if !strings.Contains(string(out), want) {
 				t.Errorf("setup.sh %s does not say %q: %s", group, want, out)
 			}
+		}
+	}
+}
+
+// TestSetupCertificates: for Go alone setup.sh wants a file of certificates, wherever the
+// system has it that Go would look into.
+func TestSetupCertificates(t *testing.T) {
+	dir, bin := t.TempDir(), setupTools(t)
+	if err := os.WriteFile(filepath.Join(bin, "go"), []byte("#!/bin/sh\necho go1.26.0\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write := func(name, content string) {
+		t.Helper()
+		name = filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte(content), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("go.mod", text(t, "go.mod"))
+	// A system whose /etc is in the folder.
+	write("tests/setup.sh", strings.ReplaceAll(text(t, "tests/setup.sh"), "/etc/", dir+"/etc/"))
+	setup := func() (int, string) {
+		setup := exec.Command("/bin/bash", filepath.Join(dir, "tests/setup.sh"), "go")
+		setup.Env = []string{"PATH=" + bin}
+		out, _ := setup.CombinedOutput()
+		return setup.ProcessState.ExitCode(), string(out)
+	}
+	if status, out := setup(); status != 1 || !strings.Contains(out, "/etc/ssl/certs/ca-certificates.crt ca-certificates\n") {
+		t.Errorf("without certificates: status %d: %s", status, out)
+	}
+	for _, file := range []string{"ssl/certs/ca-certificates.crt", "pki/tls/certs/ca-bundle.crt", "ssl/ca-bundle.pem", "pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "ssl/cert.pem"} {
+		write("etc/"+file, "")
+		if status, out := setup(); status != 0 || out != "" {
+			t.Errorf("with /etc/%s: status %d: %s", file, status, out)
+		}
+		if err := os.RemoveAll(filepath.Join(dir, "etc")); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
