@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -35,8 +36,8 @@ func (l *lines) Write(p []byte) (int, error) {
 	return l.text.Write(p)
 }
 
-// TestMalformedRequests: 10,000 requests that mean nothing are refused, each with a reason.
-// Nothing changes, nothing is left of them, and who comes next is served. The integration
+// TestMalformedRequests: 10,000 requests that mean nothing are refused, each with a reason, half
+// of them at the socket of those who may only look. Nothing changes, nothing is left of them, and who comes next is served. The integration
 // tests do the same to a daemon with a snapshot.
 func TestMalformedRequests(t *testing.T) {
 	n := 10_000
@@ -49,7 +50,6 @@ func TestMalformedRequests(t *testing.T) {
 	}
 	take := m.Switch()
 	var log lines
-	socket := filepath.Join(t.TempDir(), "s")
 	d := &Daemon{
 		opts: Options{Dir: RunDir(t.TempDir()), Log: NewLog(&log, slog.LevelInfo, false), Config: DefaultConfig()}, host: disk.Machine(), events: newEventLog(),
 		opLock: make(chan struct{}, 1), waiting: map[string]*survivor{}, snapshots: map[string]*snapshot{},
@@ -60,14 +60,20 @@ func TestMalformedRequests(t *testing.T) {
 	}
 	d.opts.Config.StateDir = t.TempDir()
 	d.activity.Store(new(string))
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
+	dir := t.TempDir()
+	serve := func(name string, s *http.Server, limit int) (socket string, places chan struct{}) {
+		socket, places = filepath.Join(dir, name), make(chan struct{}, limit)
+		l, err := net.Listen("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go s.Serve(&limitListener{Listener: l, places: places})
+		t.Cleanup(func() { s.Close() })
+		return socket, places
 	}
-	s := newServer(d, d.opts.Log.Logger, defaultTimeouts)
-	places := make(chan struct{}, maxConnections)
-	go s.Serve(&limitListener{Listener: l, places: places})
-	defer s.Close()
+	socket, places := serve("control", newServer(d, d.opts.Log.Logger, defaultTimeouts), maxConnections)
+	forReaders := serverOf(newReadHandler(d, d.opts.Log.Logger, defaultTimeouts, "backup"), d.opts.Log.Logger, defaultTimeouts)
+	readSocket, readPlaces := serve("read", forReaders, maxReaders)
 	goroutines := runtime.NumGoroutine()
 
 	known := controltest.Known{Device: "data", Path: "/dev/none", Snapshot: uuid.NewString(), Generation: take.GenerationID.String(), Sectors: 1 << 11}
@@ -79,7 +85,7 @@ func TestMalformedRequests(t *testing.T) {
 			seed := uint64(part)
 			r := rand.New(rand.NewPCG(seed, 11))
 			for range n / 8 {
-				if err := controltest.Try(socket, controltest.Malformed(r, known), 20*time.Second); err != nil {
+				if err := controltest.Try([]string{socket, readSocket}[part%2], controltest.Malformed(r, known), 20*time.Second); err != nil {
 					t.Errorf("seed %d: %v", seed, err)
 				}
 			}
@@ -90,7 +96,7 @@ func TestMalformedRequests(t *testing.T) {
 	if now, err := m.Info(); err != nil || now != take {
 		t.Errorf("the change map was %+v, is %+v, %v", take, now, err)
 	}
-	c := control.NewClient(socket)
+	c := control.NewClient(readSocket)
 	defer c.Close()
 	eventually(t, "the end of what callers asked for that have left", func() bool {
 		i, err := c.Info(context.Background())
@@ -100,10 +106,10 @@ func TestMalformedRequests(t *testing.T) {
 		t.Errorf("%d devices, %d snapshots", len(d.devices), len(d.snapshots))
 	}
 	c.Close()
-	for end := time.Now().Add(20 * time.Second); len(places) > 1 || runtime.NumGoroutine() > goroutines+4; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(20 * time.Second); len(places) > 1 || len(readPlaces) > 1 || runtime.NumGoroutine() > goroutines+4; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			buf := make([]byte, 1<<20)
-			t.Fatalf("%d connections, %d goroutines, %d before:\n%s", len(places), runtime.NumGoroutine(), goroutines, buf[:runtime.Stack(buf, true)])
+			t.Fatalf("%d and %d connections, %d goroutines, %d before:\n%s", len(places), len(readPlaces), runtime.NumGoroutine(), goroutines, buf[:runtime.Stack(buf, true)])
 		}
 	}
 	log.mu.Lock()

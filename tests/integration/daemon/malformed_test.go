@@ -21,12 +21,14 @@ import (
 )
 
 // TestMalformedRequests: a daemon with a filter and a snapshot refuses requests, many of them,
-// that mean nothing. Nothing of it changes, nothing is left of them, and it serves on.
+// that mean nothing, half of them at the socket of those who may only look. Nothing of it
+// changes, nothing is left of them, and it serves on.
 func TestMalformedRequests(t *testing.T) {
 	guest.NeedEither(t)
 	program.LeakTest(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
-	d := program.Start(t)
+	d := program.Start(t, "group=4242")
+	sockets := []string{d.RunDir.Socket(), d.RunDir.ReadSocket()}
 	dev := d.Add(disk)
 	d.Destroy(d.Take(0, dev).ID)
 	s := d.Take(0, dev)
@@ -41,9 +43,9 @@ func TestMalformedRequests(t *testing.T) {
 			wg.Add(1)
 			go func() {
 				defer wg.Done()
-				r := rand.New(rand.NewPCG(seed, 12))
+				r, socket := rand.New(rand.NewPCG(seed, 12)), sockets[seed%2]
 				for range n / 4 {
-					if err := controltest.Try(d.RunDir.Socket(), controltest.Malformed(r, known), guest.Patience); err != nil {
+					if err := controltest.Try(socket, controltest.Malformed(r, known), guest.Patience); err != nil {
 						t.Errorf("seed %d: %v", seed, err)
 					}
 				}
@@ -59,13 +61,13 @@ func TestMalformedRequests(t *testing.T) {
 	}
 	// Some never send the end of theirs, and keep the connection.
 	var silent []net.Conn
-	for range 20 {
-		conn, err := net.Dial("unix", d.RunDir.Socket())
+	for i := range 20 {
+		conn, err := net.Dial("unix", sockets[i%2])
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		fmt.Fprintf(conn, "POST /v1/device/remove HTTP/1.1\r\nHost: d\r\nContent-Length: 99\r\n\r\n{\"device\":%q", dev.Name)
+		fmt.Fprintf(conn, "POST /v1/device/%s HTTP/1.1\r\nHost: d\r\nContent-Length: 99\r\n\r\n{\"device\":%q", []string{"remove", "status"}[i%2], dev.Name)
 		silent = append(silent, conn)
 	}
 	send(100, n)
@@ -85,6 +87,11 @@ func TestMalformedRequests(t *testing.T) {
 			break
 		}
 	}
+	reader := control.NewClient(sockets[1])
+	if list, err := reader.Devices(guest.Context(t)); err != nil || len(list) != 1 {
+		t.Errorf("asked by a reader: %+v, %v", list, err)
+	}
+	reader.Close()
 	d.Settled(held, 8)
 	if now := d.Memory(); now > memory+16<<20 {
 		t.Errorf("%d MiB of memory, %d before", now>>20, memory>>20)
