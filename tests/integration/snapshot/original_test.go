@@ -275,6 +275,41 @@ func TestPulledOut(t *testing.T) {
 	program.WantError(t, err, control.Invalid, "as soon as nobody has it open", "losetup")
 	user.Close()
 	again()
+	pulledZram(t, d)
+}
+
+// pulledZram: the driver zram removes no disk that somebody has open, as a filter has its. Trying
+// does no harm, and without the filter the disk goes.
+func pulledZram(t *testing.T, d *program.Daemon) {
+	guest.Run(t, "modprobe", "zram")
+	t.Cleanup(func() { guest.Run(t, "modprobe", "-r", "zram") })
+	number, err := os.ReadFile("/sys/class/zram-control/hot_add")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := "zram" + strings.TrimSpace(string(number))
+	if err := os.WriteFile("/sys/block/"+name+"/disksize", []byte("8M"), 0); err != nil {
+		t.Fatal(err)
+	}
+	pull := func() error { return os.WriteFile("/sys/class/zram-control/hot_remove", number, 0) }
+	dev := d.Add("/dev/" + name)
+	s := d.Take(64<<10, dev)
+	if err := pull(); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("zram removes a disk under its filter: %v", err)
+	}
+	w := stamp.NewWorld(dev.Size)
+	if err := w.Fill(dev.Path); err != nil {
+		t.Fatal(err)
+	}
+	if status, err := d.DeviceStatus(guest.Context(t), dev.Name); err != nil || status.State != "live" || status.Attention != "" {
+		t.Errorf("after a removal that was refused: %+v, %v", status, err)
+	}
+	d.Destroy(s.ID)
+	d.Remove(dev)
+	guest.WaitFor(t, "the end of the disk", func() bool { return pull() == nil }) // udev may have it open too
+	if _, err := os.Stat("/sys/block/" + name); err == nil {
+		t.Error("the disk is there")
+	}
 }
 
 // wantEvents waits for an event of a device.
