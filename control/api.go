@@ -188,14 +188,6 @@ type RemoveRequest struct {
 	Force bool `json:"force,omitempty"`
 }
 
-// CutOff is what was broken by force, for people. It is empty if nobody was there.
-type CutOff struct {
-	// Users are those of the filter and of images: their I/O fails from then on.
-	Users []string `json:"users,omitempty"`
-	// Snapshots held the filter, and are destroyed. They are given by name, or by UUID.
-	Snapshots []string `json:"snapshots,omitempty"`
-}
-
 // Device is a filter over a disk.
 type Device struct {
 	Name              string    `json:"name"`
@@ -293,11 +285,9 @@ type History struct {
 	// Reason is why it does not: one of the constants.
 	Reason string `json:"reason,omitempty"`
 	Text   string `json:"text,omitempty"` // the same for people
-	// AfterPowerFailure: it goes on after the last filter had no clean end.
+	// AfterPowerFailure: what was kept of the disk is of a filter that had no clean end,
+	// whether it goes on or not.
 	AfterPowerFailure bool `json:"after_power_failure,omitempty"`
-	// Unclean: what was kept of the disk is of a filter that had no clean end, whether it
-	// is believed or not.
-	Unclean bool `json:"unclean,omitempty"`
 }
 
 // The reasons of a History that is not continued.

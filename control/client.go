@@ -180,7 +180,7 @@ func (c *Client) AddDevice(ctx context.Context, r AddRequest) (Device, error) {
 
 // RemoveDevice implements API.
 func (c *Client) RemoveDevice(ctx context.Context, r RemoveRequest) (CutOff, error) {
-	return call[CutOff](ctx, c, "device/remove", r)
+	return forced(call[CutOff](ctx, c, "device/remove", r))
 }
 
 // Devices implements API.
@@ -252,7 +252,7 @@ func (c *Client) TakeSnapshot(ctx context.Context, r TakeRequest) (Snapshot, err
 
 // DestroySnapshot implements API.
 func (c *Client) DestroySnapshot(ctx context.Context, r DestroyRequest) (CutOff, error) {
-	return call[CutOff](ctx, c, "snapshot/destroy", r)
+	return forced(call[CutOff](ctx, c, "snapshot/destroy", r))
 }
 
 // SetSnapshot implements API.

@@ -35,6 +35,8 @@ type Error struct {
 	Errno   Errno  `json:"-"` // as this system has it; on the wire by its name
 	Message string `json:"message"`
 	Fix     string `json:"fix,omitempty"` // what to do about it
+	// CutOff is what was broken by force before it failed.
+	CutOff *CutOff `json:"cut_off,omitempty"`
 }
 
 func (e *Error) Error() string {

@@ -1,10 +1,16 @@
 package daemon
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
+	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
@@ -41,5 +47,26 @@ func TestUsersAndHolders(t *testing.T) {
 		if got := d.usersAndHolders(dev); !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%q, attached %v: %+v, want %+v", c.name, c.attached != nil, got, c.want)
 		}
+	}
+
+	// Processes that do not answer are not waited for.
+	for pid := range 5 {
+		dir := filepath.Join(d.host.Proc, strconv.Itoa(100+pid))
+		if err := errors.Join(os.Mkdir(dir, 0o755), unix.Mkfifo(filepath.Join(dir, "maps"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if f, err := os.OpenFile(filepath.Join(dir, "maps"), os.O_WRONLY|unix.O_NONBLOCK, 0); err == nil {
+				f.Close()
+			}
+		})
+	}
+	began := time.Now()
+	users := d.usersOf(usedDevice{dev.ublk.Num, "it: "})
+	if len(users) != 2 || users[0] != "it: mounted on /srv" || !strings.HasPrefix(users[1], "whoever else uses it") {
+		t.Errorf("beside processes that hang: %q", users)
+	}
+	if waited := time.Since(began); waited > 4*time.Second {
+		t.Errorf("it waited for processes that hang: %v", waited)
 	}
 }

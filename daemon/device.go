@@ -121,14 +121,19 @@ func (d *Daemon) findDevice(ref string) (*device, error) {
 // openedBy names a process that has the device open, if one has that is not our prober,
 // which claims it for us.
 func (d *Daemon) openedBy(n blockdev.Num) string {
+	if who := d.openers(n); len(who) > 0 {
+		return who[0].String()
+	}
+	return ""
+}
+
+// openers are the processes that have a device open, but ours.
+func (d *Daemon) openers(n blockdev.Num) []disk.Process {
 	var ours []int
 	if d.opts.Prober != nil {
 		ours = append(ours, d.opts.Prober.PID())
 	}
-	if who := d.host.Openers(n, ours...); len(who) > 0 {
-		return who[0].String()
-	}
-	return ""
+	return d.host.Openers(n, ours...)
 }
 
 func (d *Daemon) sortedDevices() []*device {

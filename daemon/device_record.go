@@ -107,8 +107,8 @@ const (
 	// In format 2 is a record that says ClaimedByOther: a program of format 1 would go on
 	// with the map. In format 3 is one that says Ending, in format 4 one that says
 	// Unpartitioned, in format 5 one that says GrownFrom, in format 6 one that
-	// says Attached, in format 7 one whose History says Unclean.
-	deviceFormat = 7
+	// says Attached.
+	deviceFormat = 6
 )
 
 func (d *Daemon) cbtFile(name string) string      { return filepath.Join(d.cbtDir(), name) }
@@ -124,10 +124,8 @@ func (d *Daemon) deviceRecordFile(name string) string {
 func (d *Daemon) writeDeviceRecord(r deviceRecord) error {
 	format := 1
 	switch {
-	case r.History.Unclean:
-		format = deviceFormat
 	case r.Attached != nil:
-		format = 6
+		format = deviceFormat
 	case r.GrownFrom != 0:
 		format = 5
 	case r.Unpartitioned:

@@ -90,13 +90,13 @@ func (d *Daemon) tellHistory(dev *device, name string, found foundHistory) {
 // told is what people are told of what was found.
 func (f foundHistory) told() control.History {
 	if no := f.refusal; no != nil {
-		return control.History{Reason: no.Reason, Text: no.Text, Unclean: f.unclean}
+		return control.History{Reason: no.Reason, Text: no.Text, AfterPowerFailure: f.unclean}
 	}
 	from := f.record.Saved.Format(time.RFC3339)
 	if f.running == nil {
 		return control.History{Continued: true, Text: "goes on from " + from}
 	}
-	return control.History{Continued: true, AfterPowerFailure: true, Unclean: f.unclean,
+	return control.History{Continued: true, AfterPowerFailure: true,
 		Text: "goes on after a power failure, from a filter added or taken over at " + from}
 }
 

@@ -186,7 +186,7 @@ func TestUncleanIsTold(t *testing.T) {
 	found := func(reason string, unclean bool) {
 		t.Helper()
 		told := d.findHistory(context.Background(), int(file.Fd()), dev, "data", 1<<20).told()
-		if told.Reason != reason || told.Unclean != unclean || told.Continued {
+		if told.Reason != reason || told.AfterPowerFailure != unclean || told.Continued {
 			t.Errorf("%+v, want the reason %s, unclean %v", told, reason, unclean)
 		}
 		r := deviceRecord{Name: "data", Tag: ublk.NewTag(filterKind), Original: originalRecord{Number: "8:0"}, Geometry: dev.geo, History: told}

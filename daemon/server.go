@@ -195,6 +195,9 @@ func handle[Req, Resp any](s *server, c *class, path string, f func(context.Cont
 			return err
 		}
 		resp, err := f(r.Context(), req)
+		if c, ok := any(resp).(control.CutOff); ok && err != nil {
+			err = c.With(errorOf(err))
+		}
 		if err != nil {
 			return err
 		}

@@ -37,7 +37,7 @@ func (d *Daemon) beginDestroy(ctx context.Context, r control.DestroyRequest) (s 
 	}
 	switch {
 	case r.Force:
-		c = d.cutOff("destroy snapshot "+s.id, control.CutOff{Users: d.imageUsers(s)})
+		c = d.cutOff("destroy snapshot "+s.id, control.CutOff{Users: d.usersOf(usedImages(s)...)})
 	case !s.destroying:
 		if err := d.checkUnused(ctx, s); err != nil {
 			return nil, c, fail(err, "destroy snapshot %s", s.id)

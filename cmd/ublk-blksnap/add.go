@@ -107,7 +107,7 @@ its own beside the configuration. "remove --boot" ends that.`,
 					return remember(ctx, d)
 				}
 				// A disk that cannot be known again begins anew each time: "cbt info" says so.
-				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone && (h.Reason != control.HistoryUnknown || h.Unclean) {
+				if h := d.History; h.Reason != "" && h.Reason != control.HistoryNone && (h.Reason != control.HistoryUnknown || h.AfterPowerFailure) {
 					p.tell(fmt.Sprintf("%s: change tracking begins anew, the next backup copies everything: %s", d.Name, h.Text))
 				}
 				if err := p.print(d, func(w io.Writer) { fmt.Fprintln(w, d.Link) }); err != nil {
@@ -219,7 +219,7 @@ func (p *program) rememberer(r control.AddRequest) (func(context.Context, contro
 // has it in the working directory: it knows what to do with a file.
 func addDevice(ctx context.Context, api control.API, r control.AddRequest) (control.Device, error) {
 	d, err := api.AddDevice(ctx, r)
-	if control.CodeOf(err) != control.NotFound || strings.Contains(r.Path, "/") {
+	if control.CodeOf(err) != control.NotFound || r.Path == "" || strings.Contains(r.Path, "/") {
 		return d, err
 	}
 	path, e := filepath.Abs(r.Path)

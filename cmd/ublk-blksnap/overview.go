@@ -156,11 +156,11 @@ func writeBefore(w io.Writer, info control.Info, since time.Time) {
 func uncleanEnd(h control.History) string {
 	anew := "change tracking began anew: " + h.Text + ": that costs a full backup"
 	switch {
-	case h.AfterPowerFailure:
+	case h.AfterPowerFailure && h.Continued:
 		return "change tracking " + h.Text
 	case h.Reason == control.HistoryUnclean: // which the text says
 		return anew
-	case h.Unclean:
+	case h.AfterPowerFailure:
 		return "the last filter over the disk had no clean end, and " + anew
 	}
 	return ""

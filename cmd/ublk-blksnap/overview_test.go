@@ -52,11 +52,11 @@ nightly                               taken      vdb      1M    1G  0%       3M/
 func TestUncleanEnd(t *testing.T) {
 	f := newFake()
 	for want, h := range map[string]control.History{
-		"change tracking goes on after a power failure": {Continued: true, AfterPowerFailure: true, Unclean: true, Text: "goes on after a power failure"},
+		"change tracking goes on after a power failure": {Continued: true, AfterPowerFailure: true, Text: "goes on after a power failure"},
 		"change tracking began anew: nobody kept the map: that costs a full backup": {
 			Reason: control.HistoryUnclean, Text: "nobody kept the map"},
 		"the last filter over the disk had no clean end, and change tracking began anew: the disk was written to: that costs a full backup": {
-			Reason: control.HistoryWritten, Unclean: true, Text: "the disk was written to"},
+			Reason: control.HistoryWritten, AfterPowerFailure: true, Text: "the disk was written to"},
 	} {
 		f.device.History = h
 		f.status.Device = f.device

@@ -421,12 +421,26 @@ func (p *program) printJSON(w io.Writer, v any) error {
 // the working directory hides no name, unless it is a block device: somebody may work
 // in /dev.
 func devicePath(s string) (string, error) {
-	if !strings.Contains(s, "/") {
-		if info, _ := os.Stat(s); info == nil || info.Mode()&(os.ModeDevice|os.ModeCharDevice) != os.ModeDevice {
-			return s, nil
-		}
+	if !strings.Contains(s, "/") && !isBlockDevice(s) {
+		return s, nil
 	}
 	return filepath.Abs(s)
+}
+
+// isBlockDevice says whether path is a block device, or a link that leads into /dev, where no
+// file server hangs, and there to one.
+func isBlockDevice(path string) bool {
+	if to, err := os.Readlink(path); err == nil {
+		here, err := filepath.Abs(filepath.Dir(path))
+		if !filepath.IsAbs(to) {
+			to = filepath.Join(here, to)
+		}
+		if err != nil || !strings.HasPrefix(filepath.Clean(to), "/dev/") {
+			return false
+		}
+	}
+	info, err := os.Stat(path)
+	return err == nil && info.Mode()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice
 }
 
 // errno says whether err carries the errno.

@@ -24,7 +24,8 @@ no snapshot holds it: the users go on without it.
 With --force it is removed under its users: their I/O fails from then on, and what
 they wrote but did not sync is lost. Users of a device-mapper device go on, and only
 requests that do not end otherwise fail. Snapshots that hold the filter are destroyed.
-Each user and snapshot is named, on standard error.
+What that breaks is named on standard error: these snapshots, who holds a device and
+who has one open, as far as a second is enough to find out.
 
 A disk that the configuration names gets its filter again at the next boot, and may
 not be used without it, unless --boot is given. That works without a daemon too, and

@@ -25,8 +25,8 @@ are printed.
 With --force they are destroyed under their users. From then on each read of an image
 and each write to it fails: a backup that reads one breaks off, and a filesystem that
 is mounted from one gives errors until it is unmounted. What was written to an image
-is lost in any case. The users are named, on standard error. The disks themselves,
-and their filters, do not notice.`,
+is lost in any case. The users are named on standard error, as far as a second is
+enough to find them. The disks themselves, and their filters, do not notice.`,
 		Example: "  ublk-blksnap snapshot destroy nightly\n  ublk-blksnap snapshot destroy --force latest 6b1f",
 		Args:    args(1, -1),
 		RunE: func(c *cobra.Command, args []string) error {

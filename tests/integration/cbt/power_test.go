@@ -213,7 +213,7 @@ func TestPowerFailure(t *testing.T) {
 	wants(t, "after another power failure", dev, "", "goes on after a power failure")
 	p.d.Remove(dev)
 	dev = p.add()
-	if wants(t, "after a clean end", dev, "", "goes on from"); dev.History.Unclean {
+	if wants(t, "after a clean end", dev, "", "goes on from"); dev.History.AfterPowerFailure {
 		t.Errorf("after a clean end: %+v", dev.History)
 	}
 }
@@ -253,7 +253,7 @@ func TestPowerFailureDoubts(t *testing.T) {
 		p.restore()
 		dev := p.add()
 		wants(t, what, dev, reason, text)
-		if !dev.History.Unclean {
+		if !dev.History.AfterPowerFailure {
 			t.Errorf("%s: nobody is told that the last filter had no clean end: %+v", what, dev.History)
 		}
 		if err := p.d.RemoveDevice(guest.Context(t), control.RemoveRequest{Device: dev.Name, Force: true}); err != nil {

@@ -132,7 +132,6 @@ func TestBlockSizes(t *testing.T) {
 		{"scsi/4096", 4096, func(t *testing.T) string { return guest.SCSIDisk(t, 12, 4096) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			guest.NeedEither(t)
 			disk := c.disk(t)
 			d := program.Start(t)
 			dev := d.Add(disk)

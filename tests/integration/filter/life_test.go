@@ -195,7 +195,7 @@ func TestRemoveForced(t *testing.T) {
 	d.Settled(before, 3)
 }
 
-// TestRounds adds and removes a filter 50 times: it leaves nothing.
+// TestRounds adds and removes a filter again and again: it leaves nothing.
 func TestRounds(t *testing.T) {
 	guest.Need(t)
 	program.LeakTest(t)

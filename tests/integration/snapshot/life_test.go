@@ -125,7 +125,7 @@ func TestDetachWhileHeld(t *testing.T) {
 	}
 }
 
-// TestSnapshotRounds takes and destroys 30 times: it leaves nothing.
+// TestSnapshotRounds takes and destroys again and again: it leaves nothing.
 func TestSnapshotRounds(t *testing.T) {
 	guest.NeedEither(t)
 	program.LeakTest(t)
@@ -153,7 +153,7 @@ func TestSnapshotRounds(t *testing.T) {
 		round()
 	}
 	before, memory := d.Held(), d.Memory()
-	rounds := int(guest.Span(15, 300))
+	rounds := int(guest.Span(20, 300))
 	for range rounds {
 		round()
 	}

@@ -189,7 +189,6 @@ func TestRandomWriter(t *testing.T) {
 				continue // the short form has each size, and the smallest with each number of queues
 			}
 			t.Run(fmt.Sprintf("%dKiB/%dqueues", chunk>>10, queues), func(t *testing.T) {
-				guest.NeedEither(t)
 				snapshotsUnder(t, d.In(t), disk, chunk, queues, guest.Span(1500*time.Millisecond, time.Minute))
 			})
 		}
