@@ -2,7 +2,7 @@ package control
 
 import "errors"
 
-// CutOff is what was broken by force, for people. It is empty if nobody was there.
+// CutOff is what was broken by force, for people.
 type CutOff struct {
 	// Users are those of the filter and of images: their I/O fails from then on.
 	Users []string `json:"users,omitempty"`
@@ -10,15 +10,17 @@ type CutOff struct {
 	Snapshots []string `json:"snapshots,omitempty"`
 }
 
-// With is err, with what was broken before it came to that.
-func (c CutOff) With(err error) error {
-	var e *Error
-	if len(c.Users)+len(c.Snapshots) > 0 && errors.As(err, &e) {
-		told := *e
-		told.CutOff = &c
-		return &told
+// Empty says whether nobody was there.
+func (c CutOff) Empty() bool { return len(c.Users)+len(c.Snapshots) == 0 }
+
+// With is an error with what was broken before it came to that.
+func (c CutOff) With(e *Error) *Error {
+	if c.Empty() {
+		return e
 	}
-	return err
+	told := *e
+	told.CutOff = &c
+	return &told
 }
 
 // forced finds what was broken by force in the error too.

@@ -114,7 +114,7 @@ func (d *Daemon) usersAndHolders(dev *device) (c control.CutOff) {
 
 // cutOff logs what is about to be broken by force, also for those who did not ask for it.
 func (d *Daemon) cutOff(what string, c control.CutOff) control.CutOff {
-	if len(c.Users)+len(c.Snapshots) > 0 {
+	if !c.Empty() {
 		d.opts.Log.Warn("it is done by force, under its users", "what", what, "users", c.Users, "snapshots", c.Snapshots)
 	}
 	return c

@@ -89,17 +89,7 @@ func TestNotice(t *testing.T) {
 // is gone again, because by then it is from before that filter.
 func TestKeptOfOneOfTwo(t *testing.T) {
 	dir := t.TempDir()
-	d := &Daemon{opts: Options{Dir: RunDir(filepath.Join(dir, "run")), Log: quiet(), Config: Config{StateDir: filepath.Join(dir, "state"), DiskTimeout: 10 * time.Second}}, host: disk.Machine()}
-	d.host.Sys = filepath.Join(dir, "sys")
-	sysfsDisk(t, d.host.Sys, "vda", "4000:0") // no disk of this machine
-	bdev, err := d.host.ByNumber(disk.Num{Major: 4000})
-	if err != nil {
-		t.Fatal(err)
-	}
-	id, err := d.host.Identify(bdev)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d, bdev, id := ofOneDisk(t, dir)
 	store, err := cbtstate.Open("/", d.opts.Config.StateDir, true)
 	if err != nil {
 		t.Fatal(err)
@@ -230,7 +220,7 @@ func ofOneDisk(t *testing.T, dir string) (*Daemon, *disk.Disk, disk.Identity) {
 	d := &Daemon{opts: Options{Dir: RunDir(filepath.Join(dir, "run")), Log: quiet(), Config: DefaultConfig()}, host: disk.Machine()}
 	d.opts.Config.StateDir = filepath.Join(dir, "state")
 	d.host.Sys = filepath.Join(dir, "sys")
-	sysfsDisk(t, d.host.Sys, "vda", "4000:0")
+	sysfsDisk(t, d.host.Sys, "vda", "4000:0") // no disk of this machine
 	bdev, err := d.host.ByNumber(disk.Num{Major: 4000})
 	if err != nil {
 		t.Fatal(err)

@@ -110,14 +110,14 @@ func newHandler(api control.API, log *slog.Logger, p timeouts) http.Handler {
 	handle(s, turns, "reload", api.Reload)
 
 	handle(s, turns, "device/add", api.AddDevice)
-	handle(s, turns, "device/remove", api.RemoveDevice)
+	handle(s, turns, "device/remove", forced(api.RemoveDevice))
 	s.serve(marks, "cbt/mark", p.ranges, s.mark)
 
 	handle(s, turns, "snapshot/create", api.CreateSnapshot)
 	handle(s, turns, "snapshot/add", api.AddToSnapshot)
 	handle(s, turns, "snapshot/append", api.AppendStorage)
 	handle(s, turns, "snapshot/take", api.TakeSnapshot)
-	handle(s, turns, "snapshot/destroy", api.DestroySnapshot)
+	handle(s, turns, "snapshot/destroy", forced(api.DestroySnapshot))
 	handle(s, turns, "snapshot/set", api.SetSnapshot)
 	handle(s, watchers, "snapshot/wait", api.WaitEvent) // which takes the event away from others
 
@@ -187,6 +187,17 @@ func (s *server) serve(c *class, path string, body time.Duration, f func(w http.
 	})
 }
 
+// forced has an error of f tell too what f broke before it failed.
+func forced[Req any](f func(context.Context, Req) (control.CutOff, error)) func(context.Context, Req) (control.CutOff, error) {
+	return func(ctx context.Context, r Req) (control.CutOff, error) {
+		c, err := f(ctx, r)
+		if err != nil {
+			err = c.With(errorOf(err))
+		}
+		return c, err
+	}
+}
+
 // handle answers the calls of a path with what f returns.
 func handle[Req, Resp any](s *server, c *class, path string, f func(context.Context, Req) (Resp, error)) {
 	s.serve(c, path, s.timeouts.body, func(w http.ResponseWriter, r *http.Request) error {
@@ -195,9 +206,6 @@ func handle[Req, Resp any](s *server, c *class, path string, f func(context.Cont
 			return err
 		}
 		resp, err := f(r.Context(), req)
-		if c, ok := any(resp).(control.CutOff); ok && err != nil {
-			err = c.With(errorOf(err))
-		}
 		if err != nil {
 			return err
 		}
