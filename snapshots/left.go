@@ -49,6 +49,7 @@ type Left struct {
 
 	state   *state
 	claimed []*storage // by place, from Claim on
+	noClaim error      // why Claim has failed
 	failed  *Snapshot  // that Again has begun and could not bring to its end
 }
 

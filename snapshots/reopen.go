@@ -47,12 +47,20 @@ func (l *Left) align() int {
 }
 
 // Claim claims the storages anew, within c.StorageTimeout: after that nothing of the
-// dead daemon is under way on them. Again and Reopen do it too; alone it may be
-// called beside that of other snapshots.
+// dead daemon is under way on them. Again and Reopen do it too, unless it was done;
+// alone it may be called beside that of other snapshots. If it fails, that is final,
+// because filters wait for it: then Again and Reopen fail at once, for the same reason.
 func (l *Left) Claim(c Config) error {
-	if l.claimed != nil || l.Err != nil {
+	switch {
+	case l.Err != nil:
 		return l.Err
+	case l.claimed == nil && l.noClaim == nil:
+		l.noClaim = l.claim(c)
 	}
+	return l.noClaim
+}
+
+func (l *Left) claim(c Config) error {
 	st, err := openState(l.Dir, c.Root)
 	if err != nil {
 		return fmt.Errorf("snapshot %s: %w", l.ID, err)

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -358,6 +359,61 @@ func TestStorageLost(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestClaimFailsOnce: a storage that cannot be had is waited for once, however many
+// snapshots it has, and not again when they are to be taken over.
+func TestClaimFailsOnce(t *testing.T) {
+	shared := t.TempDir()
+	var lives []life
+	var left []*Left
+	var held []*os.File
+	errs := make([]error, 3)
+	for range errs {
+		l := newLife(t)
+		l.Storage = []string{shared}
+		dieTaken(t, l, nil)
+		pin, err := os.Open(pins{dir: l.path("state/" + l.ID)}.point(0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer pin.Close()
+		if err := lock(int(pin.Fd())); err != nil { // as I/O under way would
+			t.Fatal(err)
+		}
+		lives, left, held = append(lives, l), append(left, l.left(t)), append(held, pin)
+	}
+	config := func(l life) (*daemon, Config) {
+		d := daemonOf(t, l)
+		c := d.config()
+		c.StorageTimeout = 100 * time.Millisecond
+		return d, c
+	}
+	var wait sync.WaitGroup
+	for i, l := range left {
+		_, c := config(lives[i])
+		wait.Add(1)
+		go func() {
+			defer wait.Done()
+			errs[i] = l.Claim(c)
+		}()
+	}
+	wait.Wait()
+	for i, l := range left {
+		if !errors.Is(errs[i], ErrStorageInUse) {
+			t.Fatalf("claimed while another has it: %v", errs[i])
+		}
+		held[i].Close()
+		// Whoever tried again would have it now.
+		d, c := config(lives[i])
+		if _, err := l.Reopen(c, []*filter.Filter{d.filter}); err == nil || err.Error() != errs[i].Error() {
+			t.Errorf("reopened: %v, after %v", err, errs[i])
+		}
+		if err := l.Clear(c); err != nil {
+			t.Error(err)
+		}
+		lives[i].checkGone(t)
 	}
 }
 
