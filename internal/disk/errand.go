@@ -1,7 +1,6 @@
 package disk
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -30,14 +29,14 @@ type Command struct {
 // Ran is how a Command has ended.
 type Ran struct {
 	Status int    `json:"status"` // its exit status, -1 if a signal ended it
-	Out    string `json:"out"`    // what it printed on standard output, as far as kept
+	Out    string `json:"out"`    // what it printed on standard output first, as far as kept
 	Said   string `json:"said"`   // and on standard error
 }
 
 const (
 	// runLimit is how long a Command may run.
 	runLimit = time.Minute
-	// keptOutput is how much of its output is told, in bytes.
+	// keptOutput is how much of a program's output is told, in bytes.
 	keptOutput = 8 << 10
 	// keepPause is the time from the end of a kept process to the start of the next. It
 	// grows up to longKeepPause while the processes do not live as long as that.
@@ -175,7 +174,7 @@ func (e *errands) do(q question, files []*os.File) answer {
 func (e *errands) run(c Command) (Ran, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), runLimit)
 	defer cancel()
-	var out, said bytes.Buffer
+	var out, said kept
 	cmd := exec.CommandContext(ctx, c.Path)
 	cmd.Args = c.Args
 	cmd.Dir = "/"
@@ -190,8 +189,24 @@ func (e *errands) run(c Command) (Ran, error) {
 	if err != nil && !errors.As(err, &exit) {
 		return Ran{}, err
 	}
-	text := func(b bytes.Buffer) string { return string(b.Bytes()[:min(b.Len(), keptOutput)]) }
-	return Ran{Status: cmd.ProcessState.ExitCode(), Out: text(out), Said: text(said)}, nil
+	return Ran{Status: cmd.ProcessState.ExitCode(), Out: string(out.text), Said: string(said.text)}, nil
+}
+
+// kept is a program's output, of which no more than keptOutput is in memory: the Prober's is
+// locked, and a database may be dumped there.
+type kept struct {
+	text []byte
+	last bool // the last part of it is kept, not the first
+}
+
+func (k *kept) Write(b []byte) (int, error) {
+	if k.last {
+		k.text = append(k.text, b[max(0, len(b)-keptOutput):]...)
+		k.text = append(k.text[:0], k.text[max(0, len(k.text)-keptOutput):]...)
+	} else {
+		k.text = append(k.text, b[:min(len(b), keptOutput-len(k.text))]...)
+	}
+	return len(b), nil
 }
 
 // reopen is the same file, opened once more: a lock belongs to what was opened.

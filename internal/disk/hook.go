@@ -1,7 +1,6 @@
 package disk
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -152,7 +151,7 @@ func runHook(root string, h Hook, hold *os.File) answer {
 		_, _ = hold.Read(make([]byte, 1))
 		cancel()
 	}()
-	var said bytes.Buffer
+	said := kept{last: true}
 	cmd := exec.CommandContext(ctx, h.Path, h.Args...)
 	cmd.Dir = "/"
 	cmd.Env = append([]string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}, h.Env...)
@@ -179,7 +178,7 @@ func runHook(root string, h Hook, hold *os.File) answer {
 	case err == nil, errors.Is(err, exec.ErrWaitDelay) && ctx.Err() == nil:
 		return answer{}
 	}
-	text := strings.TrimSpace(string(said.Bytes()[:min(said.Len(), keptOutput)]))
+	text := strings.TrimSpace(string(said.text))
 	if text != "" {
 		text = ": " + text[strings.LastIndexByte(text, '\n')+1:]
 	}

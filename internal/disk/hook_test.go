@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -183,6 +184,46 @@ func TestRunHook(t *testing.T) {
 	_ = unix.Kill(-pids[0], unix.SIGKILL)
 	<-ended
 	<-p.ended
+}
+
+// TestOutputIsNotKept: however much a program prints, little of it is in memory, and of a hook
+// the last line is told.
+func TestOutputIsNotKept(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	const print = "echo first; head -c 100000000 /dev/zero; echo; echo last; "
+	dir := hookDir(t, map[string]string{"dumps": "#!/bin/sh\n" + print + "echo the database is down >&2\nexit 3\n"})
+	hold, end, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hold.Close()
+	defer end.Close()
+	var a answer
+	var ran Ran
+	for what, f := range map[string]func(){
+		"a hook": func() { a = runHook("/", Hook{Path: filepath.Join(dir, "dumps"), Limit: time.Minute}, hold) },
+		"a command": func() {
+			ran, err = (&errands{root: "/"}).run(Command{Path: "/bin/sh", Args: []string{"sh", "-c", print + "{ " + print + "} >&2"}})
+		},
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		f()
+		runtime.ReadMemStats(&after)
+		if took := after.TotalAlloc - before.TotalAlloc; took > 4<<20 {
+			t.Errorf("%s that prints 100 MB took %d MiB of memory", what, took>>20)
+		}
+	}
+	if a.Error != "exit status 3: the database is down" {
+		t.Errorf("the hook: %.100q", a.Error)
+	}
+	for _, out := range []string{ran.Out, ran.Said} {
+		if err != nil || ran.Status != 0 || len(out) != keptOutput || !strings.HasPrefix(out, "first\n") {
+			t.Errorf("the command: %d, %v, %d bytes: %.10q", ran.Status, err, len(out), out)
+		}
+	}
 }
 
 func alive(pid int) bool {
