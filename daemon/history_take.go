@@ -46,7 +46,7 @@ func (d *Daemon) tellGenerations(s *snapshot, before []cbtmap.Info) {
 func (d *Daemon) tellLeftGeneration(dev *device, snapshot string, before, taken cbtmap.Info) {
 	h, anew := whyAnew(before, taken)
 	now, err := dev.cbt.Info()
-	if anew && err == nil && now.GenerationID == taken.GenerationID && d.history(dev).Reason != h.Reason {
+	if anew && err == nil && now.GenerationID == taken.GenerationID && d.history(dev) != h {
 		d.tellGeneration(dev, snapshot, h)
 	}
 }

@@ -142,7 +142,7 @@ func (b *backedUp) increment() {
 		t.Fatalf("%d bytes of %d", len(now), len(b.copy))
 	}
 	info, ranges, err := b.s.Changes(b.dev, b.since)
-	if ranOut(err, b.since) { // a full copy is needed
+	if b.s.ranOut(err, b.dev, b.since) { // a full copy is needed
 		b.copy, b.marked, b.since = now, nil, take
 		return
 	}
@@ -166,10 +166,16 @@ func (b *backedUp) increment() {
 	b.marked, b.since = nil, take
 }
 
-// ranOut says whether a generation has ended because its 254 takes were made. Between two
-// questions here there are far less than a hundred.
-func ranOut(err error, since control.Take) bool {
-	return control.CodeOf(err) == control.GenerationEnded && since.Number > 150
+// ranOut says whether the generation of since has ended because its 254 takes were made. For
+// no other reason may one end here, whoever was killed when.
+func (s *survival) ranOut(err error, dev control.Device, since control.Take) bool {
+	s.t.Helper()
+	if control.CodeOf(err) != control.GenerationEnded {
+		return false
+	}
+	h := s.CBT(dev).History
+	s.t.Logf("%s: the generation of %v has ended: %+v", dev.Name, since, h)
+	return h.Reason == control.HistoryNumbers && strings.Contains(h.Text, since.Generation.String())
 }
 
 // told says how much the increments were, which must be little for them to prove a thing.
@@ -185,7 +191,7 @@ func (b *backedUp) told() string {
 func (s *survival) compareMap(dev control.Device, before, after control.SnapshotImage) {
 	s.t.Helper()
 	info, ranges, err := s.Changes(dev, *before.Take)
-	if ranOut(err, *before.Take) {
+	if s.ranOut(err, dev, *before.Take) {
 		return
 	}
 	if err != nil {
