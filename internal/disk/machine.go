@@ -11,7 +11,8 @@ import (
 // MachineID is another one on each machine, and stays over restarts. It has two parts,
 // each empty if it is not known: a hash of the machine-id(5), unless that is one for this
 // boot only, and one of what the firmware says. A copy of a virtual machine has the same
-// machine-id, but is told another by its firmware.
+// machine-id, but is told another by its firmware. One that was reverted to a snapshot of
+// itself is the same.
 func (h *Host) MachineID() string {
 	return h.machineID("/etc/machine-id", "/sys/class/dmi/id/product_uuid")
 }
