@@ -101,6 +101,7 @@ type savedOfSnapshot struct {
 }
 
 const (
+	eventsName   = "events.json"
 	eventsKind   = "events" // of the statefile
 	eventsFormat = 1
 )

@@ -84,8 +84,8 @@ func (d RunDir) formatFound() (int, error) {
 		Fix: "if nothing waits for a daemon, remove " + path + " and start again"}
 }
 
-// checkFormat says whether this program can take over what is in the state directory.
-// It changes nothing.
+// checkFormat says whether this program knows the format of the state directory. It changes
+// nothing.
 func (d RunDir) checkFormat() error {
 	_, err := d.formatFound()
 	return err
@@ -133,7 +133,11 @@ type Takeover struct {
 // CheckTakeover says whether this program, with its configuration, could take over
 // from the daemon of the directory. It changes nothing.
 func CheckTakeover(dir RunDir) (Takeover, error) {
-	return Takeover{control.Version, stateFormat}, dir.checkFormat()
+	err := dir.checkFormat()
+	if err == nil {
+		err = dir.checkRecords()
+	}
+	return Takeover{control.Version, stateFormat}, err
 }
 
 // parseTakeover reads what a program has said of itself.

@@ -387,7 +387,7 @@ func (d *Daemon) forgetEvents(left []*leftSnapshot) {
 
 // openEvents takes the events of a dead daemon over.
 func (d *Daemon) openEvents() {
-	path := filepath.Join(d.opts.Dir.State(), "events.json")
+	path := filepath.Join(d.opts.Dir.State(), eventsName)
 	events, err := openEventLog(path, func(err error) {
 		d.opts.Log.Warn("events cannot be kept for the next daemon", "error", err)
 	})

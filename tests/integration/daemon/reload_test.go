@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/statefile"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/direct"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
@@ -22,7 +23,7 @@ import (
 
 // TestReload: one program after the other takes over in the daemon's process, under a
 // filesystem that is written to. A state of another format is brought to that of the
-// program; a program that does not know it is refused, and nothing changes.
+// program; a program that does not know it, or a record in it, is refused, and nothing changes.
 func TestReload(t *testing.T) {
 	guest.Need(t)
 	disk := guest.RAMDisks(t, 1, 64<<20)[0]
@@ -81,6 +82,20 @@ func TestReload(t *testing.T) {
 	close(end)
 	if err := guest.Await(t, "the last change", changed); err != nil {
 		t.Errorf("during a reload: %v", err)
+	}
+
+	// The versions of records rise without that of the format.
+	record := filepath.Join(d.RunDir.State(), "devices", dev.Name+".json")
+	ours, version, err := statefile.Read(record, "device", 98)
+	if err == nil {
+		err = statefile.Write(record, "device", 99, json.RawMessage(ours))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Refused([]string{"cannot take over", "the filter " + dev.Name, "it has version 99", "remove " + dev.Name, "nothing has changed"}, "daemon", "reload")
+	if err := statefile.Write(record, "device", version, json.RawMessage(ours)); err != nil {
+		t.Fatal(err)
 	}
 
 	// The next format, and not back.
