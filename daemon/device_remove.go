@@ -34,7 +34,7 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) (c c
 		if err := d.removeWaiting(ctx, w); err != nil {
 			return c, fail(err, "remove %s", r.Device)
 		}
-		d.noteRemoved(w.record.Name, w.record.Original.Sequence)
+		d.noteRemoved(w.record.Name, w.record.shown().Sequence)
 		d.opts.Log.Info("a device that waited is removed", "name", w.record.Name)
 		return c, nil
 	}
@@ -61,7 +61,7 @@ func (d *Daemon) RemoveDevice(ctx context.Context, r control.RemoveRequest) (c c
 	if err != nil {
 		return c, fail(err, "remove %s", r.Device)
 	}
-	d.noteRemoved(dev.Name, dev.disk.Sequence)
+	d.noteRemoved(dev.Name, dev.shown().Sequence)
 	d.opts.Log.Info("removed", "name", dev.Name, "disk", dev.Original, "forced", r.Force)
 	return c, nil
 }
