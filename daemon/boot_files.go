@@ -302,8 +302,8 @@ func rankLink(link string, partition bool) int {
 }
 
 // BootWarnings are what would keep the disks from having their filters at the boot, or
-// the filters from going on with their change maps.
-func BootWarnings(ctx context.Context, c Config) (out []string) {
+// the filters from going on with their change maps, or what is to be mounted from waiting.
+func BootWarnings(ctx context.Context, c Config, all ...BootDevice) (out []string) {
 	if state := examineState(c.StateDir); state.Result != OK {
 		out = append(out, state.Text)
 	} else if point := mountOf("/etc/fstab", c.StateDir); point != "" {
@@ -317,7 +317,7 @@ func BootWarnings(ctx context.Context, c Config) (out []string) {
 	} else if said, err := exec.CommandContext(ctx, "systemctl", "is-enabled", unitName).Output(); err != nil {
 		out = append(out, fmt.Sprintf("the unit is not started at the boot (%s): systemctl enable %s", cmp.Or(strings.TrimSpace(string(said)), "not installed"), unitName))
 	}
-	return out
+	return append(out, fstabNotes(all)...)
 }
 
 // CheckBoot are the disks that a configuration names, and what is to be said of them.
@@ -336,7 +336,7 @@ func CheckBoot(ctx context.Context, config string, c Config) (all []BootDevice, 
 	if have, err := os.ReadFile(RulesPath); err != nil || string(have) != rulesText(all) {
 		notes = append(notes, RulesPath+" is not from this configuration: ublk-blksnap config apply")
 	}
-	return all, append(notes, BootWarnings(ctx, c)...), nil
+	return all, append(notes, BootWarnings(ctx, c, all...)...), nil
 }
 
 // mountOf is the mount point of a file like fstab below which path lies, if it is

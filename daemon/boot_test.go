@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -9,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 )
 
 func TestBootTables(t *testing.T) {
@@ -182,5 +184,68 @@ func TestStateIsMountedLate(t *testing.T) {
 		if got := mountOf(fstab, path); got != want {
 			t.Errorf("%q: %q, want %q", path, got, want)
 		}
+	}
+}
+
+// TestFstabNamesItself: what has the filter's names too is in order in fstab and crypttab; what is
+// the disk's own is not.
+func TestFstabNamesItself(t *testing.T) {
+	numbers := map[string]disk.Disk{
+		"/dev/mapper/vg0-home": {Num: disk.Num{Major: 254}, Name: "dm-0"},
+		"/dev/mapper/vg0-var":  {Num: disk.Num{Major: 254, Minor: 1}, Name: "dm-1"},
+		"/dev/vdb":             {Num: disk.Num{Major: 253, Minor: 16}, Name: "vdb"},
+		"/dev/vdb1":            {Num: disk.Num{Major: 253, Minor: 17}, Name: "vdb1", Parent: "vdb"},
+		"/dev/vdc1":            {Num: disk.Num{Major: 253, Minor: 33}, Name: "vdc1", Parent: "vdc"},
+	}
+	for link, to := range map[string]string{
+		"/dev/vg0/home": "/dev/mapper/vg0-home", "/dev/disk/by-id/b": "/dev/vdb", "/dev/disk/by-id/b-part1": "/dev/vdb1",
+		"/dev/disk/by-partuuid/b1": "/dev/vdb1", "/dev/disk/by-partuuid/c1": "/dev/vdc1", "/dev/disk/by-partlabel/c": "/dev/vdc1",
+		// While a filter stands, it has these links. Otherwise they are the disk's.
+		"/dev/disk/by-uuid/home": "/dev/mapper/vg0-home",
+	} {
+		numbers[link] = numbers[to]
+	}
+	lookup := func(path string) (*disk.Disk, error) {
+		if d, ok := numbers[path]; ok {
+			return &d, nil
+		}
+		return nil, fs.ErrNotExist
+	}
+	all := []BootDevice{
+		{Name: "home", Path: "/dev/mapper/vg0-home"}, {Name: "b", Path: "/dev/disk/by-id/b"}, {Name: "c", Path: "/dev/disk/by-partuuid/c1"},
+		{Name: "gone", Path: "/dev/disk/by-id/gone"},
+	}
+	for _, c := range []struct {
+		name string
+		want string // after the name; empty: it is in order
+	}{
+		{"/dev/mapper/vg0-home", "name the UUID there, or /dev/ublk-blksnap/home"},
+		{"/dev/vg0/home", "or /dev/ublk-blksnap/home"},
+		{"/dev/vdb1", "name the UUID there"},
+		{"/dev/disk/by-id/b-part1", "name the UUID there"},
+		{"PARTUUID=\"C1\"", "or /dev/ublk-blksnap/c"},
+		{"PARTLABEL=c", "or /dev/ublk-blksnap/c"},
+		{"ID=b", "or /dev/ublk-blksnap/b"},
+		{"/dev/disk/by-id/gone", "or /dev/ublk-blksnap/gone"},
+		{"PARTUUID=b1", ""}, {"UUID=home", ""}, {"/dev/disk/by-uuid/home", ""}, {"LABEL=home", ""},
+		{"/dev/ublk-blksnap/home", ""}, {"/dev/mapper/vg0-var", ""}, {"/dev/vdx", ""}, {"none", ""}, {"tmpfs", ""}, {"server:/home", ""},
+	} {
+		for file, lines := range map[string]string{"fstab": "# a comment\n\n%s /home ext4 defaults 0 2\n", "crypttab": "/dev/vg0/home\n\nsafe %s none luks\n"} {
+			column := 0
+			if file == "crypttab" {
+				column = 1
+			}
+			got := namedItself(file, fmt.Sprintf(lines, c.name), column, all, lookup)
+			if c.want == "" {
+				if len(got) != 0 {
+					t.Errorf("%s in %s: %q", c.name, file, got)
+				}
+			} else if len(got) != 1 || !strings.HasPrefix(got[0], file+":3 names "+c.name+", which ") || !strings.HasSuffix(got[0], c.want) {
+				t.Errorf("%s in %s: %q, want %q", c.name, file, got, c.want)
+			}
+		}
+	}
+	if got := namedItself("fstab", "/dev/vg0/home / ext4 defaults 0 1\n", 0, all, lookup); len(got) != 0 {
+		t.Errorf("the root filesystem: %q", got)
 	}
 }

@@ -47,9 +47,11 @@ runs the command ends with status 4.
 The content stays where it is: after "remove" the disk is used directly again.
 
 With --boot the disk gets its filter at every boot too, before filesystems are
-mounted, and is not used without it: fstab may name it by UUID, by label or by
-/dev/ublk-blksnap/NAME. The disk is kept in mind by a link that stays, in a file of
-its own beside the configuration. "remove --boot" ends that.`,
+mounted, and is not used without it: fstab names it by UUID, by label or by
+/dev/ublk-blksnap/NAME, and by no path of the disk. Lines that do are told. The disk
+is kept in mind by a link that stays, in a file of its own beside the configuration.
+"remove --boot" ends that. A device that a filter came under while it was in use has
+to be unmounted first, and its filter removed.`,
 		Example: "  ublk-blksnap add /dev/vdb\n  ublk-blksnap add /dev/vdb --name data --boot\n  ublk-blksnap add /dev/vg0/data --name data --queues 4",
 		Args:    args(1, 1),
 		RunE: func(c *cobra.Command, args []string) (err error) {
@@ -208,7 +210,7 @@ func (p *program) rememberer(r control.AddRequest) (func(context.Context, contro
 		if path != r.Path {
 			p.tell(fmt.Sprintf("%s: at the boot the disk is %s, which stays the same disk", d.Name, path))
 		}
-		for _, warning := range daemon.BootWarnings(ctx, cfg) {
+		for _, warning := range daemon.BootWarnings(ctx, cfg, b) {
 			p.tell(fmt.Sprintf("%s: %s", d.Name, warning))
 		}
 		return nil
@@ -234,11 +236,17 @@ func addDevice(ctx context.Context, api control.API, r control.AddRequest) (cont
 }
 
 // addedBefore is the filter that a disk has already, if it is the one that is asked
-// for; otherwise err.
+// for; otherwise err. One that came under its disk has users who know the disk's own path,
+// which the rules of the boot would take from systemd.
 func addedBefore(ctx context.Context, api control.API, r control.AddRequest, err error) (control.Device, error) {
 	s, e := api.DeviceStatus(ctx, r.Path)
 	if e != nil || r.Name != "" && r.Name != s.Name {
 		return control.Device{}, err
+	}
+	if s.Attached {
+		return control.Device{}, &control.Error{Code: control.Busy, Errno: unix.EBUSY,
+			Message: fmt.Sprintf("add %s: the filter %s came under it, for users of its own path; at the boot a filter takes its place", r.Path, s.Name),
+			Fix:     fmt.Sprintf("ublk-blksnap remove %s, unmount it, add it with --boot, and name its UUID or /dev/ublk-blksnap/%[1]s in fstab", s.Name)}
 	}
 	return s.Device, nil
 }

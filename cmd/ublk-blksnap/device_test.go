@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -67,6 +68,25 @@ change tracking: 16384 blocks of 64K, take ` + id2 + ":3\n"},
 		"ublk-blksnap remove vdb --forced":         "ublk-blksnap: remove: unknown flag: --forced",
 		"ublk-blksnap remove --force a b c":        "ublk-blksnap: remove: 3 arguments given",
 	})
+}
+
+// TestAddedBefore: a filter that stands is kept for the boot too, unless it came under a disk in use.
+func TestAddedBefore(t *testing.T) {
+	f := newFake()
+	f.err = &control.Error{Code: control.Exists, Errno: unix.EALREADY, Message: "already added as vdb"}
+	if d, err := addedBefore(context.Background(), f, control.AddRequest{Path: "/dev/vdb"}, f.err); err != nil || d.Name != "vdb" {
+		t.Errorf("%+v, %v", d, err)
+	}
+	if _, err := addedBefore(context.Background(), f, control.AddRequest{Path: "/dev/vdb", Name: "other"}, f.err); !errors.Is(err, f.err) {
+		t.Errorf("another name: %v", err)
+	}
+	f.status.Attached = true
+	for _, dry := range []bool{false, true} {
+		_, err := addedBefore(context.Background(), f, control.AddRequest{Path: "/dev/vdb", DryRun: dry}, f.err)
+		if control.CodeOf(err) != control.Busy || !strings.Contains(err.Error(), "add /dev/vdb: the filter vdb came under it") || !strings.Contains(err.Error(), "remove vdb, unmount it, add it with --boot") {
+			t.Errorf("attached: %v", err)
+		}
+	}
 }
 
 func TestDevicePath(t *testing.T) {
