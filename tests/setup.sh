@@ -16,6 +16,7 @@ test_needs="
 	certificates                  ca-certificates
 	qemu-system-x86_64            qemu-system-x86
 	/usr/lib/qemu/virtiofsd       qemu-system-common
+	nbdkit                        nbdkit
 	busybox                       busybox-static
 	modprobe                      kmod
 	/usr/bin/udevadm              udev

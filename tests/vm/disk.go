@@ -55,8 +55,9 @@ func newDisk(spec string) (*scratch, error) {
 }
 
 func keptDisk(spec string, i int) (machine.Disk, error) {
-	disk := machine.Disk{Name: fmt.Sprintf("file%d", i), File: spec}
-	if name, file, ok := strings.Cut(spec, "="); ok {
+	disk := machine.Disk{Name: fmt.Sprintf("file%d", i)}
+	disk.File, disk.Volatile = strings.CutSuffix(spec, ",volatile")
+	if name, file, ok := strings.Cut(disk.File, "="); ok {
 		disk.Name, disk.File = name, file
 	}
 	if m := regexp.MustCompile(`^(.*):(\d+[KMGT]?)$`).FindStringSubmatch(disk.File); m != nil {

@@ -50,7 +50,7 @@ type options struct {
 	machine.Config
 	env       list          // of the command, on top of machine.Env
 	newDisks  list          // NAME=SIZE
-	files     list          // [NAME=]PATH[:SIZE]
+	files     list          // [NAME=]PATH[:SIZE][,volatile]
 	killAfter time.Duration // no kill if zero
 	killOn    string        // no kill if empty
 	console   string
@@ -82,7 +82,7 @@ func parse(args []string) (*options, error) {
 	flags.BoolVar(&o.fetch, "fetch", false, "fetch the kernel, print its release, and end")
 	flags.StringVar(&o.console, "console", env("VM_CONSOLE", ""), "file for the kernel's messages (VM_CONSOLE)")
 	flags.Var(&o.newDisks, "disk", "NAME=SIZE: new disk at /dev/disk/by-vm/NAME, gone afterwards; size in bytes, or with K, M, G, T")
-	flags.Var(&o.files, "disk-file", "[NAME=]PATH[:SIZE]: disk image that stays; made if missing and SIZE is given")
+	flags.Var(&o.files, "disk-file", "[NAME=]PATH[:SIZE][,volatile]: disk image that stays; made if missing and SIZE is given; a volatile one loses what was not flushed")
 	flags.Var(&o.env, "e", "NAME or NAME=VALUE: environment of the command")
 	flags.DurationVar(&o.killAfter, "kill-after", 0, "kill the machine this long after the command has started")
 	flags.StringVar(&o.killOn, "kill-on", "", "kill the machine as soon as the command prints a line with this text")

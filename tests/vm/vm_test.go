@@ -282,23 +282,40 @@ func TestAgain(t *testing.T) {
 	}
 }
 
-// What was synced before the kill is on the disk of the next machine; what was not, in the guest's page cache, is not.
+// What was synced before the kill is on the disk of the next machine; what was not, in the guest's page cache, is not. A
+// volatile disk has not even what it was given, unless that was flushed.
 func TestKillAndBootAgain(t *testing.T) {
 	vm := vm(t)
-	disk := filepath.Join(t.TempDir(), "disk")
+	dir := t.TempDir()
+	disk, volatile := filepath.Join(dir, "disk"), filepath.Join(dir, "volatile")
 	spec := "data=" + disk + ":64M"
-	stdout, stderr, status := result(t, vm("-disk-file", spec, "-kill-on", "synced", `
+	stdout, stderr, status := result(t, vm("-disk-file", spec, "-disk-file", "cached="+volatile+":64M,volatile", "-kill-on", "synced", `
 		set -e
 		disk=/dev/disk/by-vm/data
 		blockdev --getsize64 $disk
 		exec 9<>$disk # the last close would sync it
 		echo durable | dd of=$disk bs=4k conv=fsync,sync status=none
 		echo volatile | dd of=$disk bs=4k seek=1 conv=sync status=none
+		disk=/dev/disk/by-vm/cached
+		cat /sys/block/$(basename $(readlink -f $disk))/queue/write_cache
+		page() { dd of=$disk bs=4k oflag=direct conv=sync,"$1" seek=$2 status=none; }
+		echo durable | page fsync 3000
+		echo volatile | page notrunc 1
+		echo volatile | page notrunc 3000
+		blkdiscard -o $((2999 * 4096)) -l 12288 $disk
+		dd if=$disk bs=4k skip=3000 count=1 iflag=direct status=none | tr -d '\0'
 		echo synced; sleep 1000`))
-	if status != 0 || stdout != "67108864\nsynced\n" {
+	if status != 0 || stdout != "67108864\nwrite back\nvolatile\nsynced\n" {
 		t.Fatalf("first boot: status %d, stdout %q, stderr %q", status, stdout, stderr)
 	}
 	assertNothingLeft(t)
+	image, err := os.ReadFile(volatile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left := string(bytes.ReplaceAll(image, []byte{0}, nil)); left != "durable\n" || len(image) != 64<<20 {
+		t.Errorf("the volatile disk has %q in %d bytes", left, len(image))
+	}
 	stdout, stderr, status = result(t, vm("-disk-file", spec, `head -c 8 /dev/disk/by-vm/data; tail -c +4097 /dev/disk/by-vm/data | tr -d '\0' | wc -c`))
 	if status != 0 || stdout != "durable\n0\n" {
 		t.Errorf("second boot: status %d, stdout %q, stderr %q", status, stdout, stderr)
@@ -400,9 +417,9 @@ func TestSignals(t *testing.T) {
 	}
 }
 
-var ourChildren = regexp.MustCompile(`qemu-system-x86_64|virtiofsd`)
+var ourChildren = regexp.MustCompile(`qemu-system-x86_64|virtiofsd|nbdkit`)
 
-// assertNothingLeft looks for QEMU and virtiofsd processes that carry our marker in their environment.
+// assertNothingLeft looks for processes of QEMU's and of what serves it that carry our marker in their environment.
 func assertNothingLeft(t *testing.T) {
 	t.Helper()
 	marker := []byte("VM_TEST_MARK=" + mark)

@@ -20,7 +20,8 @@
 //
 // A guest that is killed loses what its kernel had not yet handed to the disk: the page cache of the guest, and any
 // write still in flight. What the guest's disk had already taken, flushed or not, lies in the page cache of the host
-// and survives. A kill is therefore a power failure of a machine whose disks have no volatile cache.
+// and survives. A kill is therefore a power failure of a machine whose disks have no volatile cache. A disk that is
+// Volatile has one: what was not flushed is lost.
 //
 // Nothing outlives Machine.Wait. Nothing outlives the calling process either, even if it is killed: everything is started
 // with a parent-death signal, and the sockets in between have no name in the file tree.

@@ -56,12 +56,6 @@ const kernelLine = "console=ttyS0 quiet loglevel=5 panic=-1 oops=panic mitigatio
 // HostTree is where a guest with a root of its own has the host's file tree, read-only.
 const HostTree = "/run/host"
 
-// Disk is a virtio disk of the guest, at /dev/disk/by-vm/Name.
-type Disk struct {
-	Name string // serial number too; at most 20 bytes
-	File string // raw image; the guest's writes stay in it
-}
-
 // Config says what to boot and what to run. The zero value of every optional field is a usable default.
 type Config struct {
 	Cache  string // directory for kernels; see Fetch
@@ -216,11 +210,11 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 		disks = append(slices.Clip(disks), Disk{Name: "root", File: cfg.Root})
 	}
 	for i, disk := range disks {
-		// Writes return once the page cache of the host has them, which outlives QEMU. See the package's doc.
-		args = append(args, "-drive",
-			fmt.Sprintf("if=none,id=disk%d,format=raw,cache=writeback,discard=unmap,file=%s", i,
-				strings.ReplaceAll(disk.File, ",", ",,")),
-			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,serial=%s", i, disk.Name))
+		options, err := r.attach(i, disk)
+		if err != nil {
+			return nil, err
+		}
+		args = append(args, options...)
 	}
 
 	qemu := exec.Command("qemu-system-x86_64", args...)
@@ -274,7 +268,7 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 			if cfg.Accel == TCG && tail.breakpoint() {
 				m.err = fmt.Errorf("%w: %w", m.err, ErrStale)
 			}
-			m.err = fmt.Errorf("%w%s%s", m.err, indent("QEMU and virtiofsd said", r.said.without(virtiofsdEnd)), indent("last console lines", tail.String()))
+			m.err = fmt.Errorf("%w%s%s", m.err, indent("QEMU and what serves it said", r.said.without(virtiofsdEnd)), indent("last console lines", tail.String()))
 		} else if report := tail.alarms(); m.err != nil && report != "" {
 			m.err = fmt.Errorf("%w%s", m.err, indent("the guest's kernel reported", report))
 		}
@@ -411,10 +405,14 @@ func (r *run) closeChildEnds() {
 	r.childEnds = nil
 }
 
-// abort kills what is still running and waits for it. QEMU goes first: virtiofsd ends by itself once it has.
+// abort kills what is still running and waits for it. QEMU is the first that is killed, so that the guest notices nothing.
+// The others do not wait for its end: of what it had asked them for, they might do more by then.
 func (r *run) abort() {
 	for i := len(r.children) - 1; i >= 0; i-- {
 		r.children[i].kill()
+	}
+	for _, c := range r.children {
+		<-c.exited
 	}
 }
 
@@ -452,7 +450,6 @@ func (c *child) kill() {
 	default:
 		// The group: virtiofsd has a child of its own.
 		_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL)
-		<-c.exited
 	}
 }
 
