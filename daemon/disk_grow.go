@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -97,7 +98,15 @@ func (d *Daemon) growMap(ctx context.Context, dev *device, size int64) (err erro
 	var log *intentlog.Log
 	uncovered := dev.uncovered
 	if dev.intent != nil {
-		if in, err = d.newIntent(dev, dev.Name, r.zone(), size); err != nil {
+		in, err = d.newIntent(dev, dev.Name, r.zone(), size)
+		if err == nil && !slices.Equal(in.identity, r.Identity) { // a volume has got another disk
+			r.Identity = in.identity
+			if err = d.writeDeviceRecord(r); err != nil {
+				in.free()
+			}
+			deathpoint.Point()
+		}
+		if err != nil {
 			in, uncovered = nil, publicPaths(err.Error())
 			d.opts.Log.Warn("a power failure will cost the history of changes", "name", dev.Name, "reason", uncovered)
 		} else {

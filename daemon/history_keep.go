@@ -13,6 +13,7 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/bounded"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/cbtstate"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/disk"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/fingerprint"
 )
@@ -87,20 +88,33 @@ func (d *Daemon) stopIdentity(dev *device, o outdated) {
 	}
 }
 
-// leaveStateDir takes back what counts of a disk in the state directory of the daemon
-// before, if this one has another: a later one must not believe it.
-func (d *Daemon) leaveStateDir(r *deviceRecord) {
-	if r.StateDir == "" || r.StateDir == d.opts.Config.StateDir {
+// leaveKept takes back what counts of the disk of a device that is taken over, if the log that
+// is about to begin does not take its place: a volume or an array may lie on other disks by now,
+// which makes its identity another one, or this daemon may have another state directory. A later
+// one must not believe it. Then the new place goes on record, before anything counts there: so
+// whoever dies, what counts is what is on record. Needs opLock.
+func (d *Daemon) leaveKept(s *survivor) {
+	old := s.record.kept()
+	if old.Identity == nil {
+		return // it has no log
+	}
+	now := d.here(old.Identity)
+	if in := s.dev.intent; in != nil {
+		if now.Identity = in.identity; old.is(now) {
+			return
+		}
+	}
+	d.stopIdentity(s.dev, old)
+	deathpoint.Point()
+	if old.is(now) {
 		return
 	}
-	old := r.kept()
-	d.stopIdentity(nil, old)
-	if slices.ContainsFunc(d.outdated, old.is) {
+	if old.StateDir != now.StateDir && slices.ContainsFunc(d.outdated, old.is) {
 		d.opts.Log.Error("what the state directory of before has cannot be taken back yet: remove its files before it is used again",
-			"name", r.Name, "directory", old.StateDir)
+			"name", s.record.Name, "directory", old.StateDir)
 	}
-	r.StateDir = d.opts.Config.StateDir
-	d.changeDeviceRecord(*r)
+	s.record.Identity, s.record.StateDir = now.Identity, now.StateDir
+	d.changeDeviceRecord(s.record)
 }
 
 // tryKeepHistory keeps the map of a disk, unless check has an objection to what the disk is

@@ -157,6 +157,85 @@ func TestKeptUnderAnotherIdentity(t *testing.T) {
 	}
 }
 
+// TestMovedWhileDead: the log of a device that is taken over may begin under another identity, of
+// a volume that lies on other disks by now, or in another state directory. Nothing is left that
+// counts where the log of the dead daemon was, and what counts is on record: a removal by force
+// after the next death takes it back.
+func TestMovedWhileDead(t *testing.T) {
+	for _, c := range []struct {
+		name            string
+		moved, otherDir bool
+		noLog           bool // the next daemon has none
+	}{
+		{"to other disks", true, false, false},
+		{"the state directory", false, true, false},
+		{"both", true, true, false},
+		{"without a log", true, false, true},
+		{"neither", false, false, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := t.TempDir()
+			d, bdev, now := ofOneDisk(t, dir)
+			if err := os.MkdirAll(d.devicesDir(), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			then, dirThen := now, d.opts.Config.StateDir
+			if c.moved {
+				then = disk.Identity{"serial=another"}
+			}
+			if c.otherDir {
+				dirThen = filepath.Join(dir, "before")
+			}
+			run := func(dir string, id disk.Identity) {
+				t.Helper()
+				store, err := cbtstate.Open("/", dir, true)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer store.Close()
+				if err := store.Run(cbtstate.Record{ID: uuid.New(), Name: "data", Disk: cbtstate.Disk{Identity: id, Size: bdev.Size}}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			count := func(when string, want int) {
+				t.Helper()
+				if left, err := filepath.Glob(filepath.Join(dir, "*/*.running")); err != nil || len(left) != want {
+					t.Errorf("%s %d records count: %v, %v", when, len(left), left, err)
+				}
+			}
+			run(dirThen, then)
+			geo := ublk.Geometry{Size: bdev.Size, LogicalBlock: 512}
+			r := deviceRecord{Name: "data", Tag: ublk.NewTag(filterKind), Original: originalRecord{Number: "8:0"}, Geometry: geo, Identity: then, StateDir: dirThen}
+			if err := d.writeDeviceRecord(r); err != nil {
+				t.Fatal(err)
+			}
+			dev := &device{disk: bdev, geo: geo}
+			if !c.noLog {
+				dev.intent = &intent{identity: now}
+			}
+			d.leaveKept(&survivor{record: r, dev: dev})
+			if stays := !c.moved && !c.otherDir; stays {
+				count("before the log begins anew", 1) // whose place it takes
+			} else {
+				count("before the log begins", 0)
+			}
+			if !c.noLog {
+				run(d.opts.Config.StateDir, now)
+				count("under the log", 1)
+			}
+			r, err := d.readDeviceRecord("data")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if r.zone() < 0 {
+				t.Error("the next daemon would begin no log")
+			}
+			d.forgetHistory(context.Background(), r)
+			count("after a removal by force", 0)
+		})
+	}
+}
+
 // TestUncleanIsTold: that the last filter had no clean end is known by its running record, and is
 // told with whatever reason that record is not believed, by the next daemon too.
 func TestUncleanIsTold(t *testing.T) {

@@ -190,6 +190,9 @@ func (d *Daemon) resumeHeld(ctx context.Context, devices []*survivor) int {
 			now = append(now, s)
 		}
 	}
+	for _, s := range now {
+		d.leaveKept(s)
+	}
 	eachAtOnce(now, func(s *survivor) { d.beginIntent(ctx, s) })
 	for _, s := range now {
 		deathpoint.Point()
@@ -199,7 +202,7 @@ func (d *Daemon) resumeHeld(ctx context.Context, devices []*survivor) int {
 }
 
 // beginIntent begins the log of a device that was taken over, under the map as it is
-// now, which has every write of the dead daemon.
+// now, which has every write of the dead daemon; after leaveKept.
 func (d *Daemon) beginIntent(ctx context.Context, s *survivor) {
 	if s.dev.intent != nil {
 		s.dev.intent.begin(ctx, true)
@@ -265,6 +268,9 @@ func (d *Daemon) claimAll(ctx context.Context, all []*survivor, snaps []*leftSna
 		if s.dev, s.reason = d.reopen(ctx, s); s.dev == nil || s.held {
 			return
 		}
+		one.Lock()
+		d.leaveKept(s)
+		one.Unlock()
 		d.beginIntent(ctx, s)
 		one.Lock()
 		defer one.Unlock()
@@ -451,10 +457,7 @@ func (d *Daemon) resume(ctx context.Context, s *survivor) {
 		s.record.Ending = nil
 		d.changeDeviceRecord(s.record)
 	}
-	d.leaveStateDir(&s.record)
-	if d.takenOver(dev); dev.intent == nil {
-		d.stopIdentity(dev, s.record.kept())
-	}
+	d.takenOver(dev)
 	d.opts.progress.made()
 	if err := dev.ublk.Resume(ctx); err != nil {
 		s.reason = err

@@ -80,6 +80,7 @@ func (d *Daemon) tryAgain(ctx context.Context, s *survivor) {
 	switch {
 	case gone:
 	case try.reason == nil:
+		d.leaveKept(&try)
 		d.beginIntent(ctx, &try)
 		d.resume(ctx, &try)
 		d.nameAgain(ctx, &try)
