@@ -40,6 +40,9 @@ as root, and find in the environment:
   UBLK_BLKSNAP_RESULT     with post: taken or failed
   UBLK_BLKSNAP_ERROR      with post: why it failed
 
+"taken" says that the cut was made. The images are made after the hooks: if they
+cannot be, this command fails, and the snapshot is destroyed.
+
 The daemon does nothing else meanwhile: a hook that has it change something waits for
 itself, until its time is over. What a hook leaves running, as a session that holds a
 lock, goes on until its post ends it; its output should go elsewhere.`,
