@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"math/rand"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,7 +27,41 @@ func (m *machine) prepare() {
 		m.rnd.Read(buf)
 		try(os.WriteFile(file(n), buf, 0o600))
 	}
+	for name := range numbered {
+		try(os.WriteFile(filepath.Join(mounted, name), make([]byte, 4096), 0o600))
+		note(name, "0")
+	}
 	unix.Sync()
+}
+
+// numbered are files with a number that rises, and how they are opened: what is written is durable by an fsync, or by itself.
+var numbered = map[string]int{"fsync": 0, "dsync": unix.O_DIRECT | unix.O_DSYNC}
+
+// writeNumber writes the next number, and notes it once it is durable.
+func writeNumber(name string) {
+	n := readNumber(name) + 1
+	f := must(os.OpenFile(filepath.Join(mounted, name), os.O_WRONLY|numbered[name], 0))
+	defer f.Close()
+	buf := page(4096)
+	defer func() { _ = unix.Munmap(buf) }()
+	binary.LittleEndian.PutUint64(buf, n)
+	must(f.WriteAt(buf, 0))
+	if numbered[name] == 0 {
+		try(f.Sync())
+	}
+	note(name, fmt.Sprint(n))
+}
+
+func readNumber(name string) uint64 { return must(strconv.ParseUint(readNote(name), 10, 64)) }
+
+// compareNumbers: what was durable is there after the power failure.
+func compareNumbers() {
+	for name := range numbered {
+		is := binary.LittleEndian.Uint64(must(os.ReadFile(filepath.Join(mounted, name))))
+		if was := readNumber(name); is < was {
+			fail("number %d was written by %s, and after the power failure it is %d", was, name, is)
+		}
+	}
 }
 
 func file(n int) string { return filepath.Join(mounted, fmt.Sprint("file", n)) }
@@ -41,11 +77,14 @@ func (m *machine) load(ctx context.Context) {
 	time.Sleep(settle)
 	m.noteNow(ctx)
 	go m.takes(ctx, rand.New(rand.NewSource(m.rnd.Int63())))
-	for _, work := range []func(*rand.Rand){writeDirect, writeSynced, makeAndRemove} {
+	fsync, dsync := func(*rand.Rand) { writeNumber("fsync") }, func(*rand.Rand) { writeNumber("dsync") }
+	for _, work := range []func(*rand.Rand){writeDirect, writeSynced, makeAndRemove, fsync, dsync} {
 		rnd := rand.New(rand.NewSource(m.rnd.Int63()))
 		go func() {
 			for {
+				m.working.RLock()
 				work(rnd)
+				m.working.RUnlock()
 				// So that some zones stay as they are.
 				time.Sleep(time.Duration(rnd.Intn(30)) * time.Millisecond)
 			}
@@ -56,12 +95,28 @@ func (m *machine) load(ctx context.Context) {
 	if m.rnd.Intn(3) > 0 {
 		wait += time.Duration(m.rnd.Intn(15000)) * time.Millisecond
 	}
-	if m.frozen && !m.mayLose {
+	switch {
+	case m.frozen && !m.mayLose:
 		time.Sleep(wait)
 		m.taking.Lock() // and nobody takes any more
 		wait = settle
+	case !m.frozen && m.rnd.Intn(2) == 0:
+		time.Sleep(wait)
+		m.backsUpLast()
+		wait = 0
 	}
 	m.cut(wait)
+}
+
+// backsUpLast makes a backup the last that happens, of what nobody but the take has flushed.
+func (m *machine) backsUpLast() {
+	m.working.Lock() // and nobody works any more
+	for range 20 {
+		writeDirect(m.rnd)
+	}
+	s := m.take()
+	m.noteTake(s)
+	m.increment(s)
 }
 
 // noteNow notes the map at a time when nothing happens.
@@ -113,6 +168,7 @@ func makeAndRemove(rnd *rand.Rand) {
 func (m *machine) takes(ctx context.Context, rnd *rand.Rand) {
 	var held []control.Snapshot
 	for {
+		m.working.RLock()
 		m.taking.Lock()
 		s := m.take()
 		m.taking.Unlock()
@@ -134,6 +190,7 @@ func (m *machine) takes(ctx context.Context, rnd *rand.Rand) {
 			try(m.destroy(ctx, held[0].ID))
 			held = held[1:]
 		}
+		m.working.RUnlock()
 		time.Sleep(time.Duration(rnd.Intn(2000)) * time.Millisecond)
 	}
 }

@@ -3,10 +3,11 @@
 // never less than the truth, is no more than the truth outside of the zones that its log had, and restores a backup.
 //
 //	boot ─> nothing left on the storage ─> add: history goes on ─> map as it was, but for the log's zones
-//	     ─> replay, fsck ─> take ─> increment since the last backup's token: the backup is the image ─> load ─> cut
+//	     ─> replay, what was synced is there, fsck ─> take ─> increment since the last backup's token: the backup is the
+//	     image ─> load ─> cut
 //
 // What differs from boot to boot is the filesystem, the number of queues (one, or up to four if there are as many
-// processors), and whether takes freeze the filesystem.
+// processors), whether takes freeze the filesystem, and which disks lose what they were not told to flush.
 package main
 
 import (
@@ -44,8 +45,10 @@ type machine struct {
 	variant
 	rnd     *rand.Rand
 	program string
-	last    bool       // the power does not fail any more
-	taking  sync.Mutex // held for each take of the load
+	caches  string       // which disks have caches that are lost
+	last    bool         // the power does not fail any more
+	working sync.RWMutex // read-held for each piece of the load's work
+	taking  sync.Mutex   // held for each take of the load
 }
 
 // variant is what differs from boot to boot. Eight boots have all of it.
@@ -68,7 +71,8 @@ func variantOf(boot int) variant {
 // cut asks for the power failure after a time.
 func (m *machine) cut(after time.Duration) {
 	time.Sleep(after)
-	fmt.Printf("the power fails now, after %v: %s, %d queues, takes freeze: %v, may lose: %v\n", after, readNote("fs"), m.queues, m.frozen, m.mayLose)
+	fmt.Printf("the power fails now, after %v: %s, %d queues, takes freeze: %v, may lose: %v, write caches: %s\n",
+		after, readNote("fs"), m.queues, m.frozen, m.mayLose, m.caches)
 	select {}
 }
 
@@ -76,6 +80,7 @@ func main() {
 	boot := flag.Int("boot", 0, "how many power failures there were")
 	cuts := flag.Int("cuts", 1, "how many there will be")
 	seed := flag.Int64("seed", 1, "of what is chosen")
+	caches := flag.String("caches", "", "which disks lose their write caches, for the output")
 	flag.Parse()
 	dir, err := os.Getwd()
 	if err != nil {
@@ -83,7 +88,7 @@ func main() {
 	}
 	m := &machine{
 		Client: control.NewClient(control.DefaultSocket), variant: variantOf(*boot), rnd: rand.New(rand.NewSource(*seed*1000 + int64(*boot))),
-		program: dir + "/bin/ublk-blksnap", last: *boot == *cuts,
+		program: dir + "/bin/ublk-blksnap", caches: *caches, last: *boot == *cuts,
 	}
 	m.disks(*boot == 0)
 	if *boot == 0 {
@@ -131,10 +136,10 @@ func try(err error) {
 
 // disks mounts what the machine has beside the original.
 func (m *machine) disks(fresh bool) {
-	for _, dir := range []string{kept, storage, mounted} {
+	for _, dir := range []string{kept, notes, storage, mounted} {
 		try(os.MkdirAll(dir, 0o700))
 	}
-	for name, dir := range map[string]string{"state": kept, "storage": storage} {
+	for name, dir := range map[string]string{"state": kept, "notes": notes, "storage": storage} {
 		if fresh {
 			run("mkfs.ext4", "-q", "-F", "/dev/disk/by-vm/"+name)
 		}
@@ -248,6 +253,7 @@ func (m *machine) goesOn() {
 		m.cut(time.Duration(m.rnd.Intn(300)) * time.Millisecond)
 	}
 	m.mount() // replays the journal
+	compareNumbers()
 	run("umount", mounted)
 	if readNote("fs") == "xfs" {
 		run("xfs_repair", "-n", filter)
@@ -285,6 +291,7 @@ func (m *machine) restores(i control.CBTInfo, s control.Snapshot) {
 func (m *machine) end() {
 	run("umount", mounted)
 	run(m.program, "daemon", "stop")
-	run("umount", kept)
-	run("umount", storage)
+	for _, dir := range []string{kept, notes, storage} {
+		run("umount", dir)
+	}
 }

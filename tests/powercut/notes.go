@@ -13,22 +13,20 @@ import (
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 )
 
-// notes are what a boot tells the next one: each is durable when note returns, and is there whole.
-const notes = kept + "/notes"
+// notes are what a boot tells the next one: each is durable when note returns, and is there whole. They have a disk of
+// their own, so that no other disk is flushed for them.
+const notes = "/srv/notes"
 
 func note(name, text string) {
-	try(os.MkdirAll(notes, 0o700))
 	path := filepath.Join(notes, name)
 	f := must(os.Create(path + ".new"))
 	must(f.WriteString(text))
 	try(f.Sync())
 	try(f.Close())
 	try(os.Rename(path+".new", path))
-	for _, dir := range []string{notes, kept} {
-		d := must(os.Open(dir))
-		try(d.Sync())
-		d.Close()
-	}
+	d := must(os.Open(notes))
+	defer d.Close()
+	try(d.Sync())
 }
 
 func readNote(name string) string { return string(must(os.ReadFile(filepath.Join(notes, name)))) }
