@@ -113,11 +113,17 @@ func (v *victim) device() control.Device {
 // write writes version all over the filter.
 func (v *victim) write(version uint64) {
 	v.t.Helper()
+	v.writeHead(version, victimSize)
+}
+
+// writeHead writes version to the filter up to end.
+func (v *victim) writeHead(version uint64, end int) {
+	v.t.Helper()
 	f := direct.MustOpen(v.t, v.device().Path, unix.O_RDWR)
 	defer f.Close()
 	p := direct.Pages(v.t, victimSize)
 	copy(p, pattern(victimSize, version))
-	for at := 0; at < victimSize; at += 256 << 10 {
+	for at := 0; at < end; at += 256 << 10 {
 		if err := f.WriteAt(p[at:at+256<<10], int64(at)); err != nil {
 			v.t.Fatalf("write: %v", err)
 		}
@@ -131,6 +137,36 @@ func (v *victim) shows(path string, version uint64) {
 	if err != nil || string(b) != string(pattern(victimSize, version)) {
 		v.t.Errorf("%s does not hold version %d: %v", path, version, err)
 	}
+}
+
+// request is a snapshot of the device.
+func (v *victim) request(take bool) control.CreateRequest {
+	return control.CreateRequest{Devices: []string{v.device().Name}, ChunkSize: 64 << 10, Storage: []control.Storage{{Path: v.store}}, Take: take}
+}
+
+// smallStorage is how much the storage holds that takeSmall gives a snapshot.
+const smallStorage = victimSize / 4
+
+// takeSmall takes a snapshot that has to get more storage before all of the disk is
+// written to.
+func (v *victim) takeSmall() control.Snapshot {
+	v.t.Helper()
+	r := v.request(false)
+	r.Storage[0].Limit = smallStorage
+	return v.Taken(v.Create(r).ID)
+}
+
+// appendTo gives a snapshot storage of that name.
+func (v *victim) appendTo(ctx context.Context, id, name string) error {
+	_, err := v.AppendStorage(ctx, control.StorageRequest{ID: id, Storage: control.Storage{Path: filepath.Join(v.store, name)}})
+	return err
+}
+
+// storedAppended waits until a snapshot of takeSmall has stored all of the disk, and so
+// most of it in storage that was appended.
+func (v *victim) storedAppended(id string) {
+	v.t.Helper()
+	guest.WaitFor(v.t, "the whole disk in the storage", func() bool { return v.Show(id).Usage.Stored == victimSize })
 }
 
 // nothingRuns makes sure that soon no write-intent log is believed after a power failure of
@@ -231,9 +267,7 @@ func TestDeathInAdd(t *testing.T) {
 // TestDeathInSnapshot dies in each of the operations on a snapshot.
 func TestDeathInSnapshot(t *testing.T) {
 	v := newVictim(t)
-	request := func(take bool) control.CreateRequest {
-		return control.CreateRequest{Devices: []string{v.device().Name}, ChunkSize: 64 << 10, Storage: []control.Storage{{Path: v.store}}, Take: take}
-	}
+	request := v.request
 	// held are the snapshots, of which there may be one.
 	held := func(t *testing.T) *control.Snapshot {
 		t.Helper()
@@ -338,13 +372,20 @@ func TestDeathInSnapshot(t *testing.T) {
 		everyStep(t, 3, func(n int) bool {
 			v.dies(n)
 			v.write(uint64(n))
-			made := v.Create(request(false))
-			v.Taken(made.ID)
+			made := v.takeSmall()
+			v.writeHead(uint64(n)+1, smallStorage/2)
+			more := call(func(ctx context.Context) error { return v.appendTo(ctx, made.ID, "named") })
+			died := v.try(more)
+			v.shows(held(t).Images[0].Link, uint64(n))
+			if len(held(t).Storage) == 1 {
+				if err := more(); err != nil {
+					t.Fatalf("append again: %v", err)
+				}
+			}
 			v.write(uint64(n) + 1)
-			died := v.try(call(func(ctx context.Context) error {
-				_, err := v.AppendStorage(ctx, control.StorageRequest{ID: made.ID, Storage: control.Storage{Path: filepath.Join(v.store, "named")}})
-				return err
-			}))
+			v.storedAppended(made.ID)
+			v.Kill()
+			v.Restart()
 			v.shows(held(t).Images[0].Link, uint64(n))
 			v.clean()
 			return died
