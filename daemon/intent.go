@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -233,7 +234,7 @@ func (in *intent) beginAs(ctx context.Context, store *cbtstate.Store, id uuid.UU
 	if r.Boot, err = disk.BootID(); err != nil {
 		return false, err
 	}
-	if r.Fingerprint, err = in.superblocks(ctx); err != nil {
+	if r.Fingerprint, err = in.superblocks(ctx, nil); err != nil {
 		return false, err
 	}
 	if ctx.Err() != nil {
@@ -287,8 +288,9 @@ func (in *intent) base() ([]byte, error) {
 	return in.log.Base(in.dev.cbt)
 }
 
-// superblocks is the running fingerprint of the disk.
-func (in *intent) superblocks(ctx context.Context) ([]fingerprint.Place, error) {
+// superblocks is the running fingerprint of the disk. Unless it is the known one, it is durable: what goes on record must
+// not be lost with a write cache of the disk, or the disk would look as if somebody had written to it.
+func (in *intent) superblocks(ctx context.Context, known []fingerprint.Place) ([]fingerprint.Place, error) {
 	in.mu.Lock()
 	fd, err := -1, errors.New("the device goes away")
 	if !in.gone {
@@ -304,7 +306,14 @@ func (in *intent) superblocks(ctx context.Context) ([]fingerprint.Place, error) 
 		return nil, err
 	}
 	defer r.Close()
-	return fingerprint.Running(ctx, r, in.dev.geo.Size, in.dev.geo.LogicalBlock)
+	now, err := fingerprint.Running(ctx, r, in.dev.geo.Size, in.dev.geo.LogicalBlock)
+	if err != nil || slices.Equal(now, known) {
+		return now, err
+	}
+	if err := unix.Fdatasync(fd); err != nil {
+		return nil, fmt.Errorf("flush %s: %w", in.dev.disk.DisplayPath(), err)
+	}
+	return now, nil
 }
 
 // end is for a device that serves nobody any more: nobody looks after its log, and

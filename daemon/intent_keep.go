@@ -206,7 +206,10 @@ func (in *intent) beginAgain(ctx context.Context) error {
 
 // lookAgain looks whether the superblocks have changed, and puts that on record.
 func (in *intent) lookAgain(ctx context.Context) error {
-	now, err := in.superblocks(ctx)
+	in.state.Lock()
+	known := in.record.Fingerprint
+	in.state.Unlock()
+	now, err := in.superblocks(ctx, known)
 	if err != nil {
 		return err
 	}
