@@ -27,7 +27,8 @@ import (
 
 // backedUp is a disk that a backup follows by increments, one after each kill or three. It is
 // written to so little that most blocks change once in that time or not at all: what a
-// change map forgets is not marked again by the next write.
+// change map forgets is not marked again by the next write. How little is counted from kill
+// to kill, as what comes between them takes longer on a slower machine.
 type backedUp struct {
 	s     *survival
 	dev   control.Device
@@ -37,15 +38,19 @@ type backedUp struct {
 
 	mu     sync.Mutex      // held by who marks or takes
 	marked []control.Range // acknowledged since the last increment
+	turns  chan struct{}   // to write or to mark, until the next kill
 
 	increments, bytes int64
 }
 
 const backedUpSize = 6<<20 + 3<<9
 
+// turnsPerKill is small enough that three times as many change less than half of the blocks.
+const turnsPerKill = 64
+
 func (s *survival) backUp(dev control.Device) *backedUp {
 	s.t.Helper()
-	b := &backedUp{s: s, dev: dev, world: stamp.NewWorld(dev.Size)}
+	b := &backedUp{s: s, dev: dev, world: stamp.NewWorld(dev.Size), turns: make(chan struct{}, turnsPerKill)}
 	if err := b.world.Fill(dev.Path); err != nil {
 		s.t.Fatal(err)
 	}
@@ -83,7 +88,7 @@ func (b *backedUp) startLoad(seed int64) (stop func()) {
 	wg.Add(2)
 	go func() {
 		defer wg.Done()
-		for wait(end, w.Rand) {
+		for b.turn(end, w.Rand) {
 			if err := w.Step(); err != nil {
 				b.s.t.Errorf("writer of %s: %v", b.dev.Path, err)
 				return
@@ -92,7 +97,7 @@ func (b *backedUp) startLoad(seed int64) (stop func()) {
 	}()
 	go func() {
 		defer wg.Done()
-		for rnd := rand.New(rand.NewSource(seed)); wait(end, rnd); {
+		for rnd := rand.New(rand.NewSource(seed)); b.turn(end, rnd); {
 			b.mark(rnd)
 		}
 	}()
@@ -105,12 +110,20 @@ func (b *backedUp) startLoad(seed int64) (stop func()) {
 	return stop
 }
 
-// wait waits a little, or says that it is the end.
-func wait(end <-chan struct{}, rnd *rand.Rand) bool {
+// goOn gives the load its turns until the next kill.
+func (b *backedUp) goOn() {
+	for len(b.turns) < cap(b.turns) {
+		b.turns <- struct{}{}
+	}
+}
+
+// turn waits for one, and rests a little, or says that it is the end.
+func (b *backedUp) turn(end <-chan struct{}, rnd *rand.Rand) bool {
 	select {
 	case <-end:
 		return false
-	case <-time.After(time.Duration(rnd.Intn(60)) * time.Millisecond):
+	case <-b.turns:
+		stamp.Rest(rnd, 100*time.Millisecond)
 		return true
 	}
 }

@@ -233,6 +233,7 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 		if i == times-1 {
 			s.late = guest.Span(3*time.Second, time.Minute)
 		}
+		backup.goOn()
 		time.Sleep(time.Duration(s.rnd.Intn(600)) * time.Millisecond)
 		strike(s)
 		if i%int(guest.Span(1, 3)) == 0 { // because to kill takes less time than to compare
