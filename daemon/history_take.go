@@ -5,6 +5,7 @@ import (
 
 	"github.com/ublk-blksnap/ublk-blksnap/cbtmap"
 	"github.com/ublk-blksnap/ublk-blksnap/control"
+	"github.com/ublk-blksnap/ublk-blksnap/snapshots"
 )
 
 // A take begins a new generation if the numbers of the one before have run out, or if the
@@ -41,8 +42,22 @@ func (d *Daemon) tellGenerations(s *snapshot, before []cbtmap.Info) {
 	}
 }
 
-// tellLeftGeneration is tellGenerations of a device and a take of a dead daemon, which may
-// have died before it could tell. The take may not have come to be.
+// tellLeftGenerations is tellGenerations of the take of a dead daemon, which may have died
+// before it could tell, whatever becomes of the snapshot. The take may not have come to be.
+func (d *Daemon) tellLeftGenerations(s *leftSnapshot) {
+	for i, dev := range s.members {
+		if dev == nil {
+			continue
+		}
+		if s.Stage == snapshots.Taken {
+			d.tellLeftGeneration(dev, s.id(), s.Before(i), s.TakeInfo(i))
+		} else if now, err := dev.cbt.Info(); err == nil && s.Stage == snapshots.Taking {
+			d.tellLeftGeneration(dev, s.id(), s.Before(i), now)
+		}
+	}
+}
+
+// tellLeftGeneration is tellLeftGenerations of one device.
 func (d *Daemon) tellLeftGeneration(dev *device, snapshot string, before, taken cbtmap.Info) {
 	h, anew := whyAnew(before, taken)
 	now, err := dev.cbt.Info()

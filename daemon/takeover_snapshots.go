@@ -151,15 +151,8 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 		}
 		s.members[i], maps[i], filters[i] = dev, dev.cbt, dev.filter
 	}
+	d.tellLeftGenerations(s)
 	if s.Stage == snapshots.Taking {
-		for i, dev := range s.members {
-			if dev == nil {
-				continue
-			}
-			if now, err := dev.cbt.Info(); err == nil {
-				d.tellLeftGeneration(dev, s.id(), s.Before(i), now)
-			}
-		}
 		if err := s.Void(maps); err != nil {
 			return nil, err
 		}
@@ -192,7 +185,6 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 		im := &image{device: dev}
 		if taken {
 			im.take = snap.TakeInfo(i)
-			d.tellLeftGeneration(dev, s.id(), s.Before(i), im.take)
 		}
 		out.images = append(out.images, im)
 	}

@@ -170,6 +170,9 @@ func readOwn(path string, size int64) ([]byte, error) {
 // Before is what the change map of device i said before the take.
 func (l *Left) Before(i int) cbtmap.Info { return l.before[i] }
 
+// TakeInfo is what it said at the take, if the snapshot was taken.
+func (l *Left) TakeInfo(i int) cbtmap.Info { return l.take[i] }
+
 // Void makes good a take that had begun and was not made: see cbtmap.Map.Void. maps
 // are those of the devices, in their order, nil for one that is gone. Then the
 // snapshot is Created. If the daemon dies meanwhile, the next one does it again.

@@ -267,8 +267,8 @@ func TestDeathInAdd(t *testing.T) {
 func TestDeathInSnapshot(t *testing.T) {
 	v := newVictim(t)
 	request := v.request
-	// held are the snapshots, of which there may be one.
-	held := func(t *testing.T) *control.Snapshot {
+	// whole are the snapshots, of which there may be one.
+	whole := func(t *testing.T) *control.Snapshot {
 		t.Helper()
 		all, err := v.Snapshots(guest.Context(t))
 		if err != nil || len(all) > 1 {
@@ -280,10 +280,14 @@ func TestDeathInSnapshot(t *testing.T) {
 		if all[0].Errno != 0 {
 			t.Errorf("broken: %+v", all[0])
 		}
+		return &all[0]
+	}
+	held := func(t *testing.T) *control.Snapshot {
+		t.Helper()
 		if h := v.CBT(v.device()).History; h.Reason == control.HistoryDamaged {
 			t.Errorf("the change map was whole all the time: %+v", h)
 		}
-		return &all[0]
+		return whole(t)
 	}
 	call := func(f func(ctx context.Context) error) func() error {
 		return func() error { return f(guest.Context(t)) }
@@ -314,10 +318,14 @@ func TestDeathInSnapshot(t *testing.T) {
 			return died
 		})
 	})
+	// The take meets a change map that is not whole, and it is said that it has begun a new
+	// generation, whatever became of the snapshot.
 	t.Run("createTake", func(t *testing.T) {
-		everyStep(t, 1, func(n int) bool {
+		// Within the forty-first the take has been made, and nothing told.
+		everyStep(t, 40, func(n int) bool {
 			v.dies(n)
 			v.write(uint64(n))
+			markCorrupted(t, filepath.Join(v.RunDir.State(), "cbt", v.device().Name))
 			var s *control.Snapshot
 			died := v.try(call(func(ctx context.Context) error {
 				made, err := v.CreateSnapshot(ctx, request(true))
@@ -327,7 +335,7 @@ func TestDeathInSnapshot(t *testing.T) {
 				return err
 			}))
 			v.write(uint64(n) + 1)
-			now := held(t)
+			now := whole(t)
 			switch {
 			case s != nil && (now == nil || now.ID != s.ID || now.State != control.SnapshotTaken):
 				t.Errorf("it was made, and is %+v", now)
@@ -335,6 +343,11 @@ func TestDeathInSnapshot(t *testing.T) {
 				t.Errorf("half made: %+v", now)
 			case now != nil:
 				v.shows(now.Images[0].Link, uint64(n))
+			default:
+				v.Taken(v.Create(request(false)).ID)
+			}
+			if h := v.CBT(v.device()).History; h.Reason != control.HistoryDamaged {
+				t.Errorf("n = %d: why there is a new generation: %+v", n, h)
 			}
 			v.clean()
 			return died
