@@ -13,6 +13,7 @@ rules=/etc/udev/rules.d/63-ublk-blksnap-disks.rules
 uuid=11111111-2222-3333-4444-555555555555
 late=66666666-7777-8888-9999-aaaaaaaaaaaa
 missing=bbbbbbbb-cccc-dddd-eeee-ffffffffffff
+volume=cccccccc-dddd-eeee-ffff-111111111111
 backup=/root/backup
 
 fail() { echo "boot $part: $*" >&2; exit 1; }
@@ -111,7 +112,41 @@ install)
 	mkfs.ext4 -q ${id}name
 	mkfs.ext4 -q -U $late ${id}late
 	udevadm settle
-	mkdir -p /mnt/{uuid,label,name,late,missing}
+	mkdir -p /mnt/{uuid,label,name,late,missing,volume}
+
+	# A volume that is mounted by its own path and attached meanwhile cannot have its filter at the boot as well.
+	pvcreate -q ${id}group >/dev/null
+	vgcreate -q vg0 ${id}group >/dev/null
+	lvcreate -q -y -n volume -L 32M vg0 >/dev/null
+	mkfs.ext4 -q -U $volume /dev/vg0/volume
+	echo "/dev/vg0/volume /mnt/volume ext4 defaults 0 2" >/etc/fstab
+	systemctl daemon-reload
+	systemctl start mnt-volume.mount
+	[ "$(ublk-blksnap add /dev/vg0/volume --name volume)" = /dev/mapper/vg0-volume ]
+	for dry in "" --dry-run; do
+		said=$(ublk-blksnap add /dev/vg0/volume --boot $dry 2>&1) && fail "a volume that is attached is named for the boot: $said"
+		[[ $said == *"the filter volume came under it"*"remove volume, unmount it, add it with --boot"* ]] || fail "add $dry says: $said"
+	done
+	[ ! -e /etc/ublk-blksnap.d/volume.conf ] || fail "$(cat /etc/ublk-blksnap.d/*)"
+	# A table that somebody writes all the same does not take it from its users, and the check says what it would do at the boot.
+	mkdir -p /etc/ublk-blksnap.d
+	printf '[[device]]\nname = "volume"\npath = "/dev/mapper/vg0-volume"\n' >/etc/ublk-blksnap.d/mine.conf
+	said=$(ublk-blksnap config check)
+	[[ $said == *"/etc/fstab:1 names /dev/vg0/volume, which is kept from systemd at the boot: "*"or /dev/ublk-blksnap/volume"* ]] || fail "config check says: $said"
+	ublk-blksnap config apply
+	ready() { [[ $(udevadm info -q property /dev/vg0/volume) != *SYSTEMD_READY=0* ]]; }
+	udevadm trigger --settle /dev/vg0/volume
+	ready || fail "a mounted volume is taken from systemd"
+	systemctl stop mnt-volume.mount
+	udevadm trigger --settle /dev/vg0/volume
+	ready || fail "a volume with a filter under it is taken from systemd"
+	ublk-blksnap remove volume
+	udevadm trigger --settle /dev/vg0/volume
+	! ready || fail "a volume without a filter is not kept from systemd"
+	rm /etc/ublk-blksnap.d/mine.conf
+	ublk-blksnap config apply
+	udevadm trigger --settle /dev/vg0/volume
+	vgremove -q -f -y vg0 >/dev/null
 
 	# A path that may be another disk next time becomes one that stays.
 	said=$(ublk-blksnap add "$(readlink -f ${id}uuid)" --name uuid --boot 2>&1)

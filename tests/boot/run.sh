@@ -5,7 +5,7 @@ cd "$(dirname "$0")/../.."
 disks=$(mktemp -d)
 trap 'rm -rf "$disks"' EXIT
 specs=()
-for name in uuid label name late; do specs+=(-disk-file "$name=$disks/$name:64M"); done
+for name in uuid label name late group; do specs+=(-disk-file "$name=$disks/$name:64M"); done
 for boot in install filtered broken; do
 	echo "# boot: $boot"
 	bin/vm -again -timeout 10m -root "$disks/root" "${specs[@]}" "exec tests/boot/boot.sh $boot"
