@@ -154,11 +154,13 @@ func (d *Daemon) insert(ctx context.Context, dev *device) error {
 		return d.tablesError(dev, err)
 	}
 	if err == nil {
-		err = d.swap(ctx, a)
+		err = d.swap(ctx, a, dev.ublk.Num)
 	}
 	if err != nil {
-		_, e := d.clearTable(ctx, a, dev.ublk.Num)
-		return errors.Join(err, e)
+		if err = d.clearAfter(ctx, a, dev.ublk.Num, err); errors.Is(err, unix.EBUSY) {
+			err = d.tablesError(dev, err)
+		}
+		return err
 	}
 	if state, err := d.tableState(a, dev.ublk.Num); err != nil || state != tableOurs {
 		return errors.Join(tableChanging("another program has changed the table of %s at the same time", a.device), err)
@@ -198,16 +200,15 @@ func (d *Daemon) giveBack(ctx context.Context, a *attachment, filter disk.Num) e
 		return err
 	}
 	if err == nil {
-		err = d.swap(ctx, a)
+		err = d.swap(ctx, a, filter)
 	}
 	if err != nil {
-		_, e := d.clearTable(ctx, a, filter)
-		if state, e2 := d.tableState(a, filter); e2 == nil && state != tableOurs {
+		err = d.clearAfter(ctx, a, filter, err)
+		if state, e := d.tableState(a, filter); e == nil && state != tableOurs {
 			return nil
 		}
-		return errors.Join(err, e)
 	}
-	return nil
+	return err
 }
 
 // detachTables is giveBack of a device, with a record of it.
@@ -249,8 +250,8 @@ func tableChanging(format string, args ...any) error {
 
 // swap makes the table that waits in the public device its live one. Its users wait
 // meanwhile, as for a frozen filesystem.
-func (d *Daemon) swap(ctx context.Context, a *attachment) error {
-	_, err := d.order(ctx, a, dm.Order{Step: dm.StepSwap, Device: a.device, Limit: d.opts.Config.FreezeTimeout})
+func (d *Daemon) swap(ctx context.Context, a *attachment, filter disk.Num) error {
+	_, err := d.order(ctx, a, dm.Order{Step: dm.StepSwap, Device: a.device, From: a.private, To: filter, Limit: d.opts.Config.FreezeTimeout})
 	deathpoint.Point()
 	return err
 }
@@ -258,6 +259,16 @@ func (d *Daemon) swap(ctx context.Context, a *attachment) error {
 // clearTable takes back what this daemon, or one that died, has had wait in the public device.
 func (d *Daemon) clearTable(ctx context.Context, a *attachment, filter disk.Num) (dm.Info, error) {
 	return d.order(ctx, a, dm.Order{Step: dm.StepClear, Device: a.device, From: a.private, To: filter})
+}
+
+// clearAfter is clearTable after an order that failed with err. If that was because of another
+// program, whose table may wait there now, this is not said twice.
+func (d *Daemon) clearAfter(ctx context.Context, a *attachment, filter disk.Num, err error) error {
+	_, e := d.clearTable(ctx, a, filter)
+	if errors.Is(err, unix.EBUSY) && errors.Is(e, unix.EBUSY) {
+		return err
+	}
+	return errors.Join(err, e)
 }
 
 // dropPrivate removes the private device, if it is there.

@@ -165,12 +165,12 @@ func (d *Daemon) finishChange(ctx context.Context, dev *device) {
 			return
 		}
 	}
-	i, err := d.clearTable(ctx, a, dev.ublk.Num)
+	_, err = d.clearTable(ctx, a, dev.ublk.Num)
+	if err == nil {
+		_, err = d.order(ctx, a, dm.Order{Step: dm.StepResume, Device: a.device})
+	}
 	if errors.Is(err, unix.EBUSY) {
 		return // another program is not done with it: the watch tries it again
-	}
-	if err == nil && i.Suspended {
-		_, err = d.order(ctx, a, dm.Order{Step: dm.StepSwap, Device: a.device, Limit: d.opts.Config.FreezeTimeout})
 	}
 	if err != nil && !errors.Is(err, unix.ENXIO) {
 		d.opts.Log.Error("a table that waits cannot be cleared", "name", dev.Name, "error", err)

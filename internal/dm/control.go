@@ -217,8 +217,8 @@ func (c *Control) Swap(ctx context.Context, d Device) error {
 		return nil
 	}
 	err = fmt.Errorf("give %s its other table: %w", d, err)
-	if i, e := c.Info(d); e == nil && i.Suspended && !errors.Is(err, context.DeadlineExceeded) {
-		// The other table does not fit, and is gone.
+	if i, e := c.Info(d); e == nil && i.Suspended && !i.Inactive && !errors.Is(err, context.DeadlineExceeded) {
+		// The other table does not fit, and is gone. If one waits, somebody else has suspended the device.
 		err = errors.Join(err, c.Resume(d))
 	}
 	return err

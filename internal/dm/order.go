@@ -34,7 +34,8 @@ const (
 	StepMake   Step = "make"   // a device with the name and UUID of Device, with the table of From, which udev leaves alone
 	StepLoad   Step = "load"   // a table that maps Device to To waits in it, and its live one is that of From; see ErrChanging
 	StepCopy   Step = "copy"   // the table of From waits in Device, and its live one maps it to To; see ErrChanging
-	StepSwap   Step = "swap"   // the table that waits in Device becomes the live one
+	StepSwap   Step = "swap"   // the one of these two that waits in Device becomes the live one, if the other is; see ErrChanging
+	StepResume Step = "resume" // Device goes on where a StepSwap has died, and left it suspended; see ErrChanging
 	StepClear  Step = "clear"  // neither of these two waits in Device any more; see ErrChanging
 	StepRemove Step = "remove" // Device goes
 )
@@ -45,8 +46,7 @@ const (
 var ErrChanging = fmt.Errorf("another program is changing its table: %w", unix.EBUSY)
 
 // replace is Load of a table that shall come in the place of live, if nobody else is changing the
-// table. That it waits already does no harm. Whoever changes the table from then on replaces
-// what waits, so that a Swap does nothing.
+// table. That it waits already does no harm.
 func (c *Control) replace(d Device, live, t Table) error {
 	i, err := c.Info(d)
 	if err != nil {
@@ -72,6 +72,45 @@ func (c *Control) replace(d Device, live, t Table) error {
 		return fmt.Errorf("load a table into %s: %w", d, err)
 	}
 	return nil
+}
+
+// swapOwn is swapAlike, if all is as replace has left it: one of these two tables waits, and the
+// other is the live one. LVM may have come between. It suspends a device, with the filesystem on
+// it frozen, for as long as it has more to change, and a Swap would be the resume of that. The
+// kernel cannot look and swap in one step. So somebody may still come between these two calls,
+// but has not the time any more in which one process asks another.
+func (c *Control) swapOwn(ctx context.Context, d Device, own, mapped Table) error {
+	now, err := c.Live(d)
+	defer now.Wipe()
+	var waits Table
+	if err == nil {
+		waits, err = c.Inactive(d)
+		defer waits.Wipe()
+	}
+	var i Info
+	if err == nil {
+		i, err = c.Info(d) // last, because LVM's suspend is what must not be missed
+	}
+	ready := now.Is(own) && waits.Is(mapped) || now.Is(mapped) && waits.Is(own)
+	if err == nil && (i.Suspended || !i.Inactive || !ready) {
+		err = ErrChanging
+	}
+	if err != nil {
+		return fmt.Errorf("give %s its other table: %w", d, err)
+	}
+	return c.swapAlike(ctx, d)
+}
+
+// resumeOwn is Resume of a device in which no table waits: whoever has one wait resumes it.
+func (c *Control) resumeOwn(d Device) error {
+	i, err := c.Info(d)
+	switch {
+	case err != nil || !i.Suspended:
+		return err
+	case i.Inactive:
+		return fmt.Errorf("resume %s: %w", d, ErrChanging)
+	}
+	return c.Resume(d)
 }
 
 // stillLive is ErrChanging if the live table of a device is another one.
@@ -117,7 +156,7 @@ func (o Order) Do() (i Info, err error) {
 	}
 	defer c.Close()
 	switch o.Step {
-	case StepMake, StepLoad, StepCopy:
+	case StepMake, StepLoad, StepCopy, StepSwap:
 		var own Table
 		if own, err = c.Live(o.From); err != nil {
 			return Info{}, err
@@ -129,13 +168,15 @@ func (o Order) Do() (i Info, err error) {
 			return c.Make(o.Device.Name, o.Device.UUID, own, Unseen)
 		case StepLoad:
 			err = c.replace(o.Device, own, mapped)
-		default:
+		case StepCopy:
 			err = c.replace(o.Device, mapped, own)
+		default:
+			ctx, cancel := context.WithTimeout(context.Background(), o.Limit)
+			defer cancel()
+			err = c.swapOwn(ctx, o.Device, own, mapped)
 		}
-	case StepSwap:
-		ctx, cancel := context.WithTimeout(context.Background(), o.Limit)
-		defer cancel()
-		err = c.swapAlike(ctx, o.Device)
+	case StepResume:
+		err = c.resumeOwn(o.Device)
 	case StepClear:
 		var own Table
 		if own, err = c.Live(o.From); err == nil || errors.Is(err, unix.ENXIO) { // it may have gone

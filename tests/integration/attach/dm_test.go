@@ -189,6 +189,57 @@ func TestDM(t *testing.T) {
 		}
 		tableIs("cleared after "+string(o.Step), c.Inactive, nil)
 	}
+	// Nor does it swap what another program has waiting, or has suspended meanwhile, and it resumes
+	// only where nothing waits.
+	swap := dm.Order{Step: dm.StepSwap, Device: dev.Device, From: own.Device, To: nums[0], Limit: time.Minute}
+	resume := dm.Order{Step: dm.StepResume, Device: dev.Device}
+	for _, x := range []struct {
+		live, waits dm.Table
+		suspended   bool
+	}{
+		{second, nil, false}, {second, two, false}, {two, first, false},
+		{second, nil, true}, {second, two, true}, {second, first, true},
+	} {
+		what := fmt.Sprintf("live %v, waits %v, suspended %v", x.live, x.waits, x.suspended)
+		err := errors.Join(c.Load(dev.Device, x.live), c.Swap(guest.Context(t), dev.Device))
+		if x.waits != nil {
+			err = errors.Join(err, c.Load(dev.Device, x.waits))
+		}
+		if x.suspended {
+			err = errors.Join(err, c.Suspend(guest.Context(t), dev.Device, dm.SuspendOptions{LockFS: true}))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := swap.Do(); !errors.Is(err, dm.ErrChanging) || !strings.Contains(err.Error(), "/dev/mapper/test-dm") {
+			t.Errorf("swap, %s: %v", what, err)
+		}
+		stays := x.suspended && x.waits != nil
+		if i, err := resume.Do(); errors.Is(err, dm.ErrChanging) != stays || err == nil && i.Suspended {
+			t.Errorf("resume, %s: %+v, %v", what, i, err)
+		}
+		if i, err := c.Info(dev.Device); err != nil || i.Suspended != stays {
+			t.Errorf("after both, %s: %+v, %v", what, i, err)
+		}
+		tableIs("after both, "+what, c.Live, x.live)
+		tableIs("after both, "+what, c.Inactive, x.waits)
+		if err := errors.Join(c.Clear(dev.Device), c.Resume(dev.Device)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, x := range []struct {
+		step dm.Step
+		live dm.Table
+	}{{dm.StepLoad, first}, {dm.StepCopy, second}} {
+		if _, err := (dm.Order{Step: x.step, Device: dev.Device, From: own.Device, To: nums[0]}).Do(); err != nil {
+			t.Error(err)
+		}
+		if _, err := swap.Do(); err != nil {
+			t.Errorf("swap after %s: %v", x.step, err)
+		}
+		tableIs("swapped after "+string(x.step), c.Live, x.live)
+		tableIs("swapped after "+string(x.step), c.Inactive, nil)
+	}
 	if i, err := c.Info(byNumber); err != nil || i.Device != dev.Device || i.Suspended {
 		t.Errorf("by its number: %+v, %v", i, err)
 	}
