@@ -127,6 +127,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 		served += len(s.Images)
 		d.opts.progress.made()
 	}
+	d.makeAgain(ctx, snaps, reopened, reasons)
 	if served > 0 {
 		d.recovered = &control.Recovered{At: began.Add(images), Count: d.countRecovery(d.predecessor != os.Getpid()), Pause: pause, Images: images, Devices: served}
 		from := "a daemon that died"

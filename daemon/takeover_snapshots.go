@@ -41,6 +41,7 @@ type leftSnapshot struct {
 	config  snapshots.Config
 	events  chan diffarea.Event
 	members []*device // of each device, as far as they are taken over
+	filters []*filter.Filter
 	// busy: the dead daemon has something under way for an image, which may still write to
 	// the snapshot's memory.
 	busy bool
@@ -133,23 +134,23 @@ func (d *Daemon) claimStorage(s *leftSnapshot) {
 	}
 }
 
-// reopenSnapshot makes a snapshot of what outlived the dead daemon. Its devices are not
-// served yet. Without one and without a reason, it is one that shall end.
+// reopenSnapshot makes a snapshot that was taken of what outlived the dead daemon. Its devices
+// are not served yet. Without one and without a reason, it is one that shall end, or one for
+// makeAgain.
 func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ *snapshot, reason error) {
 	if s.Err != nil {
 		return nil, s.Err
 	}
 	var missing string
 	maps := make([]*cbtmap.Map, len(s.Devices))
-	filters := make([]*filter.Filter, len(s.Devices))
-	s.members = make([]*device, len(s.Devices))
+	s.members, s.filters = make([]*device, len(s.Devices)), make([]*filter.Filter, len(s.Devices))
 	for i, known := range s.Devices {
 		dev := devices[known.Name]
 		if dev == nil || unix.Mkdev(dev.shown().Num.Major, dev.shown().Num.Minor) != known.Number {
 			missing = known.Name
 			continue
 		}
-		s.members[i], maps[i], filters[i] = dev, dev.cbt, dev.filter
+		s.members[i], maps[i], s.filters[i] = dev, dev.cbt, dev.filter
 	}
 	d.tellLeftGenerations(s)
 	if s.Stage == snapshots.Taking {
@@ -166,17 +167,37 @@ func (d *Daemon) reopenSnapshot(s *leftSnapshot, devices map[string]*device) (_ 
 	case s.busy:
 		return nil, errNotEnded
 	}
-	var snap *snapshots.Snapshot
-	taken := s.Stage == snapshots.Taken
-	if taken {
-		snap, reason = s.Reopen(s.config, filters)
-	} else {
-		snap, reason = s.Again(s.config, filters)
+	if s.Stage != snapshots.Taken {
+		return nil, nil
 	}
-	if reason != nil {
-		return nil, reason
+	return d.adoptSnapshot(s, s.Reopen)
+}
+
+// makeAgain makes those again that were not taken. Nothing was copied for them, so all else is
+// served and goes on already: their storage may not answer for as long as storage_timeout. They
+// wait for that side by side.
+func (d *Daemon) makeAgain(ctx context.Context, all []*leftSnapshot, reopened []*snapshot, reasons []error) {
+	var created []int
+	for i, s := range all {
+		if reopened[i] == nil && reasons[i] == nil && !s.Stage.Ends(s.Pending) {
+			created = append(created, i)
+		}
+	}
+	eachAtOnce(created, func(i int) {
+		if reopened[i], reasons[i] = d.adoptSnapshot(all[i], all[i].Again); reopened[i] != nil {
+			reasons[i] = d.goOn(ctx, reopened[i], all[i]) // which has no image that could fail
+		}
+	})
+}
+
+// adoptSnapshot has a snapshot of a dead daemon that is opened, as by Left.Reopen.
+func (d *Daemon) adoptSnapshot(s *leftSnapshot, open func(snapshots.Config, []*filter.Filter) (*snapshots.Snapshot, error)) (*snapshot, error) {
+	snap, err := open(s.config, s.filters)
+	if err != nil {
+		return nil, err
 	}
 	deathpoint.Point()
+	taken := s.Stage == snapshots.Taken
 	out := &snapshot{
 		id: s.id(), snap: snap, chunk: s.Chunk, created: s.Created, encrypted: s.Encrypted,
 		engineEvents: s.events, destroyed: make(chan struct{}),
