@@ -5,11 +5,13 @@ import (
 	"math/rand"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/ublk-blksnap/ublk-blksnap/control"
 	"github.com/ublk-blksnap/ublk-blksnap/internal/deathpoint"
+	"github.com/ublk-blksnap/ublk-blksnap/internal/dm"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/guest"
 	"github.com/ublk-blksnap/ublk-blksnap/tests/integration/program"
 )
@@ -145,8 +147,9 @@ func TestDeathInAttach(t *testing.T) {
 }
 
 // TestAttachAgain: attached and detached again and again while fio writes and verifies, with a
-// death of the daemon in a tenth of the rounds: somewhere in an attachment, in a detachment, or
-// between. LVM and everybody else find the tables as they were, and the group in order.
+// death of the daemon in a tenth of the attachments and detachments (in CI in a twentieth): somewhere
+// in it. LVM and everybody else find the tables as they were, and the group in order before, while
+// the volumes are attached, and afterwards.
 func TestAttachAgain(t *testing.T) {
 	guest.NeedEither(t)
 	c := controlDM(t)
@@ -172,13 +175,18 @@ func TestAttachAgain(t *testing.T) {
 	seed := time.Now().UnixNano()
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewSource(seed))
-	// dying does it with a daemon that dies somewhere in it, and whatever comes of it, once more.
-	dying := func(do func(string) error, path string, done bool) error {
+	deaths, inIt := 0, 0
+	// dying does it with a daemon that dies somewhere in it, which takes about as long as usual,
+	// and whatever comes of it, once more.
+	dying := func(do func(string) error, path string, done bool, usual time.Duration) error {
 		asked := make(chan error, 1)
 		go func() { asked <- do(path) }()
-		time.Sleep(time.Duration(rnd.Int63n(int64(time.Second))))
+		time.Sleep(time.Duration(rnd.Int63n(int64(usual))))
 		d.Kill()
 		err := guest.Await(t, "an answer", asked)
+		if deaths++; err != nil {
+			inIt++
+		}
 		d.Restart()
 		if goesThroughFilter(t, path) == done {
 			return nil
@@ -186,51 +194,70 @@ func TestAttachAgain(t *testing.T) {
 		t.Logf("%s: died in it: %v", path, err)
 		return do(path)
 	}
-	rounds := int(guest.Span(10, 100))
-	for n := range rounds {
+	groupInOrder(t, "vgs", "before")
+	dies, share := 0, int(guest.Span(20, 10)) // the operation in which it dies, one of so many
+	usual := make([]time.Duration, 2*len(volumes))
+	for n := range int(guest.Span(10, 100)) {
 		began := time.Now()
-		dies := -1 // which volume's attachment, and after that, which volume's detachment
-		if n%10 == 1 {
-			dies = rnd.Intn(2 * len(volumes))
-		}
-		for i, path := range volumes {
+		for j := range usual { // each is attached, then each is detached
+			i, attach, do := j%len(volumes), j < len(volumes), remove
+			if attach {
+				do = add
+			}
+			if j == len(volumes) && n%10 == 5 {
+				groupInOrder(t, "vgs", "attached")
+			}
+			k := n*len(usual) + j
+			if k%share == 0 {
+				first := 0
+				if k == 0 {
+					first = len(usual) // when it is known how long each takes
+				}
+				dies = k + first + rnd.Intn(share-first)
+			}
 			var err error
-			if dies == i {
-				err = dying(add, path, true)
+			if from := time.Now(); k != dies {
+				err = do(volumes[i])
+				usual[j] = time.Since(from)
 			} else {
-				err = add(path)
+				err = dying(do, volumes[i], attach, usual[j])
 			}
 			if err != nil {
 				t.Fatalf("round %d: %v", n, err)
 			}
-			if !goesThroughFilter(t, path) {
-				t.Fatalf("round %d: table %s", n, tableOf(t, path))
+			if now := tableOf(t, volumes[i]); goesThroughFilter(t, volumes[i]) != attach || !attach && now != before[i] {
+				t.Fatalf("round %d: table %q, and before it was %q", n, now, before[i])
 			}
-		}
-		if n%10 == 5 {
-			lvm(t, "vgck", "vgs")
-		}
-		for i, path := range volumes {
-			var err error
-			if dies == len(volumes)+i {
-				err = dying(remove, path, false)
-			} else {
-				err = remove(path)
-			}
-			if err != nil {
-				t.Fatalf("round %d: %v", n, err)
-			}
-			if after := tableOf(t, path); after != before[i] {
-				t.Fatalf("round %d: table %q, and before it was %q", n, after, before[i])
+			if info, err := c.Info(dm.Device{Num: numOf(t, volumes[i])}); err != nil || !info.Live || info.Suspended || info.Inactive || info.ReadOnly {
+				t.Errorf("round %d: %+v, %v", n, info, err)
 			}
 		}
 		t.Logf("round %d: %v", n, time.Since(began))
 	}
+	t.Logf("%d deaths, %d of them before an answer", deaths, inIt)
+	if guest.Long() && inIt < deaths/4 {
+		t.Errorf("of %d deaths no more than %d came before an answer", deaths, inIt)
+	}
 	nothingLeft(t, c)
-	lvm(t, "vgck", "vgs")
+	groupInOrder(t, "vgs", "afterwards")
 	for i, path := range volumes {
 		stops[i]()
 		guest.Unmount(t, dirs[i])
 		kinds[i].Check(t, path)
+	}
+}
+
+// groupInOrder makes sure that LVM finds a group of writable volumes, and what the kernel has of
+// each, in order. Of an attached one it says that the kernel has another table than its own.
+func groupInOrder(t testing.TB, name, when string) {
+	t.Helper()
+	lvm(t, "vgck", name)
+	out := guest.Run(t, "lvs", append([]string{"--noheadings", "--separator", ",", "-o", "lv_active,lv_live_table,lv_inactive_table,lv_suspended,lv_permissions,lv_health_status", name}, quiet...)...)
+	for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
+		switch {
+		case when == "attached" && strings.Contains(line, "WARNING: Cannot find matching striped segment for "+name+"/"):
+		case strings.TrimSpace(line) != "active,live table present,,,writeable,":
+			t.Errorf("%s: lvs says %q", when, out)
+		}
 	}
 }
