@@ -160,7 +160,7 @@ func medianAndWorst(pauses []time.Duration) string {
 const rest = 100 * time.Millisecond
 
 func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike func(*survival)) (pauses []time.Duration) {
-	const size, chunk = 12<<20 + 3<<10, 64 << 10
+	const size, chunk, firstStorage = 12<<20 + 3<<10, 64 << 10, 1 << 20
 	disks := guest.RAMDisks(t, 2, 64<<20)
 	small, quiet := guest.LoopDisk(t, size, 512), guest.LoopDisk(t, backedUpSize, 512)
 	s := &survival{Daemon: program.Start(t, "tracking_block_minimum_shift=12"), t: t, store: guest.SmallFS(t, 512<<20)}
@@ -195,14 +195,23 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 		t.Logf("seed %d", seed)
 	}
 	stop := sync.OnceValue(w.StartWriters(t, seed, stamp.Mix{Writers: 4, Zeroes: true, Largest: 256 << 10, Pause: rest}, s.dev.Path))
-	taken := func(encrypt bool) (control.Snapshot, *stamp.Window) {
-		made := s.create(control.CreateRequest{Devices: []string{s.dev.Name, mounted.Name}, ChunkSize: chunk, Storage: []control.Storage{{Path: s.store}}, Encrypt: &encrypt})
+	taken := func(encrypt bool, appended ...control.Storage) (control.Snapshot, *stamp.Window) {
+		first := control.Storage{Path: s.store}
+		if len(appended) > 0 {
+			first.Limit = firstStorage
+		}
+		made := s.create(control.CreateRequest{Devices: []string{s.dev.Name, mounted.Name}, ChunkSize: chunk, Storage: []control.Storage{first}, Encrypt: &encrypt})
+		for _, more := range appended {
+			if _, err := s.AppendStorage(guest.Context(t), control.StorageRequest{ID: made.ID, Storage: more}); err != nil {
+				t.Fatal(err)
+			}
+		}
 		win := w.Open()
 		made = s.Taken(made.ID)
 		win.Close()
 		return made, win
 	}
-	plain, plainWin := taken(false)
+	plain, plainWin := taken(false, control.Storage{Path: filepath.Join(s.store, "appended")})
 	written, win := taken(queues == 1) // encrypted, its images copy their payloads
 	user := newImageUser(win, 0, written.Images[0].Path)
 	user.pause = rest
@@ -266,6 +275,9 @@ func strikeUnderLoad(t *testing.T, mode control.Mode, queues, times int, strike 
 	var err error
 	if plain, err = s.Snapshot(guest.Context(t), plain.ID); err != nil { // with the paths of now
 		t.Fatal(err)
+	}
+	if plain.Usage.Stored <= 2*firstStorage {
+		t.Errorf("%d bytes are stored: next to nothing lies in storage that was appended", plain.Usage.Stored)
 	}
 	if err := plainWin.Check(plain.Images[0].Path); err != nil {
 		t.Errorf("I1: %v", err)
