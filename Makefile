@@ -55,7 +55,7 @@ ZSH = zsh/site-functions
 LIBDIR = $(if $(filter /usr,$(PREFIX)),/usr/lib,/etc)
 
 # What differs with more queues than the machines of the other tests have processors for.
-FOUR_QUEUES = (RandomWriter|FioVerify)/(KiB|4x)/(4queues|512|4096)
+FOUR_QUEUES = (RandomWriter|FioVerify|KilledUnderLoad)/(KiB|4x|copy)/(4queues|512|4096)
 
 # As it was typed, for the guest's shell to expand.
 override CMD := $(value CMD)

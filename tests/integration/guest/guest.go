@@ -6,7 +6,7 @@
 //	UBLK_BLKSNAP_VM=1     there is ublk, root, and nothing of value (set by the machine)
 //	UBLK_BLKSNAP_BIN      the program; bin/ublk-blksnap of the tree, if empty
 //	UBLK_BLKSNAP_LONG=1   minutes instead of seconds for whatever runs for a time
-//	UBLK_BLKSNAP_SHARE    0 or 1: which share of NeedEither's tests is run; all, if empty
+//	UBLK_BLKSNAP_SHARE    0 or 1: which share of NeedEither's tests is run, all, if empty; what wants four queues is another machine's
 //	UBLK_BLKSNAP_KILLS    how often the daemon is killed under load; 200 in the long form, if empty
 package guest
 
@@ -44,10 +44,13 @@ func NeedEither(t testing.TB) {
 	share := os.Getenv("UBLK_BLKSNAP_SHARE")
 	sum := fnv.New32a()
 	fmt.Fprint(sum, t.Name())
-	if share != "" && share != strconv.FormatUint(uint64(sum.Sum32()%2), 10) {
+	if Shares() && share != strconv.FormatUint(uint64(sum.Sum32()%2), 10) {
 		t.Skip("the other machine runs it: UBLK_BLKSNAP_SHARE=" + share)
 	}
 }
+
+// Shares says whether other machines run some of the tests that this one could run.
+func Shares() bool { return os.Getenv("UBLK_BLKSNAP_SHARE") != "" }
 
 // NeedKernel skips a test of what an older kernel does not have.
 func NeedKernel(t testing.TB, major, minor int, what string) {

@@ -128,6 +128,9 @@ func TestKilledUnderLoad(t *testing.T) {
 	if guest.KernelAtLeast(t, 6, 16) {
 		modes = append(modes, control.ModeZeroCopy)
 	}
+	if !guest.Long() && len(modes) == 1 && guest.Shares() {
+		t.Skip("the other machine runs it: it has processors for four queues")
+	}
 	queues := []int{1, guest.QueueCounts()[len(guest.QueueCounts())-1]}
 	kills := int(guest.Span(3, 200))
 	if n, err := strconv.Atoi(os.Getenv("UBLK_BLKSNAP_KILLS")); err == nil {
