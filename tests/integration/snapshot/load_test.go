@@ -35,7 +35,7 @@ func TestWriterKilled(t *testing.T) {
 	win.Close()
 	for i := range int(guest.Span(6, 100)) {
 		c := exec.Command("fio", "--name=test", "--filename="+dev.Path, "--ioengine=io_uring", "--direct=1", "--rw=randwrite",
-			"--bsrange=4k-512k", "--iodepth=32", "--time_based", "--runtime=60", fmt.Sprintf("--randseed=%d", i))
+			"--bsrange=4k-512k", "--iodepth=32", "--thread", "--time_based", "--runtime=60", fmt.Sprintf("--randseed=%d", i))
 		if i%2 == 1 {
 			c = exec.Command("dd", "if=/dev/urandom", "of="+dev.Path, "bs=1M", "conv=notrunc", fmt.Sprintf("seek=%d", 3*i))
 		}
