@@ -37,6 +37,7 @@ await() {
 source_of() { findmnt -n -o SOURCE "/mnt/$1"; }
 state_of() { systemctl show -p ActiveState --value "$1"; }
 is_state() { [ "$(state_of "$1")" = "$2" ]; }
+unit_of() { systemd-escape -p --suffix=device "$1"; }
 is_link() { [ -L "$1" ]; }
 settled() { [[ $(state_of "mnt-$1.mount") != activating && -z $(systemctl list-jobs --no-legend "mnt-$1.mount") ]]; }
 
@@ -146,7 +147,9 @@ install)
 	rm /etc/ublk-blksnap.d/mine.conf
 	ublk-blksnap config apply
 	udevadm trigger --settle /dev/vg0/volume
-	vgremove -q -f -y vg0 >/dev/null
+	said=$(ublk-blksnap add /dev/vg0/volume --name volume --boot 2>&1)
+	[[ $said == *"/etc/fstab:1 names /dev/vg0/volume, which is kept"* ]] || fail "add says: $said"
+	grep -qx "path = '/dev/vg0/volume'" /etc/ublk-blksnap.d/volume.conf || fail "$(cat /etc/ublk-blksnap.d/*)"
 
 	# A path that may be another disk next time becomes one that stays.
 	said=$(ublk-blksnap add "$(readlink -f ${id}uuid)" --name uuid --boot 2>&1)
@@ -173,10 +176,11 @@ install)
 		/dev/ublk-blksnap/name /mnt/name ext4 x-systemd.device-timeout=10min 0 2
 		UUID=$late /mnt/late ext4 nofail,x-systemd.device-timeout=10min 0 2
 		UUID=$missing /mnt/missing ext4 nofail,x-systemd.device-timeout=5s 0 2
+		UUID=$volume /mnt/volume ext4 x-systemd.device-timeout=10min 0 2
 	END
 	systemctl daemon-reload
-	systemctl start mnt-{uuid,label,name,late}.mount
-	filtered uuid label name late
+	systemctl start mnt-{uuid,label,name,late,volume}.mount
+	filtered uuid label name late volume
 	# The shell completes names, which it has from the daemon. The package bash-completion is played, which loads the file.
 	said=$(
 		_get_comp_words_by_ref() { cur=${COMP_WORDS[COMP_CWORD]} words=("${COMP_WORDS[@]}") cword=$COMP_CWORD; }
@@ -225,9 +229,9 @@ install)
 	at_poweroff uuid label-part1 name late
 	;;
 filtered)
-	filtered uuid label name
+	filtered uuid label name volume
 	[ ! -e ${id}late ] || fail "the late disk is there"
-	for name in uuid label name; do
+	for name in uuid label name volume; do
 		ublk-blksnap cbt info $name | grep -qx history=continued || fail "$name: $(ublk-blksnap cbt info $name)"
 	done
 	said=$(ublk-blksnap list 2>&1)
@@ -278,7 +282,7 @@ filtered)
 	sleep 3
 	! ublk-blksnap list | grep -q ^name || fail "a filter that was removed has come back"
 	udevadm settle
-	[ "$(state_of "$(systemd-escape -p --suffix=device ${id}name)")" != active ] || fail "systemd may mount the disk itself"
+	[ "$(state_of "$(unit_of ${id}name)")" != active ] || fail "systemd may mount the disk itself"
 	ublk-blksnap add ${id}name --name name
 	systemctl start mnt-name.mount
 	filtered name
@@ -291,11 +295,15 @@ filtered)
 	;;
 broken)
 	[ "$(state_of ublk-blksnap)" != active ] || fail "the daemon runs"
-	for name in uuid label name late; do
+	for name in uuid label name late volume; do
 		await settled $name
 		! source_of $name || fail "/mnt/$name is mounted behind the filter's back"
 	done
-	for link in by-uuid/$uuid by-uuid/$late 'by-label/a\x20label'; do
+	# The group was activated by udev, and LVM's own link leads to the volume, but systemd may not mount it.
+	await is_link /dev/vg0/volume
+	udevadm settle
+	[ "$(state_of "$(unit_of /dev/vg0/volume)")" != active ] || fail "systemd may mount the volume itself"
+	for link in by-uuid/$uuid by-uuid/$late by-uuid/$volume 'by-label/a\x20label'; do
 		! is_link "/dev/disk/$link" || fail "$link leads to $(readlink "/dev/disk/$link")"
 	done
 	! systemctl start mnt-uuid.mount 2>/dev/null || fail "/mnt/uuid can be mounted"
@@ -323,16 +331,16 @@ broken)
 	# The others have their filters once there is a daemon again.
 	chmod +x /usr/sbin/ublk-blksnap
 	systemctl start ublk-blksnap
-	systemctl start mnt-{label,name,late}.mount
-	filtered label name late
+	systemctl start mnt-{label,name,late,volume}.mount
+	filtered label name late volume
 	[ "$(source_of uuid)" = "$(readlink -f ${id}uuid)" ]
 
 	# The package goes when no filter is in use, at first but for what was configured and what is kept of the disks, and when
 	# it is purged leaves nothing. The disks are used as any others then.
 	said=$(dpkg -P ublk-blksnap-compat ublk-blksnap 2>&1) && fail "removed under its users: $said"
 	[[ $said == *"mounted on /mnt/"*"not removed, because filters are in use"* ]] || fail "dpkg says: $said"
-	filtered label name late
-	systemctl stop mnt-{label,name,late}.mount
+	filtered label name late volume
+	systemctl stop mnt-{label,name,late,volume}.mount
 	said=$(dpkg -r ublk-blksnap 2>&1) || fail "dpkg says: $said"
 	[[ $said == *"/etc/fstab names filters"* ]] || fail "dpkg says: $said"
 	! processes || fail "a daemon runs"
