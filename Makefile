@@ -165,7 +165,7 @@ bench: build bin/vm
 	@go build -o .cache/test/bench ./tests/bench
 	@rm -rf .cache/bench; mkdir -p .cache/bench
 	@for kernel in $(or $(KERNEL),6.12 newest); do \
-		VM_TIMEOUT=$${VM_TIMEOUT:-90m} bin/vm -kernel $$kernel -out .cache/bench -e KERNEL=$$kernel -e BENCH \
+		VM_TIMEOUT=$${VM_TIMEOUT:-90m} bin/vm -fine-timers -kernel $$kernel -out .cache/bench -e KERNEL=$$kernel -e BENCH \
 			".cache/test/bench -json \$$VM_OUT/$$kernel.json"; \
 	done
 	@jq -s add .cache/bench/*.json >$(JSON)

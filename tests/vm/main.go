@@ -75,6 +75,7 @@ func parse(args []string) (*options, error) {
 	flags.StringVar(&o.Out, "out", env("VM_OUT", ""), "directory that the command may write to; cache/out, if empty (VM_OUT)")
 	flags.BoolVar(&o.Udev, "udev", env("VM_UDEV", "") != "", "run udev in the guest (VM_UDEV)")
 	flags.BoolVar(&o.Systemd, "systemd", env("VM_SYSTEMD", "") != "", "run the command under systemd, as a service (VM_SYSTEMD)")
+	flags.BoolVar(&o.FineTimers, "fine-timers", false, "have timers exact to the microsecond with emulated processors too, for what measures times")
 	flags.StringVar(&o.Root, "root", "", "disk image with a Debian that is booted instead of the host's tree; made if missing")
 	flags.StringVar(&o.where, "where", env("VM", "machine"), "machine; host, which must have ublk; or auto, host if it has (VM)")
 	flags.BoolVar(&o.noSkips, "no-skips", false, fmt.Sprintf("fail if the output tells of a skipped Go test that does not say one of %q, or of no test at all", allowedSkips))

@@ -45,14 +45,6 @@ const (
 // processors may be shared with other work and the emulated ones are slow.
 const bootTimeout = 3 * time.Minute
 
-// kernelLine is the command line of the guest's kernel. A bug of the kernel ends the machine at once. On a busy host an
-// emulated timer may be late: the kernel is told not to panic at boot nor to give up the TSC for that. The other processors
-// come later: init.sh says why. Measuring how fast each of them loops would take 6.12 seconds; lpj is about what 2.5 GHz
-// give. The hardening that is off (memory zeroed as it is taken, checks of copies, a random place for the kernel, security
-// modules, audit) is nothing that ublk or io_uring depends on, and a large part of the work of an emulated processor.
-const kernelLine = "console=ttyS0 quiet loglevel=5 panic=-1 oops=panic mitigations=off tsc=reliable no_timer_check " +
-	"maxcpus=1 lpj=10000000 init_on_alloc=0 hardened_usercopy=off nokaslr apparmor=0 audit=0"
-
 // HostTree is where a guest with a root of its own has the host's file tree, read-only.
 const HostTree = "/run/host"
 
@@ -64,7 +56,9 @@ type Config struct {
 	MemMiB int    // memory of the guest, 4096 if zero
 	CPUs   int    // 2 if zero
 	Disks  []Disk // more disks
-	Udev   bool   // run systemd-udevd; otherwise device-mapper is told to do without
+	// FineTimers has timers that are exact to the microsecond with emulated processors too, instead of to the tick of 4 ms.
+	FineTimers bool
+	Udev       bool // run systemd-udevd; otherwise device-mapper is told to do without
 	// Root is the raw image of a disk whose system runs instead of the host's: see MakeRoot. Out is not for it.
 	Root    string
 	Systemd bool     // have systemd for process 1, with all it brings; see the package's doc
@@ -174,7 +168,7 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 		"-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", cfg.MemMiB), // shared with virtiofsd
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-kernel", kernel.Image, "-initrd", fmt.Sprintf("/dev/fd/%d", initrdFD),
-		"-append", kernelLine,
+		"-append", kernelLine(cfg),
 	}
 
 	console, fd, err := r.pipe()
@@ -182,7 +176,7 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 		return nil, err
 	}
 	args = append(args, "-chardev", fmt.Sprintf("socket,id=console,fd=%d", fd), "-serial", "chardev:console",
-		"-device", "virtio-serial-pci")
+		"-device", serialDevice)
 	ports := map[string]*os.File{}
 	for _, name := range []string{"stdout", "stderr", "status"} {
 		if ports[name], fd, err = r.pipe(); err != nil {
@@ -218,7 +212,7 @@ func start(ctx context.Context, cfg Config, kernel *Kernel) (m *Machine, err err
 	}
 
 	qemu := exec.Command("qemu-system-x86_64", args...)
-	qemu.ExtraFiles = r.childEnds
+	qemu.ExtraFiles, qemu.Env = r.childEnds, append(os.Environ(), hugeHeap)
 	qemu.Stdout, qemu.Stderr = &r.said, &r.said
 	if err := r.spawn(qemu); err != nil {
 		return nil, err
@@ -451,23 +445,6 @@ func (c *child) kill() {
 		// The group: virtiofsd has a child of its own.
 		_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL)
 	}
-}
-
-func accelOption(accel string) string {
-	if accel == TCG {
-		return "tcg,thread=multi"
-	}
-	return accel
-}
-
-// cpuOption leaves out what makes an emulated processor slow: string moves of one byte a turn (erms, fsrm), which the
-// kernel takes for quick ones and clears and copies memory with, a fifth level of page tables, and switches of what the
-// kernel may touch (smap, smep, pku), of which each ends a block of translated code. In sum a third of the work.
-func cpuOption(accel string) string {
-	if accel == KVM {
-		return "host"
-	}
-	return "max,erms=off,fsrm=off,la57=off,smap=off,smep=off,pku=off"
 }
 
 // orders returns the initramfs: busybox, the modules that the root needs, and what the guest is to do.
